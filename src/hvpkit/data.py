@@ -1,0 +1,356 @@
+"""Data as a re-iterable sequence of batches whose examples can be counted, weighed and chosen.
+
+Every pass gives the same examples, whatever the caller's loader does to their order, and leaves all
+global random state as it found it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
+
+from hvpkit._typing import Batch
+from hvpkit.errors import UnstableDataError, check_count
+from hvpkit.trees import batch_size as count_examples
+from hvpkit.trees import flatten, unflatten
+
+DEFAULT_BATCH_SIZE = 256
+"""Examples in a batch, where neither the caller nor the caller's loader says."""
+
+
+@dataclass(frozen=True)
+class TensorBatches:
+    """Slices of a tree of tensors that holds all examples."""
+
+    examples: Batch
+    batch_size: int
+
+    def __len__(self) -> int:
+        return count_examples(self.examples)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self), self.batch_size):
+            yield _take(self.examples, slice(start, start + self.batch_size))
+
+    def select(self, indices: Tensor) -> TensorBatches:
+        return replace(self, examples=_take(self.examples, indices))
+
+    def resized(self, batch_size: int) -> TensorBatches:
+        return replace(self, batch_size=batch_size)
+
+
+@dataclass(frozen=True)
+class DatasetBatches:
+    """A map-style dataset, each example once and in order, by a loader with its own random numbers."""
+
+    loader: DataLoader[Any]
+
+    @classmethod
+    def of(
+        cls, dataset: Any, batch_size: int | None, like: DataLoader[Any] | None = None
+    ) -> DatasetBatches:
+        """Batches of ``dataset`` as the loader ``like`` collates and fetches them."""
+        options: dict[str, Any] = {"batch_size": batch_size or DEFAULT_BATCH_SIZE}
+        if like is not None:
+            options |= {
+                "batch_size": batch_size or like.batch_size,
+                "collate_fn": like.collate_fn,
+                "num_workers": like.num_workers,
+                "pin_memory": like.pin_memory,
+                "timeout": like.timeout,
+                "worker_init_fn": like.worker_init_fn,
+                "multiprocessing_context": like.multiprocessing_context,
+                "prefetch_factor": like.prefetch_factor,
+                "persistent_workers": like.num_workers > 0,
+            }
+        return cls(DataLoader(dataset, shuffle=False, generator=torch.Generator(), **options))
+
+    def __len__(self) -> int:
+        return len(self.loader.dataset)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _isolated(self.loader)
+
+    def select(self, indices: Tensor) -> DatasetBatches:
+        return self.of(Subset(self.loader.dataset, indices.tolist()), None, self.loader)
+
+    def resized(self, batch_size: int) -> DatasetBatches:
+        return self.of(self.loader.dataset, batch_size, self.loader)
+
+
+@dataclass(frozen=True)
+class IterableBatches:
+    """Batches of an object that can be iterated again and again; ``batch_size`` cuts larger ones."""
+
+    batches: Iterable[Batch]
+    num_examples: int
+    batch_size: int | None = None
+    indices: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.num_examples if self.indices is None else len(self.indices)
+
+    def __iter__(self) -> Iterator[Batch]:
+        start = 0
+        for batch in _isolated(self.batches):
+            size = count_examples(batch)
+            kept = batch if self.indices is None else _take(batch, self._within(start, size))
+            start += size
+            yield from TensorBatches(kept, self.batch_size or max(size, 1))
+        if start != self.num_examples:
+            raise _unstable(start, self.num_examples)
+
+    def _within(self, start: int, size: int) -> Tensor:
+        """Those of the (sorted) indices that lie in a batch, counted from its start."""
+        assert self.indices is not None
+        low, high = torch.searchsorted(self.indices, torch.tensor([start, start + size])).tolist()
+        return self.indices[low:high] - start
+
+    def select(self, indices: Tensor) -> IterableBatches:
+        return replace(self, indices=indices if self.indices is None else self.indices[indices])
+
+    def resized(self, batch_size: int) -> IterableBatches:
+        return replace(self, batch_size=batch_size)
+
+
+Source: TypeAlias = TensorBatches | DatasetBatches | IterableBatches
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples in batches, the same ones in every pass. Made by :func:`as_data`.
+
+    Attributes:
+        source: where batches come from.
+        num_examples: how many examples a pass holds.
+        weights: one for each example ``[num_examples]``, or None: each weighs ``1 / num_examples``.
+        device: where batches are moved, or None: they stay where they are.
+    """
+
+    source: Source
+    num_examples: int
+    weights: Tensor | None = None
+    device: torch.device | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for batch, _ in self.weighted())
+
+    def weighted(self) -> Iterator[tuple[Batch, Tensor | None]]:
+        """Batches with the weights of their examples ``[B]`` (None: uniform ``1 / num_examples``)."""
+        start = 0
+        for batch in self.source:
+            size = count_examples(batch)
+            if size == 0:
+                continue
+            weights = None if self.weights is None else self.weights[start : start + size]
+            start += size
+            if self.device is not None:
+                batch = _move(batch, self.device)
+                weights = None if weights is None else weights.to(self.device)
+            yield batch, weights
+        if start != self.num_examples:
+            raise _unstable(start, self.num_examples)
+
+    def subset(self, indices: Tensor, weights: Tensor | None = None) -> Data:
+        """The examples at ``indices`` ``[m]`` (repeats count again), each with its weight.
+
+        Weights multiply losses as they are, so that an unbiased sample of the mean over N examples, drawn
+        with inclusion probabilities ``p``, has ``weights = 1 / (N p)``. Without, each weighs ``1 / m``.
+        The examples come in the data's own order.
+
+        Raises:
+            ValueError: an index out of range, no index at all, or another number of weights.
+
+        Example:
+            >>> import torch
+            >>> data = as_data((torch.arange(6.0), torch.arange(6)))
+            >>> [batch[1].tolist() for batch in data.subset(torch.tensor([4, 1]))]
+            [[1, 4]]
+        """
+        indices = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
+        if indices.ndim != 1 or len(indices) == 0:
+            raise ValueError(f"indices must be a non-empty vector, got shape {tuple(indices.shape)}")
+        if int(indices.min()) < 0 or int(indices.max()) >= self.num_examples:
+            raise ValueError(f"indices must be in [0, {self.num_examples}), the examples of the data")
+        order = torch.argsort(indices, stable=True)
+        if weights is not None:
+            weights = torch.as_tensor(weights).detach()
+            if weights.shape != indices.shape:
+                raise ValueError(
+                    f"weights must have one entry for each index: got shape {tuple(weights.shape)} "
+                    f"for {len(indices)} indices"
+                )
+            weights = weights[order.to(weights.device)]
+        source = self.source.select(indices[order])
+        return replace(self, source=source, num_examples=len(indices), weights=weights)
+
+
+def as_data(
+    data: object, *, batch_size: int | None = None, device: torch.device | str | None = None
+) -> Data:
+    """Examples that every later pass reads alike, from whatever holds them.
+
+    ====================================  =====================================================
+    ``data``                              read as
+    ====================================  =====================================================
+    tensor, tuple or dict of tensors      all examples along the first dimension
+    map-style ``Dataset``                 each example once, in order, default collate
+    ``DataLoader`` of a map-style one     each example once, in order, by its collate and workers;
+                                          ``shuffle`` and ``drop_last`` belong to training
+    other ``DataLoader`` (own sampler)    as it comes, under a fixed seed
+    list, or another re-iterable          batches, as they come; counted in one pass now
+    ====================================  =====================================================
+
+    Args:
+        data: one of the above. A batch is any tree of tensors with a common first dimension.
+        batch_size: the most examples in a batch; by default the loader's own, else 256.
+        device: where batches are moved to; by default they stay.
+
+    Raises:
+        TypeError: ``data`` is something else, or a batch holds what is no tensor.
+        ValueError: no examples; an iterator that a first pass uses up; first dimensions that disagree.
+
+    Example:
+        >>> import torch
+        >>> data = as_data((torch.ones(10, 3), torch.zeros(10)), batch_size=4)
+        >>> data.num_examples, [len(x) for x, _ in data]
+        (10, [4, 4, 2])
+    """
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
+    target = None if device is None else torch.device(device)
+    if isinstance(data, Data):
+        resized = data.source if batch_size is None else data.source.resized(batch_size)
+        return replace(data, source=resized, device=target or data.device)
+    source = _source(data, batch_size)
+    num_examples = len(source)
+    if num_examples == 0:
+        raise ValueError("data is empty: it holds no examples, and a mean over none is undefined")
+    return Data(source, num_examples, device=target)
+
+
+def _source(data: Any, batch_size: int | None) -> Source:
+    if isinstance(data, Tensor | tuple | Mapping):
+        count_examples(data)
+        return TensorBatches(data, batch_size or DEFAULT_BATCH_SIZE)
+    if isinstance(data, DataLoader):
+        if _covers_dataset(data):
+            return DatasetBatches.of(data.dataset, batch_size, data)
+        return _counted(data, batch_size)
+    if isinstance(data, IterableDataset):
+        raise TypeError(
+            "data is an IterableDataset, which gives examples and not batches; wrap it in a DataLoader"
+        )
+    if isinstance(data, np.ndarray):
+        raise TypeError("data is a NumPy array; pass tensors (torch.from_numpy)")
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, list | str):
+        return DatasetBatches.of(data, batch_size)
+    if isinstance(data, Iterable) and not isinstance(data, str):
+        return _counted(data, batch_size)
+    raise TypeError(
+        "data must be tensors, a Dataset, a DataLoader or a re-iterable of batches, "
+        f"got {type(data).__name__}"
+    )
+
+
+def _covers_dataset(loader: DataLoader[Any]) -> bool:
+    """Whether the loader gives each example of a map-style dataset once, in some order."""
+    sampler = loader.sampler
+    whole = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+    )
+    return whole and type(loader.batch_sampler) is BatchSampler
+
+
+def _counted(batches: Iterable[Batch], batch_size: int | None) -> IterableBatches:
+    if iter(batches) is batches:
+        raise ValueError(
+            f"data is a one-shot iterator ({type(batches).__name__}): a second pass would be empty; "
+            "pass a list of batches, a DataLoader, or an object whose __iter__ starts afresh"
+        )
+    num_examples = 0
+    for batch in _isolated(batches):
+        if isinstance(batch, Tensor) and isinstance(batches, list):
+            raise ValueError(
+                "data is a list of tensors, which could be all examples or one batch each; pass the tuple "
+                "(x, y) for all examples, or a list of tuples, one for each batch"
+            )
+        num_examples += count_examples(batch)
+    return IterableBatches(batches, num_examples, batch_size)
+
+
+def _isolated(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, made under fixed seeds; random state outside is the same before and after each."""
+    sources = [batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)]
+    own = [getattr(source, "generator", None) for source in sources]
+    generators = [generator for generator in own if isinstance(generator, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(0)
+    try:
+        with _fixed_randomness(0):
+            iterator = iter(batches)
+        for step in itertools.count():
+            with _fixed_randomness(step):
+                batch = next(iterator, _END)
+            if batch is _END:
+                return
+            yield batch
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+_END = object()
+
+
+@contextmanager
+def _fixed_randomness(seed: int) -> Iterator[None]:
+    """Seeds the CPU's global generators (torch, NumPy, random) inside, restores them after."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def _take(batch: Batch, index: slice | Tensor) -> Batch:
+    leaves, spec = flatten(batch)
+    if isinstance(index, slice):
+        return unflatten([leaf[index] for leaf in leaves], spec)
+    return unflatten([leaf[index.to(leaf.device)] for leaf in leaves], spec)
+
+
+def _move(batch: Batch, device: torch.device) -> Batch:
+    leaves, spec = flatten(batch)
+    return unflatten([leaf.to(device, non_blocking=True) for leaf in leaves], spec)
+
+
+def _unstable(found: int, expected: int) -> UnstableDataError:
+    return UnstableDataError(
+        f"data gave {found} examples in this pass, not the {expected} counted at first; a mean over "
+        "examples needs the same ones in every pass"
+    )

@@ -1,0 +1,133 @@
+"""The one loop that every solver runs in: budget, time limit, monitor and history."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from hvpkit.errors import check_positive
+from hvpkit.results import Progress, Status
+
+
+class SolverState(Protocol):
+    """What the loop must know of a state: the products that it cost, in full-data products."""
+
+    @property
+    def num_matvecs(self) -> float: ...
+
+
+S = TypeVar("S", bound=SolverState)
+Monitor = Callable[[Progress], object]
+"""Called with each entry of the history; what it returns is ignored, what it raises ends the solve."""
+
+
+@dataclass(frozen=True)
+class Look(Generic[S]):
+    """What a look at a state found.
+
+    Attributes:
+        state: the state to go on from: the one looked at, or what a restart made of it.
+        smallest, largest: the ends so far.
+        smallest_bound, largest_bound: their residuals' norms.
+        status: set if the solve is over.
+        num_steps: steps until the next look; each look waits for the device.
+    """
+
+    state: S
+    smallest: float
+    largest: float
+    smallest_bound: float
+    largest_bound: float
+    status: Status | None
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Run(Generic[S]):
+    """Where the loop ended."""
+
+    state: S
+    status: Status
+    history: tuple[Progress, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a solve may spend, in full-data products and in seconds.
+
+    Attributes:
+        max_matvecs: products, those of the final check included.
+        time_limit: seconds, or None. A step is not begun if it and the final check would run past it, by
+            the time that products took so far.
+        reserve: products kept back for the final check.
+        minimum: products that the time limit does not cut, without which there is no answer at all.
+    """
+
+    max_matvecs: float
+    time_limit: float | None
+    reserve: float
+    minimum: float
+
+    def __post_init__(self) -> None:
+        check_positive("max_matvecs", self.max_matvecs)
+        least = self.minimum + self.reserve
+        if self.max_matvecs < least:
+            raise ValueError(
+                f"max_matvecs must be at least {least:g}, what one estimate of each value and its check "
+                f"take; got {self.max_matvecs:g}"
+            )
+        if self.time_limit is not None:
+            check_positive("time_limit", self.time_limit)
+
+    def broken_by(self, step_cost: float, spent: float, seconds: float) -> Status | None:
+        """The limit that another step would break, if any."""
+        ahead = step_cost + self.reserve
+        if spent + ahead > self.max_matvecs * (1 + 1e-12):
+            return Status.MAX_MATVECS
+        if self.time_limit is None or spent < max(self.minimum, step_cost):
+            return None
+        return Status.TIME_LIMIT if seconds * (1 + ahead / spent) > self.time_limit else None
+
+
+def iterate(
+    state: S,
+    step: Callable[[S], S],
+    look: Callable[[S], Look[S]],
+    *,
+    step_cost: float,
+    limits: Limits,
+    monitor: Monitor | None = None,
+) -> Run[S]:
+    """Steps until a look says that it is over, or another step would break a limit.
+
+    Args:
+        state: where to begin.
+        step: one step; does not wait for the device.
+        look: what the state has found; may wait for the device, and may restart.
+        step_cost: full-data products of a step.
+        limits: what may be spent.
+        monitor: called after each look.
+    """
+    start = time.perf_counter()
+    history: list[Progress] = []
+    limit: Status | None = None
+    while True:
+        found = look(state)
+        state = found.state
+        if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
+            seconds = time.perf_counter() - start
+            bounds = found.smallest_bound, found.largest_bound
+            history.append(
+                Progress(state.num_matvecs, seconds, found.smallest, found.largest, *bounds)
+            )
+            if monitor is not None:
+                monitor(history[-1])
+        if found.status is not None or limit is not None:
+            return Run(state, found.status or limit, tuple(history))
+        for _ in range(found.num_steps):
+            limit = limits.broken_by(step_cost, state.num_matvecs, time.perf_counter() - start)
+            if limit is not None:
+                break
+            state = step(state)

@@ -1,0 +1,227 @@
+"""A loss in two parts, outputs and the loss of outputs, and how a module gives one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hvpkit._typing import Batch, Tree
+from hvpkit.errors import check_choice
+from hvpkit.trees import batch_size
+
+TARGET_KEYS = ("targets", "target", "labels", "label")
+"""Under which key a batch that is a dict holds its targets."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss function made of two pure functions; callable as ``loss_fn(params, batch)``.
+
+    Attributes:
+        forward: ``forward(params, batch)``: the outputs.
+        output_loss: ``output_loss(outputs, batch)``: losses ``[B]``, or their mean as a 0-d tensor.
+        batchnorm: ``"eval"``, or ``"batch"`` where losses depend on the batch that an example is in.
+
+    Example:
+        >>> import torch
+        >>> objective = Objective(lambda p, batch: batch[0] @ p, lambda z, batch: (z - batch[1]) ** 2)
+        >>> objective(torch.ones(2), (torch.ones(3, 2), torch.zeros(3)))
+        tensor([4., 4., 4.])
+    """
+
+    forward: Callable[[Tree, Batch], Any]
+    output_loss: Callable[[Any, Batch], Tensor]
+    batchnorm: str = "eval"
+
+    def __call__(self, params: Tree, batch: Batch) -> Tensor:
+        """Losses of the batch."""
+        return self.output_loss(self.forward(params, batch), batch)
+
+
+def from_module(
+    model: nn.Module,
+    criterion: Callable[..., Tensor],
+    *,
+    batchnorm: str = "eval",
+    include_frozen: bool = False,
+) -> tuple[Objective, dict[str, Tensor]]:
+    """The objective and the parameters of a module, as they are now.
+
+    Parameters and buffers are copied: neither later training nor the caller's ``train()`` or ``eval()``
+    changes the objective, and nothing of the module is written to. Dropout is off. A parameter that
+    modules share is one parameter.
+
+    Args:
+        model: the module; one inside ``DistributedDataParallel`` or ``torch.compile`` is taken out.
+        criterion: ``criterion(outputs, targets)``: losses ``[B]``. torch's losses, as
+            ``nn.CrossEntropyLoss()`` or ``F.cross_entropy``, are switched to their per-example form; what
+            is left beyond the first dimension is averaged (summed, for ``reduction="sum"``). An ignored
+            target counts as an example of loss zero.
+        batchnorm: ``"eval"``: by running statistics, so that the loss is a mean over examples;
+            ``"batch"``: by the statistics of each batch, so that it depends on the batches.
+        include_frozen: make parameters with ``requires_grad=False`` variables too; by default they are
+            constants.
+
+    Returns:
+        ``(objective, params)``, ``params`` a dict by dotted name in the order of ``named_parameters()``.
+        A batch is ``(*inputs, targets)``, called as ``model(*inputs)``, or a dict with its targets under
+        ``"targets"``, ``"target"``, ``"labels"`` or ``"label"`` and the rest keyword arguments.
+
+    Raises:
+        TypeError: ``model`` is no module, ``criterion`` cannot be called.
+        ValueError: no parameters, or all frozen; a criterion without a per-example form; uninitialised
+            lazy parameters; an unknown ``batchnorm``. On call: one example only, under batch statistics.
+
+    Cost:
+        A copy of the parameters and buffers.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> objective, params = from_module(model, torch.nn.CrossEntropyLoss())
+        >>> objective(params, (torch.ones(5, 3), torch.zeros(5, dtype=torch.int64))).shape
+        torch.Size([5])
+    """
+    check_choice("batchnorm", batchnorm, ("eval", "batch"))
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = _unwrap(model)
+    skeleton = _skeleton(model, batchnorm)
+    variables, constants = {}, {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"model: lazy parameter {name!r} has no shape yet; run one forward pass first")
+        chosen = variables if parameter.requires_grad or include_frozen else constants
+        chosen[name] = parameter.detach().clone()
+    if not variables:
+        state = "all its parameters are frozen (pass include_frozen=True)" if constants else "it has none"
+        raise ValueError(f"model has no parameters to differentiate by: {state}")
+    if batchnorm == "eval":
+        constants |= {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    else:
+        kept = dict(skeleton.named_buffers())
+        constants |= {name: b.detach().clone() for name, b in model.named_buffers() if name in kept}
+    per_example = _per_example(criterion)
+
+    def forward(params: Tree, batch: Batch) -> Any:
+        if batchnorm == "batch" and batch_size(batch) == 1:
+            raise ValueError(
+                'batchnorm="batch" needs at least two examples in each batch, and data has a batch of one; '
+                'choose another batch_size, leave the example out, or take batchnorm="eval"'
+            )
+        args, kwargs, _ = _split(batch)
+        return torch.func.functional_call(skeleton, {**constants, **params}, args, kwargs)
+
+    def output_loss(outputs: Any, batch: Batch) -> Tensor:
+        return per_example(outputs, _split(batch)[2])
+
+    return Objective(forward, output_loss, batchnorm), variables
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside wrappers that transforms cannot pass through."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner  # what torch.compile wraps
+        else:
+            return model
+
+
+def _skeleton(model: nn.Module, batchnorm: str) -> nn.Module:
+    """A copy of the modules without their tensors, in evaluation mode but for the batch norm asked for."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    shared |= {id(b): b for b in model.buffers()}
+    try:
+        skeleton = copy.deepcopy(model, shared)
+    except RuntimeError as error:
+        error.add_note("hvpkit: the module could not be copied; does it keep computed tensors as attributes?")
+        raise
+    skeleton.eval()
+    if batchnorm == "batch":
+        for module in skeleton.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+                module.track_running_stats = False
+                module.running_mean = module.running_var = module.num_batches_tracked = None
+    return skeleton
+
+
+def _split(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Positional inputs, keyword inputs and targets of a batch."""
+    if isinstance(batch, Mapping):
+        keys = [key for key in TARGET_KEYS if key in batch]
+        if len(keys) == 1:
+            return (), {key: value for key, value in batch.items() if key != keys[0]}, batch[keys[0]]
+    elif isinstance(batch, tuple | list) and len(batch) >= 2:
+        return tuple(batch[:-1]), {}, batch[-1]
+    raise ValueError(
+        "data: a batch for from_module must be (*inputs, targets), or a dict with one of the keys "
+        f"{', '.join(TARGET_KEYS)}; for any other write hvpkit.Objective(forward, output_loss)"
+    )
+
+
+def _per_example(criterion: Callable[..., Tensor]) -> Callable[[Any, Any], Tensor]:
+    """``criterion`` in its per-example form: losses ``[B]``."""
+    if not callable(criterion):
+        raise TypeError(f"criterion must be callable, got {type(criterion).__name__}")
+    unreduced, summed = _without_reduction(criterion)
+
+    def losses(outputs: Any, targets: Any) -> Tensor:
+        values = unreduced(outputs, targets)
+        if isinstance(values, Tensor) and values.ndim == 0:
+            raise ValueError(
+                "criterion has no per-example form: it returned a 0-d tensor; pass one that returns one loss "
+                'for each example, as functools.partial(F.cross_entropy, reduction="none")'
+            )
+        if summed is None or values.ndim < 2:
+            return values
+        flat = values.flatten(1)
+        return flat.sum(1) if summed else flat.mean(1)
+
+    return losses
+
+
+def _without_reduction(
+    criterion: Callable[..., Tensor],
+) -> tuple[Callable[..., Tensor], bool | None]:
+    """The criterion without its reduction, and whether that was a sum; None: there was none to undo."""
+    if isinstance(criterion, nn.Module) and isinstance(getattr(criterion, "reduction", None), str):
+        _check_class_weights(criterion.reduction, getattr(criterion, "weight", None), criterion)
+        unreduced = copy.copy(criterion)
+        unreduced.reduction = "none"
+        return unreduced, _is_sum(criterion.reduction)
+    function = criterion.func if isinstance(criterion, functools.partial) else criterion
+    if getattr(function, "__module__", None) == F.__name__ and _has_reduction(function):
+        keywords = criterion.keywords if isinstance(criterion, functools.partial) else {}
+        reduction = keywords.get("reduction", "mean")
+        _check_class_weights(reduction, keywords.get("weight"), function)
+        return functools.partial(criterion, reduction="none"), _is_sum(reduction)
+    return criterion, None
+
+
+def _is_sum(reduction: str) -> bool | None:
+    return None if reduction == "none" else reduction in ("sum", "batchmean")
+
+
+def _has_reduction(function: Callable[..., Any]) -> bool:
+    return "reduction" in inspect.signature(function).parameters
+
+
+def _check_class_weights(reduction: str, weight: object, criterion: object) -> None:
+    weighted = (nn.CrossEntropyLoss, nn.NLLLoss)
+    by_class = isinstance(criterion, weighted) or criterion in (F.cross_entropy, F.nll_loss)
+    if reduction == "mean" and weight is not None and by_class:
+        raise ValueError(
+            "criterion has no per-example form: with class weights, torch's mean divides by the weights that "
+            "happen to be in a batch; pass reduction='none' for the mean over examples of the weighted losses"
+        )

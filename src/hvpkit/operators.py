@@ -1,0 +1,295 @@
+"""Matrix-free symmetric linear operators: what every solver and estimator sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hvpkit._typing import Tree
+from hvpkit.errors import NonFiniteError
+from hvpkit.products import check_like
+from hvpkit.space import LOCAL, Space
+from hvpkit.trees import Layout
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
+
+Product = Callable[[Tensor], Tensor]
+"""``[n, k]`` to ``[n, k]``: a function that does not write to its argument."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearOperator:
+    """A symmetric operator of shape ``(n, n)``, known by its products.
+
+    ``H @ v`` takes a tensor ``[n]`` or ``[n, k]``, or a tree shaped like the parameters, and returns the
+    like. It looks at what it is given and at what comes out; ``H.product`` is the same on ``[n, k]`` without
+    a look, which never waits for the device.
+
+    Attributes:
+        product: ``[n, k]`` to ``[n, k]``, unchecked.
+        n: dimension.
+        dtype, device: of vectors and products.
+        name: what it is, for ``repr`` and results.
+        layout: how trees of parameters lie in vectors, or None.
+        num_examples: examples that one product passes over, or None.
+        cost: full-data products that one product costs.
+        mode: how products are made and why, or None.
+        space: inner products of its vectors.
+        explain: given a vector ``[n]`` whose product is not finite, says where that comes from.
+
+    Example:
+        >>> import torch
+        >>> A = aslinearoperator(torch.diag(torch.tensor([1.0, 2.0])))
+        >>> (2.0 * A.shift(1.0)) @ torch.tensor([1.0, 1.0])
+        tensor([4., 6.])
+    """
+
+    product: Product
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+    name: str = "operator"
+    layout: Layout | None = None
+    num_examples: int | None = None
+    cost: float = 1.0
+    mode: str | None = None
+    space: Space = LOCAL
+    explain: Callable[[Tensor], str] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, n)``."""
+        return (self.n, self.n)
+
+    def __repr__(self) -> str:
+        details = [f"{self.n} x {self.n}", str(self.dtype).removeprefix("torch."), str(self.device)]
+        if self.num_examples is not None:
+            details.append(f"{self.num_examples} examples")
+        if self.mode is not None:
+            details.append(self.mode)
+        return f"<{self.name}: {', '.join(details)}>"
+
+    def __matmul__(self, v: Tree) -> Tree:
+        """The product with ``v``: a tensor ``[n]`` or ``[n, k]``, or a tree shaped like the parameters.
+
+        Raises:
+            ValueError: ``v`` has another length, shape, dtype or device, or holds NaN or infinity.
+            NonFiniteError: the product does; names the first batch at fault where there are batches.
+        """
+        if not isinstance(v, Tensor) or self._is_leaf(v):
+            layout = self._layout()
+            leaves = [check_like(leaf, self._like()) for leaf in layout.leaves(v)]
+            return layout.unflatten(self @ torch.cat([leaf.reshape(-1) for leaf in leaves]))
+        if v.ndim not in (1, 2) or v.shape[0] != self.n:
+            raise ValueError(f"v must have shape [{self.n}] or [{self.n}, k], got {list(v.shape)}")
+        vectors = check_like(v, self._like()).reshape(self.n, -1)
+        if not bool(torch.isfinite(vectors).all()):
+            raise ValueError("v contains NaN or infinity")
+        result = self.product(vectors)
+        if not bool(torch.isfinite(result).all()):
+            raise NonFiniteError(self.blame(vectors))
+        return result.reshape(v.shape)
+
+    def _like(self) -> Tensor:
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
+    def _layout(self) -> Layout:
+        if self.layout is None:
+            raise TypeError(f"v must be a tensor: {self!r} knows no tree of parameters")
+        return self.layout
+
+    def _is_leaf(self, v: Tensor) -> bool:
+        """Whether ``v`` is itself a tree, as parameters that are one matrix are."""
+        return self.layout is not None and v.ndim != 1 and self.layout.shapes == (v.shape,)
+
+    def blame(self, vectors: Tensor) -> str:
+        """Where a product with ``vectors`` ``[n, k]`` that is not finite comes from."""
+        if self.explain is None:
+            return f"a product of {self!r} gave NaN or infinity"
+        finite = torch.isfinite(self.product(vectors)).all(dim=0).tolist()
+        return self.explain(vectors[:, finite.index(False) if False in finite else 0])
+
+    def flatten(self, tree: Tree) -> Tensor:
+        """The vector ``[n]`` of a tree shaped like the parameters, in ``parameters_to_vector`` order."""
+        return self._layout().flatten(tree, name="tree")
+
+    def unflatten(self, v: Tensor) -> Tree:
+        """The tree whose vector is ``v`` ``[n]``; its leaves are views of ``v``."""
+        return self._layout().unflatten(v)
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        return self._combine(other, 1.0)
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        return self._combine(other, -1.0)
+
+    def _combine(self, other: LinearOperator, sign: float) -> LinearOperator:
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        for what in ("shape", "dtype", "device"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise ValueError(f"operators of different {what} cannot be combined: {mine} and {theirs}")
+        return LinearOperator(
+            lambda v: torch.add(self.product(v), other.product(v), alpha=sign),
+            self.n,
+            self.dtype,
+            self.device,
+            name=f"({self.name} {'+' if sign > 0 else '-'} {other.name})",
+            layout=self.layout or other.layout,
+            num_examples=self.num_examples or other.num_examples,
+            cost=self.cost + other.cost,
+            space=self.space,
+        )
+
+    def __mul__(self, factor: float) -> LinearOperator:
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            return NotImplemented
+        return replace(self, product=lambda v: factor * self.product(v), name=f"{factor:g} * {self.name}")
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LinearOperator:
+        return self * -1.0
+
+    def shift(self, sigma: float) -> LinearOperator:
+        r"""The operator :math:`H + \sigma I`: eigenvalues move by ``sigma``, eigenvectors stay."""
+        return replace(
+            self,
+            product=lambda v: torch.add(self.product(v), v, alpha=sigma),
+            name=f"({self.name} {'+' if sigma >= 0 else '-'} {abs(sigma):g} I)",
+        )
+
+    def to_scipy(self, dtype: Any = None) -> scipy.sparse.linalg.LinearOperator:
+        """The operator for SciPy, with ``matvec`` and ``matmat`` on NumPy arrays.
+
+        Args:
+            dtype: NumPy dtype of what SciPy sees, by default the operator's own. A wider one only hides that
+                products have the precision of the operator's dtype.
+
+        Raises:
+            TypeError: NumPy has no such dtype (bfloat16): name one, such as ``numpy.float32``.
+
+        Example:
+            >>> import torch
+            >>> A = aslinearoperator(torch.diag(torch.tensor([1.0, 2.0])))
+            >>> A.to_scipy().matvec([1.0, 1.0])
+            array([1., 2.], dtype=float32)
+        """
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+        if dtype is None:
+            if self.dtype not in (torch.float16, torch.float32, torch.float64):
+                raise TypeError(f"NumPy has no {self.dtype}; pass dtype=numpy.float32")
+            dtype = str(self.dtype).removeprefix("torch.")
+        numpy_dtype = np.dtype(dtype)
+
+        def apply(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            vectors = torch.tensor(np.ascontiguousarray(array)).to(self.device, self.dtype)
+            result: np.ndarray[Any, Any] = (self @ vectors).cpu().numpy().astype(numpy_dtype)
+            return result
+
+        return ScipyOperator(self.shape, matvec=apply, rmatvec=apply, matmat=apply, dtype=numpy_dtype)
+
+
+def aslinearoperator(A: Any, *, device: torch.device | str | None = None) -> LinearOperator:
+    """A symmetric matrix or foreign operator as a :class:`LinearOperator`.
+
+    Args:
+        A: a dense tensor or NumPy array ``[n, n]``; a SciPy sparse matrix or operator; an object of
+            another library with ``shape``, ``dtype`` and ``@``; or a tuple ``(matvec, n, dtype)`` with
+            ``matvec`` on tensors ``[n]``. Symmetry is the caller's word; solvers test it as they go.
+        device: where vectors live; by default the tensor's own, else the CPU.
+
+    Raises:
+        TypeError: ``A`` is none of these, or its dtype is not real floating point.
+        ValueError: ``A`` is not square, or holds NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> A = aslinearoperator((lambda v: 3.0 * v, 4, torch.float64))
+        >>> A @ torch.ones(4, dtype=torch.float64)
+        tensor([3., 3., 3., 3.], dtype=torch.float64)
+    """
+    import numpy as np
+
+    if isinstance(A, LinearOperator):
+        return A
+    if isinstance(A, tuple):
+        return _from_matvec(A, torch.device(device or "cpu"))
+    if isinstance(A, np.ndarray):
+        A = torch.from_numpy(A)
+    if isinstance(A, Tensor):
+        return _from_dense(A.detach() if device is None else A.detach().to(device))
+    if hasattr(A, "shape") and hasattr(A, "dtype") and hasattr(A, "__matmul__"):
+        return _from_foreign(A, device)
+    raise TypeError(
+        "A must be a tensor, a SciPy matrix or operator, an object with shape, dtype and @, or a tuple "
+        f"(matvec, n, dtype); got {type(A).__name__}"
+    )
+
+
+def _check_square(shape: Sequence[int]) -> int:
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1:
+        raise ValueError(f"A must be square, [n, n] with n >= 1; got shape {list(shape)}")
+    return int(shape[0])
+
+
+def _check_real(dtype: object) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"A must have a real floating dtype, got {dtype}; convert it first")
+    return dtype
+
+
+def _from_dense(matrix: Tensor) -> LinearOperator:
+    n, dtype = _check_square(matrix.shape), _check_real(matrix.dtype)
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError("A contains NaN or infinity")
+    return LinearOperator(lambda v: matrix @ v, n, dtype, matrix.device, name="dense matrix")
+
+
+def _from_matvec(parts: tuple[Any, ...], device: torch.device) -> LinearOperator:
+    if len(parts) != 3 or not callable(parts[0]) or not isinstance(parts[1], int):
+        raise TypeError("A: a tuple must be (matvec, n, dtype) with a function, an int and a torch.dtype")
+    matvec, n, dtype = parts
+    _check_square((n, n))
+
+    def product(vectors: Tensor) -> Tensor:
+        return torch.stack([_checked(matvec(column), n) for column in vectors.unbind(1)], dim=1)
+
+    return LinearOperator(product, n, _check_real(dtype), device, name="matvec")
+
+
+def _checked(result: object, n: int) -> Tensor:
+    if not isinstance(result, Tensor) or result.shape != (n,):
+        found = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"A: matvec must return a tensor of shape [{n}], got {found}")
+    return result.detach()
+
+
+def _from_foreign(A: Any, device: torch.device | str | None) -> LinearOperator:
+    """An operator of SciPy, or of a library whose operators multiply tensors."""
+    import numpy as np
+
+    n = _check_square(A.shape)
+    if isinstance(A.dtype, torch.dtype):
+        target = torch.device(device or getattr(A, "device", "cpu"))
+
+        def product(vectors: Tensor) -> Tensor:
+            return torch.stack([_checked(A @ v.contiguous(), n) for v in vectors.unbind(1)], dim=1)
+
+        return LinearOperator(product, n, _check_real(A.dtype), target, name=type(A).__name__)
+
+    dtype = _check_real(getattr(torch, np.dtype(A.dtype).name, A.dtype))
+    target = torch.device(device or "cpu")
+
+    def numpy_product(vectors: Tensor) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(A @ vectors.cpu().numpy())).to(target, dtype)
+
+    return LinearOperator(numpy_product, n, dtype, target, name=type(A).__name__)

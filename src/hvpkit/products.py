@@ -1,0 +1,339 @@
+"""Losses, gradients and Hessian-vector products: pure functions on trees.
+
+The mean over examples is written as a sum of one function for each batch, ``f_b(leaves)``, which holds
+what the batch adds to the mean. Everything here is a sum over those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hvpkit._typing import Batch, LossFn, Tree
+from hvpkit.data import Data, as_data
+from hvpkit.errors import NonFiniteError, check_choice
+from hvpkit.trees import Layout, batch_size, check_params, unflatten
+
+Leaves: TypeAlias = list[Tensor]
+Part: TypeAlias = Callable[[Leaves], Tensor]
+"""What one batch adds to the mean, as a function of the parameters' leaves."""
+
+MODES = ("forward-over-reverse", "reverse-over-reverse", "finite-difference")
+
+
+def hvp(
+    loss_fn: LossFn, params: Tree, batch: Batch, v: Tree, *, mode: str = "forward-over-reverse"
+) -> Tree:
+    r"""Hessian-vector product of the mean loss over one batch, :math:`\nabla^2 L(p)\, v`.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch)``: losses ``[B]``, or their mean as a 0-d tensor.
+        params: tree of floating tensors, the point.
+        batch: tree of tensors with a common first dimension.
+        v: tree shaped like ``params``, of its dtype and device. Its values are not looked at.
+        mode: ``"forward-over-reverse"``: the directional derivative of the gradient;
+            ``"reverse-over-reverse"``: the gradient of the gradient's inner product with ``v``, least
+            memory; ``"finite-difference"``: central differences of the gradient with step
+            :math:`\epsilon^{1/3} \max(1, \|p\|) / \|v\|`, about two thirds of the dtype's digits, where
+            the others lack a derivative.
+
+    Returns:
+        A tree shaped like ``params``. Nothing of the caller's is written to.
+
+    Raises:
+        TypeError: a leaf that is no floating tensor, a loss of integer dtype.
+        ValueError: shapes, dtypes or devices that disagree; an unknown mode; a loss that is neither
+            ``[B]`` nor 0-d, or does not depend on ``params``.
+
+    Cost:
+        About 9 forward passes; 6 gradients' worth of them with finite differences.
+
+    Source:
+        Pearlmutter, Neural Computation 6 (1994) 147-160, doi:10.1162/neco.1994.6.1.147.
+
+    Example:
+        >>> import torch
+        >>> loss_fn = lambda p, batch: (batch * p["w"]).sum(-1) ** 2
+        >>> params, batch = {"w": torch.ones(2)}, torch.tensor([[1.0, 2.0]])
+        >>> hvp(loss_fn, params, batch, {"w": torch.tensor([1.0, 0.0])})
+        {'w': tensor([2., 4.])}
+    """
+    check_choice("mode", mode, MODES)
+    layout, leaves = check_params(params, finite=False)
+    direction = [check_like(leaf, leaves[0]) for leaf in layout.leaves(v)]
+    part = _part(loss_fn, layout, batch, None, batch_size(batch))
+    with exact_derivatives(leaves[0].device):
+        check_loss(part, leaves)
+        return unflatten(part_products(part, leaves, [direction], mode)[0], layout.spec)
+
+
+def grad(loss_fn: LossFn, params: Tree, data: object) -> Tree:
+    """Gradient of the mean loss over all examples, a tree shaped like ``params``.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch)``: losses ``[B]``, or their mean as a 0-d tensor.
+        params: tree of floating tensors.
+        data: tensors, a Dataset, a DataLoader or a re-iterable of batches: see :func:`hvpkit.as_data`.
+
+    Raises:
+        TypeError, ValueError: as :func:`hvp` and :func:`hvpkit.as_data`.
+        NonFiniteError: the gradient is not finite; names the first batch at fault.
+
+    Cost:
+        One pass of 3 forward passes' work.
+
+    Example:
+        >>> import torch
+        >>> loss_fn = lambda p, batch: (p * batch).sum(-1)
+        >>> grad(loss_fn, torch.ones(2), torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+        tensor([2., 4.])
+    """
+    layout, leaves = check_params(params)
+    examples = as_data(data, device=leaves[0].device)
+
+    def gradient(part: Part) -> Leaves:
+        return part_gradient(part, leaves)
+
+    with exact_derivatives(leaves[0].device):
+        check_loss(next(parts(loss_fn, layout, examples)), leaves)
+        total = sum_parts(parts(loss_fn, layout, examples), gradient)
+        if not all_finite(total):
+            raise NonFiniteError(blame("gradient", parts(loss_fn, layout, examples), gradient))
+        return unflatten(total, layout.spec)
+
+
+def loss(loss_fn: LossFn, params: Tree, data: object) -> Tensor:
+    """Mean loss over all examples, 0-d.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch)``: losses ``[B]``, or their mean as a 0-d tensor.
+        params: tree of floating tensors.
+        data: tensors, a Dataset, a DataLoader or a re-iterable of batches: see :func:`hvpkit.as_data`.
+
+    Raises:
+        TypeError, ValueError: as :func:`hvp` and :func:`hvpkit.as_data`.
+        NonFiniteError: the loss is not finite; names the first batch at fault.
+
+    Cost:
+        One forward pass over the data.
+
+    Example:
+        >>> import torch
+        >>> loss(lambda p, batch: (p - batch) ** 2, torch.tensor(1.0), torch.tensor([0.0, 3.0]))
+        tensor(2.5000)
+    """
+    layout, leaves = check_params(params)
+    examples = as_data(data, device=leaves[0].device)
+
+    def value(part: Part) -> Leaves:
+        return [part(leaves)]
+
+    with exact_derivatives(leaves[0].device), torch.no_grad():
+        total = sum_parts(parts(loss_fn, layout, examples), value)
+        if not all_finite(total):
+            raise NonFiniteError(blame("loss", parts(loss_fn, layout, examples), value))
+        return total[0]
+
+
+def parts(loss_fn: LossFn, layout: Layout, data: Data) -> Iterator[Part]:
+    """What each batch adds to the (weighted) mean over the data's examples."""
+    for batch, weights in data.weighted():
+        yield _part(loss_fn, layout, batch, weights, data.num_examples)
+
+
+def _part(
+    loss_fn: LossFn, layout: Layout, batch: Batch, weights: Tensor | None, num_examples: int
+) -> Part:
+    size = batch_size(batch)
+
+    def part(leaves: Leaves) -> Tensor:
+        losses = loss_fn(unflatten(leaves, layout.spec), batch)
+        _check_losses(losses, size)
+        if losses.ndim == 0:
+            if weights is not None:
+                raise ValueError(
+                    "loss_fn returned a 0-d mean, which cannot be weighted by example; return one loss "
+                    f"for each example, shape [{size}]"
+                )
+            return losses * (size / num_examples)
+        if weights is None:
+            return losses.sum() / num_examples
+        return torch.dot(losses, weights.to(losses.dtype))
+
+    return part
+
+
+def _check_losses(losses: object, size: int) -> None:
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"loss_fn must return a tensor, got {type(losses).__name__}")
+    if not losses.dtype.is_floating_point:
+        raise TypeError(
+            f"loss_fn returned dtype {losses.dtype}; a loss must be real floating point to have a derivative"
+        )
+    if losses.ndim and losses.shape != (size,):
+        hint = "squeeze it" if losses.shape == (size, 1) else "reduce it over all but the first dimension"
+        raise ValueError(
+            f"loss_fn returned shape {list(losses.shape)} for a batch of {size} examples; expected one loss "
+            f"for each, [{size}], or their mean as a 0-d tensor: {hint}"
+        )
+
+
+def check_loss(part: Part, leaves: Leaves) -> Tensor:
+    """The part's value; a ValueError if it does not depend on the parameters."""
+    with torch.enable_grad():
+        value = part([leaf.detach().requires_grad_() for leaf in leaves])
+    if not value.requires_grad:
+        raise ValueError(
+            "loss_fn does not depend on params: no derivative flows back (does it close over the model's own "
+            "parameters, detach, or run under no_grad?); compute the loss from its params argument, "
+            "for a module with torch.func.functional_call or hvpkit.from_module"
+        )
+    return value.detach()
+
+
+def check_like(leaf: Tensor, reference: Tensor, *, name: str = "v") -> Tensor:
+    """The leaf, detached; a ValueError if its dtype or device is not the reference's."""
+    for what in ("dtype", "device"):
+        found, expected = getattr(leaf, what), getattr(reference, what)
+        if found != expected:
+            raise ValueError(f"{name} has {what} {found}, expected {expected}: use {name}.to({expected!r})")
+    return leaf.detach()
+
+
+# Products of one part with several vectors: each a list of leaves.
+
+
+def part_gradient(part: Part, leaves: Leaves) -> Leaves:
+    """Gradient of a part; zeros for leaves that it does not use."""
+    with torch.enable_grad():
+        points = [leaf.detach().requires_grad_() for leaf in leaves]
+        value = part(points)
+        if not value.requires_grad:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        return list(torch.autograd.grad(value, points, allow_unused=True, materialize_grads=True))
+
+
+def part_products(
+    part: Part, leaves: Leaves, vectors: Sequence[Leaves], mode: str
+) -> list[Leaves]:
+    """Hessian of a part times each of several vectors."""
+    try:
+        return _PRODUCTS[mode](part, leaves, vectors)
+    except (RuntimeError, NotImplementedError) as error:
+        others = " or ".join(repr(other) for other in MODES if other != mode)
+        error.add_note(f"hvpkit: in a Hessian product with mode={mode!r}; mode={others} may do without")
+        raise
+
+
+def _forward_over_reverse(part: Part, leaves: Leaves, vectors: Sequence[Leaves]) -> list[Leaves]:
+    # The order matters: jvp(grad) is exact where jvp(jacrev) and grad(jvp) are wrong through LayerNorm.
+    gradient = torch.func.grad(part)
+    return [list(torch.func.jvp(gradient, (leaves,), (vector,))[1]) for vector in vectors]
+
+
+def _reverse_over_reverse(part: Part, leaves: Leaves, vectors: Sequence[Leaves]) -> list[Leaves]:
+    with torch.enable_grad():
+        points = [leaf.detach().requires_grad_() for leaf in leaves]
+        value = part(points)
+        slopes: Sequence[Tensor | None] = ()
+        if value.requires_grad:
+            slopes = torch.autograd.grad(value, points, create_graph=True, allow_unused=True)
+    curved = [(i, slope) for i, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
+    if not curved:  # the loss is linear in the parameters
+        return [[torch.zeros_like(leaf) for leaf in leaves] for _ in vectors]
+    outputs = [slope for _, slope in curved]
+    return [
+        list(
+            torch.autograd.grad(
+                outputs,
+                points,
+                [vector[i] for i, _ in curved],
+                retain_graph=column + 1 < len(vectors),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+        for column, vector in enumerate(vectors)
+    ]
+
+
+def _finite_difference(part: Part, leaves: Leaves, vectors: Sequence[Leaves]) -> list[Leaves]:
+    return [_central_difference(part, leaves, vector) for vector in vectors]
+
+
+def _central_difference(part: Part, leaves: Leaves, vector: Leaves) -> Leaves:
+    length = _tree_norm(vector)
+    size = _tree_norm(leaves).clamp(min=1.0)
+    step = torch.finfo(leaves[0].dtype).eps ** (1 / 3) * size
+    # A zero vector has no direction: divide by one instead, and the difference is zero.
+    step = step / torch.where(length > 0, length, torch.ones_like(length))
+    ahead = part_gradient(part, [p + step * d for p, d in zip(leaves, vector, strict=True)])
+    behind = part_gradient(part, [p - step * d for p, d in zip(leaves, vector, strict=True)])
+    return [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+
+
+def _tree_norm(leaves: Leaves) -> Tensor:
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves])
+    )
+
+
+_PRODUCTS: dict[str, Callable[[Part, Leaves, Sequence[Leaves]], list[Leaves]]] = {
+    "forward-over-reverse": _forward_over_reverse,
+    "reverse-over-reverse": _reverse_over_reverse,
+    "finite-difference": _finite_difference,
+}
+
+
+# Sums over parts.
+
+
+def sum_parts(terms: Iterator[Part], term: Callable[[Part], Leaves]) -> Leaves:
+    """Sum of ``term(part)`` over the parts, leaf by leaf."""
+    total: Leaves = []
+    for part in terms:
+        leaves = term(part)
+        if not total:
+            total = [leaf.detach().clone() for leaf in leaves]
+        else:
+            for accumulated, leaf in zip(total, leaves, strict=True):
+                accumulated += leaf.detach()
+    return total
+
+
+def all_finite(leaves: Sequence[Tensor]) -> bool:
+    """Whether no entry is NaN or infinite; waits for the device."""
+    return bool(torch.stack([torch.isfinite(leaf).all() for leaf in leaves]).all())
+
+
+def blame(what: str, terms: Iterator[Part], term: Callable[[Part], Leaves]) -> str:
+    """Which batch first gives a value that is not finite, found by another pass."""
+    for index, part in enumerate(terms):
+        if not all_finite(term(part)):
+            return (
+                f"the {what} is not finite (NaN or infinity), first from batch {index} of the data (counted "
+                "from 0); look there for such inputs, a logarithm or square root at 0, or an overflow"
+            )
+    return f"the {what} is not finite (NaN or infinity), though no batch alone is, as an overflow of their sum"
+
+
+@contextmanager
+def exact_derivatives(device: torch.device) -> Iterator[None]:
+    """The settings under which second derivatives exist and have full precision; restored after.
+
+    Attention runs on its MATH backend and without the fused encoder path, whose kernels have no second
+    derivative; a caller's autocast and inference mode do not reach inside.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield

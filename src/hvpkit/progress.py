@@ -1,0 +1,34 @@
+"""Progress on the terminal: a monitor for the loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvpkit.iterate import Monitor
+from hvpkit.results import Progress
+
+
+def progress_bar(**options: Any) -> Monitor:
+    """A monitor that shows passes so far and both ends on one line of standard error.
+
+    Args:
+        options: for ``tqdm``, as ``disable=True``.
+
+    Example:
+        >>> import torch, hvpkit as hk
+        >>> op = hk.aslinearoperator(torch.eye(3))
+        >>> hk.extreme_eigenvalues(op, monitor=progress_bar(disable=True)).largest.value
+        1.0
+    """
+    from tqdm.auto import tqdm
+
+    bar = tqdm(unit=" passes", bar_format="{n:g} passes, {elapsed}{postfix}", **options)
+
+    def show(entry: Progress) -> None:
+        bar.n = entry.num_matvecs
+        bar.set_postfix_str(
+            f"smallest {entry.smallest:.4g} ± {entry.smallest_bound:.1g}, "
+            f"largest {entry.largest:.4g} ± {entry.largest_bound:.1g}"
+        )
+
+    return show

@@ -1,0 +1,233 @@
+"""What solvers return: eigenpairs with residuals and intervals, a status, and how it went."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from torch import Tensor
+
+
+class Status(StrEnum):
+    """Why a solver stopped. ``advice`` says what to do about it."""
+
+    CONVERGED = "converged"
+    INVARIANT_SUBSPACE = "invariant-subspace"
+    ZERO_TO_ROUNDING = "zero-to-rounding"
+    ROUNDING_LIMITED = "rounding-limited"
+    MAX_MATVECS = "max-matvecs"
+    TIME_LIMIT = "time-limit"
+    NON_FINITE = "non-finite"
+
+    @property
+    def converged(self) -> bool:
+        """Whether the values have the accuracy asked for, or all that their dtype can give."""
+        return self in (Status.CONVERGED, Status.INVARIANT_SUBSPACE, Status.ZERO_TO_ROUNDING)
+
+    @property
+    def advice(self) -> str:
+        """What the status means and what to do."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Status.CONVERGED: "every error bound is at most tol * |value|",
+    Status.INVARIANT_SUBSPACE: "the Krylov space is invariant: the values are exact to rounding",
+    Status.ZERO_TO_ROUNDING: (
+        "a value is zero to the rounding of the products and has no relative digits; the other bounds are at "
+        "most tol * |value|"
+    ),
+    Status.ROUNDING_LIMITED: (
+        "the rounding of the products does not allow tol for every value; see the intervals, use float64, or "
+        "raise tol"
+    ),
+    Status.MAX_MATVECS: (
+        "the product budget is used up; the values bound the ends from inside, the intervals say how well; "
+        "raise max_matvecs or tol"
+    ),
+    Status.TIME_LIMIT: (
+        "the time limit is reached; the values bound the ends from inside, the intervals say how well; raise "
+        "time_limit or tol"
+    ),
+    Status.NON_FINITE: "a product gave NaN or infinity; the values are from the products before it",
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Where an eigenvalue lies.
+
+    Attributes:
+        lower, upper: its ends.
+        kind: what it rests on. ``"residual"``: an eigenvalue lies inside, the residual's norm from the
+            value outwards, the value itself inwards (a Ritz value never lies outside the spectrum);
+            ``"exact"``: the Krylov space was invariant; ``"none"``: nothing is known.
+        confidence: the probability with which the extreme eigenvalue lies inside, over random starts; None
+            where no such claim is made.
+    """
+
+    lower: float
+    upper: float
+    kind: str
+    confidence: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return self.lower <= value <= self.upper
+
+
+@dataclass(frozen=True, repr=False)
+class Eigenpair:
+    """An eigenvalue, its unit vector ``[n]``, the norm of the true residual ``H v - value v``, and where the eigenvalue lies."""
+
+    value: float
+    vector: Tensor
+    residual_norm: float
+    interval: Interval
+
+    def __repr__(self) -> str:
+        return f"{self.value:.6g} in [{self.interval.lower:.6g}, {self.interval.upper:.6g}]"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a solve stands, as ``monitor`` sees it and ``history`` keeps it.
+
+    Attributes:
+        num_matvecs: full-data products so far.
+        seconds: since the start.
+        smallest, largest: the two ends so far, as Ritz values.
+        smallest_bound, largest_bound: norms of their residuals, from the recurrence.
+    """
+
+    num_matvecs: float
+    seconds: float
+    smallest: float
+    largest: float
+    smallest_bound: float
+    largest_bound: float
+
+
+@dataclass(frozen=True, repr=False)
+class EigenResult:
+    """Some eigenpairs of an operator.
+
+    Attributes:
+        values: ascending ``[k]``, float64, on the CPU.
+        vectors: orthonormal columns ``[n, k]``.
+        residual_norms: ``[k]``, of true residuals, from products.
+        intervals: one for each value.
+        num_matvecs: full-data products spent.
+        seconds: wall time.
+        status: why it stopped.
+        message: the status in words, with what to do.
+        history: one entry a look.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residual_norms: Tensor
+    intervals: tuple[Interval, ...]
+    num_matvecs: float
+    seconds: float
+    status: Status
+    message: str
+    history: tuple[Progress, ...]
+
+    @property
+    def converged(self) -> bool:
+        """Whether the values have the accuracy asked for."""
+        return self.status.converged
+
+    def pair(self, index: int) -> Eigenpair:
+        """The pair at ``index`` of the ascending values."""
+        return Eigenpair(
+            float(self.values[index]),
+            self.vectors[:, index],
+            float(self.residual_norms[index]),
+            self.intervals[index],
+        )
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{value:.6g}" for value in self.values.tolist())
+        return f"<{type(self).__name__}: [{values}], {self.status}, {self.num_matvecs:g} products>"
+
+
+@dataclass(frozen=True, repr=False)
+class ExtremeResult:
+    """Both ends of an operator's spectrum.
+
+    Attributes:
+        smallest, largest: the pairs.
+        num_matvecs: full-data products spent: passes over the data.
+        seconds: wall time.
+        status, message: why it stopped, and what to do.
+        history: both ends against passes, one entry a look.
+        tol: the relative error asked for.
+        operator: what was solved, in words.
+    """
+
+    smallest: Eigenpair
+    largest: Eigenpair
+    num_matvecs: float
+    seconds: float
+    status: Status
+    message: str
+    history: tuple[Progress, ...]
+    tol: float
+    operator: str
+
+    @property
+    def converged(self) -> bool:
+        """Whether both values have the accuracy asked for."""
+        return self.status.converged
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings for JSON; what is not finite becomes None. Vectors are left out."""
+        ends = {
+            name: {
+                "value": pair.value,
+                "residual_norm": pair.residual_norm,
+                "interval": asdict(pair.interval),
+            }
+            for name, pair in (("smallest", self.smallest), ("largest", self.largest))
+        }
+        plain = {
+            **ends,
+            "num_matvecs": self.num_matvecs,
+            "seconds": self.seconds,
+            "status": str(self.status),
+            "converged": self.converged,
+            "message": self.message,
+            "tol": self.tol,
+            "operator": self.operator,
+            "history": [asdict(entry) for entry in self.history],
+        }
+        result: dict[str, Any] = _finite_or_none(plain)
+        return result
+
+    def summary(self) -> str:
+        """A small table of both ends, and a line on how it went."""
+        header = f"{'end':<9}{'value':>13}  {'interval':<29}{'residual norm':>14}"
+        rows = [
+            f"{name:<9}{pair.value:>13.6g}  "
+            f"{f'[{pair.interval.lower:.6g}, {pair.interval.upper:.6g}]':<29}{pair.residual_norm:>14.3g}"
+            for name, pair in (("smallest", self.smallest), ("largest", self.largest))
+        ]
+        close = f"{self.status}: {self.num_matvecs:g} passes, {self.seconds:.3g} s; {self.message}"
+        return "\n".join([header, *rows, close])
+
+    def __repr__(self) -> str:
+        return (
+            f"<ExtremeResult: smallest {self.smallest!r}, largest {self.largest!r}, {self.status}, "
+            f"{self.num_matvecs:g} products>"
+        )
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Eigensolvers over a linear operator."""

@@ -1,0 +1,42 @@
+"""Growing an orthonormal basis, a row at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hvpkit.space import Space
+
+BREAKDOWN = 16.0
+"""In units of eps * norm: what is left of a vector beside the basis, and counts as nothing."""
+
+
+def orthonormalise_(
+    space: Space, basis: Tensor, row: int, vector: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes what of ``vector`` ``[n]`` is orthogonal to the rows above ``row``, at unit length, to that row.
+
+    Classical Gram-Schmidt, twice: orthogonal to rounding, by matrix-vector products, without waiting for
+    the device.
+
+    Args:
+        space: inner products.
+        basis: rows ``[capacity, n]``, orthonormal (or zero) above ``row``; written to.
+        row: where the new vector goes.
+        vector: ``[n]``.
+        norm: 0-d; less than rounding of it counts as nothing.
+
+    Returns:
+        Coefficients ``[row]`` of ``vector`` on the rows above, length of the rest, and 1; the two are 0 where
+        nothing is left, and the row is zero. NaN and infinity stay in the coefficients.
+    """
+    rows = basis[:row]
+    coefficients = space.dots(rows, vector)
+    vector = torch.addmv(vector, rows.mT, coefficients, alpha=-1.0)
+    correction = space.dots(rows, vector)
+    vector = torch.addmv(vector, rows.mT, correction, alpha=-1.0)
+    length = space.norm(vector)
+    left = length > BREAKDOWN * torch.finfo(basis.dtype).eps * norm
+    alive = left.to(basis.dtype)
+    torch.mul(vector, alive / torch.where(left, length, torch.ones_like(length)), out=basis[row])
+    return coefficients + correction, length * alive, alive
