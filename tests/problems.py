@@ -87,7 +87,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "attention": (Attention, (3, 4), 3),
     "encoder_layer": (
         lambda: nn.Sequential(
-            nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1, batch_first=True), nn.Flatten(), nn.Linear(12, 3)
+            nn.TransformerEncoderLayer(4, 2, 6, 0.1, "gelu", batch_first=True), nn.Flatten(), nn.Linear(12, 3)
         ),
         (3, 4),
         3,
