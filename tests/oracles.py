@@ -15,9 +15,7 @@ def _split(vector: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: piece.view_as(p) for piece, (name, p) in zip(pieces, params.items(), strict=True)}
 
 
-def scalar_loss(
-    loss_fn: Callable, params: Mapping[str, Tensor], batch: object
-) -> Callable[[Tensor], Tensor]:
+def scalar_loss(loss_fn: Callable, params: Mapping[str, Tensor], batch: object) -> Callable[[Tensor], Tensor]:
     """The mean loss of one batch as a function of the flat vector."""
     return lambda vector: loss_fn(_split(vector, params), batch).mean()
 
@@ -42,9 +40,7 @@ def hessian_by_differences(loss_fn: Callable, params: Mapping[str, Tensor], batc
     return torch.stack(columns, dim=1)
 
 
-def hessian_by_double_backward(
-    loss_fn: Callable, params: Mapping[str, Tensor], batch: object
-) -> Tensor:
+def hessian_by_double_backward(loss_fn: Callable, params: Mapping[str, Tensor], batch: object) -> Tensor:
     """Dense Hessian ``[n, n]`` of the batch mean, row by row through torch.autograd."""
     point = parameters_to_vector(params.values()).detach().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):  # the one backend with a second derivative
@@ -54,6 +50,15 @@ def hessian_by_double_backward(
         return torch.zeros(len(point), len(point), dtype=point.dtype)
     rows = [torch.autograd.grad(s, point, retain_graph=True)[0] for s in slope]
     return torch.stack(rows)
+
+
+def product_by_double_backward(
+    loss_fn: Callable, params: Mapping[str, Tensor], batch: object, v: Tensor
+) -> Tensor:
+    """Hessian of the batch mean times ``v`` ``[n]``, through torch.autograd."""
+    point = parameters_to_vector(params.values()).detach().requires_grad_()
+    slope = torch.autograd.grad(scalar_loss(loss_fn, params, batch)(point), point, create_graph=True)[0]
+    return torch.autograd.grad(slope, point, v)[0]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,19 @@
+"""Starts the command line, or says what it lacks."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Runs ``hvpkit``; exit code 2 if its packages are not installed."""
+    try:
+        from hvpkit.cli import app
+    except ImportError as error:
+        print(f"hvpkit: {error.name} is missing: pip install 'hvpkit[cli]'", file=sys.stderr)
+        raise SystemExit(2) from None
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The loss along a line through parameter space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvpkit._typing import LossFn, Tree
+from hvpkit.data import as_data
+from hvpkit.products import loss
+from hvpkit.trees import check_params
+
+
+def loss_along(
+    loss_fn: LossFn, params: Tree, data: object, direction: Tensor, distances: Sequence[float] | Tensor
+) -> Tensor:
+    r"""Mean losses :math:`L(p + t u)` over all examples, for each distance t.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch)``: losses ``[B]``, or their mean as a 0-d tensor.
+        params: tree of floating tensors, the point p.
+        data: tensors, a Dataset, a DataLoader or a re-iterable of batches: see :func:`hvpkit.as_data`.
+        direction: flat vector u, ``[n]``, as an eigenvector.
+        distances: values of t, ``[m]``.
+
+    Returns:
+        Losses ``[m]``, in the order of ``distances``.
+
+    Raises:
+        ValueError: ``direction`` has another length; else as :func:`hvpkit.loss`.
+
+    Cost:
+        A forward pass over the data for each distance.
+
+    Example:
+        >>> import torch
+        >>> loss_along(lambda p, batch: (p * batch).sum(-1) ** 2, torch.zeros(2), torch.eye(2),
+        ...            torch.tensor([1.0, 0.0]), [0.0, 2.0])
+        tensor([0., 2.])
+    """
+    layout, leaves = check_params(params)
+    if direction.shape != (layout.n,):
+        raise ValueError(f"direction must have shape [{layout.n}], got {list(direction.shape)}")
+    examples = as_data(data, device=leaves[0].device)
+    origin = layout.flatten(params)
+    points = (origin + float(t) * direction for t in distances)
+    return torch.stack([loss(loss_fn, layout.unflatten(point), examples) for point in points])
