@@ -114,7 +114,11 @@ def network(name: str, *, num_examples: int = 13, seed: int = 0) -> Problem:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = make().double()
-    x = torch.randn(num_examples, *shape, generator=g, dtype=torch.float64) if shape else _tokens(num_examples, g)
+    x = (
+        torch.randn(num_examples, *shape, generator=g, dtype=torch.float64)
+        if shape
+        else _tokens(num_examples, g)
+    )
     y = torch.randint(0, classes, (num_examples,), generator=g)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

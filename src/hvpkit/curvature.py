@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hvpkit._typing import LossFn, Tree
 from hvpkit.data import Data, as_data
-from hvpkit.errors import NonFiniteError, check_choice
+from hvpkit.errors import NonFiniteError, check_choice, check_count
+from hvpkit.objective import check_batches
 from hvpkit.operators import LinearOperator
+from hvpkit.probes import generator, resolve_seed
 from hvpkit.products import (
     MODES,
     Leaves,
@@ -25,7 +26,7 @@ from hvpkit.products import (
     parts,
     sum_parts,
 )
-from hvpkit.trees import Layout, check_params, flatten, join, unflatten
+from hvpkit.trees import Layout, check_params, flatten, join, snapshot, unflatten
 
 Selection = str | Sequence[str] | Callable[[str], bool] | None
 """Globs over dotted parameter names, or a predicate of a name; None: all."""
@@ -60,7 +61,8 @@ def hessian(
         chosen ones by dotted name where ``wrt`` is given.
 
     Raises:
-        TypeError, ValueError: as :func:`hvpkit.hvp` and :func:`hvpkit.as_data`; ``wrt`` matches nothing.
+        TypeError, ValueError: as :func:`hvpkit.hvp` and :func:`hvpkit.as_data`; ``wrt`` matches nothing; a
+            last batch of one example under ``batchnorm="batch"``.
         NonFiniteError: the loss of the first batch is not finite.
 
     Cost:
@@ -76,17 +78,33 @@ def hessian(
         tensor([2., 8.])
     """
     check_choice("mode", mode, ("auto", *MODES))
-    loss_fn, params = _restrict(loss_fn, params, wrt)
+    function, params = _restrict(loss_fn, params, wrt)
     layout, leaves = check_params(params)
-    leaves = [leaf.clone() for leaf in leaves]  # the point stays, whatever training does to params
+    leaves = [snapshot(leaf) for leaf in leaves]  # the point stays, whatever training does to params
     device = leaves[0].device
     examples = as_data(data, batch_size=batch_size, device=device)
+    check_batches(loss_fn, examples)
     if mode == "auto":
         mode = "reverse-over-reverse" if device.type == "cpu" else "forward-over-reverse"
     with exact_derivatives(device):
-        first = check_loss(next(parts(loss_fn, layout, examples)), leaves)
+        first = check_loss(next(parts(function, layout, examples)), leaves)
         if not all_finite([first]):
             raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
+
+    return _hessian_over(examples, function, layout, leaves, mode, progress)
+
+
+def _hessian_over(
+    examples: Data,
+    loss_fn: LossFn,
+    layout: Layout,
+    leaves: Leaves,
+    mode: str,
+    progress: bool,
+    cost: float = 1.0,
+) -> LinearOperator:
+    """The Hessian of the mean over ``examples``, whose products cost ``cost`` full-data products."""
+    device = leaves[0].device
 
     def terms() -> Iterator[Part]:
         batches = parts(loss_fn, layout, examples)
@@ -108,6 +126,11 @@ def hessian(
         with exact_derivatives(device):
             return blame("Hessian product", parts(loss_fn, layout, examples), term)
 
+    def sample(num_examples: int, seed: int) -> LinearOperator:
+        chosen = _subset(examples, num_examples, seed)
+        share = cost * num_examples / examples.num_examples
+        return _hessian_over(chosen, loss_fn, layout, leaves, mode, progress, share)
+
     return LinearOperator(
         product,
         layout.n,
@@ -116,9 +139,22 @@ def hessian(
         name="Hessian",
         layout=layout,
         num_examples=examples.num_examples,
+        cost=cost,
         mode=mode,
         explain=explain,
+        sample=sample,
     )
+
+
+def _subset(examples: Data, num_examples: int, seed: int) -> Data:
+    """A uniform random subset without replacement, whose mean is unbiased for that of all examples."""
+    total = examples.num_examples
+    check_count("num_examples", num_examples, 1, total)
+    chosen = torch.randperm(total, generator=generator(resolve_seed(seed)))[:num_examples]
+    weights = examples.weights
+    if weights is not None:
+        weights = weights[chosen.to(weights.device)] * (total / num_examples)
+    return examples.subset(chosen, weights)
 
 
 def _restrict(loss_fn: LossFn, params: Tree, wrt: Selection) -> tuple[LossFn, Tree]:
@@ -131,7 +167,7 @@ def _restrict(loss_fn: LossFn, params: Tree, wrt: Selection) -> tuple[LossFn, Tr
     selected = {name: leaf for name, leaf in zip(names, leaves, strict=True) if chosen(name)}
     if not selected:
         raise ValueError(f"wrt={wrt!r} matches no parameter; their names: {', '.join(names)}")
-    constants = [leaf.detach().clone() for leaf in leaves]
+    constants = [snapshot(leaf) for leaf in leaves]
 
     def restricted(variables: dict[str, Tensor], batch: object) -> Tensor:
         whole = [variables.get(name, leaf) for name, leaf in zip(names, constants, strict=True)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -28,7 +28,7 @@ from torch.utils.data import (
 from hvpkit._typing import Batch
 from hvpkit.errors import UnstableDataError, check_count
 from hvpkit.trees import batch_size as count_examples
-from hvpkit.trees import flatten, unflatten
+from hvpkit.trees import flatten, unflatten, usable
 
 DEFAULT_BATCH_SIZE = 256
 """Examples in a batch, where neither the caller nor the caller's loader says."""
@@ -43,6 +43,10 @@ class TensorBatches:
 
     def __len__(self) -> int:
         return count_examples(self.examples)
+
+    @property
+    def smallest_batch(self) -> int:
+        return _smallest_slice(len(self), self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self), self.batch_size):
@@ -62,14 +66,12 @@ class DatasetBatches:
     loader: DataLoader[Any]
 
     @classmethod
-    def of(
-        cls, dataset: Any, batch_size: int | None, like: DataLoader[Any] | None = None
-    ) -> DatasetBatches:
+    def of(cls, dataset: Any, batch_size: int | None, like: DataLoader[Any] | None = None) -> DatasetBatches:
         """Batches of ``dataset`` as the loader ``like`` collates and fetches them."""
         options: dict[str, Any] = {"batch_size": batch_size or DEFAULT_BATCH_SIZE}
         if like is not None:
             options |= {
-                "batch_size": batch_size or like.batch_size,
+                "batch_size": batch_size or like.batch_sampler.batch_size,  # type: ignore[union-attr]
                 "collate_fn": like.collate_fn,
                 "num_workers": like.num_workers,
                 "pin_memory": like.pin_memory,
@@ -77,12 +79,16 @@ class DatasetBatches:
                 "worker_init_fn": like.worker_init_fn,
                 "multiprocessing_context": like.multiprocessing_context,
                 "prefetch_factor": like.prefetch_factor,
-                "persistent_workers": like.num_workers > 0,
-            }
+            }  # not persistent_workers, whose random numbers go on where the last pass ended
         return cls(DataLoader(dataset, shuffle=False, generator=torch.Generator(), **options))
 
     def __len__(self) -> int:
         return len(self.loader.dataset)  # type: ignore[arg-type]
+
+    @property
+    def smallest_batch(self) -> int:
+        assert self.loader.batch_size is not None
+        return _smallest_slice(len(self), self.loader.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return _isolated(self.loader)
@@ -105,6 +111,10 @@ class IterableBatches:
 
     def __len__(self) -> int:
         return self.num_examples if self.indices is None else len(self.indices)
+
+    @property
+    def smallest_batch(self) -> None:
+        return None
 
     def __iter__(self) -> Iterator[Batch]:
         start = 0
@@ -148,6 +158,11 @@ class Data:
     weights: Tensor | None = None
     device: torch.device | None = None
 
+    @property
+    def smallest_batch(self) -> int | None:
+        """Examples in the smallest batch, or None where only a pass would tell."""
+        return self.source.smallest_batch
+
     def __iter__(self) -> Iterator[Batch]:
         return (batch for batch, _ in self.weighted())
 
@@ -158,16 +173,14 @@ class Data:
             size = count_examples(batch)
             if size == 0:
                 continue
-            weights = None if self.weights is None else self.weights[start : start + size]
+            chosen = slice(start, start + size)
+            weights = None if self.weights is None else prepare(self.weights[chosen], self.device)
             start += size
-            if self.device is not None:
-                batch = _move(batch, self.device)
-                weights = None if weights is None else weights.to(self.device)
-            yield batch, weights
+            yield prepare(batch, self.device), weights
         if start != self.num_examples:
             raise _unstable(start, self.num_examples)
 
-    def subset(self, indices: Tensor, weights: Tensor | None = None) -> Data:
+    def subset(self, indices: Tensor | Sequence[int], weights: Tensor | None = None) -> Data:
         """The examples at ``indices`` ``[m]`` (repeats count again), each with its weight.
 
         Weights multiply losses as they are, so that an unbiased sample of the mean over N examples, drawn
@@ -175,6 +188,7 @@ class Data:
         The examples come in the data's own order.
 
         Raises:
+            TypeError: indices that are not whole numbers, as a mask.
             ValueError: an index out of range, no index at all, or another number of weights.
 
         Example:
@@ -183,7 +197,12 @@ class Data:
             >>> [batch[1].tolist() for batch in data.subset(torch.tensor([4, 1]))]
             [[1, 4]]
         """
-        indices = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
+        indices = torch.as_tensor(indices, device="cpu")
+        if indices.dtype == torch.bool or indices.is_floating_point():
+            raise TypeError(
+                f"indices must be whole numbers, got {indices.dtype}; of a mask pass mask.nonzero().flatten()"
+            )
+        indices = indices.to(torch.int64)
         if indices.ndim != 1 or len(indices) == 0:
             raise ValueError(f"indices must be a non-empty vector, got shape {tuple(indices.shape)}")
         if int(indices.min()) < 0 or int(indices.max()) >= self.num_examples:
@@ -201,9 +220,7 @@ class Data:
         return replace(self, source=source, num_examples=len(indices), weights=weights)
 
 
-def as_data(
-    data: object, *, batch_size: int | None = None, device: torch.device | str | None = None
-) -> Data:
+def as_data(data: object, *, batch_size: int | None = None, device: torch.device | str | None = None) -> Data:
     """Examples that every later pass reads alike, from whatever holds them.
 
     ====================================  =====================================================
@@ -213,12 +230,13 @@ def as_data(
     map-style ``Dataset``                 each example once, in order, default collate
     ``DataLoader`` of a map-style one     each example once, in order, by its collate and workers;
                                           ``shuffle`` and ``drop_last`` belong to training
-    other ``DataLoader`` (own sampler)    as it comes, under a fixed seed
+    other ``DataLoader``                  as it comes, under a fixed seed (own sampler, own class)
     list, or another re-iterable          batches, as they come; counted in one pass now
     ====================================  =====================================================
 
     Args:
-        data: one of the above. A batch is any tree of tensors with a common first dimension.
+        data: one of the above. A batch is any tree of tensors with a common first dimension; a mapping of
+            a class that torch does not know, as a tokenizer's, becomes a dict.
         batch_size: the most examples in a batch; by default the loader's own, else 256.
         device: where batches are moved to; by default they stay.
 
@@ -271,17 +289,19 @@ def _source(data: Any, batch_size: int | None) -> Source:
 
 def _covers_dataset(loader: DataLoader[Any]) -> bool:
     """Whether the loader gives each example of a map-style dataset once, in some order."""
-    sampler = loader.sampler
-    whole = type(sampler) is SequentialSampler or (
+    own_iteration = type(loader).__iter__ is not DataLoader.__iter__
+    if own_iteration or type(loader.batch_sampler) is not BatchSampler:
+        return False
+    sampler = loader.batch_sampler.sampler  # loader.sampler is another one where batch_sampler was given
+    return type(sampler) is SequentialSampler or (
         type(sampler) is RandomSampler
         and not sampler.replacement
         and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
     )
-    return whole and type(loader.batch_sampler) is BatchSampler
 
 
 def _counted(batches: Iterable[Batch], batch_size: int | None) -> IterableBatches:
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         raise ValueError(
             f"data is a one-shot iterator ({type(batches).__name__}): a second pass would be empty; "
             "pass a list of batches, a DataLoader, or an object whose __iter__ starts afresh"
@@ -299,9 +319,7 @@ def _counted(batches: Iterable[Batch], batch_size: int | None) -> IterableBatche
 
 def _isolated(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches, made under fixed seeds; random state outside is the same before and after each."""
-    sources = [batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)]
-    own = [getattr(source, "generator", None) for source in sources]
-    generators = [generator for generator in own if isinstance(generator, torch.Generator)]
+    generators = list(_generators(batches))
     states = [generator.get_state() for generator in generators]
     for generator in generators:
         generator.manual_seed(0)
@@ -317,6 +335,16 @@ def _isolated(batches: Iterable[Batch]) -> Iterator[Batch]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def _generators(source: object) -> Iterator[torch.Generator]:
+    """Generators that a loader or sampler, or those inside it, were given."""
+    own = getattr(source, "generator", None)
+    if isinstance(own, torch.Generator):
+        yield own
+    for part in ("sampler", "batch_sampler"):
+        if hasattr(source, part):
+            yield from _generators(getattr(source, part))
 
 
 _END = object()
@@ -337,6 +365,11 @@ def _fixed_randomness(seed: int) -> Iterator[None]:
         random.setstate(states[2])
 
 
+def _smallest_slice(num_examples: int, batch_size: int) -> int:
+    """The size of the last of the slices that are cut from so many examples."""
+    return (num_examples - 1) % batch_size + 1
+
+
 def _take(batch: Batch, index: slice | Tensor) -> Batch:
     leaves, spec = flatten(batch)
     if isinstance(index, slice):
@@ -344,9 +377,12 @@ def _take(batch: Batch, index: slice | Tensor) -> Batch:
     return unflatten([leaf[index.to(leaf.device)] for leaf in leaves], spec)
 
 
-def _move(batch: Batch, device: torch.device) -> Batch:
-    leaves, spec = flatten(batch)
-    return unflatten([leaf.to(device, non_blocking=True) for leaf in leaves], spec)
+def prepare(batch: Batch, device: torch.device | None = None) -> Batch:
+    """The batch in containers that torch knows, of tensors that autograd can use, on ``device`` if given."""
+    leaves, spec = flatten(batch, name="data")
+    if device is not None:
+        leaves = [leaf.to(device, non_blocking=True) for leaf in leaves]
+    return unflatten([usable(leaf) for leaf in leaves], spec)
 
 
 def _unstable(found: int, expected: int) -> UnstableDataError:

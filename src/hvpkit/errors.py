@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 
 class NonFiniteError(ArithmeticError):
@@ -19,17 +20,17 @@ class UnstableDataError(RuntimeError):
 
 def check_count(name: str, value: int, low: int, high: int | None = None) -> int:
     """Returns ``value`` if it is a whole number in ``[low, high]``; a ValueError naming it if not."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
     if value < low or (high is not None and value > high):
         span = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} must be {span}, got {value}")
-    return value
+    return int(value)
 
 
 def check_positive(name: str, value: float) -> float:
     """Returns ``value`` if it is a positive finite number; a ValueError naming it if not."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be a positive finite number, got {value}")

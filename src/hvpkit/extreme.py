@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from hvpkit._typing import Seed
@@ -19,6 +21,8 @@ def extreme_eigenvalues(
     *,
     tol: float = 1e-2,
     method: str = "auto",
+    confidence: float = 0.99,
+    certify: bool = False,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
     v0: Tensor | None = None,
@@ -27,14 +31,17 @@ def extreme_eigenvalues(
 ) -> ExtremeResult:
     r"""The smallest and the largest eigenvalue, with vectors, residuals and intervals.
 
-    Both ends come from one Krylov space, and the solve stops when for both
-    :math:`\|r\| + \text{rounding} \le \text{tol} \cdot |\theta|`; see :func:`hvpkit.lanczos` for an end that is
-    zero.
+    Both ends come from one Krylov space. The solve stops when for both
+    ``error_bound <= tol * |value|``, with the residual's norm or its square over the gap as the bound, and
+    when it is unlikely (probability 0.1) that an eigenvalue hides further out than ``5 tol * |value|``. An end
+    that is zero to rounding has no relative digits: see :func:`hvpkit.lanczos`.
 
     Args:
         H: symmetric operator, as from :func:`hvpkit.hessian`.
         tol: relative error of each eigenvalue.
         method: ``"auto"`` or ``"lanczos"``.
+        confidence: of each interval, over random starts.
+        certify: go on until each interval is at most ``tol * |value|`` wide; about a third more passes.
         max_matvecs: full-data products, at most; 1,000 by default.
         time_limit: seconds.
         v0: start ``[n]`` or ``[n, p]``, as vectors of an earlier result.
@@ -42,17 +49,17 @@ def extreme_eigenvalues(
         monitor: called with a :class:`hvpkit.Progress` after each look, as :func:`hvpkit.progress_bar` is.
 
     Returns:
-        The two pairs, and how it went. The interval of an end reaches from the Ritz value, which the end is
-        not inside of, out to the norm of the true residual: an eigenvalue lies there. That it is the extreme
-        one is likely from a random start, and no confidence is stated. A limit that is reached, or a product
-        that is not finite, is a status, with what was found until then.
+        The two pairs, and how it went. The interval of an end reaches from the Ritz value, which never lies
+        outside of the spectrum, out to where with probability ``confidence`` no eigenvalue is: see
+        :mod:`hvpkit.solvers.bounds`. Without ``certify`` it may be wider than ``tol``. A limit that is reached,
+        or a product that is not finite, is a status, with what was found until then.
 
     Raises:
         ValueError: an argument out of its range, named.
         NotSymmetricError: ``H`` is not symmetric beyond rounding.
 
     Cost:
-        Passes over the data as ``num_matvecs`` says, two of them for the true residuals.
+        Passes over the data as ``num_matvecs`` says, one of them to confirm the residuals.
 
     Example:
         >>> import torch, hvpkit as hk
@@ -68,6 +75,8 @@ def extreme_eigenvalues(
         which="BE",
         v0=v0,
         tol=tol,
+        confidence=confidence,
+        certify=certify,
         max_matvecs=max_matvecs,
         time_limit=time_limit,
         seed=seed,
@@ -76,9 +85,9 @@ def extreme_eigenvalues(
     if len(found.values):
         smallest, largest = found.pair(0), found.pair(len(found.values) - 1)
     else:
-        nothing = Interval(float("-inf"), float("inf"), "none")
-        vector = found.vectors.new_full((H.n,), float("nan"))
-        smallest = largest = Eigenpair(float("nan"), vector, float("nan"), nothing)
+        nothing = Interval(-math.inf, math.inf, "none")
+        vector = found.vectors.new_full((H.n,), math.nan)
+        smallest = largest = Eigenpair(math.nan, vector, math.nan, math.inf, nothing)
     return ExtremeResult(
         smallest,
         largest,

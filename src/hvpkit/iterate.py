@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from functools import wraps
+from typing import Concatenate, Generic, ParamSpec, Protocol, TypeVar
+
+import torch
 
 from hvpkit.errors import check_positive
+from hvpkit.operators import LinearOperator
 from hvpkit.results import Progress, Status
 
 
@@ -21,6 +25,32 @@ class SolverState(Protocol):
 S = TypeVar("S", bound=SolverState)
 Monitor = Callable[[Progress], object]
 """Called with each entry of the history; what it returns is ignored, what it raises ends the solve."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def full_precision(
+    solver: Callable[Concatenate[LinearOperator, P], R],
+) -> Callable[Concatenate[LinearOperator, P], R]:
+    """The solver where neither the caller's autocast nor inference mode reaches its own arithmetic.
+
+    Raises:
+        TypeError: on call, if the first argument is no LinearOperator.
+    """
+
+    @wraps(solver)
+    def solve(op: LinearOperator, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not isinstance(op, LinearOperator):
+            raise TypeError(
+                f"the operator must be a hvpkit.LinearOperator, got {type(op).__name__}; "
+                "hvpkit.aslinearoperator makes one of matrices and other operators"
+            )
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(op.device.type, enabled=False):
+            return solver(op, *args, **kwargs)
+
+    return solve
 
 
 @dataclass(frozen=True)
@@ -119,13 +149,12 @@ def iterate(
         if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
             seconds = time.perf_counter() - start
             bounds = found.smallest_bound, found.largest_bound
-            history.append(
-                Progress(state.num_matvecs, seconds, found.smallest, found.largest, *bounds)
-            )
+            history.append(Progress(state.num_matvecs, seconds, found.smallest, found.largest, *bounds))
             if monitor is not None:
                 monitor(history[-1])
-        if found.status is not None or limit is not None:
-            return Run(state, found.status or limit, tuple(history))
+        status = found.status or limit
+        if status is not None:
+            return Run(state, status, tuple(history))
         for _ in range(found.num_steps):
             limit = limits.broken_by(step_cost, state.num_matvecs, time.perf_counter() - start)
             if limit is not None:

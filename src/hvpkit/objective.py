@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm as _WeightNormHook
+from torch.utils import _pytree
 
-from hvpkit._typing import Batch, Tree
+from hvpkit._typing import Batch, LossFn, Tree
+from hvpkit.data import Data
 from hvpkit.errors import check_choice
-from hvpkit.trees import batch_size
+from hvpkit.trees import batch_size, snapshot
 
 TARGET_KEYS = ("targets", "target", "labels", "label")
 """Under which key a batch that is a dict holds its targets."""
@@ -60,7 +64,8 @@ def from_module(
     modules share is one parameter.
 
     Args:
-        model: the module; one inside ``DistributedDataParallel`` or ``torch.compile`` is taken out.
+        model: the module; it and modules in it are taken out of ``DistributedDataParallel`` and
+            ``torch.compile``.
         criterion: ``criterion(outputs, targets)``: losses ``[B]``. torch's losses, as
             ``nn.CrossEntropyLoss()`` or ``F.cross_entropy``, are switched to their per-example form; what
             is left beyond the first dimension is averaged (summed, for ``reduction="sum"``). An ignored
@@ -78,7 +83,9 @@ def from_module(
     Raises:
         TypeError: ``model`` is no module, ``criterion`` cannot be called.
         ValueError: no parameters, or all frozen; a criterion without a per-example form; uninitialised
-            lazy parameters; an unknown ``batchnorm``. On call: one example only, under batch statistics.
+            lazy parameters; an unknown ``batchnorm``, or ``"eval"`` without running statistics; an embedding
+            with ``max_norm``; ``torch.nn.utils.weight_norm``. On call: one example only, under batch
+            statistics.
 
     Cost:
         A copy of the parameters and buffers.
@@ -93,37 +100,44 @@ def from_module(
     check_choice("batchnorm", batchnorm, ("eval", "batch"))
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = _unwrap(model)
-    skeleton = _skeleton(model, batchnorm)
-    variables, constants = {}, {}
-    for name, parameter in model.named_parameters():
+    skeleton = _skeleton(_unwrap(model), batchnorm)
+    variables: dict[str, Tensor] = {}
+    constants: dict[str, Tensor] = {}
+    for name, parameter in skeleton.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"model: lazy parameter {name!r} has no shape yet; run one forward pass first")
         chosen = variables if parameter.requires_grad or include_frozen else constants
-        chosen[name] = parameter.detach().clone()
+        chosen[name] = snapshot(parameter)
     if not variables:
         state = "all its parameters are frozen (pass include_frozen=True)" if constants else "it has none"
         raise ValueError(f"model has no parameters to differentiate by: {state}")
-    if batchnorm == "eval":
-        constants |= {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    else:
-        kept = dict(skeleton.named_buffers())
-        constants |= {name: b.detach().clone() for name, b in model.named_buffers() if name in kept}
+    buffers = {name: snapshot(buffer) for name, buffer in skeleton.named_buffers()}
     per_example = _per_example(criterion)
 
     def forward(params: Tree, batch: Batch) -> Any:
-        if batchnorm == "batch" and batch_size(batch) == 1:
-            raise ValueError(
-                'batchnorm="batch" needs at least two examples in each batch, and data has a batch of one; '
-                'choose another batch_size, leave the example out, or take batchnorm="eval"'
-            )
+        _check_statistics(batchnorm, batch_size(batch))
         args, kwargs, _ = _split(batch)
-        return torch.func.functional_call(skeleton, {**constants, **params}, args, kwargs)
+        own_buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # modules may write to them
+        return torch.func.functional_call(skeleton, {**constants, **own_buffers, **params}, args, kwargs)
 
     def output_loss(outputs: Any, batch: Batch) -> Tensor:
         return per_example(outputs, _split(batch)[2])
 
     return Objective(forward, output_loss, batchnorm), variables
+
+
+def check_batches(loss_fn: LossFn, data: Data) -> None:
+    """A ValueError if ``data`` is known to have a batch without the statistics that ``loss_fn`` goes by."""
+    if isinstance(loss_fn, Objective):
+        _check_statistics(loss_fn.batchnorm, data.smallest_batch)
+
+
+def _check_statistics(batchnorm: str, smallest_batch: int | None) -> None:
+    if batchnorm == "batch" and smallest_batch == 1:
+        raise ValueError(
+            'batchnorm="batch" needs at least two examples in each batch, and data has a batch of one; '
+            'choose another batch_size, leave the example out, or take batchnorm="eval"'
+        )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -138,22 +152,65 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _skeleton(model: nn.Module, batchnorm: str) -> nn.Module:
-    """A copy of the modules without their tensors, in evaluation mode but for the batch norm asked for."""
-    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
-    shared |= {id(b): b for b in model.buffers()}
-    try:
-        skeleton = copy.deepcopy(model, shared)
-    except RuntimeError as error:
-        error.add_note("hvpkit: the module could not be copied; does it keep computed tensors as attributes?")
-        raise
-    skeleton.eval()
-    if batchnorm == "batch":
-        for module in skeleton.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train()
-                module.track_running_stats = False
-                module.running_mean = module.running_var = module.num_batches_tracked = None
+    """A copy of the modules, which shares their tensors, as an objective calls it.
+
+    It is in evaluation mode but for the batch norm asked for, and modules whose derivatives torch gets wrong
+    are written out.
+    """
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    kept = _pytree.tree_leaves([vars(module) for module in model.modules()])
+    shared |= {id(t): snapshot(t) for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    skeleton = copy.deepcopy(model, shared).eval()
+    for module in skeleton.modules():
+        for name, child in module.named_children():
+            setattr(module, name, _unwrap(child))
+        _check_supported(module, batchnorm)
+        module.__class__ = _WRITTEN_OUT.get(type(module), type(module))
+        if batchnorm == "batch" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+            module.running_mean = module.running_var = module.num_batches_tracked = None
     return skeleton
+
+
+def _check_supported(module: nn.Module, batchnorm: str) -> None:
+    """A ValueError for what is no function of an example, or has derivatives that torch gets wrong."""
+    is_batchnorm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    if is_batchnorm and batchnorm == "eval" and module.running_mean is None:
+        raise ValueError(
+            'batchnorm="eval" needs running statistics, and model has a batch norm that keeps none '
+            '(track_running_stats=False); take batchnorm="batch"'
+        )
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        raise ValueError(
+            f"model: {type(module).__name__}(max_norm=...) rescales its weight whenever it is called, so the "
+            "loss is no function of its parameters; rescale the weight once and set max_norm to None"
+        )
+    if any(isinstance(hook, _WeightNormHook) for hook in module._forward_pre_hooks.values()):
+        raise ValueError(
+            "model: torch's second derivative of torch.nn.utils.weight_norm is wrong; use "
+            "torch.nn.utils.parametrizations.weight_norm, which hvpkit writes out"
+        )
+
+
+class _PaddedEmbedding(nn.Embedding):
+    """An embedding whose padding row is a constant in forward mode too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = F.embedding(input, self.weight)
+        if self.padding_idx is None:
+            return rows
+        return torch.where((input == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
+
+
+class _WrittenOutWeightNorm(_WeightNorm):
+    """Weight normalisation from its definition: torch's own function has a wrong second derivative."""
+
+    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+        norms = weight_v.square().sum_to_size(weight_g.shape).sqrt()
+        return weight_v * (weight_g / norms)
+
+
+_WRITTEN_OUT: dict[type, type] = {nn.Embedding: _PaddedEmbedding, _WeightNorm: _WrittenOutWeightNorm}
 
 
 def _split(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -195,11 +252,12 @@ def _without_reduction(
     criterion: Callable[..., Tensor],
 ) -> tuple[Callable[..., Tensor], bool | None]:
     """The criterion without its reduction, and whether that was a sum; None: there was none to undo."""
-    if isinstance(criterion, nn.Module) and isinstance(getattr(criterion, "reduction", None), str):
-        _check_class_weights(criterion.reduction, getattr(criterion, "weight", None), criterion)
+    if isinstance(criterion, nn.Module) and isinstance(vars(criterion).get("reduction"), str):
+        reduction: str = vars(criterion)["reduction"]
+        _check_class_weights(reduction, getattr(criterion, "weight", None), criterion)
         unreduced = copy.copy(criterion)
-        unreduced.reduction = "none"
-        return unreduced, _is_sum(criterion.reduction)
+        vars(unreduced)["reduction"] = "none"
+        return unreduced, _is_sum(reduction)
     function = criterion.func if isinstance(criterion, functools.partial) else criterion
     if getattr(function, "__module__", None) == F.__name__ and _has_reduction(function):
         keywords = criterion.keywords if isinstance(criterion, functools.partial) else {}

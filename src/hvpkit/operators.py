@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hvpkit._typing import Tree
-from hvpkit.errors import NonFiniteError
+from hvpkit.errors import NonFiniteError, check_count
 from hvpkit.products import check_like
 from hvpkit.space import LOCAL, Space
 from hvpkit.trees import Layout
@@ -41,6 +42,8 @@ class LinearOperator:
         mode: how products are made and why, or None.
         space: inner products of its vectors.
         explain: given a vector ``[n]`` whose product is not finite, says where that comes from.
+        sample: given a number of examples and a seed, the same operator over a uniform random subset of that
+            many, without replacement: unbiased, at their share of the cost. None where there are no examples.
 
     Example:
         >>> import torch
@@ -60,6 +63,7 @@ class LinearOperator:
     mode: str | None = None
     space: Space = LOCAL
     explain: Callable[[Tensor], str] | None = None
+    sample: Callable[[int, int], LinearOperator] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,12 +89,13 @@ class LinearOperator:
             layout = self._layout()
             leaves = [check_like(leaf, self._like()) for leaf in layout.leaves(v)]
             return layout.unflatten(self @ torch.cat([leaf.reshape(-1) for leaf in leaves]))
-        if v.ndim not in (1, 2) or v.shape[0] != self.n:
+        if v.ndim not in (1, 2) or v.shape[0] != self.n or v.numel() == 0:
             raise ValueError(f"v must have shape [{self.n}] or [{self.n}, k], got {list(v.shape)}")
         vectors = check_like(v, self._like()).reshape(self.n, -1)
         if not bool(torch.isfinite(vectors).all()):
             raise ValueError("v contains NaN or infinity")
-        result = self.product(vectors)
+        with torch.autocast(self.device.type, enabled=False):
+            result = self.product(vectors)
         if not bool(torch.isfinite(result).all()):
             raise NonFiniteError(self.blame(vectors))
         return result.reshape(v.shape)
@@ -148,9 +153,15 @@ class LinearOperator:
         )
 
     def __mul__(self, factor: float) -> LinearOperator:
-        if isinstance(factor, bool) or not isinstance(factor, int | float):
+        if isinstance(factor, bool) or not isinstance(factor, Real):
             return NotImplemented
-        return replace(self, product=lambda v: factor * self.product(v), name=f"{factor:g} * {self.name}")
+        scale = float(factor)
+        return replace(
+            self,
+            product=lambda v: scale * self.product(v),
+            name=f"{scale:g} * {self.name}",
+            sample=self._samples(lambda part: part * scale),
+        )
 
     __rmul__ = __mul__
 
@@ -163,7 +174,15 @@ class LinearOperator:
             self,
             product=lambda v: torch.add(self.product(v), v, alpha=sigma),
             name=f"({self.name} {'+' if sigma >= 0 else '-'} {abs(sigma):g} I)",
+            sample=self._samples(lambda part: part.shift(sigma)),
         )
+
+    def _samples(
+        self, change: Callable[[LinearOperator], LinearOperator]
+    ) -> Callable[[int, int], LinearOperator] | None:
+        """Samples of the operator that ``change`` makes of this one."""
+        sample = self.sample
+        return None if sample is None else lambda num_examples, seed: change(sample(num_examples, seed))
 
     def to_scipy(self, dtype: Any = None) -> scipy.sparse.linalg.LinearOperator:
         """The operator for SciPy, with ``matvec`` and ``matmat`` on NumPy arrays.
@@ -189,10 +208,11 @@ class LinearOperator:
                 raise TypeError(f"NumPy has no {self.dtype}; pass dtype=numpy.float32")
             dtype = str(self.dtype).removeprefix("torch.")
         numpy_dtype = np.dtype(dtype)
+        seen_dtype = torch.from_numpy(np.empty(0, numpy_dtype)).dtype
 
         def apply(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             vectors = torch.tensor(np.ascontiguousarray(array)).to(self.device, self.dtype)
-            result: np.ndarray[Any, Any] = (self @ vectors).cpu().numpy().astype(numpy_dtype)
+            result: np.ndarray[Any, Any] = (self @ vectors).to("cpu", seen_dtype).numpy()
             return result
 
         return ScipyOperator(self.shape, matvec=apply, rmatvec=apply, matmat=apply, dtype=numpy_dtype)
@@ -224,7 +244,7 @@ def aslinearoperator(A: Any, *, device: torch.device | str | None = None) -> Lin
     if isinstance(A, tuple):
         return _from_matvec(A, torch.device(device or "cpu"))
     if isinstance(A, np.ndarray):
-        A = torch.from_numpy(A)
+        A = torch.tensor(np.ascontiguousarray(A))
     if isinstance(A, Tensor):
         return _from_dense(A.detach() if device is None else A.detach().to(device))
     if hasattr(A, "shape") and hasattr(A, "dtype") and hasattr(A, "__matmul__"):
@@ -248,6 +268,10 @@ def _check_real(dtype: object) -> torch.dtype:
 
 
 def _from_dense(matrix: Tensor) -> LinearOperator:
+    if matrix.layout != torch.strided:
+        raise TypeError(
+            f"A is a sparse tensor ({matrix.layout}); pass (matvec, n, dtype): (lambda v: A @ v, n, A.dtype)"
+        )
     n, dtype = _check_square(matrix.shape), _check_real(matrix.dtype)
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("A contains NaN or infinity")
@@ -255,10 +279,9 @@ def _from_dense(matrix: Tensor) -> LinearOperator:
 
 
 def _from_matvec(parts: tuple[Any, ...], device: torch.device) -> LinearOperator:
-    if len(parts) != 3 or not callable(parts[0]) or not isinstance(parts[1], int):
+    if len(parts) != 3 or not callable(parts[0]):
         raise TypeError("A: a tuple must be (matvec, n, dtype) with a function, an int and a torch.dtype")
-    matvec, n, dtype = parts
-    _check_square((n, n))
+    matvec, n, dtype = parts[0], check_count("n of A", parts[1], 1), parts[2]
 
     def product(vectors: Tensor) -> Tensor:
         return torch.stack([_checked(matvec(column), n) for column in vectors.unbind(1)], dim=1)
@@ -279,7 +302,8 @@ def _from_foreign(A: Any, device: torch.device | str | None) -> LinearOperator:
 
     n = _check_square(A.shape)
     if isinstance(A.dtype, torch.dtype):
-        target = torch.device(device or getattr(A, "device", "cpu"))
+        own: torch.device | str = getattr(A, "device", "cpu")
+        target = torch.device(own if device is None else device)
 
         def product(vectors: Tensor) -> Tensor:
             return torch.stack([_checked(A @ v.contiguous(), n) for v in vectors.unbind(1)], dim=1)

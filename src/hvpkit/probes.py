@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,11 +20,11 @@ def resolve_seed(seed: Seed) -> int:
     """
     if isinstance(seed, torch.Generator):
         return int(torch.randint(2**62, (), generator=seed, device=seed.device).item())
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int or a torch.Generator, got {seed!r}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
-    return seed
+    return int(seed)
 
 
 def generator(seed: int, stream: int = 0) -> torch.Generator:
@@ -31,9 +33,7 @@ def generator(seed: int, stream: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(word)
 
 
-def normal_vector(
-    n: int, *, dtype: torch.dtype, device: torch.device, seed: int, stream: int = 0
-) -> Tensor:
+def normal_vector(n: int, *, dtype: torch.dtype, device: torch.device, seed: int, stream: int = 0) -> Tensor:
     """A standard normal vector ``[n]``, the same on every device: drawn on the CPU, then moved.
 
     Example:

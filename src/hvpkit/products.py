@@ -6,6 +6,7 @@ what the batch adds to the mean. Everything here is a sum over those.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TypeAlias
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hvpkit._typing import Batch, LossFn, Tree
-from hvpkit.data import Data, as_data
+from hvpkit.data import Data, as_data, prepare
 from hvpkit.errors import NonFiniteError, check_choice
 from hvpkit.trees import Layout, batch_size, check_params, unflatten
 
@@ -26,9 +27,7 @@ Part: TypeAlias = Callable[[Leaves], Tensor]
 MODES = ("forward-over-reverse", "reverse-over-reverse", "finite-difference")
 
 
-def hvp(
-    loss_fn: LossFn, params: Tree, batch: Batch, v: Tree, *, mode: str = "forward-over-reverse"
-) -> Tree:
+def hvp(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree, *, mode: str = "forward-over-reverse") -> Tree:
     r"""Hessian-vector product of the mean loss over one batch, :math:`\nabla^2 L(p)\, v`.
 
     Args:
@@ -66,10 +65,9 @@ def hvp(
     check_choice("mode", mode, MODES)
     layout, leaves = check_params(params, finite=False)
     direction = [check_like(leaf, leaves[0]) for leaf in layout.leaves(v)]
-    part = _part(loss_fn, layout, batch, None, batch_size(batch))
+    part = _part(loss_fn, layout, prepare(batch), None, batch_size(batch))
     with exact_derivatives(leaves[0].device):
-        check_loss(part, leaves)
-        return unflatten(part_products(part, leaves, [direction], mode)[0], layout.spec)
+        return unflatten(part_products(_dependent(part), leaves, [direction], mode)[0], layout.spec)
 
 
 def grad(loss_fn: LossFn, params: Tree, data: object) -> Tree:
@@ -131,9 +129,9 @@ def loss(loss_fn: LossFn, params: Tree, data: object) -> Tensor:
     examples = as_data(data, device=leaves[0].device)
 
     def value(part: Part) -> Leaves:
-        return [part(leaves)]
+        return [part(leaves).detach()]
 
-    with exact_derivatives(leaves[0].device), torch.no_grad():
+    with exact_derivatives(leaves[0].device):
         total = sum_parts(parts(loss_fn, layout, examples), value)
         if not all_finite(total):
             raise NonFiniteError(blame("loss", parts(loss_fn, layout, examples), value))
@@ -146,23 +144,19 @@ def parts(loss_fn: LossFn, layout: Layout, data: Data) -> Iterator[Part]:
         yield _part(loss_fn, layout, batch, weights, data.num_examples)
 
 
-def _part(
-    loss_fn: LossFn, layout: Layout, batch: Batch, weights: Tensor | None, num_examples: int
-) -> Part:
+def _part(loss_fn: LossFn, layout: Layout, batch: Batch, weights: Tensor | None, num_examples: int) -> Part:
     size = batch_size(batch)
 
     def part(leaves: Leaves) -> Tensor:
         losses = loss_fn(unflatten(leaves, layout.spec), batch)
         _check_losses(losses, size)
-        if losses.ndim == 0:
-            if weights is not None:
-                raise ValueError(
-                    "loss_fn returned a 0-d mean, which cannot be weighted by example; return one loss "
-                    f"for each example, shape [{size}]"
-                )
-            return losses * (size / num_examples)
         if weights is None:
-            return losses.sum() / num_examples
+            return losses.mean() * (size / num_examples)  # a sum might overflow in half precision
+        if losses.ndim == 0:
+            raise ValueError(
+                "loss_fn returned a 0-d mean, which cannot be weighted by example; return one loss "
+                f"for each example, shape [{size}]"
+            )
         return torch.dot(losses, weights.to(losses.dtype))
 
     return part
@@ -186,14 +180,23 @@ def _check_losses(losses: object, size: int) -> None:
 def check_loss(part: Part, leaves: Leaves) -> Tensor:
     """The part's value; a ValueError if it does not depend on the parameters."""
     with torch.enable_grad():
-        value = part([leaf.detach().requires_grad_() for leaf in leaves])
-    if not value.requires_grad:
-        raise ValueError(
-            "loss_fn does not depend on params: no derivative flows back (does it close over the model's own "
-            "parameters, detach, or run under no_grad?); compute the loss from its params argument, "
-            "for a module with torch.func.functional_call or hvpkit.from_module"
-        )
-    return value.detach()
+        return _dependent(part)([leaf.detach().requires_grad_() for leaf in leaves]).detach()
+
+
+def _dependent(part: Part) -> Part:
+    """The part, which raises a ValueError where it is differentiated and does not depend on the leaves."""
+
+    def checked(leaves: Leaves) -> Tensor:
+        value = part(leaves)
+        if not value.requires_grad:
+            raise ValueError(
+                "loss_fn does not depend on params: no derivative flows back (does it close over the model's "
+                "own parameters, detach, or run under no_grad?); compute the loss from its params argument, "
+                "for a module with torch.func.functional_call or hvpkit.from_module"
+            )
+        return value
+
+    return checked
 
 
 def check_like(leaf: Tensor, reference: Tensor, *, name: str = "v") -> Tensor:
@@ -218,9 +221,7 @@ def part_gradient(part: Part, leaves: Leaves) -> Leaves:
         return list(torch.autograd.grad(value, points, allow_unused=True, materialize_grads=True))
 
 
-def part_products(
-    part: Part, leaves: Leaves, vectors: Sequence[Leaves], mode: str
-) -> list[Leaves]:
+def part_products(part: Part, leaves: Leaves, vectors: Sequence[Leaves], mode: str) -> list[Leaves]:
     """Hessian of a part times each of several vectors."""
     try:
         return _PRODUCTS[mode](part, leaves, vectors)
@@ -233,7 +234,8 @@ def part_products(
 def _forward_over_reverse(part: Part, leaves: Leaves, vectors: Sequence[Leaves]) -> list[Leaves]:
     # The order matters: jvp(grad) is exact where jvp(jacrev) and grad(jvp) are wrong through LayerNorm.
     gradient = torch.func.grad(part)
-    return [list(torch.func.jvp(gradient, (leaves,), (vector,))[1]) for vector in vectors]
+    with torch.no_grad():  # nothing is recorded for what loss_fn closes over
+        return [list(torch.func.jvp(gradient, (leaves,), (vector,))[1]) for vector in vectors]
 
 
 def _reverse_over_reverse(part: Part, leaves: Leaves, vectors: Sequence[Leaves]) -> list[Leaves]:
@@ -278,9 +280,9 @@ def _central_difference(part: Part, leaves: Leaves, vector: Leaves) -> Leaves:
 
 
 def _tree_norm(leaves: Leaves) -> Tensor:
-    return torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves])
-    )
+    norms = torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves])
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total
 
 
 _PRODUCTS: dict[str, Callable[[Part, Leaves, Sequence[Leaves]], list[Leaves]]] = {
@@ -319,7 +321,12 @@ def blame(what: str, terms: Iterator[Part], term: Callable[[Part], Leaves]) -> s
                 f"the {what} is not finite (NaN or infinity), first from batch {index} of the data (counted "
                 "from 0); look there for such inputs, a logarithm or square root at 0, or an overflow"
             )
-    return f"the {what} is not finite (NaN or infinity), though no batch alone is, as an overflow of their sum"
+    return (
+        f"the {what} is not finite (NaN or infinity), though no batch alone is, as an overflow of their sum"
+    )
+
+
+_TURN = threading.RLock()
 
 
 @contextmanager
@@ -327,10 +334,11 @@ def exact_derivatives(device: torch.device) -> Iterator[None]:
     """The settings under which second derivatives exist and have full precision; restored after.
 
     Attention runs on its MATH backend and without the fused encoder path, whose kernels have no second
-    derivative; a caller's autocast and inference mode do not reach inside.
+    derivative; a caller's autocast and inference mode do not reach inside. Threads take turns, as some of
+    the settings belong to the process.
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
+    with _TURN, ExitStack() as stack:
+        fused = torch.backends.mha.get_fastpath_enabled()
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

@@ -23,7 +23,7 @@ class Status(StrEnum):
 
     @property
     def converged(self) -> bool:
-        """Whether the values have the accuracy asked for, or all that their dtype can give."""
+        """Whether the values have the accuracy asked for, or are zero to rounding."""
         return self in (Status.CONVERGED, Status.INVARIANT_SUBSPACE, Status.ZERO_TO_ROUNDING)
 
     @property
@@ -61,10 +61,12 @@ class Interval:
 
     Attributes:
         lower, upper: its ends.
-        kind: what it rests on. ``"residual"``: an eigenvalue lies inside, the residual's norm from the
-            value outwards, the value itself inwards (a Ritz value never lies outside the spectrum);
+        kind: what the outer end rests on; the inner one is the value itself, with rounding, as a Ritz value
+            never lies outside the spectrum. ``"random-start"``: by the polynomial that Lanczos applied to a
+            random start, nothing lies further out; ``"random-block"``: the same by the number of steps alone;
+            ``"residual"``: an eigenvalue lies inside, of which it is not said that it is the extreme one;
             ``"exact"``: the Krylov space was invariant; ``"none"``: nothing is known.
-        confidence: the probability with which the extreme eigenvalue lies inside, over random starts; None
+        confidence: the probability, over random starts, with which the extreme eigenvalue lies inside; None
             where no such claim is made.
     """
 
@@ -79,11 +81,21 @@ class Interval:
 
 @dataclass(frozen=True, repr=False)
 class Eigenpair:
-    """An eigenvalue, its unit vector ``[n]``, the norm of the true residual ``H v - value v``, and where the eigenvalue lies."""
+    """An eigenvalue and its vector.
+
+    Attributes:
+        value: the Ritz value.
+        vector: of unit length, ``[n]``.
+        residual_norm: norm of ``H v - value v``.
+        error_bound: what the stop compares with ``tol * |value|``: the residual's norm, or its square over
+            the gap to the next eigenvalue where that is smaller and nothing is likely to hide in the gap.
+        interval: where the eigenvalue lies.
+    """
 
     value: float
     vector: Tensor
     residual_norm: float
+    error_bound: float
     interval: Interval
 
     def __repr__(self) -> str:
@@ -116,7 +128,8 @@ class EigenResult:
     Attributes:
         values: ascending ``[k]``, float64, on the CPU.
         vectors: orthonormal columns ``[n, k]``.
-        residual_norms: ``[k]``, of true residuals, from products.
+        residual_norms: ``[k]``, confirmed by products.
+        error_bounds: ``[k]``, what the stop is about.
         intervals: one for each value.
         num_matvecs: full-data products spent.
         seconds: wall time.
@@ -128,6 +141,7 @@ class EigenResult:
     values: Tensor
     vectors: Tensor
     residual_norms: Tensor
+    error_bounds: Tensor
     intervals: tuple[Interval, ...]
     num_matvecs: float
     seconds: float
@@ -146,6 +160,7 @@ class EigenResult:
             float(self.values[index]),
             self.vectors[:, index],
             float(self.residual_norms[index]),
+            float(self.error_bounds[index]),
             self.intervals[index],
         )
 
@@ -189,6 +204,7 @@ class ExtremeResult:
             name: {
                 "value": pair.value,
                 "residual_norm": pair.residual_norm,
+                "error_bound": pair.error_bound,
                 "interval": asdict(pair.interval),
             }
             for name, pair in (("smallest", self.smallest), ("largest", self.largest))

@@ -24,7 +24,7 @@ class Space:
     reduce: Callable[[Tensor], Tensor] = _local
 
     def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
-        """Inner products of the rows ``[m, n]`` with ``vector`` ``[n]`` (or ``[n, k]``): ``[m]`` (``[m, k]``)."""
+        """Inner products of ``rows [m, n]`` with ``vector`` ``[n]`` or ``[n, k]``: ``[m]`` or ``[m, k]``."""
         return self.reduce(rows @ vector)
 
     def norm(self, vector: Tensor) -> Tensor:

@@ -18,22 +18,25 @@ from torch.utils import _pytree
 from hvpkit._typing import Tree
 
 
-def flatten(tree: Tree) -> tuple[list[Tensor], _pytree.TreeSpec]:
+def flatten(tree: Tree, *, name: str = "tree") -> tuple[list[Tensor], _pytree.TreeSpec]:
     """The leaves of ``tree`` and its structure.
 
     Raises:
         TypeError: a leaf is not a tensor.
     """
-    if isinstance(tree, Mapping) and not isinstance(tree, dict):
-        tree = dict(tree)  # a UserDict, as tokenizers return, is a leaf to torch
-    leaves, spec = _pytree.tree_flatten(tree)
+    leaves, spec = _pytree.tree_flatten(_plain(tree))
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise TypeError(
-                f"expected a tree of tensors, found a leaf of type {type(leaf).__name__}: {leaf!r:.80}; "
-                "turn it into a tensor (torch.as_tensor) or leave it out"
+                f"{name} must be a tree of tensors, but has a leaf of type {type(leaf).__name__}: "
+                f"{leaf!r:.80}; turn it into a tensor (torch.as_tensor) or leave it out"
             )
     return leaves, spec
+
+
+def _plain(tree: Tree) -> Tree:
+    """The tree with mappings that are leaves to torch (a UserDict, as tokenizers return) as dicts."""
+    return _pytree.tree_map(lambda leaf: _plain(dict(leaf)) if isinstance(leaf, Mapping) else leaf, tree)
 
 
 def unflatten(leaves: Sequence[Tensor], spec: _pytree.TreeSpec) -> Tree:
@@ -49,7 +52,7 @@ def leaf_names(tree: Tree) -> list[str]:
         >>> leaf_names({"conv.weight": torch.ones(2), "head": [torch.ones(1), torch.ones(1)]})
         ['conv.weight', 'head.0', 'head.1']
     """
-    paths, _ = _pytree.tree_flatten_with_path(tree)
+    paths, _ = _pytree.tree_flatten_with_path(_plain(tree))
     return [".".join(_key_name(key) for key in path) for path, _ in paths]
 
 
@@ -66,7 +69,7 @@ def batch_size(batch: Tree) -> int:
     Raises:
         ValueError: the tree has no leaves, a leaf is 0-d, or leading dimensions disagree.
     """
-    leaves, _ = flatten(batch)
+    leaves, _ = flatten(batch, name="data")
     if not leaves:
         raise ValueError("data holds a batch without any tensor")
     sizes = [leaf.shape[0] if leaf.ndim else None for leaf in leaves]
@@ -96,22 +99,25 @@ class Layout:
     @classmethod
     def of(cls, tree: Tree) -> Layout:
         """The layout of ``tree``."""
-        leaves, spec = flatten(tree)
+        leaves, spec = flatten(tree, name="params")
         return cls(spec, tuple(leaf_names(tree)), tuple(leaf.shape for leaf in leaves))
 
     def leaves(self, tree: Tree, *, name: str = "v") -> list[Tensor]:
-        """The leaves of a tree that must have this layout.
+        """The leaves of a tree that must have this layout, but for the order of keys.
 
         Raises:
             ValueError: ``tree`` has another structure or other shapes.
         """
-        leaves, spec = flatten(tree)
+        leaves, spec = flatten(tree, name=name)
         if spec != self.spec:
-            raise ValueError(
-                f"{name} must be a tree shaped like the parameters ({len(self.names)} leaves: "
-                f"{', '.join(self.names[:4])}{', ...' if len(self.names) > 4 else ''}); "
-                f"got another structure with {len(leaves)} leaves"
-            )
+            named = dict(zip(leaf_names(tree), leaves, strict=True))
+            if sorted(named) != sorted(self.names):
+                raise ValueError(
+                    f"{name} must be a tree shaped like the parameters ({len(self.names)} leaves: "
+                    f"{', '.join(self.names[:4])}{', ...' if len(self.names) > 4 else ''}); "
+                    f"got another structure with {len(leaves)} leaves"
+                )
+            leaves = [named[key] for key in self.names]
         for leaf, shape, leaf_name in zip(leaves, self.shapes, self.names, strict=True):
             if leaf.shape != shape:
                 raise ValueError(
@@ -141,6 +147,17 @@ def join(leaves: Sequence[Tensor]) -> Tensor:
     return torch.cat([leaf.reshape(-1) for leaf in leaves])
 
 
+def snapshot(leaf: Tensor) -> Tensor:
+    """A copy that nobody else writes to, and that autograd can use even if made in inference mode."""
+    with torch.inference_mode(False):
+        return leaf.detach().clone()
+
+
+def usable(leaf: Tensor) -> Tensor:
+    """The tensor, as a copy if it was made in inference mode, where autograd cannot use it."""
+    return snapshot(leaf) if leaf.is_inference() else leaf
+
+
 def check_params(params: Tree, *, finite: bool = True) -> tuple[Layout, list[Tensor]]:
     """The layout and the detached leaves of a tree of parameters.
 
@@ -149,27 +166,28 @@ def check_params(params: Tree, *, finite: bool = True) -> tuple[Layout, list[Ten
         ValueError: no leaves at all, several dtypes or devices, or (unless ``finite=False``) NaN or infinity.
     """
     layout = Layout.of(params)
-    leaves = [leaf.detach() for leaf in layout.leaves(params, name="params")]
+    leaves = [usable(leaf.detach()) for leaf in layout.leaves(params, name="params")]
+    labels = [f"params[{name!r}]" if name else "params" for name in layout.names]
     if layout.n == 0:
         raise ValueError("params holds no parameters: nothing to differentiate (is everything frozen?)")
-    for name, leaf in zip(layout.names, leaves, strict=True):
+    for label, leaf in zip(labels, leaves, strict=True):
         if not leaf.dtype.is_floating_point:
             raise TypeError(
-                f"params: {name!r} has dtype {leaf.dtype}; parameters must be real floating point "
+                f"{label} has dtype {leaf.dtype}; parameters must be real floating point "
                 "(pass anything else as part of the batch, or close over it)"
             )
     for what, values in (
         ("dtype", [leaf.dtype for leaf in leaves]),
         ("device", [leaf.device for leaf in leaves]),
     ):
-        for name, value in zip(layout.names, values, strict=True):
+        for label, value in zip(labels, values, strict=True):
             if value != values[0]:
                 raise ValueError(
-                    f"params must share one {what}: {layout.names[0]!r} has {values[0]}, {name!r} has {value}; "
-                    f"convert them first (model.to({value}))"
+                    f"params must share one {what}: {labels[0]} has {values[0]}, {label} has {value}; "
+                    f"convert them first, as by model.to({value!r})"
                 )
     if finite:
-        for name, leaf in zip(layout.names, leaves, strict=True):
+        for label, leaf in zip(labels, leaves, strict=True):
             if not bool(torch.isfinite(leaf).all()):
-                raise ValueError(f"params: {name!r} contains NaN or infinity")
+                raise ValueError(f"{label} contains NaN or infinity")
     return layout, leaves

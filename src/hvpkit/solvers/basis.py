@@ -27,8 +27,8 @@ def orthonormalise_(
         norm: 0-d; less than rounding of it counts as nothing.
 
     Returns:
-        Coefficients ``[row]`` of ``vector`` on the rows above, length of the rest, and 1; the two are 0 where
-        nothing is left, and the row is zero. NaN and infinity stay in the coefficients.
+        Coefficients ``[row]`` of ``vector`` on the rows above, length of the rest, and 1, or 0 where that rest
+        counts as nothing; the row is then zero. NaN and infinity stay in the coefficients.
     """
     rows = basis[:row]
     coefficients = space.dots(rows, vector)
@@ -39,4 +39,4 @@ def orthonormalise_(
     left = length > BREAKDOWN * torch.finfo(basis.dtype).eps * norm
     alive = left.to(basis.dtype)
     torch.mul(vector, alive / torch.where(left, length, torch.ones_like(length)), out=basis[row])
-    return coefficients + correction, length * alive, alive
+    return coefficients + correction, length, alive

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hvpkit as hk
+from hvpkit.iterate import Look
+from hvpkit.solvers.krylov import State, start, step
+from hvpkit.solvers.lanczos import Goal, look
+from problems import SPECTRA, matrix
+
+GOAL = Goal(
+    k=1, which="LA", tol=1e-10, block_size=1, seed=0, check_copies=True, confidence=0.99, certify=False
+)
+
+
+def begin(op: hk.LinearOperator, goal: Goal, ncv: int) -> State:
+    return start(op, ncv + goal.block_size, goal.block_size, goal.seed)
+
+
+def looks(A: Tensor, goal: Goal, ncv: int, count: int) -> Iterator[State]:
+    """States after each of ``count`` looks, with one step in between."""
+    op = hk.aslinearoperator(A)
+    found: Look[State] = look(op, goal, begin(op, goal, ncv))
+    for _ in range(count):
+        if found.status is not None:
+            return
+        yield found.state
+        found = look(op, goal, step(op, found.state, goal.block_size))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spectrum", ["indefinite", "clustered", "multiple", "rank_deficient", "identity"])
+@pytest.mark.parametrize(
+    ("ncv", "block_size", "k"), [(100, 1, 1), (12, 1, 2), (7, 1, 2), (14, 2, 3), (15, 3, 2), (11, 3, 3)]
+)
+def test_krylov_relation_holds_at_every_look_and_through_restarts(
+    dtype: torch.dtype, spectrum: str, ncv: int, block_size: int, k: int
+) -> None:
+    A = matrix(SPECTRA[spectrum], dtype=dtype)
+    goal = replace(GOAL, k=k, which="BE", block_size=block_size, tol=torch.finfo(dtype).eps)
+    dense, eps = A.double(), torch.finfo(dtype).eps
+    norm = float(torch.linalg.matrix_norm(dense, 2))
+    num_looks = 0
+    for state in looks(A, goal, ncv, count=60):
+        m, rows, num_looks = state.num_multiplied, state.num_rows, num_looks + 1
+        slack = (20 + 2 * num_looks) * eps  # each restart turns the basis, which adds rounding
+        V = state.basis[:rows].double()
+        T = state.projected[:rows, :m].double() * float(state.scale)
+        assert rows <= len(state.basis) == min(ncv + block_size, len(A))
+        assert torch.equal(state.alive[:rows], torch.ones(rows, dtype=dtype))
+        assert float((V @ V.mT - torch.eye(rows)).abs().max()) <= slack
+        if m:
+            assert float((dense @ V[:m].mT - V.mT @ T).abs().max()) <= slack * norm
+            assert float((T[:m] - T[:m].mT).abs().max()) <= slack * norm
+    assert num_looks >= (1 if spectrum == "identity" else 4)
+
+
+def test_more_start_columns_than_the_block_has_are_all_used() -> None:
+    A = matrix(SPECTRA["clustered"])
+    vectors = torch.linalg.eigh(A).eigenvectors
+    v0 = torch.cat([vectors[:, 30:33], vectors[:, -1:]], dim=1)
+    op = hk.aslinearoperator(A)
+    first = start(op, 30, 2, 0, v0).basis[:2]
+    shares = torch.linalg.vector_norm(first @ v0, dim=0)
+    assert bool((shares > 0.5).all())
+
+
+def parts(state: State) -> Iterator[Any]:
+    """What a state consists of; unused rows of the basis are whatever was there."""
+    for name, part in vars(replace(state, basis=state.basis[: state.num_rows])).items():
+        yield from vars(part).values() if name == "filter" else [part]
+
+
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_resumed_from_a_copied_state_gives_the_same_bits(block_size: int) -> None:
+    A = matrix(SPECTRA["multiple"])
+    op, goal = hk.aslinearoperator(A), replace(GOAL, k=3, block_size=block_size, tol=1e-8)
+
+    def run(state: State, num_looks: int) -> Look[State]:
+        found = look(op, goal, state)
+        for _ in range(num_looks):
+            if found.status is not None:
+                break
+            found = look(op, goal, step(op, found.state, block_size))
+        return found
+
+    for pause in (1, 7, 15, 30):
+        halfway = run(begin(op, goal, 13), pause)
+        assert halfway.status is None
+        resumed, straight = run(copy.deepcopy(halfway.state), 200), run(halfway.state, 200)
+        assert straight.status is hk.Status.CONVERGED
+        assert replace(resumed, state=None) == replace(straight, state=None)
+        for mine, theirs in zip(parts(resumed.state), parts(straight.state), strict=True):
+            assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else repr(mine) == repr(theirs)
+
+
+class NoHostSynchronisation(TorchDispatchMode):
+    """Refuses what makes the host wait for the device."""
+
+    waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if func.__name__.split(".")[0] in self.waits:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wait", ["item", "bool", "float", "nonzero"])
+def test_the_guard_against_host_synchronisation_sees_it(wait: str) -> None:
+    x = torch.tensor([1.0, 0.0])
+    action = {
+        "item": lambda: x[0].item(),
+        "bool": lambda: bool(x[0] > 0),
+        "float": lambda: float(x[0]),
+        "nonzero": lambda: x.nonzero(),
+    }[wait]
+    with NoHostSynchronisation(), pytest.raises(AssertionError, match="waits for the device"):
+        action()
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+@pytest.mark.parametrize("spectrum", ["indefinite", "multiple", "identity", "zero"])
+def test_steps_do_not_wait_for_the_device(block_size: int, spectrum: str) -> None:
+    A = matrix(SPECTRA[spectrum])
+    op, goal = hk.aslinearoperator(A), replace(GOAL, k=2, block_size=block_size)
+    state = look(op, goal, begin(op, goal, 20)).state
+    for _ in range(2):
+        with NoHostSynchronisation():
+            for _ in range(3):
+                state = step(op, state, block_size)
+        state = look(op, goal, state).state
+    assert state.num_products >= 3 * block_size
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_steps_work_where_no_number_can_be_read(block_size: int) -> None:
+    op = hk.LinearOperator(lambda v: 2.0 * v, 50, torch.float32, torch.device("meta"))
+    state = start(op, 20, block_size, 0)
+    for _ in range(5):
+        state = step(op, state, block_size)
+    assert state.num_multiplied == 5 * block_size
+    assert state.basis.device.type == state.norm.device.type == state.scale.device.type == "meta"

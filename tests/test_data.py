@@ -1,0 +1,478 @@
+from __future__ import annotations
+
+import random
+from collections import UserDict, namedtuple
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+import hvpkit as hk
+
+N = 11
+X = torch.randn(N, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(N, dtype=torch.float64)
+P = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+Pair = namedtuple("Pair", "x y")
+
+
+class Plain:
+    """A map-style dataset of no class of torch's."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": X[index], "y": Y[index]}
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(zip(X, Y, strict=True))
+
+
+class Batches:
+    """Ragged batches, an empty one among them, as often as wanted."""
+
+    def __iter__(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        for start, stop in ((0, 4), (4, 4), (4, 5), (5, N)):
+            yield {"pair": (X[start:stop], Y[start:stop])}
+
+
+class Doubled(DataLoader):
+    """A loader that does something of its own to batches."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((x * 2 / 2, y) for x, y in super().__iter__())
+
+
+class TwoByTwo(torch.utils.data.Sampler):
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([list(range(start, min(start + 2, N))) for start in range(0, N, 2)])
+
+    def __len__(self) -> int:
+        return (N + 1) // 2
+
+
+def as_userdict(examples: list[tuple[Tensor, Tensor]]) -> UserDict:
+    return UserDict(x=torch.stack([x for x, _ in examples]), y=torch.stack([y for _, y in examples]))
+
+
+def loader(**options: object) -> DataLoader:
+    return DataLoader(TensorDataset(X, Y), **options)
+
+
+SOURCES: dict[str, Callable[[], object]] = {
+    "tuple": lambda: (X, Y),
+    "dict": lambda: {"x": X, "y": Y},
+    "userdict": lambda: UserDict(x=X, y=Y),
+    "nested": lambda: ({"x": X}, [Y]),
+    "namedtuple": lambda: Pair(X, Y),
+    "dataset": lambda: TensorDataset(X, Y),
+    "plain_dataset": Plain,
+    "loader": lambda: loader(batch_size=4),
+    "loader_of_ones": loader,
+    "loader_shuffled": lambda: loader(batch_size=4, shuffle=True),
+    "loader_dropping": lambda: loader(batch_size=4, drop_last=True, shuffle=True),
+    "loader_batch_sampler": lambda: loader(batch_sampler=BatchSampler(RandomSampler(range(N)), 4, True)),
+    "loader_collating": lambda: loader(batch_size=4, collate_fn=as_userdict),
+    "loader_of_plain": lambda: DataLoader(Plain(), batch_size=3),
+    "loader_of_own_class": lambda: Doubled(TensorDataset(X, Y), batch_size=4),
+    "loader_of_stream": lambda: DataLoader(Stream(), batch_size=4),
+    "loader_of_own_sampler": lambda: loader(batch_sampler=TwoByTwo()),
+    "loader_of_batches": lambda: DataLoader([(X[:4], Y[:4]), (X[4:], Y[4:])], batch_size=None),
+    "list": lambda: [(X[:4], Y[:4]), (X[4:9], Y[4:9]), (X[9:], Y[9:])],
+    "reiterable": Batches,
+}
+in_each = pytest.mark.parametrize("source", SOURCES)
+
+
+def losses(params: Tensor, batch: object) -> Tensor:
+    x, y = tree_leaves(batch)
+    return (x @ params - y) ** 2
+
+
+def direct(indices: list[int], weights: Tensor | None = None) -> Tensor:
+    values = (X[indices] @ P - Y[indices]) ** 2
+    return values.mean() if weights is None else weights.double() @ values
+
+
+def ids(data: hk.Data) -> list[list[int]]:
+    return [tree_leaves(batch)[-1].long().tolist() for batch in data]
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return list(chain.from_iterable(batches))
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    return bool(torch.isclose(found, expected, rtol=1e-13, atol=0.0))
+
+
+@in_each
+def test_every_source_holds_each_example_once_and_in_order(source: str) -> None:
+    data = hk.as_data(SOURCES[source]())
+    assert data.num_examples == N
+    for _ in range(2):
+        batches = list(data)
+        assert torch.equal(torch.cat([tree_leaves(batch)[0] for batch in batches]), X)
+        assert torch.equal(torch.cat([tree_leaves(batch)[1] for batch in batches]), Y)
+
+
+@in_each
+@pytest.mark.parametrize("batch_size", [None, 1, 3, 100])
+def test_the_mean_is_over_examples_however_they_are_batched(source: str, batch_size: int | None) -> None:
+    data = hk.as_data(SOURCES[source](), batch_size=batch_size)
+    assert batch_size is None or max(len(batch) for batch in ids(data)) <= batch_size
+    assert same(hk.loss(losses, P, data), direct(list(range(N))))
+
+
+@pytest.mark.parametrize(
+    ("source", "batch_size", "sizes"),
+    [
+        ("tuple", None, [11]),
+        ("tuple", 4, [4, 4, 3]),
+        ("dataset", 4, [4, 4, 3]),
+        ("plain_dataset", None, [11]),
+        ("loader", None, [4, 4, 3]),
+        ("loader", 6, [6, 5]),
+        ("loader_dropping", None, [4, 4, 3]),
+        ("loader_batch_sampler", None, [4, 4, 3]),
+        ("loader_of_ones", None, [1] * 11),
+        ("loader_of_own_class", None, [4, 4, 3]),
+        ("list", None, [4, 5, 2]),
+        ("list", 3, [3, 1, 3, 2, 2]),
+        ("reiterable", None, [4, 1, 6]),
+    ],
+)
+def test_batches_are_as_large_as_asked_for(source: str, batch_size: int | None, sizes: list[int]) -> None:
+    assert [len(batch) for batch in ids(hk.as_data(SOURCES[source](), batch_size=batch_size))] == sizes
+    again = hk.as_data(hk.as_data(SOURCES[source]()), batch_size=batch_size)
+    assert [len(batch) for batch in ids(again)] == sizes
+
+
+@in_each
+def test_a_subset_is_a_weighted_sum_over_its_examples(source: str) -> None:
+    data = hk.as_data(SOURCES[source]())
+    indices = [9, 2, 2, 0, 10]
+    weights = torch.tensor([0.5, 0.25, 1.0, 3.0, 0.125])
+    plain, weighted = data.subset(indices), data.subset(torch.tensor(indices), weights)
+    assert plain.num_examples == weighted.num_examples == 5
+    assert sorted(flat(ids(plain))) == sorted(indices)
+    assert same(hk.loss(losses, P, plain), direct(indices))
+    assert same(hk.loss(losses, P, weighted), direct(indices, weights))
+    for batch_size in (1, 2):
+        resized = hk.as_data(weighted, batch_size=batch_size)
+        assert max(len(batch) for batch in ids(resized)) <= batch_size
+        assert same(hk.loss(losses, P, resized), direct(indices, weights))
+
+
+@in_each
+def test_a_subset_of_a_subset_is_counted_in_the_first_ones_order(source: str) -> None:
+    first = hk.as_data(SOURCES[source]()).subset([8, 1, 5, 10])
+    assert flat(ids(first)) == [1, 5, 8, 10]
+    weights = torch.tensor([2.0, -1.0, 4.0])
+    second = first.subset([3, 0, 3], weights)
+    assert flat(ids(second)) == [1, 10, 10]
+    assert same(hk.loss(losses, P, second), direct([10, 1, 10], weights))
+
+
+@in_each
+def test_weights_reach_gradients_and_products(source: str) -> None:
+    indices, weights = [7, 3, 3], torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    data = hk.as_data(SOURCES[source]()).subset(indices, weights)
+    x, y = X[indices], Y[indices]
+    slope = hk.grad(losses, P, data)
+    assert torch.allclose(slope, 2 * (weights * (x @ P - y)) @ x, rtol=1e-13, atol=0.0)
+    dense = 2 * (x.mT * weights) @ x
+    for mode in ("forward-over-reverse", "reverse-over-reverse"):
+        H = hk.hessian(losses, P, data, mode=mode)
+        assert torch.allclose(H @ torch.eye(3, dtype=torch.float64), dense, rtol=1e-13, atol=1e-15)
+        assert H.num_examples == 3
+
+
+def test_weights_need_one_loss_for_each_example() -> None:
+    data = hk.as_data((X, Y)).subset([1, 2], torch.ones(2))
+
+    def mean_loss(params: Tensor, batch: object) -> Tensor:
+        return losses(params, batch).mean()
+
+    for front_door in (hk.loss, hk.grad, hk.hessian):
+        with pytest.raises(ValueError, match="loss_fn returned a 0-d mean, which cannot be weighted"):
+            front_door(mean_loss, P, data)
+
+
+Seeded = torch.Generator | None
+SAMPLED: dict[str, tuple[Callable[[Seeded], DataLoader], list[int] | int]] = {
+    "subset": (lambda g: loader(batch_size=2, sampler=SubsetRandomSampler([1, 4, 6], g)), [1, 4, 6]),
+    "subset in batch sampler": (
+        lambda g: loader(batch_sampler=BatchSampler(SubsetRandomSampler([1, 4, 6], g), 2, False)),
+        [1, 4, 6],
+    ),
+    "weighted": (lambda g: loader(sampler=WeightedRandomSampler(Y + 1, 20, generator=g)), 20),
+    "weighted in batch sampler": (
+        lambda g: loader(batch_sampler=BatchSampler(WeightedRandomSampler(Y + 1, 20, generator=g), 4, False)),
+        20,
+    ),
+    "replacement": (lambda g: loader(sampler=RandomSampler(range(N), replacement=True, generator=g)), N),
+    "fewer": (lambda g: loader(sampler=RandomSampler(range(N), num_samples=5, generator=g)), 5),
+    "range": (lambda g: loader(batch_size=4, sampler=range(3, 9), generator=g), [3, 4, 5, 6, 7, 8]),
+    "own class": (
+        lambda g: Doubled(TensorDataset(X, Y), batch_size=4, shuffle=True, generator=g),
+        list(range(N)),
+    ),
+}
+
+
+def disturb() -> None:
+    torch.rand(3)
+    np.random.rand(3)
+    random.random()
+
+
+@pytest.mark.parametrize("sampling", SAMPLED)
+@pytest.mark.parametrize("seeded", [False, True])
+def test_a_sampler_of_its_own_gives_the_same_examples_in_every_pass(sampling: str, seeded: bool) -> None:
+    make, expected = SAMPLED[sampling]
+    generator = torch.Generator().manual_seed(7) if seeded else None
+    before = global_states(), generator and generator.get_state().tolist()
+    data = hk.as_data(make(generator))
+    first = ids(data)
+    assert (global_states(), generator and generator.get_state().tolist()) == before
+    disturb()
+    assert ids(data) == first
+    chosen = flat(first)
+    assert data.num_examples == len(chosen)
+    if isinstance(expected, list):
+        assert sorted(chosen) == expected
+    else:
+        assert len(chosen) == expected
+        assert (len(set(chosen)) < expected) == (sampling != "fewer")
+    assert same(hk.loss(losses, P, data), direct(chosen))
+    assert same(hk.loss(losses, P, data.subset([2, 0])), direct([chosen[0], chosen[2]]))
+
+
+class Noisy(Dataset):
+    """Examples that are drawn anew whenever they are read, from all three global generators."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.tensor([torch.rand(()).item(), np.random.rand(), random.random()]), index
+
+
+def global_states() -> tuple[object, ...]:
+    _, words, *rest = np.random.get_state()
+    return torch.get_rng_state().tolist(), words.tolist(), rest, random.getstate()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_random_examples_are_the_same_in_every_pass_and_leave_no_trace(
+    num_workers: int, shuffle: bool
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    source = DataLoader(
+        Noisy(),
+        batch_size=2,
+        shuffle=shuffle,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        generator=generator,
+    )
+    before = global_states(), generator.get_state().tolist()
+    data = hk.as_data(source)
+    first = torch.cat([noise for noise, _ in data])
+    assert (global_states(), generator.get_state().tolist()) == before
+    disturb()
+    assert torch.equal(torch.cat([noise for noise, _ in data]), first)
+    assert len(first.unique()) > 7
+    assert flat(ids(data)) == list(range(7))
+    assert flat(ids(data.subset([5, 1]))) == [1, 5]
+
+
+def test_a_pass_that_is_left_early_leaves_no_trace() -> None:
+    generator = torch.Generator().manual_seed(3)
+    before = global_states(), generator.get_state().tolist()
+    source = loader(batch_size=2, sampler=RandomSampler(range(N), replacement=True, generator=generator))
+    for _ in hk.as_data(source):
+        break
+    assert (global_states(), generator.get_state().tolist()) == before
+
+
+def test_batches_are_moved_to_the_device_asked_for() -> None:
+    for source in SOURCES.values():
+        data = hk.as_data(source(), device="meta")
+        assert {leaf.device.type for batch in data for leaf in tree_leaves(batch)} == {"meta"}
+        assert {weights.device.type for _, weights in data.subset([1], [1.0]).weighted()} == {"meta"}
+        back = hk.as_data(data, device="cpu")
+        assert {leaf.device.type for batch in back for leaf in tree_leaves(batch)} == {"cpu"}
+
+
+@in_each
+def test_the_smallest_batch_is_known_where_the_sizes_are(source: str) -> None:
+    for batch_size in (1, 3, 4, 5, 100):
+        data = hk.as_data(SOURCES[source](), batch_size=batch_size)
+        for part in (data, data.subset([0, 1, 2])):
+            if part.smallest_batch is not None:
+                assert part.smallest_batch == min(len(batch) for batch in ids(part))
+    known = hk.as_data(SOURCES[source]()).smallest_batch is not None
+    counted = ("list", "reiterable", "loader_of_own", "loader_of_stream", "loader_of_batches")
+    assert known == (not source.startswith(counted))
+
+
+def test_the_data_may_be_one_tensor_or_integers() -> None:
+    data = hk.as_data(torch.arange(5), batch_size=2)
+    assert [batch.tolist() for batch in data] == [[0, 1], [2, 3], [4]]
+
+
+class Changing:
+    """One example fewer (or more) in each pass."""
+
+    def __init__(self, step: int) -> None:
+        self.size, self.step = 5, step
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.size += self.step
+        yield torch.ones(2, 1)
+        yield torch.ones(self.size, 1)
+
+
+class Dropping(Dataset):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.ones(1) * index
+
+
+def drop_odd(examples: list[Tensor]) -> Tensor:
+    return torch.stack([example for example in examples if example % 2 == 0])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: Changing(-1),
+        lambda: Changing(1),
+        lambda: DataLoader(Dropping(), batch_size=2, collate_fn=drop_odd),
+    ],
+)
+def test_another_number_of_examples_in_a_later_pass_is_an_error(source: Callable[[], object]) -> None:
+    data = hk.as_data(source())
+    with pytest.raises(hk.UnstableDataError, match=r"data gave \d examples in this pass, not the \d counted"):
+        list(data)
+    with pytest.raises(hk.UnstableDataError):
+        hk.loss(lambda p, x: (x * p).sum(1), torch.tensor(1.0), source())
+
+
+def keep_below_two(examples: list[Tensor]) -> Tensor:
+    stacked = torch.stack(examples)
+    return stacked[stacked[:, 0] < 2]
+
+
+def test_no_pass_gives_a_batch_of_none() -> None:
+    batches = iter(hk.as_data(DataLoader(Dropping(), batch_size=2, collate_fn=keep_below_two)))
+    assert len(next(batches)) == 2
+    with pytest.raises(hk.UnstableDataError, match="data gave 2 examples"):
+        next(batches)
+
+
+def test_a_subset_of_changing_data_is_an_error_too() -> None:
+    data = hk.as_data(Changing(-1)).subset([0, 1])
+    with pytest.raises(hk.UnstableDataError):
+        list(data)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "reason"),
+    [
+        (lambda: (torch.ones(0, 3), torch.ones(0)), ValueError, "data is empty"),
+        (lambda: [], ValueError, "data is empty"),
+        (lambda: [(torch.ones(0, 3), torch.ones(0))], ValueError, "data is empty"),
+        (lambda: TensorDataset(torch.ones(0, 3)), ValueError, "data is empty"),
+        (lambda: DataLoader(TensorDataset(torch.ones(0, 3))), ValueError, "data is empty"),
+        (lambda: (), ValueError, "data holds a batch without any tensor"),
+        (lambda: (X, Y[:4]), ValueError, "data: .* share their first dimension"),
+        (lambda: [(X, Y), (X, Y[:4])], ValueError, "data: .* share their first dimension"),
+        (lambda: (X, torch.tensor(1.0)), ValueError, "data: .* share their first dimension"),
+        (lambda: torch.tensor(1.0), ValueError, "data: .* share their first dimension"),
+        (lambda: ((X, Y) for _ in range(2)), ValueError, "data is a one-shot iterator .generator"),
+        (lambda: iter([(X, Y)]), ValueError, "data is a one-shot iterator"),
+        (lambda: iter(loader()), ValueError, "data is a one-shot iterator"),
+        (lambda: zip([X], [Y], strict=True), ValueError, "data is a one-shot iterator .zip"),
+        (lambda: [X, Y], ValueError, "data is a list of tensors"),
+        (lambda: Stream(), TypeError, "data is an IterableDataset"),
+        (lambda: X.numpy(), TypeError, "data is a NumPy array"),
+        (lambda: (X, Y.numpy()), TypeError, "data must be a tree of tensors, .* ndarray"),
+        (lambda: (X, "label"), TypeError, "data must be a tree of tensors, .* str"),
+        (lambda: [(X, None)], TypeError, "data must be a tree of tensors, .* NoneType"),
+        (lambda: None, TypeError, "data must be tensors, .* got NoneType"),
+        (lambda: "digits", TypeError, "data must be tensors, .* got str"),
+        (lambda: 3, TypeError, "data must be tensors, .* got int"),
+    ],
+)
+def test_what_is_no_data_is_refused(source: Callable, error: type[Exception], reason: str) -> None:
+    with pytest.raises(error, match=reason):
+        hk.as_data(source())
+
+
+def test_a_refused_iterator_is_not_used_up() -> None:
+    iterator = iter([(X, Y)])
+    with pytest.raises(ValueError, match="one-shot"):
+        hk.as_data(iterator)
+    assert len(list(iterator)) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)]
+)
+def test_a_batch_size_that_is_no_count_is_refused(batch_size: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="batch_size must be"):
+        hk.as_data((X, Y), batch_size=batch_size)
+
+
+def test_a_batch_size_may_be_of_numpy() -> None:
+    assert [len(batch) for batch in ids(hk.as_data((X, Y), batch_size=np.int64(6)))] == [6, 5]
+
+
+@pytest.mark.parametrize(
+    ("indices", "weights", "error", "reason"),
+    [
+        ([], None, (ValueError, TypeError), "indices must be"),
+        ([[0, 1]], None, ValueError, "indices must be a non-empty vector"),
+        ([0, N], None, ValueError, rf"indices must be in \[0, {N}\)"),
+        ([-1], None, ValueError, rf"indices must be in \[0, {N}\)"),
+        ([0.0, 1.0], None, TypeError, "indices must be whole numbers"),
+        (Y > 3, None, TypeError, "indices must be whole numbers, got torch.bool; of a mask"),
+        ([0, 1], [1.0], ValueError, "weights must have one entry for each index"),
+        ([0, 1], 1.0, ValueError, "weights must have one entry for each index"),
+    ],
+)
+def test_a_choice_that_is_none_is_refused(
+    indices: object, weights: object, error: type[Exception], reason: str
+) -> None:
+    with pytest.raises(error, match=reason):
+        hk.as_data((X, Y)).subset(indices, weights)
+
+
+def test_sequential_batch_samplers_cover_the_dataset_in_order() -> None:
+    source = loader(batch_sampler=BatchSampler(SequentialSampler(range(N)), 5, True))
+    assert ids(hk.as_data(source)) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10]]

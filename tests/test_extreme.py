@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+import hvpkit as hk
+from oracles import hessian_by_double_backward
+from problems import NETWORKS, SPECTRA, matrix, network
+
+EPS = torch.finfo(torch.float64).eps
+SIZES = (2, 3, 5, 8, 13, 21, 34, 55, 89, 150)
+
+
+def spectrum(shape: str, n: int, g: torch.Generator) -> Tensor:
+    """Eigenvalues of one of many shapes."""
+    u = torch.rand(n, generator=g, dtype=torch.float64)
+    values = {
+        "outliers": 0.3 * u,
+        "network_like": 0.02 * u,
+        "triple_ends": 2 * u - 1,
+        "rank_deficient": torch.where(u < 0.7, 0.0, 1 + 9 * u),
+        "few_values": (5 * u).floor() - 2,
+        "decaying": 2.0 ** -torch.arange(n, dtype=torch.float64),
+        "negative": -(10.0 ** (-3 * u)),
+        "multiple_of_identity": torch.full((n,), -2.5, dtype=torch.float64),
+        "uniform": 2 * u - 1,
+        "semicircle": torch.cos(math.pi * u),
+        "normal": torch.randn(n, generator=g, dtype=torch.float64),
+        "exponential": torch.exp(3 * u),
+    }[shape]
+    if shape == "outliers":
+        values[0], values[-1] = -5.0, 20.0
+    if shape == "network_like":
+        values[0], values[-1] = -0.5, 100.0
+    if shape == "triple_ends":
+        values[: n // 3][:3], values[n - n // 3 :][:3] = -2.0, 3.0
+    return values
+
+
+GAPPED = (
+    "outliers",
+    "network_like",
+    "triple_ends",
+    "few_values",
+    "decaying",
+    "multiple_of_identity",
+)
+DENSE_ENDS = ("uniform", "semicircle", "normal", "exponential", "negative", "rank_deficient")
+
+
+def matrices(shapes: tuple[str, ...], rounds: int) -> Iterator[tuple[Tensor, int]]:
+    for index, shape in enumerate(shapes):
+        for seed in range(rounds):
+            for n in SIZES:
+                g = torch.Generator().manual_seed(1000 * index + 100 * seed + n)
+                yield matrix(spectrum(shape, n, g).tolist(), seed=seed), seed
+
+
+@cache
+def dense_hessian(name: str, seed: int) -> Tensor:
+    problem = network(name, seed=seed)
+    return hessian_by_double_backward(problem.objective, problem.params, problem.data)
+
+
+def ends_of(A: Tensor) -> tuple[float, float, float]:
+    truth = torch.linalg.eigvalsh((A + A.mT) / 2)
+    return float(truth[0]), float(truth[-1]), float(truth.abs().max())
+
+
+def failures(found: hk.ExtremeResult, A: Tensor, tol: float) -> list[str]:
+    """What does not hold of a result, against the dense spectrum."""
+    smallest, largest, norm = ends_of(A)
+    failed = [] if found.converged or found.status is hk.Status.ROUNDING_LIMITED else [str(found.status)]
+    for pair, truth in ((found.smallest, smallest), (found.largest, largest)):
+        rounding = 40 * EPS * norm
+        if abs(pair.value - truth) > max(tol * abs(truth), rounding):
+            failed.append(f"value {pair!r} for {truth:g}")
+        elif not pair.interval.lower - rounding <= truth <= pair.interval.upper + rounding:
+            failed.append(f"interval {pair!r} for {truth:g}")
+        residual = A @ pair.vector - pair.value * pair.vector
+        if abs(float(torch.linalg.vector_norm(residual)) - pair.residual_norm) > rounding:
+            failed.append("residual norm")
+    return failed
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_both_ends_of_network_hessians_to_tol_and_inside_of_their_intervals(name: str) -> None:
+    for seed in range(6):
+        problem, A = network(name, seed=seed), dense_hessian(name, seed)
+        H = hk.hessian(problem.objective, problem.params, problem.data, batch_size=7)
+        assert failures(hk.extreme_eigenvalues(H, seed=seed), A, 1e-2) == []
+        for tol in (1e-1, 1e-4):
+            found = hk.extreme_eigenvalues(hk.aslinearoperator(A), tol=tol, seed=seed)
+            assert failures(found, A, tol) == []
+
+
+@pytest.mark.parametrize("shape", GAPPED)
+def test_both_ends_of_spectra_with_separated_ends(shape: str) -> None:
+    for A, seed in matrices((shape,), rounds=3):
+        found = hk.extreme_eigenvalues(hk.aslinearoperator(A), seed=seed)
+        assert failures(found, A, 1e-2) == []
+
+
+def test_both_ends_of_spectra_with_dense_ends_but_for_rare_starts() -> None:
+    # a start with next to nothing of the last eigenvectors ends at their neighbours, within a few tol
+    num_ends, failed = 0, []
+    for A, seed in matrices(DENSE_ENDS, rounds=2):
+        found = hk.extreme_eigenvalues(hk.aslinearoperator(A), seed=seed)
+        smallest, largest, _ = ends_of(A)
+        failed += failures(found, A, 1e-2)
+        ends = [found.smallest.value, found.largest.value]
+        assert ends == pytest.approx([smallest, largest], rel=5e-2, abs=1e-13)
+        num_ends += 2
+    expected = 0.01 * num_ends
+    assert len(failed) <= expected + 3 * math.sqrt(expected), failed
+
+
+@pytest.mark.parametrize("shape", ["uniform", "normal", "network_like"])
+@pytest.mark.parametrize("n", [10, 60])
+@pytest.mark.parametrize(("max_matvecs", "tol"), [(6, 1e-12), (None, 3e-2)])
+def test_intervals_hold_as_often_as_their_confidence_says(
+    shape: str, n: int, max_matvecs: int | None, tol: float
+) -> None:
+    A = matrix(spectrum(shape, n, torch.Generator().manual_seed(5)).tolist())
+    smallest, largest, norm = ends_of(A)
+    claimed, missed = 0.0, 0
+    for seed in range(80):
+        found = hk.extreme_eigenvalues(hk.aslinearoperator(A), tol=tol, max_matvecs=max_matvecs, seed=seed)
+        for pair, truth in ((found.smallest, smallest), (found.largest, largest)):
+            if pair.interval.confidence is not None:
+                claimed += 1 - pair.interval.confidence
+            slack = 40 * EPS * norm
+            missed += not pair.interval.lower - slack <= truth <= pair.interval.upper + slack
+    assert missed <= claimed + 3 * math.sqrt(max(claimed, 1 / 9))
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_batchnorm", "gru", "attention", "tied_weights"])
+def test_agrees_with_scipy_on_the_same_operator(name: str) -> None:
+    problem = network(name)
+    H = hk.hessian(problem.objective, problem.params, problem.data)
+    expected = scipy.sparse.linalg.eigsh(H.to_scipy(), k=2, which="BE", return_eigenvectors=False)
+    found = hk.extreme_eigenvalues(H, tol=1e-8)
+    assert [found.smallest.value, found.largest.value] == pytest.approx(sorted(expected), rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [-3.0, 0.0, 2.0])
+def test_one_parameter_has_one_eigenvalue_for_both_ends(dtype: torch.dtype, value: float) -> None:
+    found = hk.extreme_eigenvalues(hk.aslinearoperator(torch.tensor([[value]], dtype=dtype)))
+    assert found.converged
+    for pair in (found.smallest, found.largest):
+        assert pair.value == pytest.approx(value)
+        assert value in pair.interval
+        assert pair.vector.abs().tolist() == pytest.approx([1.0])
+    assert found.num_matvecs == 2
+
+
+@pytest.mark.parametrize("values", [[-1.0, 2.0], [3.0, 3.0], [0.0, 0.0], [0.0, 1e-20], [-1e25, 1e-5]])
+def test_two_parameters(values: list[float]) -> None:
+    A = matrix(values)
+    found = hk.extreme_eigenvalues(hk.aslinearoperator(A))
+    assert failures(found, A, 1e-2) == []
+    assert abs(float(found.smallest.vector @ found.largest.vector)) <= 1e-10
+
+
+def test_vectors_are_unit_orthogonal_and_of_the_operator_dtype() -> None:
+    A = matrix(SPECTRA["indefinite"], dtype=torch.float32)
+    found = hk.extreme_eigenvalues(hk.aslinearoperator(A))
+    V = torch.stack([found.smallest.vector, found.largest.vector], dim=1)
+    assert V.dtype == torch.float32
+    assert torch.allclose(V.mT @ V, torch.eye(2), atol=1e-5)
+
+
+KEYS = {
+    "smallest", "largest", "num_matvecs", "seconds", "status", "converged", "message", "tol", "operator", "history",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_to_dict_is_strict_json_with_the_documented_keys(limit: int | None) -> None:
+    op = hk.aslinearoperator(matrix(SPECTRA["bulk_with_outliers"]))
+    found = hk.extreme_eigenvalues(op, max_matvecs=limit)
+    plain = found.to_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert set(plain) >= KEYS
+    for name in ("smallest", "largest"):
+        pair = getattr(found, name)
+        assert plain[name]["value"] == pair.value
+        assert plain[name]["residual_norm"] == pair.residual_norm
+        assert set(plain[name]["interval"]) == {"lower", "upper", "kind", "confidence"}
+    assert plain["status"] == str(found.status)
+    assert plain["operator"] == "dense matrix: 300 x 300, float64, cpu"
+    assert len(plain["history"]) == len(found.history)
+
+
+def test_summary_and_repr_are_short_and_say_the_values() -> None:
+    found = hk.extreme_eigenvalues(hk.aslinearoperator(matrix(SPECTRA["indefinite"])), tol=1e-6)
+    assert len(repr(found)) <= 200
+    assert "\n" not in repr(found)
+    lines = found.summary().splitlines()
+    assert len(lines) == 4
+    assert all(len(line) <= 130 for line in lines)
+    for text in (repr(found), found.summary()):
+        assert "-5" in text
+        assert "20" in text
+        assert "converged" in text
+
+
+@pytest.mark.parametrize("name", ["indefinite", "negative_dominant", "bulk_with_outliers", "multiple"])
+def test_history_approaches_both_ends_from_inside(name: str) -> None:
+    A = matrix(SPECTRA[name])
+    smallest, largest, norm = ends_of(A)
+    found = hk.extreme_eigenvalues(hk.aslinearoperator(A), tol=1e-8)
+    slack = 20 * EPS * norm
+    assert len(found.history) >= 3
+    for before, after in pairwise(found.history):
+        assert after.num_matvecs > before.num_matvecs
+        assert after.seconds >= before.seconds
+        assert after.smallest <= before.smallest + slack
+        assert after.largest >= before.largest - slack
+    for entry in found.history:
+        assert smallest - slack <= entry.smallest <= entry.largest <= largest + slack
+    last = found.history[-1]
+    assert last.num_matvecs < found.num_matvecs <= last.num_matvecs + 2
+    assert (last.smallest, last.largest) == pytest.approx(
+        (found.smallest.value, found.largest.value), abs=slack
+    )
+    assert last.smallest_bound >= found.smallest.residual_norm - 10 * slack
+    assert last.seconds <= found.seconds
+
+
+def test_monitor_sees_the_history_as_it_grows() -> None:
+    seen: list[hk.Progress] = []
+    op = hk.aslinearoperator(matrix(SPECTRA["indefinite"]))
+    found = hk.extreme_eigenvalues(op, monitor=seen.append)
+    assert tuple(seen) == found.history
+
+
+def test_what_a_monitor_raises_comes_through() -> None:
+    def stop(entry: hk.Progress) -> None:
+        raise TimeoutError(f"{entry.num_matvecs:g}")
+
+    with pytest.raises(TimeoutError, match="1"):
+        hk.extreme_eigenvalues(hk.aslinearoperator(matrix(SPECTRA["indefinite"])), monitor=stop)
+
+
+def test_progress_bar_shows_passes_and_both_ends() -> None:
+    screen = io.StringIO()
+    op = hk.aslinearoperator(matrix(SPECTRA["indefinite"]))
+    found = hk.extreme_eigenvalues(op, tol=1e-6, monitor=hk.progress_bar(file=screen, mininterval=0))
+    last = screen.getvalue().split("\r")[-1]
+    assert f"{found.history[-1].num_matvecs:g} passes" in last
+    assert "smallest -5 " in last
+    assert "largest 20 " in last
+
+
+def failing(A: Tensor, good: int) -> hk.LinearOperator:
+    calls = {"num": 0}
+
+    def product(v: Tensor) -> Tensor:
+        calls["num"] += v.shape[1]
+        return A @ v if calls["num"] <= good else v * torch.nan
+
+    return replace(hk.aslinearoperator(A), product=product)
+
+
+def test_nothing_is_known_after_a_first_product_that_is_not_finite() -> None:
+    found = hk.extreme_eigenvalues(failing(matrix(SPECTRA["indefinite"]), good=0))
+    assert found.status is hk.Status.NON_FINITE
+    for pair in (found.smallest, found.largest):
+        assert math.isnan(pair.value)
+        assert (pair.interval.lower, pair.interval.upper) == (-math.inf, math.inf)
+        assert pair.vector.shape == (100,)
+    plain = found.to_dict()
+    assert plain["smallest"]["value"] is None
+    json.dumps(plain, allow_nan=False)
+    assert "nan" in found.summary()
+
+
+@pytest.mark.parametrize("good", [1, 2, 6])
+def test_what_is_known_before_a_product_that_is_not_finite_stays(good: int) -> None:
+    A = matrix(SPECTRA["indefinite"])
+    found = hk.extreme_eigenvalues(failing(A, good), tol=1e-12)
+    assert found.status is hk.Status.NON_FINITE
+    assert not found.converged
+    assert -5 <= found.smallest.value <= found.largest.value <= 20
+    truth = torch.linalg.eigvalsh(A)
+    for pair in (found.smallest, found.largest):
+        assert float((truth - pair.value).abs().min()) <= pair.residual_norm
+        assert pair.value in pair.interval
+    if good == 1:  # one value, and it may lie anywhere between both ends
+        assert found.smallest.interval.lower <= found.smallest.value - found.smallest.residual_norm
+        assert found.largest.interval.upper >= found.largest.value + found.largest.residual_norm
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "advice"),
+    [
+        ({"max_matvecs": 6}, hk.Status.MAX_MATVECS, "raise max_matvecs or tol"),
+        ({"time_limit": 1e-9}, hk.Status.TIME_LIMIT, "raise time_limit or tol"),
+        ({}, hk.Status.ROUNDING_LIMITED, "use float64, or raise tol"),
+    ],
+)
+def test_a_limit_is_a_status_with_advice(options: dict[str, float], status: hk.Status, advice: str) -> None:
+    A = matrix(SPECTRA["bulk_with_outliers"], dtype=torch.float32)
+    found = hk.extreme_eigenvalues(hk.aslinearoperator(A), tol=1e-7, **options)
+    assert found.status is status
+    assert not found.converged
+    assert advice in found.message
+    assert advice in found.summary()
+    assert found.num_matvecs <= options.get("max_matvecs", 300)
+
+
+def test_semidefinite_operator_has_a_smallest_eigenvalue_of_zero_to_rounding() -> None:
+    A = matrix(SPECTRA["rank_deficient"])
+    found = hk.extreme_eigenvalues(hk.aslinearoperator(A))
+    assert found.status is hk.Status.ZERO_TO_ROUNDING
+    assert found.converged
+    assert abs(found.smallest.value) <= 40 * EPS * 10
+    assert found.largest.value == pytest.approx(10, rel=1e-2)
+
+
+def test_same_seed_same_bits_and_v0_is_not_written_to() -> None:
+    A = matrix(SPECTRA["indefinite"])
+    op = hk.aslinearoperator(A)
+    first = hk.extreme_eigenvalues(op, seed=3)
+    again = hk.extreme_eigenvalues(op, seed=3)
+    assert torch.equal(first.smallest.vector, again.smallest.vector)
+    assert first.largest.interval == again.largest.interval
+    v0 = torch.stack([first.smallest.vector, first.largest.vector], dim=1)
+    before = v0.clone()
+    warm = hk.extreme_eigenvalues(op, v0=v0)
+    assert torch.equal(v0, before)
+    assert failures(warm, A, 1e-2) == []
+    assert warm.history[0].largest > 5  # a random start begins near the mean, 0.15
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": "newton"}, ValueError, "method must be one of 'auto', 'lanczos'.*got 'newton'"),
+        ({"tol": 0.0}, ValueError, "tol must be a positive finite number, got 0"),
+        ({"max_matvecs": 1}, ValueError, "max_matvecs must be at least"),
+        ({"max_matvecs": 0}, ValueError, "max_matvecs must be a positive"),
+        ({"time_limit": -1}, ValueError, "time_limit must be a positive"),
+        ({"seed": -1}, ValueError, "seed must not be negative"),
+        ({"v0": torch.ones(3, dtype=torch.float64)}, ValueError, r"v0 must be a tensor of shape \[100\]"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_argument_is_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        hk.extreme_eigenvalues(hk.aslinearoperator(matrix(SPECTRA["indefinite"])), **options)
+
+
+def test_asymmetric_operator_is_refused() -> None:
+    A = torch.randn(30, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(hk.NotSymmetricError, match="not symmetric"):
+        hk.extreme_eigenvalues(hk.aslinearoperator(A))
