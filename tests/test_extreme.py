@@ -368,3 +368,10 @@ def test_asymmetric_operator_is_refused() -> None:
     A = torch.randn(30, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with pytest.raises(hk.NotSymmetricError, match="not symmetric"):
         hk.extreme_eigenvalues(hk.aslinearoperator(A))
+
+
+def test_what_is_no_operator_is_refused_with_the_way_to_make_one() -> None:
+    with pytest.raises(TypeError, match="aslinearoperator"):
+        hk.extreme_eigenvalues(torch.eye(3))
+    with pytest.raises(TypeError, match="aslinearoperator"):
+        hk.lanczos(torch.eye(3), 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hvpkit._typing import Seed
 from hvpkit.errors import check_choice
-from hvpkit.iterate import Monitor
+from hvpkit.iterate import Monitor, full_precision
 from hvpkit.operators import LinearOperator
 from hvpkit.results import Eigenpair, ExtremeResult, Interval
 from hvpkit.solvers.lanczos import lanczos
@@ -16,6 +16,7 @@ from hvpkit.solvers.lanczos import lanczos
 METHODS = ("auto", "lanczos")
 
 
+@full_precision
 def extreme_eigenvalues(
     H: LinearOperator,
     *,
@@ -33,7 +34,7 @@ def extreme_eigenvalues(
 
     Both ends come from one Krylov space. The solve stops when for both
     ``error_bound <= tol * |value|``, with the residual's norm or its square over the gap as the bound, and
-    when it is unlikely (probability 0.1) that an eigenvalue hides further out than ``5 tol * |value|``. An end
+    when it is unlikely (probability 0.1) that an eigenvalue hides further out than ``2 tol * |value|``. An end
     that is zero to rounding has no relative digits: see :func:`hvpkit.lanczos`.
 
     Args:

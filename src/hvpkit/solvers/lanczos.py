@@ -50,8 +50,8 @@ DEPTH, DEPTH_OF_SMALL, SMALL = 12, 24, 1000
 """Steps without which a small residual says nothing, as a start may happen to be near other eigenvectors; and more
 of them where n is small, for there they cost nothing and leave nothing out."""
 
-HIDDEN_BEYOND, HIDDEN_PROBABILITY = 5.0, 0.1
-"""Not over while more likely than this an eigenvalue hides further out than 5 tol * |value|."""
+HIDDEN_BEYOND, HIDDEN_PROBABILITY = 2.0, 0.1
+"""Not over while more likely than this an eigenvalue hides further out than 2 tol * |value|."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def lanczos(
     when the bound is at most 32 eps times the operator's norm. The bound is the residual's norm, with rounding.
     For one pair at an end, from one start vector, it is the residual squared over the gap where that is
     smaller, on two more conditions: the gap is bounded by the other Ritz pairs' residuals, and it is unlikely
-    (probability 0.1 over random starts) that an eigenvalue hides further out than ``5 tol * |value|``. A
+    (probability 0.1 over random starts) that an eigenvalue hides further out than ``2 tol * |value|``. A
     ``tol`` below rounding is taken as rounding.
 
     Args:
