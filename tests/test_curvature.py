@@ -216,3 +216,27 @@ def test_names_are_matched_with_case_as_the_shell_does() -> None:
         H = hk.hessian(problem.objective, problem.params, problem.data, wrt=glob)
         names = [name for name in problem.params if fnmatch.fnmatchcase(name, glob)]
         assert list(H.unflatten(torch.zeros(H.n))) == names
+
+
+def test_samples_are_the_hessian_of_so_many_examples_at_their_share_of_the_cost() -> None:
+    problem = network("mlp")
+    x, y = problem.data
+    H = hk.hessian(problem.objective, problem.params, problem.data, batch_size=5)
+    whole = H.sample(len(x), 0)
+    assert whole.cost == 1.0
+    assert relative_error(whole @ eye(H.n), H @ eye(H.n)) < 1e-14
+    singles = [
+        hessian_by_double_backward(problem.objective, problem.params, (x[i : i + 1], y[i : i + 1]))
+        for i in range(len(x))
+    ]
+    seen = set()
+    for seed in range(60):
+        part = (2.0 * H).shift(0.5).sample(1, seed)
+        assert part.cost == pytest.approx(1 / len(x))
+        dense = (part @ eye(H.n) - 0.5 * eye(H.n)) / 2
+        errors = [relative_error(dense, single) for single in singles]
+        assert min(errors) < 1e-12
+        seen.add(errors.index(min(errors)))
+    assert len(seen) > len(x) // 2
+    with pytest.raises(ValueError, match="num_examples"):
+        H.sample(len(x) + 1, 0)

@@ -48,19 +48,6 @@ class Checked:
     residual_norms: Tensor
 
 
-def rayleigh_quotients(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Quotients of unit columns ``[n, k]`` and norms of ``images - quotients * vectors``: both ``[k]``."""
-    quotients = (vectors * images).sum(dim=0)
-    norms = torch.linalg.vector_norm(images - vectors * quotients, dim=0)
-    return quotients.to("cpu", torch.float64), norms.to("cpu", torch.float64)
-
-
-def ascending(values: Tensor, vectors: Tensor, residual_norms: Tensor) -> Checked:
-    """The pairs in ascending order of their values."""
-    order = torch.argsort(values, stable=True)
-    return Checked(values[order], vectors[:, order.to(vectors.device)], residual_norms[order])
-
-
 def rounding(op: LinearOperator, norm: float) -> float:
     """What rounding in products adds to an error bound, for an operator of this norm."""
     return NOISE * torch.finfo(op.dtype).eps * norm
@@ -138,54 +125,6 @@ def eigen_result(
     )
 
 
-def judge(op: LinearOperator, tol: float, norm: float, values: Tensor, residual_norms: Tensor) -> Tensor:
-    """Which values ``[k]`` are done: by ``tol``, or because no further product makes their bounds smaller."""
-    bounds = residual_norms + rounding(op, norm)
-    return ((bounds <= tol * values.abs()) & (values != 0)) | (bounds <= floor(op, norm))
-
-
 def floor(op: LinearOperator, norm: float) -> float:
     """The error bound that counts as none, for an operator of this norm."""
     return FLOOR * torch.finfo(op.dtype).eps * norm
-
-
-def check_pairs(
-    op: LinearOperator,
-    found: Checked,
-    scale: Tensor,
-    norm: float,
-    *,
-    k: int,
-    which: str,
-    tol: float,
-    status: Status,
-    num_matvecs: float,
-) -> EigenResult:
-    """The result of a solve that found these pairs, after a product with each of them.
-
-    Args:
-        op: the operator.
-        found: vectors that are unit up to rounding; values and norms over ``scale``. What stays if the
-            products are not finite, or were not before.
-        scale: what products are divided by, 0-d.
-        norm: of the operator, over scale.
-        k: how many pairs were asked for.
-        which: at which ends.
-        tol: with which relative error.
-        status: why the solve stopped.
-        num_matvecs: full-data products before.
-    """
-    if len(found.values) and status is not Status.NON_FINITE:
-        num_matvecs += len(found.values) * op.cost
-        values, residual_norms = rayleigh_quotients(found.vectors, op.product(found.vectors) / scale)
-        if not bool(torch.isfinite(residual_norms).all()):
-            status = Status.NON_FINITE
-        else:
-            found = ascending(values, found.vectors, residual_norms)
-            if status not in (Status.MAX_MATVECS, Status.TIME_LIMIT):
-                status = verdict(status, tol, floor(op, norm), values, residual_norms)
-    unit = float(scale)
-    found = Checked(found.values * unit, found.vectors, found.residual_norms * unit)
-    kind = "exact" if status is Status.INVARIANT_SUBSPACE else "residual"
-    where = intervals(found, which, k, rounding(op, norm) * unit, kind)
-    return eigen_result(found, where, status, num_matvecs=num_matvecs, seconds=0.0, history=())

@@ -297,7 +297,7 @@ def lanczos(
         monitor: called with a :class:`hvpkit.Progress` after each look.
 
     Returns:
-        Values ascending, with orthonormal vectors, true residuals, intervals and status. Running into a
+        Values ascending, with orthonormal vectors, residuals, intervals and status. Running into a
         limit or a product that is not finite is a status too, with what was found until then: fewer than
         ``k`` pairs if that was so early.
 
