@@ -60,7 +60,7 @@ def extreme_eigenvalues(
         NotSymmetricError: ``H`` is not symmetric beyond rounding.
 
     Cost:
-        Passes over the data as ``num_matvecs`` says, one of them to confirm the residuals.
+        Passes over the data as ``num_matvecs`` says, two of them for the true residuals.
 
     Example:
         >>> import torch, hvpkit as hk

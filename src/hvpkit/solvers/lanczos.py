@@ -192,10 +192,10 @@ def _floor(op: LinearOperator, state: State, pairs: Ritz) -> float:
 
 
 def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> EigenResult:
-    r"""The wanted pairs, confirmed by one more product.
+    """The wanted pairs with true residuals, for one more product each.
 
-    Full reorthogonalisation keeps :math:`A V = V T + F B` to rounding, and with it the residuals. A product
-    with the sum of all wanted vectors shows how true that is: what it differs by is added to each.
+    Full reorthogonalisation keeps the residuals of the recurrence true to rounding; what they differ by shows how
+    large that is.
     """
     pairs, lengths = project(op, state)
     m, f = state.num_multiplied, state.num_frontier
@@ -206,15 +206,14 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
     bounds, num_matvecs = _error_bounds(goal, state, pairs)[wanted], state.num_matvecs
     if wanted and status is not Status.NON_FINITE:
         residuals = state.basis[m : m + f].mT @ (state.projected[m : m + f, :m] @ coefficients)
-        expected = (vectors * values.to(vectors) + residuals).sum(dim=1, keepdim=True)
-        image = op.product(vectors.sum(dim=1, keepdim=True)) / state.scale
-        difference = float(torch.linalg.vector_norm(image - expected)) / math.sqrt(len(wanted))
-        num_matvecs += op.cost
+        found_residuals = op.product(vectors) / state.scale - vectors * values.to(vectors)
+        difference = float(torch.linalg.vector_norm(found_residuals - residuals, dim=0).max())
+        num_matvecs += len(wanted) * op.cost
         if not math.isfinite(difference):
             status = Status.NON_FINITE
         else:
-            norms, bounds = torch.hypot(norms, norms.new_tensor(difference)), bounds + difference
-            noise = max(noise, difference)
+            norms = torch.linalg.vector_norm(found_residuals, dim=0).to("cpu", torch.float64)
+            bounds, noise = bounds + difference, max(noise, difference)
             if status not in (Status.MAX_MATVECS, Status.TIME_LIMIT):
                 floor = max(_floor(op, state, pairs), 4 * difference)
                 status = finish.verdict(status, goal.tol, floor, values, bounds)
@@ -297,7 +296,7 @@ def lanczos(
         monitor: called with a :class:`hvpkit.Progress` after each look.
 
     Returns:
-        Values ascending, with orthonormal vectors, residuals, intervals and status. Running into a
+        Values ascending, with orthonormal vectors, true residuals, intervals and status. Running into a
         limit or a product that is not finite is a status too, with what was found until then: fewer than
         ``k`` pairs if that was so early.
 
@@ -306,7 +305,7 @@ def lanczos(
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
 
     Cost:
-        Products as ``num_matvecs`` says, one of them to confirm the residuals; ``ncv + block_size + 2`` vectors
+        Products as ``num_matvecs`` says, ``k`` of them for the true residuals; ``ncv + block_size + 2`` vectors
         of memory.
 
     Source:
@@ -335,7 +334,9 @@ def lanczos(
     if max_matvecs is None:
         max_matvecs = max(DEFAULT_MAX_MATVECS, 10 * k * op.cost)
     step_cost = block_size * op.cost
-    limits = Limits(max_matvecs, time_limit, reserve=op.cost, minimum=math.ceil(k / block_size) * step_cost)
+    limits = Limits(
+        max_matvecs, time_limit, reserve=k * op.cost, minimum=math.ceil(k / block_size) * step_cost
+    )
     v0 = None if v0 is None else _check_start(op, v0)
     state = start(op, ncv + block_size, min(block_size, op.n), goal.seed, v0)
     run = iterate(
