@@ -14,6 +14,10 @@ class NotSymmetricError(ValueError):
     """An operator that was taken for a symmetric one is not. The message says by how much."""
 
 
+class AsymmetryWarning(UserWarning):
+    """A solver saw an asymmetry that rounding does not explain, though it is less than what ends a solve."""
+
+
 class UnstableDataError(RuntimeError):
     """The data gave another number of examples in a later pass than in the first one."""
 

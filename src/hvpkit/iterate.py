@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
 
+from hvpkit.checkpoint import Checkpoint, Saved
 from hvpkit.errors import check_positive
 from hvpkit.operators import LinearOperator
 from hvpkit.results import Progress, Status
@@ -76,11 +77,12 @@ class Look(Generic[S]):
 
 @dataclass(frozen=True)
 class Run(Generic[S]):
-    """Where the loop ended."""
+    """Where the loop ended, and the seconds that an earlier part of the solve took."""
 
     state: S
     status: Status
     history: tuple[Progress, ...]
+    seconds_before: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ def iterate(
     step_cost: float,
     limits: Limits,
     monitor: Monitor | None = None,
+    checkpoint: Checkpoint[S] | None = None,
+    verified: Callable[[S], S] | None = None,
 ) -> Run[S]:
     """Steps until a look says that it is over, or another step would break a limit.
 
@@ -139,24 +143,47 @@ def iterate(
         step_cost: full-data products of a step.
         limits: what may be spent.
         monitor: called after each look.
+        checkpoint: where the solve goes on from, if it holds one, and is saved: now and then, at a limit, and
+            when something is raised in a step, as by an interruption from the keyboard.
+        verified: given the state of a checkpoint, the state to go on from, or an error.
     """
-    start = time.perf_counter()
-    history: list[Progress] = []
-    limit: Status | None = None
-    while True:
-        found = look(state)
-        state = found.state
-        if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
-            seconds = time.perf_counter() - start
-            bounds = found.smallest_bound, found.largest_bound
-            history.append(Progress(state.num_matvecs, seconds, found.smallest, found.largest, *bounds))
-            if monitor is not None:
-                monitor(history[-1])
-        status = found.status or limit
-        if status is not None:
-            return Run(state, status, tuple(history))
-        for _ in range(found.num_steps):
-            limit = limits.broken_by(step_cost, state.num_matvecs, time.perf_counter() - start)
-            if limit is not None:
-                break
-            state = step(state)
+    saved = Saved(state, 0, (), 0.0)
+    if checkpoint is not None and (earlier := checkpoint.load(state)) is not None:
+        saved = earlier if verified is None else replace(earlier, state=verified(earlier.state))
+    state, num_steps, history = saved.state, saved.num_steps, list(saved.history)
+    begin = time.perf_counter() - saved.seconds
+    if limits.time_limit is not None:
+        limits = replace(limits, time_limit=limits.time_limit + saved.seconds)
+    looking = False
+
+    def save() -> None:
+        if checkpoint is not None and state.num_matvecs:
+            checkpoint.save(Saved(state, num_steps, tuple(history), time.perf_counter() - begin))
+
+    try:
+        while True:
+            limit: Status | None = None
+            while num_steps:
+                limit = limits.broken_by(step_cost, state.num_matvecs, time.perf_counter() - begin)
+                if limit is not None:
+                    break
+                state = step(state)
+                num_steps -= 1
+            if limit is not None or (checkpoint is not None and checkpoint.due()):
+                save()
+            looking = True  # a look may change buffers: nothing to save in the midst of it
+            found = look(state)
+            state, num_steps, looking = found.state, found.num_steps, False
+            if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
+                seconds = time.perf_counter() - begin
+                bounds = found.smallest_bound, found.largest_bound
+                history.append(Progress(state.num_matvecs, seconds, found.smallest, found.largest, *bounds))
+                if monitor is not None:
+                    monitor(history[-1])
+            status = found.status or limit
+            if status is not None:
+                return Run(state, status, tuple(history), saved.seconds)
+    except BaseException:
+        if not looking:
+            save()
+        raise

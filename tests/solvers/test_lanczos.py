@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -162,7 +164,7 @@ def test_no_member_of_a_cluster_is_skipped(seed: int, n: int, ncv: int | None) -
 
 @pytest.mark.parametrize(
     ("values", "k", "products"),
-    [([1.0] * 50, 1, 2), ([-2.0] * 25 + [5.0] * 25, 1, 3), ([7.0, 1.0, 2.0], 3, 6)],
+    [([1.0] * 50, 1, 2), ([-2.0] * 25 + [5.0] * 25, 1, 3), ([7.0, 1.0, 2.0], 3, 4)],
 )
 def test_invariant_subspace_ends_the_solve_exactly(values: list[float], k: int, products: int) -> None:
     found = hk.lanczos(hk.aslinearoperator(matrix(values)), k)
@@ -233,7 +235,8 @@ def test_noise_in_products_is_seen_and_kept_out_of_the_digits(level: float) -> N
     def product(v: Tensor) -> Tensor:
         return A @ v + 20 * level * torch.randn(v.shape, generator=g, dtype=v.dtype) / 10
 
-    found = hk.lanczos(replace(hk.aslinearoperator(A), product=product), 2, which="BE", tol=1e-15)
+    with pytest.warns(hk.AsymmetryWarning) if level > 1e-11 else contextlib.nullcontext():
+        found = hk.lanczos(replace(hk.aslinearoperator(A), product=product), 2, which="BE", tol=1e-15)
     assert found.status is hk.Status.ROUNDING_LIMITED
     assert found.num_matvecs <= 120
     for interval, value, truth in zip(found.intervals, found.values.tolist(), (-5.0, 20.0), strict=True):
@@ -386,3 +389,15 @@ def test_positive_values_of_largest_magnitude_lie_above_their_ritz_values() -> N
     ):
         assert interval.lower == pytest.approx(value, rel=1e-14)
         assert interval.upper == pytest.approx(value + norm, rel=1e-14)
+
+
+@pytest.mark.parametrize(("relative", "warned"), [(1e-12, False), (1e-9, True)])
+def test_asymmetry_above_rounding_and_below_refusal_is_a_warning(relative: float, warned: bool) -> None:
+    A = matrix(SPECTRA["indefinite"])
+    skew = torch.randn(A.shape, generator=torch.Generator().manual_seed(0), dtype=A.dtype)
+    op = hk.aslinearoperator(A + relative * 20 * (skew - skew.mT) / torch.linalg.matrix_norm(skew, 2))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = hk.lanczos(op, tol=1e-6)
+    assert float(found.values[0]) == pytest.approx(20, rel=1e-6)
+    assert [warning.category for warning in caught] == [hk.AsymmetryWarning] * warned

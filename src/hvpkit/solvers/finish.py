@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+import warnings
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hvpkit.errors import NotSymmetricError
+from hvpkit.errors import AsymmetryWarning, NotSymmetricError
 from hvpkit.operators import LinearOperator
 from hvpkit.results import EigenResult, Interval, Progress, Status
 from hvpkit.solvers.rayleigh_ritz import num_at_low_end
 
 NOISE, FLOOR = 8.0, 32.0
 """In units of eps * norm: the rounding in an error bound, and an error bound that counts as none."""
+
+ROUGHNESS = 10.0
+"""In units of an operator's precision: an asymmetry that its products may have."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,22 @@ def rounding(op: LinearOperator, norm: float) -> float:
 
 def check_symmetric(op: LinearOperator, asymmetry: float, norm: float) -> None:
     """A NotSymmetricError if ``|v'(Aw) - w'(Av)|``, for unit v and w, is more than rounding in this norm."""
-    allowed = torch.finfo(op.dtype).eps ** 0.5
+    allowed = max(torch.finfo(op.dtype).eps ** 0.5, ROUGHNESS * op.precision)
     if asymmetry > allowed * norm:
         raise NotSymmetricError(
-            f"{op!r} is not symmetric: v'(Aw) and w'(Av) differ by {asymmetry / norm:.1e} of its norm, where "
-            f"{op.dtype} allows {allowed:.1e}; for a Hessian try another mode, for a matrix take (A + A.T) / 2"
+            f"{op!r} is not symmetric: v'(Aw) and w'(Av) differ by {asymmetry / norm:.1e} of its norm, where its "
+            f"precision allows {allowed:.1e}; for a Hessian try another mode, for a matrix take (A + A.T) / 2"
+        )
+
+
+def warn_asymmetric(op: LinearOperator, asymmetry: float, norm: float) -> None:
+    """A warning if an asymmetry that :func:`check_symmetric` lets pass is above rounding in this norm."""
+    if asymmetry > max(torch.finfo(op.dtype).eps ** (2 / 3), ROUGHNESS * op.precision) * norm:
+        warnings.warn(
+            f"{op!r} is slightly asymmetric: v'(Aw) and w'(Av) differ by {asymmetry / norm:.1e} of its norm, more "
+            "than by rounding; its eigenvalues may be off by as much. hvpkit.check looks for the cause",
+            AsymmetryWarning,
+            stacklevel=4,
         )
 
 
@@ -128,3 +144,74 @@ def eigen_result(
 def floor(op: LinearOperator, norm: float) -> float:
     """The error bound that counts as none, for an operator of this norm."""
     return FLOOR * torch.finfo(op.dtype).eps * norm
+
+
+def judge(op: LinearOperator, tol: float, norm: float, values: Tensor, residual_norms: Tensor) -> Tensor:
+    """Which values ``[k]`` are done: by ``tol``, or because no further product makes their bounds smaller."""
+    bounds = residual_norms + rounding(op, norm)
+    return ((bounds <= tol * values.abs()) & (values != 0)) | (bounds <= floor(op, norm))
+
+
+def check_pairs(
+    op: LinearOperator,
+    found: Checked,
+    scale: Tensor,
+    norm: float,
+    *,
+    k: int,
+    which: str,
+    tol: float,
+    status: Status,
+    num_matvecs: float,
+) -> EigenResult:
+    """The result of a solve that found these pairs, after a product with each of them.
+
+    Args:
+        op: the operator.
+        found: vectors that are orthonormal up to rounding; values and norms over ``scale``. What stays if the
+            products are not finite, or were not before.
+        scale: what products are divided by, 0-d.
+        norm: of the operator, over scale.
+        k: how many pairs were asked for.
+        which: at which ends.
+        tol: with which relative error.
+        status: why the solve stopped.
+        num_matvecs: full-data products before.
+    """
+    if len(found.values) and status is not Status.NON_FINITE:
+        num_matvecs += len(found.values) * op.cost
+        vectors = found.vectors / op.space.reduce(found.vectors.square().sum(dim=0)).sqrt()
+        images = op.product(vectors) / scale
+        quotients = op.space.reduce((vectors * images).sum(dim=0))
+        norms = op.space.reduce((images - vectors * quotients).square().sum(dim=0)).sqrt()
+        values, residual_norms = torch.stack([quotients, norms]).to("cpu", torch.float64)
+        if not bool(torch.isfinite(residual_norms).all()):
+            status = Status.NON_FINITE
+        else:
+            order = torch.argsort(values, stable=True)
+            found = Checked(values[order], vectors[:, order.to(op.device)], residual_norms[order])
+            if status not in (Status.MAX_MATVECS, Status.TIME_LIMIT):
+                status = verdict(status, tol, floor(op, norm), found.values, found.residual_norms)
+    unit = float(scale)
+    found = Checked(found.values * unit, found.vectors, found.residual_norms * unit)
+    kind = "exact" if status is Status.INVARIANT_SUBSPACE else "residual"
+    where = intervals(found, which, k, rounding(op, norm) * unit, kind)
+    return eigen_result(found, where, status, num_matvecs=num_matvecs, seconds=0.0, history=())
+
+
+def concluded(
+    op: LinearOperator,
+    found: EigenResult,
+    history: tuple[Progress, ...],
+    begin: float,
+    suspect: Tensor | None = None,
+) -> EigenResult:
+    """The result with its history and the time since ``begin``, in seconds of ``time.perf_counter``.
+
+    Its message names where a product that was not finite came from: that with ``suspect`` ``[n]``, or else with its
+    own vectors.
+    """
+    message = found.message
+    if found.status is Status.NON_FINITE:
+        message += "; " + op.blame(found.vectors if suspect is None else suspect[:, None])
+    return replace(found, history=history, message=message, seconds=time.perf_counter() - begin)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hvpkit.errors import NotSymmetricError
 from hvpkit.operators import LinearOperator
 from hvpkit.probes import normal_vector
 from hvpkit.solvers.basis import orthonormalise_
+from hvpkit.solvers.block import power_of_two
 from hvpkit.solvers.bounds import Filter
+from hvpkit.solvers.finish import check_symmetric
 from hvpkit.solvers.rayleigh_ritz import Ritz, ritz
 
 RANDOM_SHARE = 0.1
@@ -37,7 +38,8 @@ class State:
         num_kept: of the multiplied ones, those that a restart kept.
         filter: the polynomial that the restarts applied to the start.
         num_products: products so far.
-        num_matvecs: the same in full-data products.
+        num_matvecs: the same in full-data products, with those that verified the operator.
+        num_verified: how many of these.
         num_random: random vectors drawn so far.
         search_length, search_until: of the search for further copies of the values, in products; 0 before
             it begins.
@@ -56,6 +58,7 @@ class State:
     num_kept: int = 0
     num_products: int = 0
     num_matvecs: float = 0.0
+    num_verified: int = 0
     num_random: int = 0
     search_length: int = 0
     search_until: int = 0
@@ -131,7 +134,7 @@ def step(op: LinearOperator, state: State, block_size: int = 1) -> State:
     first, width = state.num_multiplied, min(block_size, state.num_frontier)
     block = op.product(state.basis[first : first + width].mT.contiguous())
     if state.num_products == 0:
-        state = replace(state, scale=_power_of_two(block.abs().max()))
+        state = replace(state, scale=power_of_two(block.abs().max()))
     alive = state.alive[first : first + width] > 0  # a product with nothing is nothing, whatever came out
     block = torch.where(alive, block / state.scale, 0.0)
     for column, vector in zip(range(first, first + width), block.unbind(1), strict=True):
@@ -155,14 +158,8 @@ def _absorb(op: LinearOperator, state: State, column: int, vector: Tensor) -> St
         num_multiplied=state.num_multiplied + 1,
         num_frontier=min(row + 1, op.n) - state.num_multiplied - 1,
         num_products=state.num_products + 1,
-        num_matvecs=(state.num_products + 1) * op.cost,
+        num_matvecs=(state.num_products + state.num_verified + 1) * op.cost,
     )
-
-
-def _power_of_two(peak: Tensor) -> Tensor:
-    """The power of two below ``peak``; 1 where it is zero or not finite."""
-    usable = torch.isfinite(peak) & (peak > 0)
-    return torch.exp2(torch.log2(torch.where(usable, peak, torch.ones_like(peak))).floor())
 
 
 def project(op: LinearOperator, state: State) -> tuple[Ritz, Tensor]:
@@ -174,14 +171,32 @@ def project(op: LinearOperator, state: State) -> tuple[Ritz, Tensor]:
     m = state.num_multiplied
     projected = state.projected[: state.num_rows, :m].to("cpu", torch.float64, copy=True)
     pairs = ritz(projected[:m], projected[m:])
-    allowed = torch.finfo(op.dtype).eps ** 0.5
-    if pairs.asymmetry > allowed * max(pairs.norm, float(state.norm)):
-        raise NotSymmetricError(
-            f"{op!r} is not symmetric: v'(Aw) and w'(Av) differ by {pairs.asymmetry / float(state.norm):.1e} "
-            f"of its norm, where {op.dtype} allows {allowed:.1e}; for a Hessian try another mode, for a "
-            "matrix take (A + A.T) / 2"
-        )
+    check_symmetric(op, pairs.asymmetry, max(pairs.norm, float(state.norm)))
     return pairs, projected.diagonal(-1)[state.num_kept :]
+
+
+def trimmed(state: State) -> State:
+    """The state without unused rows of its basis."""
+    return replace(state, basis=state.basis[: state.num_rows])
+
+
+def verified(op: LinearOperator, state: State) -> State:
+    """A state that comes from elsewhere, once it is known to be of this operator: by one product, counted.
+
+    Raises:
+        ValueError: it is of another operator.
+    """
+    if not state.num_multiplied:
+        return state
+    image = op.product(state.basis[0].unsqueeze(1))[:, 0] / state.scale
+    rows = state.num_rows
+    difference = op.space.norm(image - state.basis[:rows].mT @ state.projected[:rows, 0])
+    if not float(difference) <= torch.finfo(op.dtype).eps ** 0.5 * float(state.norm):
+        raise ValueError(
+            f"checkpoint: it holds a solve of another operator, or of {op!r} at other parameters or data; delete it, "
+            "or pass the operator that it began with"
+        )
+    return replace(state, num_verified=state.num_verified + 1, num_matvecs=state.num_matvecs + op.cost)
 
 
 def in_order(state: State) -> tuple[State, bool]:

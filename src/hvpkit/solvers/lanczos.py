@@ -23,35 +23,46 @@ Departures from the paper:
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvpkit._typing import Seed
-from hvpkit.errors import check_choice, check_count, check_positive
-from hvpkit.iterate import Limits, Look, Monitor, full_precision, iterate
+from hvpkit.checkpoint import Checkpoint
+from hvpkit.errors import check_count
+from hvpkit.iterate import Look, Monitor, full_precision, iterate
 from hvpkit.operators import LinearOperator
-from hvpkit.probes import resolve_seed
-from hvpkit.products import check_like
 from hvpkit.results import EigenResult, Status
 from hvpkit.solvers import finish
+from hvpkit.solvers.arguments import check_arguments
 from hvpkit.solvers.bounds import kato_temple, uniform_distance
-from hvpkit.solvers.krylov import State, append_random, in_order, project, restart, start, step
-from hvpkit.solvers.rayleigh_ritz import WHICH, Ritz, most_at_one_end, select
+from hvpkit.solvers.krylov import (
+    State,
+    append_random,
+    in_order,
+    project,
+    restart,
+    start,
+    step,
+    trimmed,
+    verified,
+)
+from hvpkit.solvers.rayleigh_ritz import Ritz, most_at_one_end, select
 
 BASIS_BYTES = 4 * 2**30
 """What the default ``ncv`` lets the basis take."""
 
-DEFAULT_MAX_MATVECS = 1000.0
+DEPTH, SMALL = 12, 500
+"""Steps without which a small residual says nothing, as a start may happen to be near other eigenvectors; and the size
+up to which nothing takes their place, for there they cost next to nothing."""
 
-DEPTH, DEPTH_OF_SMALL, SMALL = 12, 24, 1000
-"""Steps without which a small residual says nothing, as a start may happen to be near other eigenvectors; and more
-of them where n is small, for there they cost nothing and leave nothing out."""
-
-HIDDEN_BEYOND, HIDDEN_PROBABILITY = 2.0, 0.1
-"""Not over while more likely than this an eigenvalue hides further out than 2 tol * |value|."""
+HIDDEN, HIDDEN_EARLY = (2.0, 0.3), (1.0, 0.05)
+"""Not over while with more than this probability an eigenvalue hides further out than so many tol * |value|; the second
+pair before ``DEPTH`` steps, for n beyond ``SMALL``."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +78,10 @@ class Goal:
     confidence: float
     certify: bool
 
-    def least_products(self, n: int) -> int:
-        """Products before which neither values nor their number is trusted."""
-        return self.k + (DEPTH_OF_SMALL if n <= SMALL else DEPTH) * self.block_size
+    @property
+    def least_products(self) -> int:
+        """Products before which values are trusted less, or, for want of a probability, not at all."""
+        return self.k + DEPTH * self.block_size
 
 
 def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
@@ -111,7 +123,8 @@ def _judge(
 ) -> tuple[Status | None, bool, State]:
     """Whether it is over, and if not whether a random vector is wanted."""
     m, exhausted, by_filter = state.num_multiplied, state.num_frontier == 0, _by_filter(goal, state)
-    if m < goal.k or (state.num_products < goal.least_products(op.n) and not exhausted):
+    early = state.num_products < goal.least_products and not (by_filter and op.n > SMALL)
+    if m < goal.k or (early and not exhausted):
         return None, exhausted, state
     wanted, floor = select(pairs.values, goal.k, goal.which), _floor(op, state, pairs)
     values, bounds = (
@@ -149,7 +162,9 @@ def _hidden(goal: Goal, state: State, pairs: Ritz, lengths: Tensor, wanted: list
     ends = {place: float(pairs.values[place]) for place in wanted}
     if goal.which == "LM":  # it may hide at the other end
         ends = {0: -abs(next(iter(ends.values()))), -1: abs(next(iter(ends.values())))}
-    multiple, most = (1.0, 1 - goal.confidence) if goal.certify else (HIDDEN_BEYOND, HIDDEN_PROBABILITY)
+    multiple, most = HIDDEN_EARLY if state.num_products < goal.least_products else HIDDEN
+    if goal.certify:
+        multiple, most = 1.0, 1 - goal.confidence
     for place, value in ends.items():
         beyond = max(multiple * goal.tol * abs(value), floor)
         at = value - beyond if place == 0 else value + beyond
@@ -172,7 +187,7 @@ def _search_copies(goal: Goal, state: State, values: Tensor, bounds: Tensor) -> 
         return False, state
     if state.num_frontier >= goal.block_size + goal.k:  # so many copies are not wanted, nor have room
         return False, state
-    length = state.search_length or max(state.num_products, goal.least_products(state.filter.n))
+    length = state.search_length or max(state.num_products, goal.least_products)
     return True, replace(
         state,
         search_length=length,
@@ -192,12 +207,13 @@ def _floor(op: LinearOperator, state: State, pairs: Ritz) -> float:
 
 
 def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> EigenResult:
-    """The wanted pairs with true residuals, for one more product each.
+    """The wanted pairs, their residuals verified by a product with the sum of their vectors.
 
-    Full reorthogonalisation keeps the residuals of the recurrence true to rounding; what they differ by shows how
-    large that is.
+    Full reorthogonalisation keeps the residuals of the recurrence true to rounding. By how much the sum of the true
+    ones differs from theirs shows how large that is, or that the operator does not repeat itself.
     """
     pairs, lengths = project(op, state)
+    finish.warn_asymmetric(op, pairs.asymmetry, max(pairs.norm, float(state.norm)))
     m, f = state.num_multiplied, state.num_frontier
     wanted = select(pairs.values, goal.k, goal.which)
     coefficients = pairs.coefficients[:, wanted].to(state.basis)
@@ -206,13 +222,14 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
     bounds, num_matvecs = _error_bounds(goal, state, pairs)[wanted], state.num_matvecs
     if wanted and status is not Status.NON_FINITE:
         residuals = state.basis[m : m + f].mT @ (state.projected[m : m + f, :m] @ coefficients)
-        found_residuals = op.product(vectors) / state.scale - vectors * values.to(vectors)
-        difference = float(torch.linalg.vector_norm(found_residuals - residuals, dim=0).max())
-        num_matvecs += len(wanted) * op.cost
+        image = op.product(vectors.sum(dim=1, keepdim=True)) / state.scale
+        expected = (vectors * values.to(vectors) + residuals).sum(dim=1, keepdim=True)
+        difference = float(torch.linalg.vector_norm(image - expected))
+        num_matvecs += op.cost
         if not math.isfinite(difference):
             status = Status.NON_FINITE
         else:
-            norms = torch.linalg.vector_norm(found_residuals, dim=0).to("cpu", torch.float64)
+            norms = norms.hypot(torch.tensor(difference, dtype=torch.float64))
             bounds, noise = bounds + difference, max(noise, difference)
             if status not in (Status.MAX_MATVECS, Status.TIME_LIMIT):
                 floor = max(_floor(op, state, pairs), 4 * difference)
@@ -265,6 +282,7 @@ def lanczos(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> EigenResult:
     r"""A few eigenpairs at the ends of the spectrum, by thick-restart Lanczos.
 
@@ -272,7 +290,7 @@ def lanczos(
     when the bound is at most 32 eps times the operator's norm. The bound is the residual's norm, with rounding.
     For one pair at an end, from one start vector, it is the residual squared over the gap where that is
     smaller, on two more conditions: the gap is bounded by the other Ritz pairs' residuals, and it is unlikely
-    (probability 0.1 over random starts) that an eigenvalue hides further out than ``2 tol * |value|``. A
+    (probability 0.3 over random starts) that an eigenvalue hides further out than ``2 tol * |value|``. A
     ``tol`` below rounding is taken as rounding.
 
     Args:
@@ -294,6 +312,9 @@ def lanczos(
         time_limit: seconds.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each look.
+        checkpoint: a file. The solve is saved there every minute, at a limit and when it is interrupted, and the
+            same call goes on from it, for one product that verifies the operator, to the same bits; ``tol`` and
+            limits may be changed. Deleted once the solve has converged.
 
     Returns:
         Values ascending, with orthonormal vectors, true residuals, intervals and status. Running into a
@@ -301,11 +322,11 @@ def lanczos(
         ``k`` pairs if that was so early.
 
     Raises:
-        ValueError: an argument out of its range, named.
+        ValueError: an argument out of its range, named; a checkpoint of another solve.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
 
     Cost:
-        Products as ``num_matvecs`` says, ``k`` of them for the true residuals; ``ncv + block_size + 2`` vectors
+        Products as ``num_matvecs`` says, the last of them to verify the residuals; ``ncv + block_size + 2`` vectors
         of memory.
 
     Source:
@@ -318,48 +339,50 @@ def lanczos(
         tensor([-1.0000,  2.0000], dtype=torch.float64)
     """
     begin = time.perf_counter()
-    check_count("k", k, 1, op.n)
-    check_choice("which", which, WHICH)
+    check_count("block_size", block_size, 1, op.n)
+    asked = check_arguments(
+        op,
+        k,
+        which,
+        v0=v0,
+        tol=tol,
+        max_matvecs=max_matvecs,
+        time_limit=time_limit,
+        seed=seed,
+        block_size=block_size,
+        num_checks=1,
+    )
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    check_count("block_size", block_size, 1, op.n)
-    tol = max(check_positive("tol", tol), torch.finfo(op.dtype).eps)
-    goal = Goal(k, which, tol, block_size, resolve_seed(seed), check_copies, confidence, certify)
+    goal = Goal(k, asked.which, asked.tol, block_size, asked.seed, check_copies, confidence, certify)
     least = 2 * k + block_size + 2
     if ncv is None:
         fitting = BASIS_BYTES // (op.n * op.dtype.itemsize)
         ncv = max(least + 18, min(fitting, max(300, 4 * k)))
     elif check_count("ncv", ncv, 1) < min(least, op.n):
         raise ValueError(f"ncv must be at least 2 k + block_size + 2 = {least} or n, got {ncv}")
-    if max_matvecs is None:
-        max_matvecs = max(DEFAULT_MAX_MATVECS, 10 * k * op.cost)
-    step_cost = block_size * op.cost
-    limits = Limits(
-        max_matvecs, time_limit, reserve=k * op.cost, minimum=math.ceil(k / block_size) * step_cost
-    )
-    v0 = None if v0 is None else _check_start(op, v0)
-    state = start(op, ncv + block_size, min(block_size, op.n), goal.seed, v0)
+    file = None if checkpoint is None else Checkpoint(checkpoint, _solve(op, goal, ncv), trimmed)
     run = iterate(
-        state,
+        start(op, ncv + block_size, min(block_size, op.n), goal.seed, asked.start),
         lambda state: step(op, state, block_size),
         lambda state: look(op, goal, state),
-        step_cost=step_cost,
-        limits=limits,
+        step_cost=block_size * op.cost,
+        limits=asked.limits,
         monitor=monitor,
+        checkpoint=file,
+        verified=lambda state: verified(op, state),
     )
     found = finalize(op, goal, run.state, run.status)
+    if file is not None and found.converged:
+        file.clear()
     message = found.status.advice
     if run.status is Status.NON_FINITE:
         message += "; " + op.blame(run.state.basis[run.state.num_multiplied].unsqueeze(1))
-    return replace(found, history=run.history, message=message, seconds=time.perf_counter() - begin)
+    seconds = run.seconds_before + time.perf_counter() - begin
+    return replace(found, history=run.history, message=message, seconds=seconds)
 
 
-def _check_start(op: LinearOperator, v0: Tensor) -> Tensor:
-    if not isinstance(v0, Tensor) or v0.ndim not in (1, 2) or v0.shape[0] != op.n or not v0.numel():
-        found = list(v0.shape) if isinstance(v0, Tensor) else type(v0).__name__
-        raise ValueError(f"v0 must be a tensor of shape [{op.n}] or [{op.n}, p], got {found}")
-    check_like(v0, torch.empty(0, dtype=op.dtype, device=op.device), name="v0")
-    columns = v0.detach().reshape(op.n, -1)
-    if not bool(torch.isfinite(columns).all()) or bool((columns == 0).all(dim=0).any()):
-        raise ValueError("v0 has a column that is zero or contains NaN or infinity")
-    return columns
+def _solve(op: LinearOperator, goal: Goal, ncv: int) -> dict[str, Any]:
+    """What must be the same when a solve is continued; ``tol`` and limits may change."""
+    asked = {name: getattr(goal, name) for name in ("k", "which", "block_size", "seed", "check_copies")}
+    return {"solver": "lanczos", "n": op.n, "dtype": str(op.dtype), "ncv": ncv, **asked}
