@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -8,6 +9,10 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
+from hvpkit.solvers.arpack import eigsh, scipy_lobpcg
+from hvpkit.solvers.chebyshev import chebyshev
+from hvpkit.solvers.lobpcg import lobpcg
+from hvpkit.solvers.power import accelerated_power, power
 from problems import SPECTRA, matrix
 
 ENDS = ("LA", "SA", "LM", "BE")
@@ -17,9 +22,34 @@ ENDS = ("LA", "SA", "LM", "BE")
 class Solver:
     solve: Callable[..., hk.EigenResult]
     which: tuple[str, ...]
+    few: tuple[str, ...] = ()  # spectra, and starts, with which a foreign solver is asked for one pair only
+    block: Callable[[int, str], int] = lambda *_: 1  # products of a step, for k pairs at these ends
+    rate: Callable[[float], float] | None = (
+        None  # of a slow method's error in a step, from a ratio of eigenvalues
+    )
 
 
-SOLVERS = {"lanczos": Solver(hk.lanczos, ENDS)}
+SOLVERS = {
+    "lanczos": Solver(hk.lanczos, ENDS),
+    "lobpcg": Solver(lobpcg, ("LA", "SA", "BE"), block=lambda k, which: k + 1 + (which == "BE" and k > 1)),
+    "chebyshev": Solver(chebyshev, ("LA", "SA", "BE"), block=lambda k, which: k + (k > 1 + (which == "BE"))),
+    "power": Solver(power, ENDS, block=lambda k, _: k, rate=lambda ratio: ratio),
+    "accelerated_power": Solver(
+        accelerated_power,
+        ENDS,
+        few=("null",),  # from there it may stop at the next of two neighbours
+        block=lambda k, _: k,
+        rate=lambda ratio: ratio / (1 + (1 - ratio**2) ** 0.5),
+    ),
+    # ARPACK finds copies of an eigenvalue by its rounding, if at all.
+    "eigsh": Solver(eigsh, ENDS, few=("multiple",)),
+    # SciPy's LOBPCG takes thousands of products to tell these apart, and from that start stops at the next one.
+    "scipy_lobpcg": Solver(
+        scipy_lobpcg,
+        ("LA", "SA"),
+        few=("clustered", "bulk_with_outliers", "negative_dominant", "unwanted"),
+    ),
+}
 PAIRS = [(name, which) for name, solver in SOLVERS.items() for which in solver.which]
 DTYPES = [torch.float32, torch.float64]
 TOL = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -61,7 +91,8 @@ def check_pairs(found: hk.EigenResult, A: Tensor, k: int, which: str, tol: float
     if which == "LM":  # ties in magnitude have several right answers
         magnitudes = found.values.abs().sort().values, wanted.abs().sort()
         assert bool(((magnitudes[0] - magnitudes[1].values).abs() <= slack[magnitudes[1].indices]).all())
-        wanted = truth[(found.values[:, None] - truth).abs().argmin(dim=1)]
+        num_low = int((found.values < 0).sum())
+        wanted = torch.cat([truth[:num_low], truth[len(truth) - (k - num_low) :]])
     assert bool(((found.values - wanted).abs() <= slack).all())
     oracle = 10 * torch.finfo(torch.float64).eps * norm
     for interval, value in zip(found.intervals, wanted.tolist(), strict=True):
@@ -77,6 +108,39 @@ def check_pairs(found: hk.EigenResult, A: Tensor, k: int, which: str, tol: float
     out_of_reach = 20 * torch.finfo(A.dtype).eps * norm > tol * float(wanted.abs().min())
     assert found.converged or (found.status is hk.Status.ROUNDING_LIMITED and out_of_reach)
     assert found.message
+
+
+def in_reach(solver: str, A: Tensor, k: int, which: str, tol: float) -> bool:
+    """Whether a slow method has twice the products that it needs by theory."""
+    rate = SOLVERS[solver].rate
+    if rate is None:
+        return True
+    truth, steps = torch.linalg.eigvalsh(A.double()), 0.0
+    parts = [("SA", k // 2), ("LA", k - k // 2)] if which == "BE" else [(which, k)]
+    for end, count in parts:
+        if not count:
+            continue
+        wanted = wanted_eigenvalues(truth, count, end)
+        shift = -float(truth[0] if end == "LA" else truth[-1])
+        if which != "BE" and torch.equal(wanted, wanted_eigenvalues(truth, count, "LM")):
+            shift = 0.0
+        others = truth[(truth[:, None] - wanted).abs().amin(dim=1) > rounding(A, truth)]
+        if not len(others) or float((others + shift).abs().max()) == 0:
+            continue
+        ratio = float((others + shift).abs().max() / (wanted + shift).abs().min())
+        if ratio > 1 - 1e-9:
+            return False
+        target = max(tol * float(wanted.abs().min()), rounding(A, truth)) / (norm_of(truth) * len(A) ** 0.5)
+        steps = max(steps, math.log(target) / math.log(rate(ratio)))
+    return 2 * k * (steps + 24) <= 1000
+
+
+def check(solver: str, found: hk.EigenResult, A: Tensor, k: int, which: str, tol: float) -> None:
+    """A complete answer; of a slow method out of its reach, a partial one will do, if it says so."""
+    if found.status is hk.Status.MAX_MATVECS and not in_reach(solver, A, k, which, tol):
+        check_partial(found, A, which)
+    else:
+        check_pairs(found, A, k, which, tol)
 
 
 @dataclass
@@ -104,9 +168,10 @@ def test_finds_the_wanted_pairs_of_every_spectrum(
 ) -> None:
     A = matrix(SPECTRA[spectrum], dtype=dtype)
     n = len(A)
-    for k in sorted({1, min(2, n), min(3, n), *([n] if n <= 40 else [])}):
+    ks = {1} if spectrum in SOLVERS[solver].few else {1, min(2, n), min(3, n), *([n] if n <= 40 else [])}
+    for k in sorted(ks):
         found = SOLVERS[solver].solve(hk.aslinearoperator(A), k, which=which, tol=TOL[dtype])
-        check_pairs(found, A, k, which, TOL[dtype])
+        check(solver, found, A, k, which, TOL[dtype])
 
 
 @each_pair
@@ -117,9 +182,9 @@ def test_scale_of_the_operator_does_not_matter(
     solver: str, which: str, spectrum: str, dtype: torch.dtype, scale: float
 ) -> None:
     A = (matrix(SPECTRA[spectrum]) * scale).to(dtype)
-    k = min(2, len(A))
+    k = 1 if spectrum in SOLVERS[solver].few else min(2, len(A))
     found = SOLVERS[solver].solve(hk.aslinearoperator(A), k, which=which, tol=TOL[dtype])
-    check_pairs(found, A, k, which, TOL[dtype])
+    check(solver, found, A, k, which, TOL[dtype])
 
 
 @each_pair
@@ -132,7 +197,7 @@ def test_same_seed_gives_the_same_bits_and_another_one_the_same_values(solver: s
     assert first.intervals == again.intervals
     assert first.num_matvecs == again.num_matvecs
     assert not torch.equal(first.vectors, other.vectors)
-    check_pairs(other, A, 2, which, 1e-6)
+    check(solver, other, A, 2, which, 1e-6)
 
 
 @each_solver
@@ -172,8 +237,9 @@ def test_any_start_leads_to_the_wanted_pairs(solver: str, which: str, start: str
         "null": torch.linalg.eigh(A.double().square()).eigenvectors[:, 0].to(dtype),
     }[start]
     before = v0.clone()
-    found = SOLVERS[solver].solve(hk.aslinearoperator(A), 2, which=which, v0=v0, tol=1e-2)
-    check_pairs(found, A, 2, which, 1e-2)
+    k = 1 if start in SOLVERS[solver].few else 2
+    found = SOLVERS[solver].solve(hk.aslinearoperator(A), k, which=which, v0=v0, tol=1e-2)
+    check(solver, found, A, k, which, 1e-2)
     assert torch.equal(v0, before)
 
 
@@ -220,7 +286,8 @@ def test_used_up_budget_gives_the_partial_answer(
     assert "max_matvecs" in found.message
     assert len(found.values) == k
     assert found.num_matvecs == pytest.approx(cost * counting.columns)
-    assert budget - cost < found.num_matvecs <= budget * (1 + 1e-12)
+    step_cost = SOLVERS[solver].block(k, which) * cost
+    assert budget - step_cost < found.num_matvecs <= budget * (1 + 1e-12)
     check_partial(found, counting.A, which)
 
 
@@ -235,8 +302,9 @@ def test_time_limit_gives_the_partial_answer(
     monkeypatch.undo()
     assert found.status is hk.Status.TIME_LIMIT
     assert "time_limit" in found.message
-    assert found.seconds == counting.columns <= max(limit, 4)
-    assert counting.columns >= min(limit - 1, 4)
+    block = SOLVERS[solver].block(2, which)
+    assert found.seconds == counting.columns <= max(limit, max(block, 2) + 2)
+    assert counting.columns >= min(limit - block, 4)
     check_partial(found, counting.A, which)
 
 
@@ -246,12 +314,13 @@ def test_time_limit_gives_the_partial_answer(
 def test_product_that_is_not_finite_keeps_what_came_before(
     solver: str, which: str, k: int, bad: float
 ) -> None:
-    counting = Counting(matrix(SPECTRA["indefinite"]), good=2, bad=bad)
+    block = SOLVERS[solver].block(k, which)
+    counting = Counting(matrix(SPECTRA["indefinite"]), good=block + 1, bad=bad)
     found = SOLVERS[solver].solve(counting.operator(), k, which=which)
     assert found.status is hk.Status.NON_FINITE
     assert not found.converged
     assert "NaN or infinity" in found.message
-    assert len(found.values) == min(k, 2)
+    assert len(found.values) == min(k, (block + 1) // block * block)
     assert found.num_matvecs == counting.columns
     check_partial(found, counting.A, which)
 
@@ -269,11 +338,11 @@ def test_first_product_not_finite_gives_no_pairs(solver: str, which: str) -> Non
 
 @each_solver
 def test_last_product_not_finite_keeps_values_from_before(solver: str) -> None:
-    A = matrix(SPECTRA["indefinite"])
+    A, which = matrix(SPECTRA["indefinite"]), SOLVERS[solver].which[-1]
     whole = Counting(A)
-    expected = SOLVERS[solver].solve(whole.operator(), 2, which="BE", tol=1e-6)
+    expected = SOLVERS[solver].solve(whole.operator(), 2, which=which, tol=1e-6)
     counting = Counting(A, good=whole.columns - 1)
-    found = SOLVERS[solver].solve(counting.operator(), 2, which="BE", tol=1e-6)
+    found = SOLVERS[solver].solve(counting.operator(), 2, which=which, tol=1e-6)
     assert found.status is hk.Status.NON_FINITE
     assert torch.allclose(found.values, expected.values, rtol=1e-6, atol=0)
     assert found.num_matvecs == counting.columns
@@ -316,7 +385,8 @@ def test_asymmetry_of_rounding_is_accepted(solver: str, which: str, dtype: torch
     found = SOLVERS[solver].solve(hk.aslinearoperator(A), 2, which=which, tol=1e-2)
     symmetric = torch.linalg.eigvalsh((A.double() + A.double().mT) / 2)
     wanted = wanted_eigenvalues(symmetric, 2, which)
-    assert bool(((found.values - wanted).abs() <= 1e-2 * wanted.abs()).all())
+    if in_reach(solver, A, 2, which, 1e-2):
+        assert bool(((found.values - wanted).abs() <= 1e-2 * wanted.abs()).all())
 
 
 NAN_START = torch.full((100,), float("nan"), dtype=torch.float64)
@@ -373,7 +443,8 @@ def test_bad_argument_is_named(
 def test_monitor_sees_each_entry_of_the_history(solver: str) -> None:
     seen: list[hk.Progress] = []
     op = hk.aslinearoperator(matrix(SPECTRA["clustered"]))
-    found = SOLVERS[solver].solve(op, which="BE", tol=1e-6, monitor=seen.append)
+    which = SOLVERS[solver].which[-1]
+    found = SOLVERS[solver].solve(op, which=which, tol=1e-6, monitor=seen.append)
     assert tuple(seen) == found.history
     passes = [entry.num_matvecs for entry in seen]
     assert passes == sorted(set(passes))
@@ -388,4 +459,4 @@ def test_what_a_monitor_raises_ends_the_solve(solver: str) -> None:
     counting = Counting(matrix(SPECTRA["clustered"]))
     with pytest.raises(KeyboardInterrupt):
         SOLVERS[solver].solve(counting.operator(), monitor=stop)
-    assert counting.columns == 3
+    assert counting.columns == (4 if SOLVERS[solver].block(1, "LA") == 2 else 3)

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import hvpkit as hk
+from hvpkit.solvers.multifidelity import multifidelity
+from problems import SPECTRA, matrix, network
+
+TOL = {torch.float32: 1e-2, torch.float64: 1e-4}
+
+
+def near(A: Tensor, noise: float, cost: float = 0.05, seed: int = 1) -> hk.LinearOperator:
+    """A cheap likeness: the matrix with symmetric noise of this share of its norm."""
+    g = torch.Generator().manual_seed(seed)
+    E = torch.randn(A.shape, generator=g, dtype=torch.float64)
+    E = (E + E.mT) / torch.linalg.matrix_norm(E + E.mT, 2)
+    scale = noise * float(torch.linalg.matrix_norm(A.double(), 2))
+    return replace(hk.aslinearoperator((A.double() + scale * E).to(A.dtype)), cost=cost)
+
+
+def check(found: hk.EigenResult, A: Tensor, tol: float) -> None:
+    truth = torch.linalg.eigvalsh(A.double())
+    norm = float(truth.abs().max())
+    wanted = truth[[0, -1]] if len(A) > 1 else truth
+    rounding = 64 * torch.finfo(A.dtype).eps * norm
+    assert found.converged or found.status is hk.Status.ROUNDING_LIMITED
+    assert bool(((found.values - wanted).abs() <= (tol * wanted.abs()).clamp(min=rounding)).all())
+    vectors = found.vectors.double()
+    residuals = torch.linalg.vector_norm(A.double() @ vectors - vectors * found.values, dim=0)
+    assert bool(((residuals - found.residual_norms).abs() <= rounding).all())
+    gram = vectors.mT @ vectors - torch.eye(len(wanted))
+    assert float(gram.abs().max()) <= (1e-10 if A.dtype == torch.float64 else 1e-4)
+    for interval, value in zip(found.intervals, found.values.tolist(), strict=True):
+        assert interval.lower <= value <= interval.upper
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("dtype", TOL, ids=str)
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 1.0, None])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_both_ends_of_every_spectrum_however_good_the_cheap_level(
+    spectrum: str, dtype: torch.dtype, noise: float | None, scale: float
+) -> None:
+    A = (matrix(SPECTRA[spectrum]) * scale).to(dtype)
+    levels = [hk.aslinearoperator(A)] if noise is None else [near(A, noise), hk.aslinearoperator(A)]
+    check(multifidelity(levels, tol=TOL[dtype]), A, TOL[dtype])
+
+
+def test_a_good_cheap_level_saves_products_and_a_bad_one_costs_few() -> None:
+    A = matrix(SPECTRA["bulk_with_outliers"])
+    op = hk.aslinearoperator(A)
+    alone = hk.extreme_eigenvalues(op, tol=1e-2).num_matvecs
+    assert multifidelity([near(A, 1e-5), op]).num_matvecs < 0.6 * alone
+    assert multifidelity([near(A, 0.5), op]).num_matvecs < alone + 10
+
+
+def test_levels_are_left_where_they_do_not_help() -> None:
+    A = matrix(SPECTRA["bulk_with_outliers"])
+    costs = [0, 0]
+
+    def counted(place: int, op: hk.LinearOperator) -> hk.LinearOperator:
+        def product(v: Tensor) -> Tensor:
+            costs[place] += v.shape[1]
+            return op.product(v)
+
+        return replace(op, product=product)
+
+    useless, good = counted(0, near(A, 0.5, 0.02)), counted(1, near(A, 1e-5, 0.1))
+    found = multifidelity([useless, good, hk.aslinearoperator(A)], tol=1e-6)
+    check(found, A, 1e-6)
+    assert costs[1] > 0
+    assert found.num_matvecs == pytest.approx(
+        0.02 * costs[0] + 0.1 * costs[1] + round(found.num_matvecs - 0.02 * costs[0] - 0.1 * costs[1])
+    )
+
+
+def test_products_of_all_levels_are_counted_by_their_cost_and_within_the_budget() -> None:
+    A, counts = matrix(SPECTRA["clustered"]), [0, 0]
+
+    def counted(place: int, op: hk.LinearOperator) -> hk.LinearOperator:
+        def product(v: Tensor) -> Tensor:
+            counts[place] += v.shape[1]
+            return op.product(v)
+
+        return replace(op, product=product)
+
+    levels = [counted(0, near(A, 1e-2)), counted(1, hk.aslinearoperator(A))]
+    for budget in (6.0, 9.5, 20.0):
+        counts[:] = [0, 0]
+        found = multifidelity(levels, tol=1e-12, max_matvecs=budget)
+        assert found.status is hk.Status.MAX_MATVECS
+        assert found.num_matvecs == pytest.approx(0.05 * counts[0] + counts[1])
+        assert budget - 3 < found.num_matvecs <= budget
+        assert len(found.values) == 2
+        assert "max_matvecs" in found.message
+
+
+def test_a_warm_start_takes_fewer_products() -> None:
+    A = matrix(SPECTRA["bulk_with_outliers"])
+    levels = [near(A, 1e-4), hk.aslinearoperator(A)]
+    first = multifidelity(levels)
+    moved = A + 1e-3 * near(A, 1.0).product(torch.eye(len(A), dtype=A.dtype)) / 80
+    again = [near(moved, 1e-4), hk.aslinearoperator(moved)]
+    warm, cold = (multifidelity(again, v0=v0, tol=1e-4) for v0 in (first.vectors, None))
+    check(warm, moved, 1e-4)
+    assert warm.num_matvecs < cold.num_matvecs
+
+
+def test_samples_of_a_network() -> None:
+    problem = network("mlp", num_examples=400)
+    H = hk.hessian(problem.objective, problem.params, problem.data)
+    truth = torch.linalg.eigvalsh(H @ torch.eye(H.n, dtype=torch.float64))
+    for seed in range(5):
+        coarse = H.coarsen(100, seed=seed)
+        found = multifidelity([coarse.coarsen(50, seed=seed), coarse, H], tol=1e-2, seed=seed)
+        assert found.converged
+        assert found.values.tolist() == pytest.approx([float(truth[0]), float(truth[-1])], rel=1e-2)
+
+
+@pytest.mark.parametrize("good", [0, 1, 4])
+def test_product_that_is_not_finite_keeps_what_came_before(good: int) -> None:
+    A, count = matrix(SPECTRA["indefinite"]), [0]
+
+    def product(v: Tensor) -> Tensor:
+        count[0] += v.shape[1]
+        return A @ v if count[0] <= good else torch.full_like(v, float("nan"))
+
+    op = replace(hk.aslinearoperator(A), product=product)
+    found = multifidelity([near(A, 0.1), op], tol=1e-10)
+    assert found.status is hk.Status.NON_FINITE
+    assert "NaN or infinity" in found.message
+    assert len(found.values) == min(good, 2)
+
+
+def test_cheap_level_that_is_not_finite_is_done_without() -> None:
+    A = matrix(SPECTRA["indefinite"])
+    broken = replace(near(A, 0.1), product=lambda v: torch.full_like(v, float("nan")))
+    check(multifidelity([broken, hk.aslinearoperator(A)], tol=1e-4), A, 1e-4)
+
+
+def test_basis_that_is_full_is_cut_and_the_solve_goes_on() -> None:
+    A = matrix(SPECTRA["bulk_with_outliers"])
+    check(multifidelity([near(A, 0.3), hk.aslinearoperator(A)], tol=1e-4, ncv=10), A, 1e-4)
+
+
+def test_same_seed_gives_the_same_bits() -> None:
+    A = matrix(SPECTRA["indefinite"])
+    levels = [near(A, 0.1), hk.aslinearoperator(A)]
+    first, again, other = (multifidelity(levels, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.vectors, again.vectors)
+    assert not torch.equal(first.vectors, other.vectors)
+
+
+def test_asymmetric_operator_is_refused() -> None:
+    A = matrix(SPECTRA["indefinite"])
+    B = A + 0.1 * torch.triu(torch.ones_like(A), 1)
+    with pytest.raises(hk.NotSymmetricError):
+        multifidelity([near(A, 0.1), hk.aslinearoperator(B)])
+
+
+@pytest.mark.parametrize(
+    ("levels", "error"),
+    [
+        ([], TypeError),
+        ([torch.eye(3)], TypeError),
+        (hk.aslinearoperator(torch.eye(3)), TypeError),
+        ([hk.aslinearoperator(torch.eye(2)), hk.aslinearoperator(torch.eye(3))], ValueError),
+        (
+            [replace(hk.aslinearoperator(torch.eye(3)), cost=2.0), hk.aslinearoperator(torch.eye(3))],
+            ValueError,
+        ),
+    ],
+    ids=str,
+)
+def test_bad_levels_are_named(levels: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"^levels"):
+        multifidelity(levels)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"ncv": 2}, {"num_inner": 0}, {"tol": -1.0}, {"v0": torch.ones(2)}], ids=str
+)
+def test_bad_argument_is_named(arguments: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=rf"^{next(iter(arguments))}"):
+        multifidelity([hk.aslinearoperator(torch.eye(30))], **arguments)
