@@ -40,6 +40,69 @@ def hessian_by_differences(loss_fn: Callable, params: Mapping[str, Tensor], batc
     return torch.stack(columns, dim=1)
 
 
+def ggn_by_differences(
+    forward: Callable, output_loss: Callable, params: Mapping[str, Tensor], batch: object
+) -> Tensor:
+    """Dense generalised Gauss-Newton matrix ``[n, n]`` of the mean over examples, from fourth-order differences.
+
+    The sum over examples of J' H J, with J the Jacobian of an example's outputs and H the Hessian of its loss.
+    """
+
+    def derivatives(function: Callable[[Tensor], Tensor], units: Tensor) -> Tensor:
+        steps = [[function(factor * 1e-3 * unit) for factor in (-2, -1, 1, 2)] for unit in units]
+        return torch.stack([(f[0] - 8 * f[1] + 8 * f[2] - f[3]) / 0.012 for f in steps], dim=-1)
+
+    point = parameters_to_vector(params.values()).detach()
+    z = forward(params, batch).detach()
+    rows = z.reshape(len(z), -1)
+
+    def slopes(shift: Tensor) -> Tensor:
+        return gradient_at(lambda rows: output_loss(rows.view(z.shape), batch).sum(), rows + shift)
+
+    def outputs(shift: Tensor) -> Tensor:
+        return forward(_split(point + shift, params), batch).detach().reshape(rows.shape)
+
+    jacobians = derivatives(outputs, torch.eye(len(point), dtype=point.dtype))
+    curvatures = derivatives(slopes, torch.eye(rows.shape[1], dtype=point.dtype))
+    return (jacobians.mT @ curvatures @ jacobians).mean(0)
+
+
+def jacobian(function: Callable[[dict[str, Tensor]], Tensor], params: Mapping[str, Tensor]) -> Tensor:
+    """Dense Jacobian ``[m, n]`` of the (flattened) values of ``function``, row by row through torch.autograd."""
+    point = parameters_to_vector(params.values()).detach().requires_grad_()
+    values = function(_split(point, params)).flatten()
+    return torch.stack([torch.autograd.grad(value, point, retain_graph=True)[0] for value in values])
+
+
+def ggn_by_jacobian(
+    forward: Callable,
+    output_loss: Callable,
+    params: Mapping[str, Tensor],
+    batch: object,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Dense J' H J ``[n, n]`` of the weighted sum over examples (the mean), with the loss's dense Hessian H."""
+
+    def loss(outputs: Tensor) -> Tensor:
+        losses = output_loss(outputs, batch)
+        return losses.mean() if weights is None else losses @ weights
+
+    J = jacobian(lambda p: forward(p, batch), params)
+    z = forward(params, batch).detach()
+    H = torch.autograd.functional.hessian(loss, z).reshape(z.numel(), z.numel())
+    return J.mT @ H @ J
+
+
+def second_moment(
+    loss_fn: Callable, params: Mapping[str, Tensor], batch: object, weights: Tensor | None = None
+) -> Tensor:
+    """Dense weighted sum (the mean) of g g' over the gradients g of single examples, ``[n, n]``."""
+    gradients = jacobian(lambda p: loss_fn(p, batch), params)
+    if weights is None:
+        weights = torch.full((len(gradients),), 1 / len(gradients), dtype=gradients.dtype)
+    return gradients.mT @ (weights[:, None] * gradients)
+
+
 def hessian_by_double_backward(loss_fn: Callable, params: Mapping[str, Tensor], batch: object) -> Tensor:
     """Dense Hessian ``[n, n]`` of the batch mean, row by row through torch.autograd."""
     point = parameters_to_vector(params.values()).detach().requires_grad_()
@@ -59,6 +122,21 @@ def product_by_double_backward(
     point = parameters_to_vector(params.values()).detach().requires_grad_()
     slope = torch.autograd.grad(scalar_loss(loss_fn, params, batch)(point), point, create_graph=True)[0]
     return torch.autograd.grad(slope, point, v)[0]
+
+
+def ggn_product(
+    forward: Callable, output_loss: Callable, params: Mapping[str, Tensor], batch: object, v: Tensor
+) -> Tensor:
+    """J' H J ``v`` of the batch mean: J v by differences, H and J' through torch.autograd."""
+    point = parameters_to_vector(params.values()).detach().requires_grad_()
+    outputs = forward(_split(point, params), batch)
+    with torch.no_grad():
+        step = 1e-6
+        z = [forward(_split(point + h * v, params), batch) for h in (step, -step)]
+    leaf = outputs.detach().requires_grad_()
+    slope = torch.autograd.grad(output_loss(leaf, batch).mean(), leaf, create_graph=True)[0]
+    cotangent = torch.autograd.grad(slope, leaf, (z[0] - z[1]) / (2 * step))[0]
+    return torch.autograd.grad(outputs, point, cotangent)[0]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

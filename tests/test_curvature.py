@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hvpkit as hk
+from hvpkit.curvature import empirical_fisher, fisher, ggn
 from oracles import hessian_by_double_backward, relative_error
 from problems import cross_entropy, network
 
@@ -240,3 +242,122 @@ def test_samples_are_the_hessian_of_so_many_examples_at_their_share_of_the_cost(
     assert len(seen) > len(x) // 2
     with pytest.raises(ValueError, match="num_examples"):
         H.sample(len(x) + 1, 0)
+
+
+# What all kinds of curvature have in common.
+
+KINDS: dict[str, Callable[..., hk.LinearOperator]] = {
+    "hessian": hk.hessian,
+    "ggn": ggn,
+    "empirical-fisher": empirical_fisher,
+    "fisher": fisher,
+    "sampled fisher": partial(fisher, num_samples=3),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@each_kind
+def test_an_operator_knows_what_it_was_made_of(kind: str) -> None:
+    problem = network("conv_batchnorm")
+    weights = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    data = hk.as_data(problem.data, batch_size=4).subset([0, 2, 3, 5, 8, 9], weights)
+    H = KINDS[kind](problem.objective, problem.params, data, wrt="0.*", mode="reverse-over-reverse")
+    origin = H.origin
+    assert origin.kind == kind.removeprefix("sampled ")
+    assert origin.mode == "reverse-over-reverse"
+    assert origin.layout == H.layout
+    assert all(
+        torch.equal(leaf, problem.params[name])
+        for leaf, name in zip(origin.leaves, ("0.weight", "0.bias"), strict=True)
+    )
+    assert (origin.data.num_examples, origin.data.smallest_batch) == (6, 2)
+    assert torch.equal(origin.data.weights, weights)
+    variables = H.unflatten(H.flatten({name: problem.params[name] for name in ("0.weight", "0.bias")}))
+    assert torch.equal(
+        origin.loss_fn(variables, problem.data), problem.objective(problem.params, problem.data)
+    )
+    part = H.sample(3, 0)
+    assert (part.origin.kind, part.origin.data.num_examples) == (origin.kind, 3)
+    for derived in (2.0 * H, H / 2, -H, H.shift(1.0), H + H, H - H, (2.0 * H).sample(3, 0)):
+        assert derived.origin is None
+
+
+@each_kind
+def test_later_training_and_batch_size_have_no_say_in_any_kind(kind: str) -> None:
+    problem = network("mlp")
+    live = {name: p.clone().requires_grad_() for name, p in problem.params.items()}
+    H = KINDS[kind](problem.objective, live, problem.data, wrt="0.*", batch_size=5)
+    V = torch.randn(H.n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = H @ V
+    with torch.no_grad():
+        for p in live.values():
+            p.mul_(2.0)
+    assert torch.equal(H @ V, before)
+    assert all(p.grad is None for p in live.values())
+    columns = torch.stack([H @ v for v in V.unbind(1)], dim=1)
+    assert relative_error(before, columns) < 1e-13
+    other = KINDS[kind](problem.objective, problem.params, problem.data, wrt=["0.*"], batch_size=2)
+    assert relative_error(other @ V, before) < 1e-13
+
+
+@each_kind
+def test_what_no_kind_takes_is_refused(kind: str) -> None:
+    problem = network("mlp")
+    make = partial(KINDS[kind], problem.objective)
+    with pytest.raises(TypeError, match=r"params\['0.weight'\] has dtype torch.complex128; .* real floating"):
+        make({name: p.to(torch.complex128) for name, p in problem.params.items()}, problem.data)
+    with pytest.raises(ValueError, match="mode must be one of 'auto', "):
+        make(problem.params, problem.data, mode="exact")
+    with pytest.raises(ValueError, match=r"wrt='conv\*' matches no parameter"):
+        make(problem.params, problem.data, wrt="conv*")
+    with pytest.raises(hk.NonFiniteError, match="loss_fn gave NaN or infinity on batch 0"):
+        make(problem.params, (problem.data[0] * float("nan"), problem.data[1]))
+
+
+@each_kind
+def test_tied_weights_count_once_and_frozen_parameters_not_at_all(kind: str) -> None:
+    tied, frozen = network("tied_weights"), network("frozen_parameter")
+    H = KINDS[kind](tied.objective, tied.params, tied.data)
+    assert H.n == 7 * 4 + 4 * 4 + 4
+    assert list(H.unflatten(torch.zeros(H.n))) == ["embedding.weight", "hidden.weight", "hidden.bias"]
+    assert KINDS[kind](frozen.objective, frozen.params, frozen.data).n == 16 + 12 + 3
+
+
+@each_kind
+@pytest.mark.parametrize("mode", MODES)
+def test_unused_parameters_have_zeros_in_every_kind(kind: str, mode: str) -> None:
+    problem = network("unused_parameter")
+    H = KINDS[kind](problem.objective, problem.params, problem.data, mode=mode)
+    rows = rows_of(problem.params, lambda name: name.startswith("idle"))
+    M = H @ eye(H.n)
+    assert not M[rows].any()
+    assert not M[:, rows].any()
+    assert M.any()
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical-fisher", "fisher"])
+def test_progress_shows_a_bar_in_every_kind(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    problem = network("mlp")
+    H = KINDS[kind](problem.objective, problem.params, problem.data, batch_size=5, progress=True)
+    capsys.readouterr()
+    H @ torch.ones(H.n, dtype=torch.float64)
+    assert "product: " in capsys.readouterr().err
+
+
+def test_extremes_of_each_layer_take_one_line() -> None:
+    problem = network("mlp")
+    loss_fn, params, data = problem.objective, problem.params, problem.data
+    ends = {name: hk.extreme_eigenvalues(hk.hessian(loss_fn, params, data, wrt=name)) for name in params}
+    dense = hessian_by_double_backward(loss_fn, params, data)
+    for name, found in ends.items():
+        rows = rows_of(params, lambda other, name=name: other == name)
+        values = torch.linalg.eigvalsh(dense[rows][:, rows])
+        assert found.smallest.value == pytest.approx(float(values[0]), rel=1e-2, abs=1e-12)
+        assert found.largest.value == pytest.approx(float(values[-1]), rel=1e-2)
+
+
+def test_a_loss_that_closes_over_the_model_is_refused() -> None:
+    problem = network("mlp")
+    live = dict(problem.model.named_parameters())
+    with pytest.raises(ValueError, match=r"loss_fn does not depend on params: .* close over the model's own"):
+        hk.hessian(lambda _, batch: cross_entropy(problem.model(batch[0]), batch[1]), live, problem.data)

@@ -375,3 +375,27 @@ def test_what_is_no_operator_is_refused_with_the_way_to_make_one() -> None:
         hk.extreme_eigenvalues(torch.eye(3))
     with pytest.raises(TypeError, match="aslinearoperator"):
         hk.lanczos(torch.eye(3), 1)
+
+
+def test_multifidelity_finds_the_same_ends_of_a_hessian_over_data_and_counts_scores() -> None:
+    problem = network("mlp", num_examples=400)
+    H = hk.hessian(problem.objective, problem.params, problem.data)
+    truth = torch.linalg.eigvalsh(H @ torch.eye(H.n, dtype=torch.float64))
+    seen: list[hk.Progress] = []
+    for seed in range(4):
+        ex = hk.extreme_eigenvalues(H, method="multifidelity", seed=seed, monitor=seen.append)
+        assert ex.converged
+        assert ex.smallest.value == pytest.approx(float(truth[0]), rel=1e-2)
+        assert ex.largest.value == pytest.approx(float(truth[-1]), rel=1e-2)
+        assert {ex.smallest.interval.kind, ex.largest.interval.kind} <= {"residual", "exact"}
+        assert ex.num_matvecs > ex.history[-1].num_matvecs
+    assert seen
+
+
+def test_multifidelity_refuses_what_it_cannot_do() -> None:
+    problem = network("mlp")
+    H = hk.hessian(problem.objective, problem.params, problem.data)
+    with pytest.raises(ValueError, match=r"^certify"):
+        hk.extreme_eigenvalues(H, method="multifidelity", certify=True)
+    with pytest.raises(TypeError, match="not over examples"):
+        hk.extreme_eigenvalues(hk.aslinearoperator(torch.eye(5)), method="multifidelity")

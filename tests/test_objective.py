@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
+import gc
+import weakref
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 import hvpkit as hk
 from oracles import hessian_by_double_backward, relative_error
-from problems import cross_entropy, network
+from problems import Problem, cross_entropy, network
 
 
 @pytest.fixture(autouse=True)
@@ -247,6 +248,10 @@ def test_an_objective_of_two_functions_has_the_hessian_of_their_composition() ->
     assert relative_error(H @ torch.eye(3, dtype=torch.float64), oracle) < 1e-13
 
 
+def distributed(module: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(module)
+
+
 def never(graph: object, inputs: object) -> Callable:
     raise AssertionError(f"a compiled module was called: {graph}, {inputs}")
 
@@ -285,6 +290,84 @@ def test_compiled_modules_inside_a_module_are_taken_out_too() -> None:
     assert torch.equal(objective(params, problem.data), problem.objective(params, problem.data))
     assert type(model[0]) is not nn.Linear
     assert type(model[2]) is nn.DataParallel
+
+
+@pytest.fixture
+def _one_process() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        distributed,
+        lambda model: compiled(distributed(model)),
+        lambda model: distributed(nn.Sequential(compiled(model[0]), *model[1:])),
+        lambda model: nn.Sequential(
+            model[0], nn.Sequential(distributed(nn.Sequential(compiled(model[1]), model[2])))
+        ),
+    ],
+)
+def test_distributed_modules_are_taken_out_too_however_deep_they_are(wrap: Callable) -> None:
+    problem = network("mlp")
+    model = wrap(network("mlp").model)
+    kinds = [type(module) for module in model.modules()]
+    objective, params = hk.from_module(model, cross_entropy)
+    assert len(params) == len(problem.params)
+    assert not any("module" in name or "_orig_mod" in name for name in params)
+    H, expected = (hk.hessian(o, p, problem.data) for o, p in ((objective, params), problem_of(problem)))
+    v = torch.ones(H.n, dtype=torch.float64)
+    assert torch.equal(H @ v, expected @ v)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def problem_of(problem: Problem) -> tuple[hk.Objective, dict[str, Tensor]]:
+    return problem.objective, problem.params
+
+
+@pytest.mark.parametrize("dropout", [None, 0])
+def test_an_objective_does_not_keep_the_modules_tensors(dropout: int | None) -> None:
+    model = nn.Sequential(
+        nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.Flatten(), nn.Dropout(), nn.Linear(6, 3)
+    ).double()
+    kept = [weakref.ref(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    objective, params = hk.from_module(model, cross_entropy, dropout=dropout)
+    before = objective(params, (X3, Y3))
+    del model
+    gc.collect()
+    assert not any(tensor() is not None for tensor in kept)
+    assert torch.equal(objective(params, (X3, Y3)), before)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_weights_are_not_moved(kind: type[nn.RNNBase], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kind(2, 3, batch_first=True).double()
+    objective, params = hk.from_module(model, lambda outputs, _: outputs[0].square().sum((1, 2)))
+    monkeypatch.setattr(kind, "flatten_parameters", None)
+    x = SEQUENCE[:, :, :2]
+    oracle = hessian_by_double_backward(objective, params, (x, CLASSES))
+    H = hk.hessian(objective, params, (x, CLASSES))
+    assert relative_error(H @ torch.ones(H.n).double(), oracle.sum(1)) < 1e-13
+
+
+def test_a_criterion_with_parameters_is_refused_unless_they_are_frozen() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return self.scale * cross_entropy(outputs, targets)
+
+    with pytest.raises(ValueError, match=r"criterion has parameters of its own, .*requires_grad_\(False\)"):
+        hk.from_module(nn.Linear(2, 3), Scaled())
+    objective, params = hk.from_module(nn.Linear(4, 3).double(), Scaled().requires_grad_(False))
+    plain, _ = hk.from_module(nn.Linear(4, 3).double(), cross_entropy)
+    batch = network("mlp").data
+    assert torch.allclose(objective(params, batch), 2 * plain(params, batch), rtol=1e-14)
 
 
 def test_modules_that_keep_what_they_computed_are_copied() -> None:
@@ -409,6 +492,31 @@ def test_a_batchnorm_without_running_statistics_has_no_eval_form() -> None:
     assert torch.equal(objective(params, (x, y)), cross_entropy(model(x), y))
 
 
+def test_batch_statistics_of_several_processes_are_refused() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(regularised())
+    with pytest.raises(
+        ValueError, match=r'batchnorm="batch" goes by .* one process, and model has a SyncBatchNorm'
+    ):
+        hk.from_module(model, cross_entropy, batchnorm="batch")
+    objective, params = hk.from_module(model, cross_entropy)
+    assert torch.equal(objective(params, (X3, Y3)), cross_entropy(copy.deepcopy(model).eval()(X3), Y3))
+
+
+def test_under_batch_statistics_batches_are_fixed_and_the_operator_says_so() -> None:
+    objective, params = hk.from_module(regularised(), cross_entropy, batchnorm="batch")
+    data = hk.as_data((X3, Y3), batch_size=4)
+    for wrt in (None, "0.*"):
+        H = hk.hessian(objective, params, data, wrt=wrt)
+        assert H.sample is None
+        assert (2.0 * H.shift(1.0)).sample is None
+        assert "Hessian of fixed batches" in repr(H)
+    weighted = data.subset([0, 1, 2, 5], torch.ones(4))
+    with pytest.raises(ValueError, match=r'batchnorm="batch" makes the loss .* examples cannot be weighted'):
+        hk.hessian(objective, params, weighted)
+    plain, _ = hk.from_module(regularised(), cross_entropy)
+    assert hk.hessian(plain, params, data).sample is not None
+
+
 @pytest.mark.parametrize("batchnorm", ["eval", "batch"])
 def test_later_training_does_not_reach_an_objective(batchnorm: str) -> None:
     model = regularised()
@@ -451,7 +559,7 @@ def padded(tied: bool) -> nn.Module:
     return Padded().double()
 
 
-@pytest.mark.parametrize("mode", MODES[:2])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_padding_row_is_a_constant_of_the_embedding(mode: str, tied: bool) -> None:
     model, y = padded(tied), torch.tensor([0, 1, 2, 3, 1])
@@ -464,8 +572,8 @@ def test_a_padding_row_is_a_constant_of_the_embedding(mode: str, tied: bool) -> 
     oracle = hessian_by_double_backward(loss_fn, params, (TOKENS5, y))
     H = hk.hessian(objective, params, (TOKENS5, y), mode=mode)
     dense = H @ torch.eye(H.n, dtype=torch.float64)
-    assert relative_error(dense, oracle) < 1e-13
-    assert relative_error(dense, dense.mT) < 1e-14
+    assert relative_error(dense, oracle) < (1e-8 if mode == "finite-difference" else 1e-13)
+    assert relative_error(dense, dense.mT) < (1e-8 if mode == "finite-difference" else 1e-14)
     assert bool(dense[:3].any()) == tied
 
 
@@ -493,18 +601,6 @@ def test_weight_normalisation_has_exact_products(mode: str, dim: int | None) -> 
     H = hk.hessian(objective, params, batch, mode=mode)
     dense = H @ torch.eye(H.n, dtype=torch.float64)
     assert relative_error(dense, oracle) < (1e-7 if mode == "finite-difference" else 1e-12)
-
-
-def test_modules_that_change_themselves_or_have_wrong_derivatives_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"model: Embedding\(max_norm=...\) rescales its weight"):
-        hk.from_module(nn.Sequential(nn.Embedding(4, 3, max_norm=1.0)), cross_entropy)
-    with pytest.raises(ValueError, match=r"model: EmbeddingBag\(max_norm=...\) rescales its weight"):
-        hk.from_module(nn.EmbeddingBag(4, 3, max_norm=1.0), cross_entropy)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        hooked = torch.nn.utils.weight_norm(nn.Linear(3, 2))
-    with pytest.raises(ValueError, match=r"model: .* torch.nn.utils.weight_norm is wrong; use"):
-        hk.from_module(nn.Sequential(hooked), cross_entropy)
 
 
 def test_spectral_normalisation_keeps_its_vectors() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -110,6 +112,33 @@ def test_what_a_sum_costs_and_knows() -> None:
     assert relative_error(K.flatten(tree), expected) < 1e-14
     eye = hk.aslinearoperator(torch.eye(43, dtype=torch.float64))
     assert list((eye - H) @ problem.params) == list(problem.params)
+
+
+def test_operators_are_divided_and_summed_up_as_numbers_are() -> None:
+    dense = matrix([-2.0, 1.0, 3.0, 10.0])
+    A = hk.aslinearoperator(dense)
+    eye = torch.eye(4, dtype=torch.float64)
+    for divisor in (2, -0.3, np.float32(4), np.int64(3)):
+        assert relative_error((A / divisor) @ eye, dense / float(divisor)) < 1e-15
+    assert relative_error(sum([A, 2.0 * A, A]) @ eye, 4 * dense) < 1e-15
+    assert relative_error((A + A) / 2 @ eye, dense) < 1e-15
+    with pytest.raises(ZeroDivisionError):
+        A / 0
+    for divisor in (True, "2", 1j, A, eye):
+        with pytest.raises(TypeError):
+            A / divisor
+    for start in (1, 0.5, None):
+        with pytest.raises(TypeError):
+            start + A
+
+
+def test_precision_is_rounding_unless_said_otherwise_and_goes_along() -> None:
+    A = hk.aslinearoperator(torch.eye(3))
+    assert A.precision == torch.finfo(torch.float32).eps
+    assert hk.aslinearoperator(torch.eye(3).double()).precision == torch.finfo(torch.float64).eps
+    rough = replace(A, precision=1e-3)
+    derived = (2.0 * rough, rough / 2, -rough, rough.shift(1.0), rough + A, A - rough, sum([A, rough]))
+    assert {op.precision for op in derived} == {1e-3}
 
 
 def test_trees_and_vectors_are_two_views_of_one_product() -> None:

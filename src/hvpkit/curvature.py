@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvpkit._typing import LossFn, Tree
-from hvpkit.data import Data, as_data
+from hvpkit._typing import LossFn, Seed, Tree
+from hvpkit.data import Data, as_data, whole_batch
 from hvpkit.errors import NonFiniteError, check_choice, check_count
-from hvpkit.objective import check_batches
-from hvpkit.operators import LinearOperator
-from hvpkit.probes import generator, resolve_seed
+from hvpkit.fisher import LIKELIHOODS, empirical_terms, find_likelihood, fisher_terms
+from hvpkit.gauss_newton import check_objective, ggn_terms
+from hvpkit.modes import Recipe, check_arithmetic, lower_precision, settle
+from hvpkit.objective import Objective, check_batches, goes_by_batches
+from hvpkit.operators import LinearOperator, Origin
+from hvpkit.probes import generator, normal_vector, resolve_seed
 from hvpkit.products import (
     MODES,
     Leaves,
-    Part,
+    Term,
+    Terms,
     all_finite,
     blame,
     check_loss,
     exact_derivatives,
-    part_products,
+    hessian_terms,
     parts,
     sum_parts,
 )
-from hvpkit.trees import Layout, check_params, flatten, join, snapshot, unflatten
+from hvpkit.selection import Selection, restrict
+from hvpkit.trees import check_params, join, snapshot
 
-Selection = str | Sequence[str] | Callable[[str], bool] | None
-"""Globs over dotted parameter names, or a predicate of a name; None: all."""
+TRIAL_EXAMPLES = 32
+"""Examples of the first batch, at most, on which modes are tried and errors measured."""
 
 
 def hessian(
@@ -40,6 +48,7 @@ def hessian(
     wrt: Selection = None,
     batch_size: int | None = None,
     mode: str = "auto",
+    arithmetic: str = "native",
     progress: bool = False,
 ) -> LinearOperator:
     r"""The Hessian of the mean loss over all examples, :math:`H = \frac1N \sum_i \nabla^2 \ell_i(p)`.
@@ -48,101 +57,307 @@ def hessian(
         loss_fn: ``loss_fn(params, batch)``: losses ``[B]``, or their mean as a 0-d tensor. Pure.
         params: tree of floating tensors of one dtype and device, the point.
         data: tensors, a Dataset, a DataLoader or a re-iterable of batches: see :func:`hvpkit.as_data`.
-        wrt: glob or globs over dotted parameter names, or a predicate of a name: the block of the Hessian
+        wrt: glob or globs over dotted parameter names, or a predicate of a name: the block of the matrix
             that belongs to those parameters, the others held constant.
         batch_size: the most examples put through at once; memory grows with it, the product does not
             change beyond rounding. By default the loader's own, else 256.
-        mode: how a product is made: one of :func:`hvpkit.hvp`, or ``"auto"``: reverse over reverse on a
-            CPU, where it is the faster one, forward over reverse elsewhere. ``H.mode`` says which.
+        mode: how a product is made: one of :func:`hvpkit.hvp`, or ``"auto"``: the exact one that is the faster
+            on the first examples, if both agree; ``H.mode`` is which, ``H.mode_reason`` why.
+        arithmetic: ``"native"``, the parameters' dtype; ``"bf16"`` or ``"tf32"`` (CUDA only): matrix products and
+            convolutions of float32 networks in fewer digits.
         progress: show a bar over the batches of each product.
 
     Returns:
         A symmetric :class:`hvpkit.LinearOperator`; trees for ``@`` are shaped like ``params``, a dict of the
-        chosen ones by dotted name where ``wrt`` is given.
+        chosen ones by dotted name where ``wrt`` is given. ``H.precision`` is the relative error of its products,
+        measured on the first examples for finite differences and for less than native arithmetic.
 
     Raises:
         TypeError, ValueError: as :func:`hvpkit.hvp` and :func:`hvpkit.as_data`; ``wrt`` matches nothing; a
-            last batch of one example under ``batchnorm="batch"``.
+            last batch of one example under ``batchnorm="batch"``; arithmetic that the dtype, device or mode lacks.
         NonFiniteError: the loss of the first batch is not finite.
+        ArithmeticError: ``mode="auto"``: the modes disagree, and finite differences agree with neither.
 
     Cost:
-        One forward pass of the first batch now; a product is a pass over the data at about 9 forward
-        passes' work. ``[n, k]`` products read the data once, and share the forward and the first backward
-        pass in the mode ``"reverse-over-reverse"``.
+        A gradient of the first batch now, and four products with 32 of its examples, twelve at most. A product is a
+        pass over the data at about 9 forward passes' work. ``[n, k]`` products read the data once, and share the
+        forward and the first backward pass in the mode ``"reverse-over-reverse"``.
+
+    Example:
+        >>> import torch, hvpkit as hk
+        >>> loss_fn = lambda p, batch: 0.5 * (batch @ p["w"]) ** 2 + p["b"] ** 2
+        >>> params, data = {"w": torch.zeros(2), "b": torch.tensor(0.0)}, torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+        >>> hessian(loss_fn, params, data) @ torch.ones(3)
+        tensor([2., 8., 2.])
+
+        Both ends of the spectrum of each layer:
+
+        >>> ends = {name: hk.extreme_eigenvalues(hk.hessian(loss_fn, params, data, wrt=name)) for name in params}
+        >>> {name: round(ex.largest.value, 3) for name, ex in ends.items()}
+        {'w': 8.0, 'b': 2.0}
+    """
+    origin, first = _origin("hessian", loss_fn, params, data, wrt, batch_size, mode)
+    return _operator(origin, first, hessian_terms, arithmetic, progress)
+
+
+def ggn(
+    objective: Objective,
+    params: Tree,
+    data: object,
+    *,
+    wrt: Selection = None,
+    batch_size: int | None = None,
+    mode: str = "auto",
+    arithmetic: str = "native",
+    progress: bool = False,
+) -> LinearOperator:
+    r"""The generalised Gauss-Newton matrix of the mean loss, :math:`G = \frac1N \sum_i J_i^\top H_i J_i`.
+
+    :math:`J_i` is the Jacobian of the outputs of example i, :math:`H_i` the Hessian of its loss by the outputs. G is
+    positive semi-definite where the loss is convex in the outputs.
+
+    Args:
+        objective: a :class:`hvpkit.Objective`, as :func:`hvpkit.from_module` gives one.
+        params: as in :func:`hessian`.
+        data: as in :func:`hessian`.
+        wrt: as in :func:`hessian`.
+        batch_size: as in :func:`hessian`.
+        arithmetic: as in :func:`hessian`.
+        progress: as in :func:`hessian`.
+        mode: how J is multiplied with: one of :func:`hvpkit.ggnvp`, or ``"auto"`` as in :func:`hessian`.
+
+    Returns:
+        A symmetric :class:`hvpkit.LinearOperator`.
+
+    Raises:
+        TypeError, ValueError, NonFiniteError, ArithmeticError: as :func:`hvpkit.ggnvp` and :func:`hessian`.
+
+    Cost:
+        As :func:`hessian` now. A product is a pass over the data at about 6 forward passes' work and twice the
+        loss of the outputs; for its memory see :func:`hvpkit.ggnvp`. ``[n, k]`` products share one forward pass.
+
+    Source:
+        Schraudolph, Neural Computation 14 (2002) 1723-1738, doi:10.1162/08997660260028683.
 
     Example:
         >>> import torch
-        >>> loss_fn = lambda p, batch: 0.5 * (batch @ p) ** 2
-        >>> H = hessian(loss_fn, torch.zeros(2), torch.tensor([[2.0, 0.0], [0.0, 4.0]]))
-        >>> H @ torch.ones(2)
-        tensor([2., 8.])
+        >>> objective = Objective(lambda p, batch: (batch @ p).exp(), lambda z, batch: z**2)
+        >>> G = ggn(objective, torch.zeros(2), torch.tensor([[1.0, 2.0]]))
+        >>> G @ torch.tensor([1.0, 0.0])
+        tensor([2., 4.])
     """
+    origin, first = _origin("ggn", check_objective(objective), params, data, wrt, batch_size, mode)
+    return _operator(origin, first, ggn_terms, arithmetic, progress)
+
+
+def empirical_fisher(
+    loss_fn: LossFn,
+    params: Tree,
+    data: object,
+    *,
+    wrt: Selection = None,
+    batch_size: int | None = None,
+    mode: str = "auto",
+    arithmetic: str = "native",
+    progress: bool = False,
+) -> LinearOperator:
+    r"""The second moment of the gradients of single examples, :math:`\frac1N \sum_i g_i g_i^\top`.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch)``: losses ``[B]``. Pure.
+        params: as in :func:`hessian`.
+        data: as in :func:`hessian`.
+        wrt: as in :func:`hessian`.
+        batch_size: as in :func:`hessian`.
+        arithmetic: as in :func:`hessian`.
+        progress: as in :func:`hessian`.
+        mode: how inner products with gradients are made: see :func:`hvpkit.ggnvp`; or ``"auto"``.
+
+    Returns:
+        A symmetric, positive semi-definite :class:`hvpkit.LinearOperator`.
+
+    Raises:
+        ValueError: a 0-d loss, whose examples are not known apart.
+        TypeError, ValueError, NonFiniteError, ArithmeticError: as :func:`hessian`.
+
+    Cost:
+        As :func:`hessian` now. A product is a pass over the data at about 6 forward passes' work.
+
+    Example:
+        >>> import torch
+        >>> F = empirical_fisher(lambda p, batch: batch @ p, torch.zeros(2), torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
+        >>> F @ torch.ones(2)
+        tensor([2., 3.])
+    """
+    origin, first = _origin("empirical-fisher", loss_fn, params, data, wrt, batch_size, mode)
+    return _operator(origin, first, empirical_terms, arithmetic, progress)
+
+
+def fisher(
+    objective: Objective,
+    params: Tree,
+    data: object,
+    *,
+    likelihood: str | None = None,
+    num_samples: int | None = None,
+    seed: Seed = 0,
+    wrt: Selection = None,
+    batch_size: int | None = None,
+    mode: str = "auto",
+    arithmetic: str = "native",
+    progress: bool = False,
+) -> LinearOperator:
+    r"""The Fisher matrix of the model's own predictions, :math:`\frac1N \sum_i \mathbf E_{y \sim p(y|x_i)}\, g g^\top`.
+
+    g is the gradient of the loss at a target y that the model itself predicts. The expectation, which is the
+    generalised Gauss-Newton matrix here, is exact by default, or an unbiased mean over samples. Where an example has
+    several predictions (tokens, pixels, labels), each is drawn, and counts as much as the loss weighs it.
+
+    Args:
+        objective: a :class:`hvpkit.Objective`, whose outputs are one tensor.
+        params: as in :func:`hessian`.
+        data: as in :func:`hessian`.
+        wrt: as in :func:`hessian`.
+        batch_size: as in :func:`hessian`.
+        arithmetic: as in :func:`hessian`.
+        progress: as in :func:`hessian`.
+        likelihood: of targets given the outputs: ``"categorical"`` (cross entropy of logits, their classes along the
+            dimension 1 or the last), ``"bernoulli"`` (binary cross entropy of logits), ``"gaussian"`` (squared error);
+            by default whichever the loss is of.
+        num_samples: how many targets to draw for each prediction, the same in every product; None: the exact form.
+        seed: of the samples.
+        mode: how J is multiplied with: one of :func:`hvpkit.ggnvp`, or ``"auto"`` as in :func:`hessian`.
+
+    Returns:
+        A symmetric, positive semi-definite :class:`hvpkit.LinearOperator`.
+
+    Raises:
+        ValueError: the loss is of another likelihood, or of none of these.
+        TypeError, ValueError, NonFiniteError, ArithmeticError: as :func:`hvpkit.ggnvp` and :func:`hessian`.
+
+    Cost:
+        As :func:`ggn`; samples take the memory of the outputs, each.
+
+    Source:
+        Kunstner, Balles and Hennig, NeurIPS 2019, arXiv:1905.12558.
+
+    Example:
+        >>> import torch
+        >>> objective = Objective(lambda p, batch: batch @ p, lambda z, batch: 0.5 * z**2)
+        >>> F = fisher(objective, torch.zeros(2), torch.tensor([[1.0, 2.0]]), likelihood="gaussian")
+        >>> F @ torch.tensor([1.0, 0.0])
+        tensor([1., 2.])
+    """
+    check_objective(objective)
+    if likelihood is not None:
+        check_choice("likelihood", likelihood, LIKELIHOODS)
+    if num_samples is not None:
+        check_count("num_samples", num_samples, 1)
+    seed = resolve_seed(seed)
+    origin, first = _origin("fisher", objective, params, data, wrt, batch_size, mode)
+    with exact_derivatives(origin.leaves[0].device):
+        whole = check_objective(origin.loss_fn)
+        found = find_likelihood(whole, origin.layout, origin.leaves, first, likelihood)
+    terms: Terms[Any] = ggn_terms
+    if num_samples is not None:
+        terms = partial(fisher_terms, likelihood=found, num_samples=num_samples, seed=seed)
+    return _operator(origin, first, terms, arithmetic, progress)
+
+
+NAMES = {"hessian": "Hessian", "ggn": "GGN", "empirical-fisher": "empirical Fisher", "fisher": "Fisher"}
+
+
+def _origin(
+    kind: str, loss_fn: LossFn, params: Tree, data: object, wrt: Selection, batch_size: int | None, mode: str
+) -> tuple[Origin, Data]:
+    """What an operator is made of, looked at, and the first few examples to try it on."""
     check_choice("mode", mode, ("auto", *MODES))
-    function, params = _restrict(loss_fn, params, wrt)
+    function, params = restrict(loss_fn, params, wrt)
     layout, leaves = check_params(params)
     leaves = [snapshot(leaf) for leaf in leaves]  # the point stays, whatever training does to params
     device = leaves[0].device
     examples = as_data(data, batch_size=batch_size, device=device)
     check_batches(loss_fn, examples)
-    if mode == "auto":
-        mode = "reverse-over-reverse" if device.type == "cpu" else "forward-over-reverse"
+    batch, weights = next(examples.weighted())
+    first = whole_batch(batch, weights)
     with exact_derivatives(device):
-        first = check_loss(next(parts(function, layout, examples)), leaves)
-        if not all_finite([first]):
-            raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
+        value = check_loss(next(parts(function, layout, first)), leaves)
+    if not all_finite([value]):
+        raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
+    few = torch.arange(min(first.num_examples, TRIAL_EXAMPLES))
+    first = first.subset(few, None if weights is None else weights[: len(few)])
+    return Origin(kind, function, layout, leaves, examples, mode), first
 
-    return _hessian_over(examples, function, layout, leaves, mode, progress)
 
-
-def _hessian_over(
-    examples: Data,
-    loss_fn: LossFn,
-    layout: Layout,
-    leaves: Leaves,
-    mode: str,
-    progress: bool,
-    cost: float = 1.0,
+def _operator(
+    origin: Origin, first: Data, terms: Terms[Any], arithmetic: str, progress: bool
 ) -> LinearOperator:
-    """The Hessian of the mean over ``examples``, whose products cost ``cost`` full-data products."""
-    device = leaves[0].device
+    """The operator, after trials on its first examples of how to make products."""
+    layout, leaves = origin.layout, origin.leaves
+    check_arithmetic(arithmetic, leaves[0])
 
-    def terms() -> Iterator[Part]:
-        batches = parts(loss_fn, layout, examples)
-        return _with_bar(batches) if progress else batches
+    def draw(stream: int) -> Leaves:
+        dtype, device = leaves[0].dtype, leaves[0].device
+        return layout.split(normal_vector(layout.n, dtype=dtype, device=device, seed=0, stream=stream))
+
+    with exact_derivatives(leaves[0].device):
+        trial = next(terms(origin.loss_fn, layout, leaves, first))
+        recipe = settle(trial, draw, origin.mode, arithmetic)
+    return _over(replace(origin, mode=recipe.mode), terms, recipe, progress)
+
+
+def _over(
+    origin: Origin, terms: Terms[Any], recipe: Recipe, progress: bool, cost: float = 1.0
+) -> LinearOperator:
+    """The operator over the examples of ``origin``, whose products cost ``cost`` full-data products."""
+    layout, leaves, data, mode = origin.layout, origin.leaves, origin.data, recipe.mode
+    device, name = leaves[0].device, NAMES[origin.kind]
+    batch_statistics = goes_by_batches(origin.loss_fn)
+    if batch_statistics:
+        name = f"{name} of fixed batches"
+
+    @contextmanager
+    def batches() -> Iterator[Iterator[Term]]:
+        with exact_derivatives(device), lower_precision(recipe.arithmetic, device):
+            yield terms(origin.loss_fn, layout, leaves, data)
 
     def product(vectors: Tensor) -> Tensor:
         columns = [layout.split(vector) for vector in vectors.mT.contiguous()]
 
-        def term(part: Part) -> Leaves:
-            return [join(column) for column in part_products(part, leaves, columns, mode)]
+        def share(term: Term) -> Leaves:
+            return [join(column) for column in term(columns, mode)]
 
-        with exact_derivatives(device):
-            return torch.stack(sum_parts(terms(), term), dim=1)
+        with batches() as parts:
+            return torch.stack(sum_parts(_with_bar(parts) if progress else parts, share), dim=1)
 
     def explain(vector: Tensor) -> str:
-        def term(part: Part) -> Leaves:
-            return part_products(part, leaves, [layout.split(vector)], mode)[0]
-
-        with exact_derivatives(device):
-            return blame("Hessian product", parts(loss_fn, layout, examples), term)
+        with batches() as parts:
+            return blame(f"{name} product", parts, lambda term: term([layout.split(vector)], mode)[0])
 
     def sample(num_examples: int, seed: int) -> LinearOperator:
-        chosen = _subset(examples, num_examples, seed)
-        share = cost * num_examples / examples.num_examples
-        return _hessian_over(chosen, loss_fn, layout, leaves, mode, progress, share)
+        chosen = replace(origin, data=_subset(data, num_examples, seed))
+        return _over(chosen, terms, recipe, progress, cost * num_examples / data.num_examples)
+
+    def subset(indices: Tensor, weights: Tensor) -> LinearOperator:
+        chosen = replace(origin, data=data.subset(indices, weights.to(device, leaves[0].dtype)))
+        return _over(chosen, terms, recipe, progress, cost * len(indices) / data.num_examples)
 
     return LinearOperator(
         product,
         layout.n,
         leaves[0].dtype,
         device,
-        name="Hessian",
+        name=name if recipe.arithmetic == "native" else f"{name} in {recipe.arithmetic}",
         layout=layout,
-        num_examples=examples.num_examples,
+        num_examples=data.num_examples,
         cost=cost,
         mode=mode,
+        mode_reason=recipe.reason,
+        precision=recipe.precision,
         explain=explain,
-        sample=sample,
+        sample=None if batch_statistics else sample,  # another batch has other statistics
+        subset=None if batch_statistics else subset,
+        origin=origin,
     )
 
 
@@ -157,33 +372,7 @@ def _subset(examples: Data, num_examples: int, seed: int) -> Data:
     return examples.subset(chosen, weights)
 
 
-def _restrict(loss_fn: LossFn, params: Tree, wrt: Selection) -> tuple[LossFn, Tree]:
-    """The loss as a function of the chosen parameters, a dict by name; the others are constants."""
-    if wrt is None:
-        return loss_fn, params
-    leaves, spec = flatten(params)
-    names = Layout.of(params).names
-    chosen = _matcher(wrt)
-    selected = {name: leaf for name, leaf in zip(names, leaves, strict=True) if chosen(name)}
-    if not selected:
-        raise ValueError(f"wrt={wrt!r} matches no parameter; their names: {', '.join(names)}")
-    constants = [snapshot(leaf) for leaf in leaves]
-
-    def restricted(variables: dict[str, Tensor], batch: object) -> Tensor:
-        whole = [variables.get(name, leaf) for name, leaf in zip(names, constants, strict=True)]
-        return loss_fn(unflatten(whole, spec), batch)
-
-    return restricted, selected
-
-
-def _matcher(wrt: Selection) -> Callable[[str], bool]:
-    if callable(wrt):
-        return wrt
-    globs = [wrt] if isinstance(wrt, str) else list(wrt or ())
-    return lambda name: any(fnmatch.fnmatchcase(name, glob) for glob in globs)
-
-
-def _with_bar(batches: Iterator[Part]) -> Iterator[Part]:
+def _with_bar(batches: Iterator[Term]) -> Iterator[Term]:
     from tqdm.auto import tqdm
 
     yield from tqdm(batches, desc="product", unit="batch", leave=False)

@@ -385,6 +385,16 @@ def prepare(batch: Batch, device: torch.device | None = None) -> Batch:
     return unflatten([usable(leaf) for leaf in leaves], spec)
 
 
+def whole_batch(batch: Batch, weights: Tensor | None = None) -> Data:
+    """The examples of one batch, in one batch.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    size = check_count("data: the number of examples", count_examples(batch), 1)
+    return Data(TensorBatches(batch, size), size, weights)
+
+
 def _unstable(found: int, expected: int) -> UnstableDataError:
     return UnstableDataError(
         f"data gave {found} examples in this pass, not the {expected} counted at first; a mean over "

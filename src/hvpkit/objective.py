@@ -6,19 +6,23 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import _WeightNorm
-from torch.nn.utils.weight_norm import WeightNorm as _WeightNormHook
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils import _pytree
 
 from hvpkit._typing import Batch, LossFn, Tree
 from hvpkit.data import Data
-from hvpkit.errors import check_choice
+from hvpkit.definitions import check_max_norm
+from hvpkit.errors import check_choice, check_count
+from hvpkit.randomness import fixed_dropout
 from hvpkit.trees import batch_size, snapshot
 
 TARGET_KEYS = ("targets", "target", "labels", "label")
@@ -55,12 +59,13 @@ def from_module(
     criterion: Callable[..., Tensor],
     *,
     batchnorm: str = "eval",
+    dropout: int | None = None,
     include_frozen: bool = False,
 ) -> tuple[Objective, dict[str, Tensor]]:
     """The objective and the parameters of a module, as they are now.
 
-    Parameters and buffers are copied: neither later training nor the caller's ``train()`` or ``eval()``
-    changes the objective, and nothing of the module is written to. Dropout is off. A parameter that
+    Parameters and buffers are copied, and the module is not kept: neither later training nor the caller's
+    ``train()`` or ``eval()`` changes the objective, and nothing of the module is written to. A parameter that
     modules share is one parameter.
 
     Args:
@@ -72,6 +77,9 @@ def from_module(
             target counts as an example of loss zero.
         batchnorm: ``"eval"``: by running statistics, so that the loss is a mean over examples;
             ``"batch"``: by the statistics of each batch, so that it depends on the batches.
+        dropout: off by default. A seed: on, with masks that are functions of the seed and of each example's
+            content, and so the same in every product and batch. The modules are then as in training, but for
+            those that keep statistics. Dropout inside attention and recurrent layers has to be 0.
         include_frozen: make parameters with ``requires_grad=False`` variables too; by default they are
             constants.
 
@@ -82,10 +90,11 @@ def from_module(
 
     Raises:
         TypeError: ``model`` is no module, ``criterion`` cannot be called.
-        ValueError: no parameters, or all frozen; a criterion without a per-example form; uninitialised
-            lazy parameters; an unknown ``batchnorm``, or ``"eval"`` without running statistics; an embedding
-            with ``max_norm``; ``torch.nn.utils.weight_norm``. On call: one example only, under batch
-            statistics.
+        ValueError: no parameters, or all frozen; a criterion without a per-example form, or with parameters of
+            its own; uninitialised lazy parameters; an unknown ``batchnorm``, ``"eval"`` without running
+            statistics, or ``"batch"`` with a ``SyncBatchNorm``; an embedding with ``max_norm``; a
+            ``FractionalMaxPool`` without ``_random_samples``; a ``CrossMapLRN2d``. On call: one example only,
+            under batch statistics; dropout of a tensor whose first dimension is not the examples.
 
     Cost:
         A copy of the parameters and buffers.
@@ -98,27 +107,29 @@ def from_module(
         torch.Size([5])
     """
     check_choice("batchnorm", batchnorm, ("eval", "batch"))
+    if dropout is not None:
+        check_count("dropout", dropout, 0)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    skeleton = _skeleton(_unwrap(model), batchnorm)
+    skeleton, originals = _skeleton(_unwrap(model), batchnorm, dropout is not None)
     variables: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
     for name, parameter in skeleton.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(f"model: lazy parameter {name!r} has no shape yet; run one forward pass first")
         chosen = variables if parameter.requires_grad or include_frozen else constants
-        chosen[name] = snapshot(parameter)
+        chosen[name] = snapshot(originals[parameter])
     if not variables:
         state = "all its parameters are frozen (pass include_frozen=True)" if constants else "it has none"
         raise ValueError(f"model has no parameters to differentiate by: {state}")
-    buffers = {name: snapshot(buffer) for name, buffer in skeleton.named_buffers()}
+    buffers = {name: snapshot(originals[buffer]) for name, buffer in skeleton.named_buffers()}
     per_example = _per_example(criterion)
 
     def forward(params: Tree, batch: Batch) -> Any:
-        _check_statistics(batchnorm, batch_size(batch))
+        if batchnorm == "batch":
+            _check_statistics(batch_size(batch))
         args, kwargs, _ = _split(batch)
         own_buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # modules may write to them
-        return torch.func.functional_call(skeleton, {**constants, **own_buffers, **params}, args, kwargs)
+        with nullcontext() if dropout is None else fixed_dropout(dropout, batch):
+            return torch.func.functional_call(skeleton, {**constants, **own_buffers, **params}, args, kwargs)
 
     def output_loss(outputs: Any, batch: Batch) -> Tensor:
         return per_example(outputs, _split(batch)[2])
@@ -126,14 +137,24 @@ def from_module(
     return Objective(forward, output_loss, batchnorm), variables
 
 
+def goes_by_batches(loss_fn: LossFn) -> bool:
+    """Whether the loss of an example depends on the batch that it is in: then batches have to stay as they are."""
+    return isinstance(loss_fn, Objective) and loss_fn.batchnorm == "batch"
+
+
 def check_batches(loss_fn: LossFn, data: Data) -> None:
-    """A ValueError if ``data`` is known to have a batch without the statistics that ``loss_fn`` goes by."""
-    if isinstance(loss_fn, Objective):
-        _check_statistics(loss_fn.batchnorm, data.smallest_batch)
+    """A ValueError if ``data`` does not fit a ``loss_fn`` that goes by the statistics of batches."""
+    if goes_by_batches(loss_fn):
+        _check_statistics(data.smallest_batch)
+        if data.weights is not None:
+            raise ValueError(
+                'batchnorm="batch" makes the loss of an example depend on its batch, so that examples cannot be '
+                'weighted; leave weights out, or take batchnorm="eval"'
+            )
 
 
-def _check_statistics(batchnorm: str, smallest_batch: int | None) -> None:
-    if batchnorm == "batch" and smallest_batch == 1:
+def _check_statistics(smallest_batch: int | None) -> None:
+    if smallest_batch == 1:
         raise ValueError(
             'batchnorm="batch" needs at least two examples in each batch, and data has a batch of one; '
             'choose another batch_size, leave the example out, or take batchnorm="eval"'
@@ -151,66 +172,74 @@ def _unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _skeleton(model: nn.Module, batchnorm: str) -> nn.Module:
-    """A copy of the modules, which shares their tensors, as an objective calls it.
+def _skeleton(model: nn.Module, batchnorm: str, training: bool) -> tuple[nn.Module, dict[Tensor, Tensor]]:
+    """The modules as an objective calls them, with tensors that hold nothing, and the original of each of those.
 
-    It is in evaluation mode but for the batch norm asked for, and modules whose derivatives torch gets wrong
-    are written out.
+    They are in evaluation mode, or in training mode but for those that would keep statistics of it, and batch
+    norms are as asked for.
     """
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"model: lazy parameter {name!r} has no shape yet; run one forward pass first")
+    originals = {_hollow(t): t for t in {*model.parameters(), *model.buffers()}}
+    copies: dict[int, Any] = {id(original): hollow for hollow, original in originals.items()}
     kept = _pytree.tree_leaves([vars(module) for module in model.modules()])
-    shared |= {id(t): snapshot(t) for t in kept if isinstance(t, Tensor) and not t.is_leaf}
-    skeleton = copy.deepcopy(model, shared).eval()
+    copies |= {id(t): snapshot(t) for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    for module in reversed([*model.modules()]):  # wrappers inside wrappers first
+        if (inner := _unwrap(module)) is not module:
+            copies[id(module)] = copy.deepcopy(inner, copies)
+    skeleton = copy.deepcopy(model, copies).train(training)
     for module in skeleton.modules():
-        for name, child in module.named_children():
-            setattr(module, name, _unwrap(child))
         _check_supported(module, batchnorm)
-        module.__class__ = _WRITTEN_OUT.get(type(module), type(module))
-        if batchnorm == "batch" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if _keeps_statistics(module):
+            module.eval()
+        if batchnorm == "batch" and isinstance(module, _BatchNorm):
             module.train()
             module.running_mean = module.running_var = module.num_batches_tracked = None
-    return skeleton
+        if isinstance(module, nn.RNNBase):
+            vars(module)["flatten_parameters"] = _nothing  # it moves the weights that it is called with
+    return skeleton, originals
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    """A tensor like this one without its values."""
+    hollow = torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+    return nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
+
+
+def _nothing() -> None:
+    pass
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    """Whether calls in training mode write to buffers."""
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, _NormBase | _SpectralNorm) or any(
+        isinstance(hook, SpectralNorm) for hook in hooks
+    )
 
 
 def _check_supported(module: nn.Module, batchnorm: str) -> None:
-    """A ValueError for what is no function of an example, or has derivatives that torch gets wrong."""
-    is_batchnorm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    if is_batchnorm and batchnorm == "eval" and module.running_mean is None:
+    """A ValueError for what is no function of an example, or has no derivative to trust."""
+    name = type(module).__name__
+    if isinstance(module, _BatchNorm) and batchnorm == "eval" and module.running_mean is None:
         raise ValueError(
             'batchnorm="eval" needs running statistics, and model has a batch norm that keeps none '
             '(track_running_stats=False); take batchnorm="batch"'
         )
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+    if isinstance(module, nn.SyncBatchNorm) and batchnorm == "batch":
         raise ValueError(
-            f"model: {type(module).__name__}(max_norm=...) rescales its weight whenever it is called, so the "
-            "loss is no function of its parameters; rescale the weight once and set max_norm to None"
+            'batchnorm="batch" goes by the batches of one process, and model has a SyncBatchNorm, which goes by '
+            'those of all; make it a BatchNorm, or take batchnorm="eval"'
         )
-    if any(isinstance(hook, _WeightNormHook) for hook in module._forward_pre_hooks.values()):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        check_max_norm(module.max_norm)
+    if isinstance(module, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d) and module._random_samples is None:
         raise ValueError(
-            "model: torch's second derivative of torch.nn.utils.weight_norm is wrong; use "
-            "torch.nn.utils.parametrizations.weight_norm, which hvpkit writes out"
+            f"model: {name} draws other regions in each call, in evaluation mode too; pass it _random_samples"
         )
-
-
-class _PaddedEmbedding(nn.Embedding):
-    """An embedding whose padding row is a constant in forward mode too."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        rows = F.embedding(input, self.weight)
-        if self.padding_idx is None:
-            return rows
-        return torch.where((input == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
-
-
-class _WrittenOutWeightNorm(_WeightNorm):
-    """Weight normalisation from its definition: torch's own function has a wrong second derivative."""
-
-    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
-        norms = weight_v.square().sum_to_size(weight_g.shape).sqrt()
-        return weight_v * (weight_g / norms)
-
-
-_WRITTEN_OUT: dict[type, type] = {nn.Embedding: _PaddedEmbedding, _WeightNorm: _WrittenOutWeightNorm}
+    if isinstance(module, nn.CrossMapLRN2d):
+        raise ValueError(f"model: torch's gradient of {name} is wrong; use LocalResponseNorm")
 
 
 def _split(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -231,6 +260,11 @@ def _per_example(criterion: Callable[..., Tensor]) -> Callable[[Any, Any], Tenso
     """``criterion`` in its per-example form: losses ``[B]``."""
     if not callable(criterion):
         raise TypeError(f"criterion must be callable, got {type(criterion).__name__}")
+    if isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
+        raise ValueError(
+            "criterion has parameters of its own, which would be constants; make them part of model, or say so "
+            "by criterion.requires_grad_(False)"
+        )
     unreduced, summed = _without_reduction(criterion)
 
     def losses(outputs: Any, targets: Any) -> Tensor:

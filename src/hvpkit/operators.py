@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hvpkit._typing import Tree
+from hvpkit._typing import LossFn, Seed, Tree
+from hvpkit.data import Data
 from hvpkit.errors import NonFiniteError, check_count
-from hvpkit.products import check_like
+from hvpkit.importance import Importance, inclusion, scores, systematic
+from hvpkit.probes import resolve_seed
+from hvpkit.products import Leaves, check_like
 from hvpkit.space import LOCAL, Space
 from hvpkit.trees import Layout
 
@@ -21,6 +24,28 @@ if TYPE_CHECKING:
 
 Product = Callable[[Tensor], Tensor]
 """``[n, k]`` to ``[n, k]``: a function that does not write to its argument."""
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What an operator of curvature was made of: what a check needs to make its products in another way.
+
+    Attributes:
+        kind: ``"hessian"``, ``"ggn"``, ``"empirical-fisher"`` or ``"fisher"``.
+        loss_fn: the loss as a function of the operator's parameters and a batch; of what ``wrt`` left out,
+            constants are in it.
+        layout: of those parameters.
+        leaves: their values, a copy.
+        data: the examples.
+        mode: how products are made.
+    """
+
+    kind: str
+    loss_fn: LossFn
+    layout: Layout
+    leaves: Leaves
+    data: Data
+    mode: str
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,11 +64,16 @@ class LinearOperator:
         layout: how trees of parameters lie in vectors, or None.
         num_examples: examples that one product passes over, or None.
         cost: full-data products that one product costs.
-        mode: how products are made and why, or None.
+        mode: how products are made, or None.
+        mode_reason: the mode and why it was taken, where ``mode="auto"`` took it, or None.
+        precision: relative error of products, as it was measured where it is more than rounding.
         space: inner products of its vectors.
         explain: given a vector ``[n]`` whose product is not finite, says where that comes from.
         sample: given a number of examples and a seed, the same operator over a uniform random subset of that
             many, without replacement: unbiased, at their share of the cost. None where there are no examples.
+        subset: given indices of examples and their weights, the same operator over those, at their share of the
+            cost; None as ``sample``, and for what the algebra makes.
+        origin: what an operator of curvature was made of; None for others, and for what the algebra makes.
 
     Example:
         >>> import torch
@@ -61,9 +91,16 @@ class LinearOperator:
     num_examples: int | None = None
     cost: float = 1.0
     mode: str | None = None
+    mode_reason: str | None = None
+    precision: float = 0.0
     space: Space = LOCAL
     explain: Callable[[Tensor], str] | None = None
     sample: Callable[[int, int], LinearOperator] | None = None
+    subset: Callable[[Tensor, Tensor], LinearOperator] | None = None
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", max(self.precision, torch.finfo(self.dtype).eps))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -130,6 +167,11 @@ class LinearOperator:
     def __add__(self, other: LinearOperator) -> LinearOperator:
         return self._combine(other, 1.0)
 
+    def __radd__(self, other: int) -> LinearOperator:
+        if isinstance(other, int) and other == 0:  # where sum() starts
+            return self
+        return NotImplemented
+
     def __sub__(self, other: LinearOperator) -> LinearOperator:
         return self._combine(other, -1.0)
 
@@ -149,6 +191,7 @@ class LinearOperator:
             layout=self.layout or other.layout,
             num_examples=self.num_examples or other.num_examples,
             cost=self.cost + other.cost,
+            precision=max(self.precision, other.precision),
             space=self.space,
         )
 
@@ -161,9 +204,16 @@ class LinearOperator:
             product=lambda v: scale * self.product(v),
             name=f"{scale:g} * {self.name}",
             sample=self._samples(lambda part: part * scale),
+            subset=None,
+            origin=None,
         )
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> LinearOperator:
+        if isinstance(divisor, bool) or not isinstance(divisor, Real):
+            return NotImplemented
+        return self * (1.0 / float(divisor))
 
     def __neg__(self) -> LinearOperator:
         return self * -1.0
@@ -175,6 +225,8 @@ class LinearOperator:
             product=lambda v: torch.add(self.product(v), v, alpha=sigma),
             name=f"({self.name} {'+' if sigma >= 0 else '-'} {abs(sigma):g} I)",
             sample=self._samples(lambda part: part.shift(sigma)),
+            subset=None,
+            origin=None,
         )
 
     def _samples(
@@ -183,6 +235,52 @@ class LinearOperator:
         """Samples of the operator that ``change`` makes of this one."""
         sample = self.sample
         return None if sample is None else lambda num_examples, seed: change(sample(num_examples, seed))
+
+    def coarsen(
+        self, num_examples: int, *, importance: Importance = "residual", seed: Seed = 0
+    ) -> LinearOperator:
+        r"""A cheaper operator of the same mean: over a weighted sample of the examples.
+
+        .. math:: H_S = \sum_{i \in S} \frac{1}{N \pi_i} H_i, \qquad \mathbb{E}\, H_S = H
+
+        with inclusion probabilities :math:`\pi_i = \min(1, c\, s_i)` for scores s: systematic sampling, those with high
+        scores for certain, and a twentieth of the chance spread evenly. Samples of a sample are nested:
+        ``coarse = H.coarsen(4000); coarser = coarse.coarsen(1000)``.
+
+        Args:
+            num_examples: how many (one more or less, as the probabilities round).
+            importance: ``"residual"``: the norm of each loss's gradient with respect to the outputs, ``|p - y|`` for
+                cross entropy; ``"loss"``; ``"gradient"``: the norm of each example's gradient; a function
+                ``(params, batch) -> [B]``; or None: all alike.
+            seed: of the sample.
+
+        Raises:
+            TypeError: this operator is not of curvature over examples that may be left out.
+            ValueError: ``num_examples`` out of range; scores that are none.
+
+        Cost:
+            A forward pass over the data for the scores, a ninth of a product; a third with ``"gradient"``.
+
+        Example:
+            >>> import torch, hvpkit as hk
+            >>> loss_fn = lambda p, batch: 0.5 * (batch @ p) ** 2
+            >>> H = hk.hessian(loss_fn, torch.ones(2), torch.randn(100, 2, generator=torch.Generator().manual_seed(0)))
+            >>> H.coarsen(10, importance="loss").cost
+            0.1
+        """
+        if self.subset is None or self.origin is None or self.num_examples is None:
+            raise TypeError(
+                f"{self!r} is not over examples that may be left out: coarsen an operator of hk.hessian or its kin, "
+                'with batchnorm="eval", before the algebra'
+            )
+        check_count("num_examples", num_examples, 1, self.num_examples)
+        origin = self.origin
+        weights = origin.data.weights
+        size = scores(origin.loss_fn, origin.layout, origin.leaves, origin.data, importance)
+        shares = torch.full_like(size, 1 / len(size)) if weights is None else weights.to(size)
+        chances = inclusion(size * shares, num_examples)
+        chosen = systematic(chances, resolve_seed(seed))
+        return self.subset(chosen, shares[chosen] / chances[chosen])
 
     def to_scipy(self, dtype: Any = None) -> scipy.sparse.linalg.LinearOperator:
         """The operator for SciPy, with ``matvec`` and ``matmat`` on NumPy arrays.
@@ -247,8 +345,11 @@ def aslinearoperator(A: Any, *, device: torch.device | str | None = None) -> Lin
         A = torch.tensor(np.ascontiguousarray(A))
     if isinstance(A, Tensor):
         return _from_dense(A.detach() if device is None else A.detach().to(device))
-    if hasattr(A, "shape") and hasattr(A, "dtype") and hasattr(A, "__matmul__"):
-        return _from_foreign(A, device)
+    if hasattr(A, "dtype") and hasattr(A, "__matmul__"):
+        size = getattr(A, "size", None)  # hessian-eigenthings has this instead of a shape
+        shape = getattr(A, "shape", (size, size) if isinstance(size, int) else None)
+        if shape is not None:
+            return _from_foreign(A, _check_square(shape), device)
     raise TypeError(
         "A must be a tensor, a SciPy matrix or operator, an object with shape, dtype and @, or a tuple "
         f"(matvec, n, dtype); got {type(A).__name__}"
@@ -284,7 +385,8 @@ def _from_matvec(parts: tuple[Any, ...], device: torch.device) -> LinearOperator
     matvec, n, dtype = parts[0], check_count("n of A", parts[1], 1), parts[2]
 
     def product(vectors: Tensor) -> Tensor:
-        return torch.stack([_checked(matvec(column), n) for column in vectors.unbind(1)], dim=1)
+        with torch.enable_grad():  # it may differentiate
+            return torch.stack([_checked(matvec(column), n) for column in vectors.unbind(1)], dim=1)
 
     return LinearOperator(product, n, _check_real(dtype), device, name="matvec")
 
@@ -296,17 +398,17 @@ def _checked(result: object, n: int) -> Tensor:
     return result.detach()
 
 
-def _from_foreign(A: Any, device: torch.device | str | None) -> LinearOperator:
+def _from_foreign(A: Any, n: int, device: torch.device | str | None) -> LinearOperator:
     """An operator of SciPy, or of a library whose operators multiply tensors."""
     import numpy as np
 
-    n = _check_square(A.shape)
     if isinstance(A.dtype, torch.dtype):
         own: torch.device | str = getattr(A, "device", "cpu")
         target = torch.device(own if device is None else device)
 
         def product(vectors: Tensor) -> Tensor:
-            return torch.stack([_checked(A @ v.contiguous(), n) for v in vectors.unbind(1)], dim=1)
+            with torch.enable_grad():  # it may differentiate
+                return torch.stack([_checked(A @ v.contiguous(), n) for v in vectors.unbind(1)], dim=1)
 
         return LinearOperator(product, n, _check_real(A.dtype), target, name=type(A).__name__)
 

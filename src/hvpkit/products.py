@@ -9,20 +9,39 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeAlias
+from functools import partial
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree
 
 from hvpkit._typing import Batch, LossFn, Tree
-from hvpkit.data import Data, as_data, prepare
+from hvpkit.data import Data, as_data, whole_batch
+from hvpkit.definitions import DEFINITIONS, WrittenOut, padding_held
 from hvpkit.errors import NonFiniteError, check_choice
+from hvpkit.precision import full_float32
+from hvpkit.randomness import check_repeatable
 from hvpkit.trees import Layout, batch_size, check_params, unflatten
 
 Leaves: TypeAlias = list[Tensor]
 Part: TypeAlias = Callable[[Leaves], Tensor]
 """What one batch adds to the mean, as a function of the parameters' leaves."""
+
+Term: TypeAlias = Callable[[Sequence[Leaves], str], list[Leaves]]
+"""What one batch adds to the products with several vectors, made in a mode."""
+
+F = TypeVar("F", contravariant=True)
+R = TypeVar("R")
+
+
+class Terms(Protocol[F]):
+    """A kind of curvature: what each batch adds to products, for a function of params and a batch."""
+
+    def __call__(self, function: F, layout: Layout, leaves: Leaves, data: Data, /) -> Iterator[Term]: ...
+
 
 MODES = ("forward-over-reverse", "reverse-over-reverse", "finite-difference")
 
@@ -39,7 +58,8 @@ def hvp(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree, *, mode: str = "fo
             ``"reverse-over-reverse"``: the gradient of the gradient's inner product with ``v``, least
             memory; ``"finite-difference"``: central differences of the gradient with step
             :math:`\epsilon^{1/3} \max(1, \|p\|) / \|v\|`, about two thirds of the dtype's digits, where
-            the others lack a derivative.
+            the others lack a derivative. Values that the loss detaches are constants in the others, and move
+            with the parameters in differences.
 
     Returns:
         A tree shaped like ``params``. Nothing of the caller's is written to.
@@ -47,7 +67,7 @@ def hvp(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree, *, mode: str = "fo
     Raises:
         TypeError: a leaf that is no floating tensor, a loss of integer dtype.
         ValueError: shapes, dtypes or devices that disagree; an unknown mode; a loss that is neither
-            ``[B]`` nor 0-d, or does not depend on ``params``.
+            ``[B]`` nor 0-d, does not depend on ``params``, or draws other random numbers in each call.
 
     Cost:
         About 9 forward passes; 6 gradients' worth of them with finite differences.
@@ -62,12 +82,17 @@ def hvp(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree, *, mode: str = "fo
         >>> hvp(loss_fn, params, batch, {"w": torch.tensor([1.0, 0.0])})
         {'w': tensor([2., 4.])}
     """
+    return batch_product(hessian_terms, dependent(loss_fn), params, batch, v, mode)
+
+
+def batch_product(terms: Terms[F], function: F, params: Tree, batch: Batch, v: Tree, mode: str) -> Tree:
+    """The product of one batch's curvature with a tree, arguments checked: what :func:`hvp` is of the Hessian."""
     check_choice("mode", mode, MODES)
     layout, leaves = check_params(params, finite=False)
     direction = [check_like(leaf, leaves[0]) for leaf in layout.leaves(v)]
-    part = _part(loss_fn, layout, prepare(batch), None, batch_size(batch))
     with exact_derivatives(leaves[0].device):
-        return unflatten(part_products(_dependent(part), leaves, [direction], mode)[0], layout.spec)
+        term = next(terms(function, layout, leaves, whole_batch(batch)))
+        return unflatten(term([direction], mode)[0], layout.spec)
 
 
 def grad(loss_fn: LossFn, params: Tree, data: object) -> Tree:
@@ -148,21 +173,26 @@ def _part(loss_fn: LossFn, layout: Layout, batch: Batch, weights: Tensor | None,
     size = batch_size(batch)
 
     def part(leaves: Leaves) -> Tensor:
-        losses = loss_fn(unflatten(leaves, layout.spec), batch)
-        _check_losses(losses, size)
-        if weights is None:
-            return losses.mean() * (size / num_examples)  # a sum might overflow in half precision
-        if losses.ndim == 0:
-            raise ValueError(
-                "loss_fn returned a 0-d mean, which cannot be weighted by example; return one loss "
-                f"for each example, shape [{size}]"
-            )
-        return torch.dot(losses, weights.to(losses.dtype))
+        return share(loss_fn(unflatten(leaves, layout.spec), batch), size, weights, num_examples)
 
     return part
 
 
-def _check_losses(losses: object, size: int) -> None:
+def share(losses: Tensor, size: int, weights: Tensor | None, num_examples: int) -> Tensor:
+    """What the losses of a batch of ``size`` examples add to the mean."""
+    check_losses(losses, size)
+    if weights is None:
+        return losses.mean() * (size / num_examples)  # a sum might overflow in half precision
+    if losses.ndim == 0:
+        raise ValueError(
+            "loss_fn returned a 0-d mean, which cannot be weighted by example; return one loss "
+            f"for each example, shape [{size}]"
+        )
+    return torch.dot(losses, weights.to(losses.dtype))
+
+
+def check_losses(losses: object, size: int) -> None:
+    """A TypeError or ValueError if these are not the losses of ``size`` examples, or their mean."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"loss_fn must return a tensor, got {type(losses).__name__}")
     if not losses.dtype.is_floating_point:
@@ -178,25 +208,41 @@ def _check_losses(losses: object, size: int) -> None:
 
 
 def check_loss(part: Part, leaves: Leaves) -> Tensor:
-    """The part's value; a ValueError if it does not depend on the parameters."""
+    """The part's value; a ValueError if no derivative by the leaves flows back from it."""
     with torch.enable_grad():
-        return _dependent(part)([leaf.detach().requires_grad_() for leaf in leaves]).detach()
+        points = [leaf.detach().requires_grad_() for leaf in leaves]
+        value = check_repeatable(lambda: part(points), points[0].device)
+    # A loss that closes over a module has a graph too, but not one of the leaves.
+    if not value.requires_grad or not any(
+        slope is not None for slope in torch.autograd.grad(value, points, allow_unused=True)
+    ):
+        raise ValueError(INDEPENDENT)
+    return value.detach()
 
 
-def _dependent(part: Part) -> Part:
-    """The part, which raises a ValueError where it is differentiated and does not depend on the leaves."""
+def dependent(function: Callable[[Tree, Batch], R]) -> Callable[[Tree, Batch], R]:
+    """The function of params and a batch, which raises a ValueError if its result is random or has no derivative."""
 
-    def checked(leaves: Leaves) -> Tensor:
-        value = part(leaves)
-        if not value.requires_grad:
-            raise ValueError(
-                "loss_fn does not depend on params: no derivative flows back (does it close over the model's "
-                "own parameters, detach, or run under no_grad?); compute the loss from its params argument, "
-                "for a module with torch.func.functional_call or hvpkit.from_module"
-            )
-        return value
+    def checked(params: Tree, batch: Batch) -> R:
+        device = _pytree.tree_leaves(params)[0].device
+        result = check_repeatable(lambda: function(params, batch), device)
+        floating = [
+            leaf
+            for leaf in _pytree.tree_leaves(result)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
+        if floating and torch.is_grad_enabled() and not any(leaf.requires_grad for leaf in floating):
+            raise ValueError(INDEPENDENT)
+        return result
 
     return checked
+
+
+INDEPENDENT = (
+    "loss_fn does not depend on params: no derivative flows back (does it close over the model's own parameters, "
+    "detach, or run under no_grad?); compute the loss from its params argument, for a module with "
+    "torch.func.functional_call or hvpkit.from_module"
+)
 
 
 def check_like(leaf: Tensor, reference: Tensor, *, name: str = "v") -> Tensor:
@@ -218,16 +264,36 @@ def part_gradient(part: Part, leaves: Leaves) -> Leaves:
         value = part(points)
         if not value.requires_grad:
             return [torch.zeros_like(leaf) for leaf in leaves]
-        return list(torch.autograd.grad(value, points, allow_unused=True, materialize_grads=True))
+        slopes = torch.autograd.grad(value, points, allow_unused=True)
+    _check_dependent(slopes)
+    return [torch.zeros_like(p) if s is None else s for p, s in zip(leaves, slopes, strict=True)]
+
+
+def _check_dependent(slopes: Sequence[Tensor | None]) -> None:
+    """A ValueError if a value with a derivative has none by any of the leaves: it is of other parameters."""
+    if all(slope is None for slope in slopes):
+        raise ValueError(INDEPENDENT)
+
+
+def hessian_terms(loss_fn: LossFn, layout: Layout, leaves: Leaves, data: Data) -> Iterator[Term]:
+    """What each batch adds to products with the Hessian at ``leaves``."""
+    return (partial(part_products, part, leaves) for part in parts(loss_fn, layout, data))
 
 
 def part_products(part: Part, leaves: Leaves, vectors: Sequence[Leaves], mode: str) -> list[Leaves]:
     """Hessian of a part times each of several vectors."""
-    try:
+    with naming_modes("Hessian", mode):
         return _PRODUCTS[mode](part, leaves, vectors)
+
+
+@contextmanager
+def naming_modes(what: str, mode: str) -> Iterator[None]:
+    """Adds to torch's own errors which other modes may do without what they are about."""
+    try:
+        yield
     except (RuntimeError, NotImplementedError) as error:
         others = " or ".join(repr(other) for other in MODES if other != mode)
-        error.add_note(f"hvpkit: in a Hessian product with mode={mode!r}; mode={others} may do without")
+        error.add_note(f"hvpkit: in a {what} product with mode={mode!r}; mode={others} may do without")
         raise
 
 
@@ -245,6 +311,7 @@ def _reverse_over_reverse(part: Part, leaves: Leaves, vectors: Sequence[Leaves])
         slopes: Sequence[Tensor | None] = ()
         if value.requires_grad:
             slopes = torch.autograd.grad(value, points, create_graph=True, allow_unused=True)
+            _check_dependent(slopes)
     curved = [(i, slope) for i, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
     if not curved:  # the loss is linear in the parameters
         return [[torch.zeros_like(leaf) for leaf in leaves] for _ in vectors]
@@ -265,17 +332,20 @@ def _reverse_over_reverse(part: Part, leaves: Leaves, vectors: Sequence[Leaves])
 
 
 def _finite_difference(part: Part, leaves: Leaves, vectors: Sequence[Leaves]) -> list[Leaves]:
-    return [_central_difference(part, leaves, vector) for vector in vectors]
+    gradient = partial(part_gradient, part)
+    return [central_difference(gradient, leaves, vector) for vector in vectors]
 
 
-def _central_difference(part: Part, leaves: Leaves, vector: Leaves) -> Leaves:
+def central_difference(function: Callable[[Leaves], Leaves], leaves: Leaves, vector: Leaves) -> Leaves:
+    """Derivative of ``function`` along ``vector``, to about two thirds of the dtype's digits."""
     length = _tree_norm(vector)
     size = _tree_norm(leaves).clamp(min=1.0)
     step = torch.finfo(leaves[0].dtype).eps ** (1 / 3) * size
     # A zero vector has no direction: divide by one instead, and the difference is zero.
     step = step / torch.where(length > 0, length, torch.ones_like(length))
-    ahead = part_gradient(part, [p + step * d for p, d in zip(leaves, vector, strict=True)])
-    behind = part_gradient(part, [p - step * d for p, d in zip(leaves, vector, strict=True)])
+    moved = [[p + h * d for p, d in zip(leaves, vector, strict=True)] for h in (step, -step)]
+    with padding_held([*moved[0], *moved[1]], [*leaves, *leaves]):
+        ahead, behind = map(function, moved)
     return [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
 
 
@@ -295,7 +365,7 @@ _PRODUCTS: dict[str, Callable[[Part, Leaves, Sequence[Leaves]], list[Leaves]]] =
 # Sums over parts.
 
 
-def sum_parts(terms: Iterator[Part], term: Callable[[Part], Leaves]) -> Leaves:
+def sum_parts(terms: Iterator[R], term: Callable[[R], Leaves]) -> Leaves:
     """Sum of ``term(part)`` over the parts, leaf by leaf."""
     total: Leaves = []
     for part in terms:
@@ -313,7 +383,7 @@ def all_finite(leaves: Sequence[Tensor]) -> bool:
     return bool(torch.stack([torch.isfinite(leaf).all() for leaf in leaves]).all())
 
 
-def blame(what: str, terms: Iterator[Part], term: Callable[[Part], Leaves]) -> str:
+def blame(what: str, terms: Iterator[R], term: Callable[[R], Leaves]) -> str:
     """Which batch first gives a value that is not finite, found by another pass."""
     for index, part in enumerate(terms):
         if not all_finite(term(part)):
@@ -328,20 +398,29 @@ def blame(what: str, terms: Iterator[Part], term: Callable[[Part], Leaves]) -> s
 
 _TURN = threading.RLock()
 
+_CHECKPOINTED = (
+    "loss_fn saves its activations by hooks (activation checkpointing, offloading), which second derivatives do not "
+    "go through; switch that off, and save memory by a smaller batch_size"
+)
+
 
 @contextmanager
 def exact_derivatives(device: torch.device) -> Iterator[None]:
     """The settings under which second derivatives exist and have full precision; restored after.
 
     Attention runs on its MATH backend and without the fused encoder path, whose kernels have no second
-    derivative; a caller's autocast and inference mode do not reach inside. Threads take turns, as some of
-    the settings belong to the process.
+    derivative; the functions of :mod:`hvpkit.definitions` are written out; float32 is not rounded to TF32 or
+    bfloat16; a caller's autocast and inference mode do not reach inside. Threads take turns, as some of the
+    settings belong to the process.
     """
     with _TURN, ExitStack() as stack:
         fused = torch.backends.mha.get_fastpath_enabled()
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(disable_saved_tensors_hooks(_CHECKPOINTED))
+        stack.enter_context(full_float32(device))
+        stack.enter_context(WrittenOut(DEFINITIONS))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
         torch.backends.mha.set_fastpath_enabled(False)
         yield
