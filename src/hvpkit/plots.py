@@ -8,6 +8,7 @@ import torch
 
 from hvpkit._typing import LossFn, Tree
 from hvpkit.data import as_data
+from hvpkit.estimators.density import Density
 from hvpkit.landscape import loss_along
 from hvpkit.products import grad, loss
 from hvpkit.results import Eigenpair, ExtremeResult
@@ -119,6 +120,39 @@ def convergence(ex: ExtremeResult, end: str, *, ax: Axes | None = None) -> Axes:
     ax.set_ylim(min(low, pair.value) - 0.6 * spread, max(high, pair.value) + 0.6 * spread)
     ax.set_xlabel("passes over the data")
     ax.set_ylabel(f"{end} eigenvalue")
+    ax.legend(loc="best")
+    return ax
+
+
+def density(d: Density, *, ax: Axes | None = None, log: bool = True) -> Axes:
+    """A spectral density: its curve with a band of one standard error, outliers as spikes, and both ends marked.
+
+    Args:
+        d: a density of :func:`hvpkit.spectral_density`.
+        ax: where to draw.
+        log: whether the density's axis is logarithmic, from a tenth of what one eigenvalue makes up.
+
+    Returns:
+        The axes, with eigenvalues against their density.
+    """
+    ax = ax or _new_axes()
+    values, outliers = d.values, d.outliers()[0]
+    one = 1 / (d.n * d.width * (2 * torch.pi) ** 0.5) if d.width else 1.0
+    floor = 0.1 * min(one, float(values.max())) if len(values) else one
+    if bool(torch.isfinite(d.stderr).all()):
+        low, high = (values - d.stderr).clamp(min=floor if log else 0), values + d.stderr
+        ax.fill_between(d.grid, low, high, color=MEASURED, alpha=0.18, linewidth=0, label="standard error")
+    ax.plot(d.grid, values, color=MEASURED, label="density")
+    if len(outliers):
+        ax.vlines(outliers, floor if log else 0, one, color=PREDICTED, label="single eigenvalues")
+    known = d.nodes[torch.isfinite(d.residual_norms)]
+    for end in known[[0, -1]].tolist() if len(known) else []:
+        ax.axvline(end, color=PREDICTED, linestyle=":", linewidth=1.2, label=f"end at {end:.4g}")
+    if log:
+        ax.set_yscale("log")
+        ax.set_ylim(bottom=floor)
+    ax.set_xlabel("eigenvalue")
+    ax.set_ylabel("density")
     ax.legend(loc="best")
     return ax
 

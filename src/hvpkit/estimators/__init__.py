@@ -1,0 +1,1 @@
+"""Estimates of the whole spectrum from random probes: trace, diagonal, norm, moments, density."""

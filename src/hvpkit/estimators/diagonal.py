@@ -1,0 +1,219 @@
+r"""The diagonal, from products with random signs.
+
+Method: :math:`a_{jj} = E\,\omega_j (A\omega)_j` for signs :math:`\omega` (Bekas, Kokiopoulou, Saad), with variance
+:math:`\sum_{i \ne j} a_{ij}^2`; or (XDiag), for the part :math:`QQ'A` exactly, with Q a basis of the range that the
+probes themselves make, and for each probe the basis of the others.
+
+Cost: one product a probe, or two. Memory: two vectors for each probe in a step and two more; with XDiag, one and a half
+vectors for each product.
+Source: Bekas, Kokiopoulou, Saad, Appl. Numer. Math. 57 (2007) 1214-1229, doi:10.1016/j.apnum.2007.01.003; Epperly,
+Tropp, Webber, SIAM J. Matrix Anal. Appl. 45 (2024) 1-23, doi:10.1137/23M1548323.
+
+Departures: signs only, as their variance has no term of the diagonal itself and nothing is divided by a number that
+may be small; low rank as in :mod:`hvpkit.estimators.leave_one_out`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hvpkit._typing import Seed
+from hvpkit.estimators import sketch
+from hvpkit.estimators.estimate import Estimate, Mean, Plan, estimate, make_plan
+from hvpkit.estimators.leave_one_out import angles, left_out
+from hvpkit.estimators.probe import draw, unit_order
+from hvpkit.iterate import Monitor, full_precision
+from hvpkit.operators import LinearOperator
+from hvpkit.solvers.block import CHUNK, power_of_two
+
+
+@dataclass(frozen=True)
+class State:
+    """Mean and spread of the samples so far, over ``scale``.
+
+    Attributes:
+        mean: ``[n]``.
+        spread: sum of squared distances from it ``[n]``.
+        scale: what products are divided by, 0-d.
+        num_good: probes before the first of which a product is not finite, 0-d.
+        num_probes: so far.
+        num_matvecs: full-data products so far.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    scale: Tensor
+    num_good: Tensor
+    num_probes: int = 0
+    num_matvecs: float = 0.0
+
+
+def init(op: LinearOperator) -> State:
+    """A state without a probe."""
+    zero = torch.zeros(op.n, dtype=op.dtype, device=op.device)
+    return State(zero, zero, zero.new_ones(()), torch.zeros((), dtype=torch.int64, device=op.device))
+
+
+def step(op: LinearOperator, plan: Plan, state: State) -> State:
+    """Multiplies the next block of probes and takes its samples into mean and spread."""
+    numbers = plan.next_block(state.num_probes)
+    k, w = numbers.start, len(numbers)
+    probes = draw(op, plan.probe, plan.seed, numbers)
+    images = op.product(probes.mT.contiguous()).mT
+    scale = state.scale if k else power_of_two(images.abs().max())
+    found = probes * (images / scale)
+    mean = found.mean(dim=0)
+    change = mean - state.mean
+    spread = state.spread + (found - mean).square().sum(dim=0) + change.square() * (k * w / (k + w))
+    good = torch.isfinite(images).all() & (state.num_good == k)
+    return State(
+        torch.where(good, state.mean + change * (w / (k + w)), state.mean),
+        torch.where(good, spread, state.spread),
+        scale,
+        torch.where(good, numbers.stop, state.num_good),
+        numbers.stop,
+        state.num_matvecs + w * op.cost,
+    )
+
+
+def evaluate(op: LinearOperator, plan: Plan, state: State, k: int) -> Mean:
+    """The diagonal from a state's k probes."""
+    if plan.exact:
+        seen = unit_order(op.n, plan.seed)[:k].to(op.device)
+        value = torch.full_like(state.mean, torch.nan)
+        value[seen] = k * state.mean[seen]
+        return Mean(value, torch.where(value.isnan(), torch.inf, 0.0).to(value), value[None][:0])
+    if k < 2:
+        value = state.mean if k else torch.full_like(state.mean, torch.nan)
+        return Mean(value, torch.full_like(value, torch.inf), value[None][:0])
+    return Mean(state.mean, (state.spread / (k * (k - 1))).sqrt(), state.mean[None][:0])
+
+
+def evaluate_xdiag(op: LinearOperator, state: sketch.State, k: int) -> Mean:
+    r"""The diagonal from the first k probes of a state that keeps images.
+
+    Sample i is :math:`\operatorname{diag}(QQ'A) - u_i v_i + c_i\, \omega_i u_i`, entry by entry, with
+    :math:`u_i = Q s_i`, :math:`v_i = A u_i` and :math:`c_i = s_i'r_i`, the part of the product with probe i that
+    the others' basis leaves.
+    """
+    value = torch.full((op.n,), torch.nan, dtype=op.dtype, device=op.device)
+    stderr = torch.full_like(value, torch.inf)
+    if not k:
+        return Mean(value, stderr, value[None][:0])
+    found = sketch.small(op, state, k)
+    lost = left_out(found.crossed, op.precision)
+    left = (lost * found.crossed).sum(dim=0)
+    for first in range(0, op.n, width := max(1, CHUNK // k)):
+        at = slice(first, first + width)
+        changes = _changes(state, lost, left, at)
+        value[at] = (state.basis[:k, at] * state.images[:k, at]).sum(dim=0) + changes.mean(dim=0)
+        if k > 1:
+            stderr[at] = changes.std(dim=0) / k**0.5
+    return Mean(value, stderr * (1 + _shared(state, lost, left)) ** 0.5, value[None][:0])
+
+
+def _changes(state: sketch.State, lost: Tensor, left: Tensor, at: slice) -> Tensor:
+    """What samples add to the diagonal of QQ'A at some entries, ``[k, ...]``."""
+    k, s = len(left), lost.to(state.basis)
+    u, v = s.mT @ state.basis[:k, at], s.mT @ state.images[:k, at]
+    return u * (left.to(s)[:, None] * state.probes[:k, at] - v)
+
+
+def _shared(state: sketch.State, lost: Tensor, left: Tensor) -> float:
+    r"""The covariance of samples beside their own variance over k, in sum over a part of the entries; in [0, 1].
+
+    As :func:`hvpkit.estimators.leave_one_out.shared_variance`: with the direction :math:`b = Q u_{ij}` that the basis
+    without j lacks too, :math:`\Delta_{ij} = b\, Ab - \omega_i b\, u_{ij}'r_i`, and :math:`u_{ij}'r_i = -c\,c_i /
+    \sqrt{1 - c^2}`.
+    """
+    k = len(left)
+    if k < 2:
+        return 0.0
+    at = slice(None, None, -(-k * k * state.basis.shape[1] // CHUNK))
+    basis, images, probes = (
+        rows[:k, at].to("cpu", torch.float64) for rows in (state.basis, state.images, state.probes)
+    )
+    own = _changes(state, lost, left, at).double().var(dim=0).sum().cpu() / k
+    cosines, sines, pairs = angles(lost)
+    u, v = lost.mT @ basis, lost.mT @ images
+    b, image = ((x - cosines[:, :, None] * x[:, None]) / sines[:, :, None] for x in (u, v))
+    change = b * (image + probes[:, None] * (cosines / sines * left[:, None])[:, :, None])
+    change = torch.where(pairs[:, :, None], change, 0.0)
+    shared = (change * change.transpose(0, 1)).sum() / (k * (k - 1))
+    return float((shared / own).clamp(0, 1)) if own > 0 else 0.0
+
+
+@full_precision
+def diagonal(
+    op: LinearOperator,
+    *,
+    method: str = "hutchinson",
+    num_matvecs: float = 100,
+    tol: float | None = None,
+    block_size: int = 8,
+    time_limit: float | None = None,
+    seed: Seed = 0,
+    monitor: Monitor | None = None,
+) -> Estimate[Tensor]:
+    r"""The diagonal ``[n]``, with the standard error of each entry.
+
+    With XDiag and a spectrum that decays fast, standard errors are right in norm, but those of single entries may be
+    several times too small.
+
+    Where ``num_matvecs`` pays for all n columns, these are multiplied, and the value is exact to rounding, whatever
+    the method; entries that a limit then cut off are NaN.
+
+    Args:
+        op: symmetric operator.
+        method: ``"hutchinson"``, or ``"xdiag"``, which is far better where the spectrum decays, and keeps vectors.
+        num_matvecs: full-data products, at most; all are spent, up to one, unless ``tol`` ends the run before.
+        tol: stop where ``norm(stderr) <= tol * norm(value)``, at ten samples or more.
+        block_size: probes that share a product.
+        time_limit: seconds.
+        seed: of random vectors.
+        monitor: called with a :class:`hvpkit.Progress` after each look.
+
+    Returns:
+        The estimate; ``hvpkit.LinearOperator.unflatten`` makes a tree of its value. A product that is not finite is a
+        status, with the value from the probes before it.
+
+    Raises:
+        ValueError: an argument out of its range, named.
+
+    Cost:
+        As ``num_matvecs`` says. Memory: :mod:`hvpkit.estimators.diagonal`.
+
+    Source:
+        Bekas et al., doi:10.1016/j.apnum.2007.01.003; Epperly, Tropp, Webber, doi:10.1137/23M1548323.
+
+    Example:
+        >>> import torch, hvpkit as hk
+        >>> op = hk.aslinearoperator(torch.diag(torch.arange(500.0)))
+        >>> diagonal(op, num_matvecs=10).value[:3]
+        tensor([0., 1., 2.])
+    """
+    products = {"hutchinson": 1, "xdiag": 2}
+    plan = make_plan(op, method, products, num_matvecs=num_matvecs, tol=tol, block_size=block_size, seed=seed)
+    if plan.method == "hutchinson":
+        return estimate(
+            op,
+            plan,
+            init(op),
+            lambda state: step(op, plan, state),
+            lambda state, k: evaluate(op, plan, state, k),
+            time_limit=time_limit,
+            monitor=monitor,
+        )
+    plan = replace(plan, method="xtrace")
+    return estimate(
+        op,
+        plan,
+        sketch.init(op, plan, keep_images=True),
+        lambda state: sketch.step(op, plan, state),
+        lambda state, k: evaluate_xdiag(op, state, k),
+        time_limit=time_limit,
+        monitor=monitor,
+    )

@@ -1,0 +1,199 @@
+r"""Kernel polynomials: the spectrum from Chebyshev moments, damped against ripples.
+
+Method: with :math:`x = (A - c)/h` scaled into [-1, 1], :math:`\mu_j = v'T_j(x)v` for unit vectors v, by
+:math:`T_{j+1} = 2xT_j - T_{j-1}`. Two moments come of each product: :math:`\mu_{2j} = 2\|T_jv\|^2 - 1` and
+:math:`\mu_{2j+1} = 2\,(T_{j+1}v)'T_jv - \mu_1`. The density is :math:`\frac{1}{\pi\sqrt{1-x^2}} (g_0\mu_0 + 2\sum_j
+g_j\mu_jT_j(x))`: with Jackson's factors g nowhere negative, and a peak has the width :math:`\pi h/N` for N moments.
+Without them it integrates polynomials of degree below N exactly.
+
+Cost: one product a step and vector, and a few for the ends of the spectrum. Memory: four vectors for each in a group.
+Source: Weisse, Wellein, Alvermann, Fehske, Rev. Mod. Phys. 78 (2006) 275-306, doi:10.1103/RevModPhys.78.275.
+
+Departures:
+1. The ends are those of Lanczos' intervals, beyond which an eigenvalue is unlikely. Should there be one, moments
+   grow beyond one: the interval is widened, and the vectors begin anew.
+2. Vectors are orthonormal, as in :mod:`hvpkit.estimators.quadrature`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hvpkit.estimators.measure import Measure, Measured
+from hvpkit.estimators.quadrature import Goal
+from hvpkit.iterate import Limits, Look, Monitor, iterate
+from hvpkit.operators import LinearOperator
+from hvpkit.results import EigenResult, Status
+from hvpkit.solvers import krylov
+from hvpkit.solvers.lanczos import lanczos
+
+MARGIN, WIDER = 1.01, 1.5
+"""Of the interval's half width: what is added at once, and when an eigenvalue turns out to lie outside."""
+
+END_PRODUCTS, CONFIDENCE = 40, 1 - 1e-6
+"""For the ends of the spectrum: products at most, and how unlikely an eigenvalue is beyond."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """The interval that is scaled to [-1, 1]."""
+
+    center: float
+    half_width: float
+
+    @classmethod
+    def around(cls, ends: EigenResult, dtype: torch.dtype) -> Band:
+        """The intervals of both ends; not narrower than rounding allows."""
+        low, high, limits = ends.intervals[0].lower, ends.intervals[-1].upper, torch.finfo(dtype)
+        rounding = limits.eps**0.5 * max(abs(low), abs(high))
+        return cls((low + high) / 2, max(MARGIN * (high - low) / 2, rounding, limits.tiny / limits.eps))
+
+
+@dataclass(frozen=True)
+class State:
+    """Chebyshev recurrences under way, and what those before them gave.
+
+    Attributes:
+        band: of the present vectors.
+        start: orthonormal rows ``[b, n]``.
+        current, previous: ``T_j`` and ``T_{j-1}`` of them.
+        moments: each ``[b]``: two for each product.
+        finished: of the vectors before.
+        num_matvecs: full-data products so far.
+    """
+
+    band: Band
+    start: Tensor
+    current: Tensor
+    previous: Tensor
+    moments: tuple[Tensor, ...] = ()
+    finished: tuple[Measure, ...] = ()
+    num_matvecs: float = 0.0
+
+    @property
+    def degree(self) -> int:
+        """Of the current polynomial: products with each vector."""
+        return len(self.moments) // 2
+
+
+def init(op: LinearOperator, goal: Goal, band: Band, group: int = 0) -> State:
+    """The state before the first product of a group of vectors."""
+    size = goal.sizes[group]
+    start = krylov.start(op, size, size, goal.seed_of(group)).basis
+    return State(band, start, start, torch.zeros_like(start))
+
+
+def step(op: LinearOperator, state: State) -> State:
+    """The next polynomial and its two moments."""
+    band, current = state.band, state.current
+    factor = (2 if state.degree else 1) / band.half_width
+    images = op.product(current.mT.contiguous()).mT
+    new = torch.add(images, current, alpha=-band.center) * factor - state.previous
+    odd, even = (op.space.reduce((new * other).sum(dim=1)) for other in (current, new))
+    if state.degree:
+        odd = 2 * odd - state.moments[0]
+    return replace(
+        state,
+        current=new,
+        previous=current,
+        moments=(*state.moments, odd, 2 * even - 1),
+        num_matvecs=state.num_matvecs + len(new) * op.cost,
+    )
+
+
+def jackson(count: int) -> Tensor:
+    """Jackson's damping factors of ``count`` moments.
+
+    Example:
+        >>> jackson(3)
+        tensor([1.0000, 0.7071, 0.2500], dtype=torch.float64)
+    """
+    j, angle = torch.arange(count, dtype=torch.float64), math.pi / (count + 1)
+    return ((count - j + 1) * torch.cos(j * angle) + torch.sin(j * angle) / math.tan(angle)) / (count + 1)
+
+
+def measure(band: Band, moments: Tensor) -> Measure:
+    """The rules ``[b, 2 N]`` that have these moments ``[b, N]``, the first of them one, at Chebyshev's nodes."""
+    count = moments.shape[1]
+    angles = (torch.arange(2 * count, dtype=torch.float64) + 0.5) * (math.pi / (2 * count))
+    series = torch.cos(torch.arange(count, dtype=torch.float64)[:, None] * angles) / count
+    series[0] /= 2
+    weights, masses = moments @ series, (moments * jackson(count)) @ series
+    nodes = band.center + band.half_width * torch.cos(angles)
+    unknown = torch.full_like(nodes, math.inf)
+    return Measure(nodes.flip(0), weights.flip(1), masses.clamp(min=0).flip(1), unknown)
+
+
+def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
+    """Whether moments are what they can be; the next group if this one is done."""
+    status, group = None, len(state.finished)
+    moments = known_moments(state)
+    if moments.shape[1] <= 2 * state.degree:
+        status = Status.NON_FINITE
+    elif bool((moments.abs() > 1 + torch.finfo(op.dtype).eps ** 0.5).any()):
+        wider = replace(state.band, half_width=WIDER * state.band.half_width)
+        fresh = init(op, goal, wider, group)
+        state = replace(fresh, finished=state.finished, num_matvecs=state.num_matvecs)
+    elif state.degree == goal.num_steps:
+        finished = (*state.finished, measure(state.band, moments))
+        if len(finished) == len(goal.sizes):
+            state, status = replace(state, finished=finished), Status.MAX_MATVECS
+        else:
+            fresh = init(op, goal, state.band, group + 1)
+            state = replace(fresh, finished=finished, num_matvecs=state.num_matvecs)
+    low, high = state.band.center - state.band.half_width, state.band.center + state.band.half_width
+    num_steps = max(1, min(goal.num_steps - state.degree, state.degree // 4))
+    return Look(state, low, high, math.nan, math.nan, status, num_steps)
+
+
+def known_moments(state: State) -> Tensor:
+    """The moments ``[b, N]`` before the first that is not finite, with that of degree zero, which is one."""
+    ones = torch.ones_like(state.start[:, 0])
+    moments = torch.stack([ones, *state.moments], dim=1).to("cpu", torch.float64)
+    finite = torch.isfinite(moments).all(dim=0).tolist()
+    return moments[:, : finite.index(False)] if False in finite else moments
+
+
+def measures(state: State) -> list[Measure]:
+    """What the groups gave; a group that a limit cut off only if there is no other."""
+    moments = known_moments(state)
+    if state.finished or moments.shape[1] < 2:
+        return list(state.finished)
+    return [measure(state.band, moments)]
+
+
+def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: Monitor | None) -> Measured:
+    """The ends of the spectrum, and the measures of all groups, or of as many as the time allows for."""
+    begin = time.perf_counter()
+    ends = lanczos(
+        op,
+        2,
+        which="BE",
+        confidence=CONFIDENCE,
+        max_matvecs=END_PRODUCTS * op.cost,
+        time_limit=time_limit,
+        seed=goal.seed,
+        monitor=monitor,
+    )
+    if ends.status is Status.NON_FINITE:
+        return Measured(
+            [], ends.status, ends.history, ends.num_matvecs, init(op, goal, Band(0.0, 1.0)).start.mT
+        )
+    if time_limit is not None:
+        time_limit = max(time_limit - (time.perf_counter() - begin), 1e-9)
+    spent, step_cost = ends.num_matvecs, max(goal.sizes) * op.cost
+    run = iterate(
+        replace(init(op, goal, Band.around(ends, op.dtype)), num_matvecs=spent),
+        lambda state: step(op, state),
+        lambda state: look(op, goal, state),
+        step_cost=step_cost,
+        limits=Limits(spent + sum(goal.sizes) * goal.num_steps * op.cost, time_limit, 0.0, spent + step_cost),
+        monitor=monitor,
+    )
+    history, blame = ends.history + run.history, run.state.previous.mT
+    return Measured(measures(run.state), run.status, history, run.state.num_matvecs, blame)

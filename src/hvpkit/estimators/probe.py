@@ -1,0 +1,43 @@
+r"""Random probes: vectors :math:`\omega` with :math:`E\,\omega\omega' = I`, each a function of a seed and its number.
+
+``"rademacher"``: signs. Quadratic forms have the variance :math:`2 \sum_{i \ne j} a_{ij}^2`, the smallest of
+independent entries. ``"gaussian"``: normal entries, :math:`2 \|A\|_F^2`. ``"sphere"``: uniform on the sphere of radius
+:math:`\sqrt n`, :math:`2 (\|A\|_F^2 - (\operatorname{tr} A)^2 / n)\, n / (n + 2)`: the spread of the spectrum,
+whatever its mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hvpkit.operators import LinearOperator
+from hvpkit.probes import generator, normal_vector
+
+KINDS = ("rademacher", "gaussian", "sphere")
+
+UNIT = "unit"
+"""Columns of the identity in random order, no two the same: what there is for all n of them."""
+
+
+def draw(op: LinearOperator, kind: str, seed: int, numbers: range) -> Tensor:
+    """The probes of these numbers as rows ``[len(numbers), n]``, whichever others are drawn."""
+    if kind == UNIT:
+        rows = torch.zeros(len(numbers), op.n, dtype=op.dtype, device=op.device)
+        rows[range(len(numbers)), unit_order(op.n, seed)[numbers.start : numbers.stop]] = 1
+        return rows
+    return torch.stack([_one(op, kind, seed, number) for number in numbers])
+
+
+def unit_order(n: int, seed: int) -> Tensor:
+    """The places of the ones of unit probes, ``[n]``."""
+    return torch.randperm(n, generator=generator(seed))
+
+
+def _one(op: LinearOperator, kind: str, seed: int, number: int) -> Tensor:
+    vector = normal_vector(op.n, dtype=op.dtype, device=op.device, seed=seed, stream=number)
+    if kind == "rademacher":
+        return torch.where(vector < 0, -1.0, 1.0).to(vector)
+    if kind == "sphere":
+        vector = vector * (op.n**0.5 / op.space.norm(vector))
+    return vector

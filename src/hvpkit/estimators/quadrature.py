@@ -1,0 +1,157 @@
+r"""Stochastic Lanczos quadrature: the spectrum as random vectors see it.
+
+Method: for a unit vector v, Ritz values :math:`\theta_k` of its Krylov space of m steps and the squared first
+components :math:`w_k` of their coefficients are a Gauss rule, :math:`v'f(A)v \approx \sum_k w_k f(\theta_k)`, exact
+for polynomials of degree up to 2m - 1; the mean over random v is :math:`\operatorname{tr} f(A) / n`. Several vectors
+share one basis, each with a rule of its own on all of its Ritz values.
+
+Cost: one product a step and vector; orthogonalisation as for :mod:`hvpkit.solvers.lanczos`.
+Memory: the basis, ``num_steps + 1`` vectors for each that shares it.
+Source: Golub and Meurant, Matrices, Moments and Quadrature, Princeton (2010), doi:10.1515/9781400833887; Ubaru, Chen,
+Saad, SIAM J. Matrix Anal. Appl. 38 (2017) 1075-1099, doi:10.1137/16M1104974; Ghorbani, Krishnan, Xiao, ICML 2019,
+arXiv:1901.10159.
+
+Departures:
+1. Full reorthogonalisation, twice: no copies of Ritz values that have converged.
+2. Vectors are orthonormal, and not independent: each is uniform on the sphere, together they see more. With n of
+   them and one step the spectrum is exact.
+3. A block Krylov space, whose rules are at least as exact as those of its vectors alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from hvpkit.estimators.measure import Measure, Measured
+from hvpkit.iterate import Limits, Look, Monitor, iterate
+from hvpkit.operators import LinearOperator
+from hvpkit.probes import generator
+from hvpkit.results import Status
+from hvpkit.solvers import krylov
+from hvpkit.solvers.rayleigh_ritz import Ritz
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked for.
+
+    Attributes:
+        num_steps: products with each vector.
+        sizes: vectors that share a basis, one basis after another.
+        width: columns of a product, at most.
+        seed: of random vectors.
+    """
+
+    num_steps: int
+    sizes: tuple[int, ...]
+    width: int
+    seed: int
+
+    def seed_of(self, group: int) -> int:
+        """The seed of a group of vectors."""
+        return generator(self.seed, group).initial_seed()
+
+    def spans(self, n: int) -> bool:
+        """Whether the vectors are a whole basis of n dimensions."""
+        return self.sizes == (n,)
+
+
+@dataclass(frozen=True)
+class State:
+    """A Krylov space under way, and what those before it gave.
+
+    Attributes:
+        krylov: of the present vectors.
+        finished: of the vectors before.
+        num_before: full-data products that they took.
+    """
+
+    krylov: krylov.State
+    finished: tuple[Measure, ...] = ()
+    num_before: float = 0.0
+
+    @property
+    def num_matvecs(self) -> float:
+        """Full-data products so far."""
+        return self.num_before + self.krylov.num_matvecs
+
+
+def init(op: LinearOperator, goal: Goal, group: int = 0) -> State:
+    """The state before the first product of a group of vectors."""
+    size, seed = goal.sizes[group], goal.seed_of(group)
+    if not goal.spans(op.n):
+        return State(krylov.start(op, size * (goal.num_steps + 1), size, seed))
+    normal = torch.randn(op.n, op.n, generator=generator(seed), dtype=torch.float64)
+    everything = torch.linalg.qr(normal).Q.to(op.device, op.dtype)
+    start = krylov.start(op, op.n, 1, seed)
+    return State(replace(start, basis=everything, alive=torch.ones_like(start.alive), num_frontier=op.n))
+
+
+def step(op: LinearOperator, goal: Goal, state: State) -> State:
+    """One product, with as many vectors of the frontier as it may have columns."""
+    return replace(state, krylov=krylov.step(op, state.krylov, min(goal.width, products_left(goal, state))))
+
+
+def products_left(goal: Goal, state: State) -> int:
+    """Products that the present group has left."""
+    return goal.sizes[len(state.finished)] * goal.num_steps - state.krylov.num_products
+
+
+def measure(krylov_state: krylov.State, pairs: Ritz, size: int) -> Measure:
+    """The rules of the start vectors, which are the first rows of the basis."""
+    scale, weights = float(krylov_state.scale), pairs.coefficients[:size] ** 2
+    return Measure(pairs.values * scale, weights, weights, pairs.residual_norms * scale)
+
+
+def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
+    """Ritz values so far; the next group if this one is done."""
+    space, poisoned = krylov.in_order(state.krylov)
+    pairs, _ = krylov.project(op, space)
+    state, status, scale = replace(state, krylov=space), None, float(space.scale)
+    if poisoned:
+        status = Status.NON_FINITE
+    elif not (products_left(goal, state) and space.num_frontier):
+        finished = (*state.finished, measure(space, pairs, goal.sizes[len(state.finished)]))
+        if len(finished) < len(goal.sizes):
+            state = replace(init(op, goal, len(finished)), finished=finished, num_before=state.num_matvecs)
+        else:
+            state = replace(state, finished=finished)
+            status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.MAX_MATVECS
+    some = len(pairs.values) > 0
+    done, left = state.krylov.num_products, 0 if status else products_left(goal, state)
+    return Look(
+        state,
+        smallest=float(pairs.values[0]) * scale if some else math.nan,
+        largest=float(pairs.values[-1]) * scale if some else math.nan,
+        smallest_bound=float(pairs.residual_norms[0]) * scale if some else math.inf,
+        largest_bound=float(pairs.residual_norms[-1]) * scale if some else math.inf,
+        status=status,
+        num_steps=max(1, min(math.ceil(left / goal.width), done // goal.width // 4)),
+    )
+
+
+def measures(op: LinearOperator, goal: Goal, state: State) -> list[Measure]:
+    """What the groups gave; a group that a limit cut off only if there is no other."""
+    if state.finished or not state.krylov.num_multiplied:
+        return list(state.finished)
+    space, _ = krylov.in_order(state.krylov)
+    return [measure(space, krylov.project(op, space)[0], goal.sizes[0])]
+
+
+def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: Monitor | None) -> Measured:
+    """The measures of all groups, or of as many as the time allows for."""
+    products, step_cost = sum(goal.sizes) * goal.num_steps, goal.width * op.cost  # looks keep to the products
+    run = iterate(
+        init(op, goal),
+        lambda state: step(op, goal, state),
+        lambda state: look(op, goal, state),
+        step_cost=step_cost,
+        limits=Limits(products * op.cost + step_cost, time_limit, 0.0, step_cost),
+        monitor=monitor,
+    )
+    space = run.state.krylov
+    blame = space.basis[space.num_multiplied : space.num_multiplied + 1].mT
+    return Measured(measures(op, goal, run.state), run.status, run.history, run.state.num_matvecs, blame)

@@ -1,0 +1,174 @@
+r"""A basis of what an operator does to random vectors, and quadratic forms of what that basis leaves.
+
+With Q an orthonormal basis of the range of :math:`A S`, for random S, and a probe :math:`\omega` that S does not know,
+
+.. math:: \operatorname{tr} A = \operatorname{tr} Q'AQ + E\,\omega'(I - QQ')\, A\, (I - QQ')\,\omega,
+
+and the second term varies little where the spectrum decays. Hutch++ draws S beside its probes; XTrace lets the probes
+be S, and takes for each of them the basis that the others make. All that either needs of vectors are small matrices,
+so that every probe counts with the last basis, and none is multiplied again.
+
+Source: Meyer, Musco, Musco, Woodruff, SOSA 2021, arXiv:2010.09649; Epperly, Tropp, Webber, SIAM J. Matrix Anal. Appl.
+45 (2024) 1-23, arXiv:2301.07825.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hvpkit.estimators.estimate import Plan
+from hvpkit.estimators.probe import draw
+from hvpkit.operators import LinearOperator
+from hvpkit.solvers.basis import orthonormalise_
+from hvpkit.solvers.block import power_of_two
+
+PRODUCTS = {"hutchinson": 1, "hutch++": 3, "xtrace": 2}
+"""Products that a probe takes: its own; of a random vector, and of the basis row that comes of it."""
+
+SKETCH = 2**32
+"""Where the numbers of the random vectors begin of which Hutch++ makes its basis."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Probes, a basis, and their inner products over ``scale``. ``step`` takes over the state's buffers.
+
+    Attributes:
+        basis: orthonormal rows, or zero where nothing new was left ``[r, n]``; no rows for Hutchinson's method.
+        probes: the same number of rows.
+        images: products with the basis, or no rows where they are not asked for.
+        alive: 1, or 0 for a row of the basis that is zero ``[r]``.
+        projected: ``Q'AQ`` ``[r, r]``.
+        dots: of the basis with probes ``[r, k]``.
+        crossed: of the basis with products of probes ``[r, k]``.
+        forms: of probes with their products ``[k]``.
+        squares: of the norms of their products ``[k]``.
+        scale: what products are divided by, 0-d.
+        num_good: probes before the first of which a product is not finite, 0-d.
+        num_probes: so far.
+        num_matvecs: full-data products so far.
+    """
+
+    basis: Tensor
+    probes: Tensor
+    images: Tensor
+    alive: Tensor
+    projected: Tensor
+    dots: Tensor
+    crossed: Tensor
+    forms: Tensor
+    squares: Tensor
+    scale: Tensor
+    num_good: Tensor
+    num_probes: int = 0
+    num_matvecs: float = 0.0
+
+
+def init(op: LinearOperator, plan: Plan, *, keep_images: bool = False) -> State:
+    """A state without a probe, with room for all."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=op.dtype, device=op.device)
+
+    k, n = plan.num_probes, op.n
+    r = 0 if plan.num_products == 1 else k
+    matrices = empty(r, r), empty(r, k), empty(r, k)
+    vectors = empty(r, n), empty(r, n), empty(r if keep_images else 0, n)
+    none = torch.zeros((), dtype=torch.int64, device=op.device)
+    return State(*vectors, empty(r), *matrices, empty(k), empty(k), empty().fill_(1.0), none)
+
+
+def step(op: LinearOperator, plan: Plan, state: State) -> State:
+    """Multiplies the next block of probes, and what they add to the basis."""
+    numbers = plan.next_block(state.num_probes)
+    new = slice(numbers.start, numbers.stop)
+    probes = draw(op, plan.probe, plan.seed, numbers)
+    if plan.method == "hutch++":
+        others = range(SKETCH + numbers.start, SKETCH + numbers.stop)
+        sketch, state = _multiply(op, state, draw(op, plan.probe, plan.seed, others))
+        _extend_(op, state, numbers, sketch)
+        both, state = _multiply(op, state, torch.cat([state.basis[new], probes]))
+        basis_images, images = both.tensor_split(2)
+    else:
+        images, state = _multiply(op, state, probes)
+        basis_images = images[:0]
+        if plan.method == "xtrace":
+            _extend_(op, state, numbers, images)
+            basis_images, state = _multiply(op, state, state.basis[new])
+    _file_(op, state, numbers, probes, images, basis_images)
+    if plan.method == "xtrace":
+        state.crossed[new, : numbers.start] = (
+            0  # a row of the basis is orthogonal to products that came before it
+        )
+    return replace(state, num_probes=numbers.stop, num_good=_num_good(state, numbers))
+
+
+def _multiply(op: LinearOperator, state: State, rows: Tensor) -> tuple[Tensor, State]:
+    images = op.product(rows.mT.contiguous()).mT
+    scale = state.scale if state.num_matvecs else power_of_two(images.abs().max())
+    return images / scale, replace(state, scale=scale, num_matvecs=state.num_matvecs + len(rows) * op.cost)
+
+
+def _extend_(op: LinearOperator, state: State, numbers: range, vectors: Tensor) -> None:
+    """Writes what is new in ``vectors`` to the rows of the basis of these numbers."""
+    for row, vector in zip(numbers, vectors, strict=True):
+        _, _, state.alive[row] = orthonormalise_(op.space, state.basis, row, vector, op.space.norm(vector))
+
+
+def _file_(
+    op: LinearOperator, state: State, numbers: range, probes: Tensor, images: Tensor, basis_images: Tensor
+) -> None:
+    """Writes probes of these numbers and their inner products; A is symmetric where a product is long gone."""
+    new, old, upto = slice(numbers.start, numbers.stop), slice(numbers.start), slice(numbers.stop)
+    state.forms[new] = op.space.reduce((probes * images).sum(dim=1))
+    state.squares[new] = op.space.reduce((images * images).sum(dim=1))
+    if len(state.images):
+        state.images[new] = basis_images
+    if len(state.basis):
+        state.projected[upto, new] = op.space.dots(state.basis[upto], basis_images.mT)
+        state.projected[new, old] = state.projected[old, new].mT
+        state.dots[upto, new] = op.space.dots(state.basis[upto], probes.mT)
+        state.dots[new, old] = op.space.dots(state.basis[new], state.probes[old].mT)
+        state.crossed[upto, new] = op.space.dots(state.basis[upto], images.mT)
+        state.crossed[new, old] = op.space.dots(basis_images, state.probes[old].mT)
+        state.probes[new] = probes
+
+
+def _num_good(state: State, numbers: range) -> Tensor:
+    """The probes before the first one that is not finite, now with these numbers."""
+    new, upto = slice(numbers.start, numbers.stop), slice(numbers.stop)
+    fresh = [state.forms[new], *(m[upto, new] for m in (state.projected, state.dots, state.crossed))]
+    good = torch.stack([torch.isfinite(tensor).all() for tensor in fresh]).all()
+    return torch.where(good & (state.num_good == numbers.start), numbers.stop, state.num_good)
+
+
+@dataclass(frozen=True)
+class Small:
+    """All that estimates need of k probes, on the CPU in float64.
+
+    Attributes:
+        n: dimension of the operator.
+        rank: of the basis.
+        projected, dots, crossed, forms: as in :class:`State`, of the operator or of its square.
+    """
+
+    n: int
+    rank: float
+    projected: Tensor
+    dots: Tensor
+    crossed: Tensor
+    forms: Tensor
+
+
+def small(op: LinearOperator, state: State, k: int) -> Small:
+    """The small matrices of a state's first k probes."""
+    r = min(k, len(state.basis))
+
+    def take(tensor: Tensor) -> Tensor:
+        return tensor.to("cpu", torch.float64)
+
+    matrices = take(state.projected[:r, :r]), take(state.dots[:r, :k]), take(state.crossed[:r, :k])
+    return Small(op.n, float(state.alive[:r].sum()), *matrices, take(state.forms[:k]))
