@@ -4,40 +4,83 @@ From a pure loss function, parameters and data, :func:`hessian` makes a symmetri
 :func:`extreme_eigenvalues` finds its smallest and largest eigenvalue over all the data.
 """
 
-from hvpkit.curvature import hessian
+from hvpkit.curvature import empirical_fisher, fisher, ggn, hessian
 from hvpkit.data import Data, as_data
-from hvpkit.errors import NonFiniteError, NotSymmetricError, UnstableDataError
+from hvpkit.errors import AsymmetryWarning, NonFiniteError, NotSymmetricError, UnstableDataError
+from hvpkit.estimators.density import Density
+from hvpkit.estimators.diagonal import diagonal
+from hvpkit.estimators.estimate import Estimate
+from hvpkit.estimators.norm import frobenius_norm
+from hvpkit.estimators.spectral_density import moments, spectral_density
+from hvpkit.estimators.trace import trace
 from hvpkit.extreme import extreme_eigenvalues
+from hvpkit.fisher import fisher_vp
+from hvpkit.gauss_newton import ggnvp
 from hvpkit.objective import Objective, from_module
 from hvpkit.operators import LinearOperator, aslinearoperator
+from hvpkit.preflight import Finding, Report, check
 from hvpkit.products import grad, hvp, loss
 from hvpkit.progress import progress_bar
+from hvpkit.quadratic_form import quadratic_form
 from hvpkit.results import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
+from hvpkit.solvers.arpack import eigsh, scipy_lobpcg
+from hvpkit.solvers.chebyshev import chebyshev
 from hvpkit.solvers.lanczos import lanczos
+from hvpkit.solvers.lobpcg import lobpcg
+from hvpkit.solvers.multifidelity import multifidelity
+from hvpkit.solvers.oja import oja
+from hvpkit.solvers.power import accelerated_power, power
+from hvpkit.solvers.stochastic import stochastic_power
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsymmetryWarning",
     "Data",
+    "Density",
     "EigenResult",
     "Eigenpair",
+    "Estimate",
     "ExtremeResult",
+    "Finding",
     "Interval",
     "LinearOperator",
     "NonFiniteError",
     "NotSymmetricError",
     "Objective",
     "Progress",
+    "Report",
     "Status",
     "UnstableDataError",
+    "accelerated_power",
     "as_data",
     "aslinearoperator",
+    "chebyshev",
+    "check",
+    "diagonal",
+    "eigsh",
+    "empirical_fisher",
     "extreme_eigenvalues",
+    "fisher",
+    "fisher_vp",
+    "frobenius_norm",
     "from_module",
+    "ggn",
+    "ggnvp",
     "grad",
     "hessian",
     "hvp",
     "lanczos",
+    "lobpcg",
     "loss",
+    "moments",
+    "multifidelity",
+    "oja",
+    "power",
     "progress_bar",
+    "quadratic_form",
+    "scipy_lobpcg",
+    "spectral_density",
+    "stochastic_power",
+    "trace",
 ]
