@@ -15,9 +15,10 @@ from hvpkit.estimators.spectral_density import moments, spectral_density
 from hvpkit.estimators.trace import trace
 from hvpkit.extreme import extreme_eigenvalues
 from hvpkit.fisher import fisher_vp
+from hvpkit.foreign import aslinearoperator
 from hvpkit.gauss_newton import ggnvp
 from hvpkit.objective import Objective, from_module
-from hvpkit.operators import LinearOperator, aslinearoperator
+from hvpkit.operators import LinearOperator
 from hvpkit.preflight import Finding, Report, check
 from hvpkit.products import grad, hvp, loss
 from hvpkit.progress import progress_bar

@@ -128,7 +128,7 @@ class EigenResult:
     Attributes:
         values: ascending ``[k]``, float64, on the CPU.
         vectors: orthonormal columns ``[n, k]``.
-        residual_norms: ``[k]``, of true residuals, from products.
+        residual_norms: ``[k]``, of true residuals: from products, or verified by one.
         error_bounds: ``[k]``, what the stop is about.
         intervals: one for each value.
         num_matvecs: full-data products spent.

@@ -60,9 +60,9 @@ DEPTH, SMALL = 12, 500
 """Steps without which a small residual says nothing, as a start may happen to be near other eigenvectors; and the size
 up to which nothing takes their place, for there they cost next to nothing."""
 
-HIDDEN, HIDDEN_EARLY = (2.0, 0.3), (1.0, 0.05)
-"""Not over while with more than this probability an eigenvalue hides further out than so many tol * |value|; the second
-pair before ``DEPTH`` steps, for n beyond ``SMALL``."""
+HIDDEN_BEYOND, HIDDEN_PROBABILITY, HIDDEN_EARLY = 2.0, 0.3, 0.05
+"""Not over while it is more likely than this that an eigenvalue hides further out than 2 tol * |value|; the last one
+before ``DEPTH`` steps, for n beyond ``SMALL``."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ def _hidden(goal: Goal, state: State, pairs: Ritz, lengths: Tensor, wanted: list
     ends = {place: float(pairs.values[place]) for place in wanted}
     if goal.which == "LM":  # it may hide at the other end
         ends = {0: -abs(next(iter(ends.values()))), -1: abs(next(iter(ends.values())))}
-    multiple, most = HIDDEN_EARLY if state.num_products < goal.least_products else HIDDEN
+    early = state.num_products < goal.least_products
+    multiple, most = HIDDEN_BEYOND, HIDDEN_EARLY if early else HIDDEN_PROBABILITY
     if goal.certify:
         multiple, most = 1.0, 1 - goal.confidence
     for place, value in ends.items():
