@@ -23,6 +23,7 @@ from hvpkit.preflight import Finding, Report, check
 from hvpkit.products import grad, hvp, loss
 from hvpkit.progress import progress_bar
 from hvpkit.quadratic_form import quadratic_form
+from hvpkit.report import report
 from hvpkit.results import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
 from hvpkit.solvers.arpack import eigsh, scipy_lobpcg
 from hvpkit.solvers.chebyshev import chebyshev
@@ -80,6 +81,7 @@ __all__ = [
     "power",
     "progress_bar",
     "quadratic_form",
+    "report",
     "scipy_lobpcg",
     "spectral_density",
     "stochastic_power",

@@ -1,0 +1,222 @@
+"""A spectrum, and the two ends of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+
+from hvpkit.errors import check_choice
+from hvpkit.estimators.density import Density
+from hvpkit.estimators.estimate import Estimate
+from hvpkit.plots.style import BELOW, COLORS, ENDS, HEIGHT, WIDTH, in_words, styled
+from hvpkit.results import Eigenpair, ExtremeResult
+
+
+@styled
+def density(
+    d: Density, *, extremes: ExtremeResult | None = None, ax: Axes | None = None, log: bool = True
+) -> Axes:
+    """A spectral density: its curve with a band of one standard error, outliers as spikes, and both ends marked.
+
+    Args:
+        d: a density of :func:`hvpkit.spectral_density`.
+        extremes: both ends with their intervals, in place of the density's own ends.
+        ax: where to draw.
+        log: whether the density's axis is logarithmic, from a tenth of what one eigenvalue makes up.
+
+    Returns:
+        The axes, with eigenvalues against their density.
+    """
+    ax = ax or plt.subplots()[1]
+    values, outliers = d.values, d.outliers()[0]
+    one = 1 / (d.n * d.width * (2 * torch.pi) ** 0.5) if d.width else 1.0
+    floor = 0.1 * min(one, float(values.max())) if len(values) else one
+    if bool(torch.isfinite(d.stderr).all()):
+        low, high = (values - d.stderr).clamp(min=floor if log else 0), values + d.stderr
+        ax.fill_between(
+            d.grid, low, high, color=COLORS["measured"], alpha=0.3, linewidth=0, label="standard error"
+        )
+    ax.plot(d.grid, values, color=COLORS["measured"], label="density")
+    if len(outliers):
+        ax.vlines(outliers, floor if log else 0, one, color=COLORS["single"], label="single eigenvalues")
+    known = d.nodes[torch.isfinite(d.residual_norms)]
+    if extremes is not None:
+        for name in ENDS:
+            _mark(ax, name, getattr(extremes, name))
+    elif len(known):
+        for name, end in zip(ENDS, known[[0, -1]].tolist(), strict=True):
+            ax.axvline(end, color=COLORS[name], linestyle=":", linewidth=1.2, label=f"{name} {end:.4g}")
+    if log:
+        ax.set_yscale("log")
+        ax.set_ylim(bottom=floor)
+    ax.set_xlabel("eigenvalue")
+    ax.set_ylabel("density")
+    ax.legend(**BELOW)
+    return ax
+
+
+def _mark(ax: Axes, name: str, pair: Eigenpair) -> None:
+    """An end as a vertical line, with its interval as a band."""
+    lower, upper = pair.interval.lower, pair.interval.upper
+    if not math.isfinite(pair.value):
+        return
+    ax.axvline(pair.value, color=COLORS[name], linestyle=":", linewidth=1.2, label=in_words(name, pair))
+    if math.isfinite(lower) and math.isfinite(upper):
+        ax.axvspan(lower, upper, color=COLORS[name], alpha=0.3, linewidth=0)
+
+
+@styled
+def convergence(ex: ExtremeResult, end: str = "both", *, ax: Axes | None = None) -> Axes:
+    """Ritz values against passes over the data, with their residual intervals as bands and the last interval as a bar.
+
+    Args:
+        ex: a result.
+        end: ``"smallest"``, ``"largest"``, or ``"both"`` on one axis: then each over the size of its result, so that
+            both settle at one or minus one, however far apart they are.
+        ax: where to draw.
+
+    Returns:
+        The axes, cut to the last two thirds of the values if the first ones are far off.
+
+    Raises:
+        ValueError: another ``end``; a result without a history or without a finite value.
+    """
+    ends = ENDS if check_choice("end", end, ("both", *ENDS)) == "both" else (end,)
+    pairs: dict[str, Eigenpair] = {name: getattr(ex, name) for name in ends}
+    if not ex.history or not all(math.isfinite(pair.value) for pair in pairs.values()):
+        raise ValueError(f"ex has nothing to draw: {ex.message}")
+    ax = ax or plt.subplots()[1]
+    passes = [entry.num_matvecs for entry in ex.history]
+    most = max(abs(pair.value) for pair in pairs.values()) or 1.0
+    shown, sizes = [], []
+    for name, pair in pairs.items():
+        # an end that is zero to rounding has no size of its own
+        size = 1.0 if end != "both" else abs(pair.value) if pair.error_bound < abs(pair.value) else most
+        outward = -1.0 if name == "smallest" else 1.0
+        values = [getattr(entry, name) / size for entry in ex.history]
+        reach = [
+            value + outward * getattr(entry, f"{name}_bound") / size
+            for value, entry in zip(values, ex.history, strict=True)
+        ]
+        ax.fill_between(passes, values, reach, color=COLORS[name], alpha=0.3, linewidth=0)
+        ax.plot(passes, values, color=COLORS[name], marker="o", markersize=3, label=in_words(name, pair))
+        bar = [pair.interval.lower / size, pair.interval.upper / size]
+        ax.plot([ex.num_matvecs] * 2, bar, color=COLORS[name], marker="_", markersize=9)
+        ax.axhline(pair.value / size, color=COLORS["predicted"], linestyle="--", linewidth=1)
+        shown += [*values[len(values) // 3 :], pair.value / size]
+        sizes.append(abs(pair.value) / size)
+    margin = 0.35 * max(max(shown) - min(shown), *sizes, 1e-30)
+    ax.set_ylim(min(shown) - margin, max(shown) + margin)
+    ax.set_xlabel("passes over the data")
+    ax.set_ylabel(f"{end} eigenvalue" if end != "both" else "Ritz value over the size of the result")
+    ax.legend(loc="best")
+    return ax
+
+
+@styled
+def layers(
+    results: Mapping[str, ExtremeResult | Estimate[float]],
+    *,
+    quantity: str = "trace",
+    ax: Axes | None = None,
+) -> Axes:
+    """Both ends, or an estimate, for each layer: bars with their intervals or standard errors, and their values.
+
+    Args:
+        results: by name of the layer, all of one kind.
+        quantity: what the estimates are of.
+        ax: where to draw; by default as high as the layers need.
+
+    Returns:
+        The axes, with a group of bars for each layer, the first on top.
+
+    Raises:
+        ValueError: no results.
+        TypeError: results of several kinds, or of another one.
+    """
+    if not results:
+        raise ValueError("results is empty; pass a result for each layer by its name")
+    kinds = {type(result) for result in results.values()}
+    if len(kinds) > 1 or not kinds <= {ExtremeResult, Estimate}:
+        named = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise TypeError(f"results must be all of ExtremeResult or all of Estimate, got {named}")
+    if any(
+        isinstance(result, Estimate) and isinstance(result.value, torch.Tensor) for result in results.values()
+    ):
+        raise TypeError(
+            "results must be estimates of a number, as of a trace, not of a tensor, as of a diagonal"
+        )
+    ax = ax or plt.subplots(figsize=(WIDTH, layers_height(len(results))))[1]
+    bars: dict[str, list[tuple[float, float, float]]] = {}
+    for result in results.values():
+        if isinstance(result, Estimate):
+            bars.setdefault(quantity, []).append((result.value, result.stderr, result.stderr))
+            continue
+        for name in ENDS:
+            pair = getattr(result, name)
+            below, above = pair.value - pair.interval.lower, pair.interval.upper - pair.value
+            bars.setdefault(name, []).append((pair.value, max(below, 0.0), max(above, 0.0)))
+    thickness = 0.8 / len(bars)
+    for place, (name, rows) in enumerate(bars.items()):
+        values, *errors = zip(*rows, strict=True)
+        at = [row + (place + 0.5) * thickness - 0.4 for row in range(len(rows))]
+        color = COLORS.get(name, COLORS["measured"])
+        style = {"ecolor": COLORS["predicted"], "capsize": 2}
+        drawn = ax.barh(at, values, thickness, xerr=errors, color=color, error_kw=style, label=name)
+        ax.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
+    ax.axvline(0, color=COLORS["predicted"], linewidth=1)
+    ax.set_yticks(range(len(results)), list(results))
+    ax.invert_yaxis()
+    ax.margins(x=0.18)
+    ax.set_xlabel("eigenvalue" if len(bars) > 1 else quantity)
+    if len(bars) > 1:
+        ax.legend(**BELOW)
+    return ax
+
+
+def layers_height(num_layers: int) -> float:
+    """Inches that a picture of so many layers needs."""
+    return max(HEIGHT, 1.0 + 0.42 * num_layers)
+
+
+@styled
+def training(
+    results: Sequence[tuple[float, ExtremeResult]], *, log: bool = True, ax: Axes | None = None
+) -> Axes:
+    """Both ends over training, with their intervals as bands.
+
+    Args:
+        results: pairs of a step and the result there.
+        log: whether the axis of eigenvalues is logarithmic, to both sides of zero.
+        ax: where to draw.
+
+    Returns:
+        The axes, with steps against eigenvalues.
+
+    Raises:
+        ValueError: no results.
+    """
+    if not results:
+        raise ValueError("results is empty; pass pairs of a step and its result")
+    ax = ax or plt.subplots()[1]
+    steps = [step for step, _ in results]
+    sizes = []
+    for name in reversed(ENDS):
+        pairs = [getattr(result, name) for _, result in results]
+        values = [pair.value for pair in pairs]
+        lower, upper = ([getattr(pair.interval, side) for pair in pairs] for side in ("lower", "upper"))
+        known = [math.isfinite(low) and math.isfinite(high) for low, high in zip(lower, upper, strict=True)]
+        ax.fill_between(steps, lower, upper, where=known, color=COLORS[name], alpha=0.3, linewidth=0)
+        ax.plot(steps, values, color=COLORS[name], marker="o", markersize=3, label=name)
+        sizes += [abs(value) for value in values if value and math.isfinite(value)]
+    if log and sizes:
+        ax.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(max(min(sizes), 1e-4 * max(sizes)))))
+    ax.axhline(0, color=COLORS["predicted"], linewidth=1)
+    ax.set_xlabel("training step")
+    ax.set_ylabel("eigenvalue")
+    ax.legend(loc="best")
+    return ax
