@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,3 +38,42 @@ def scattered(
     scatter = torch.randn(num_examples, *center.shape, generator=g, dtype=torch.float64)
     scatter = (scatter + scatter.mT) / (8 * len(center)) ** 0.5 * noise
     return (center + scatter - scatter.mean(0)).to(dtype)
+
+
+@dataclass
+class Tally:
+    """An operator whose products are noted, those of its minibatches too; the ``bad`` ones, counted from 1, have NaN.
+
+    ``products`` has one entry for each: the number of examples, and the number of columns; ``residuals`` those with
+    all data, of vectors as they come.
+    """
+
+    op: hk.LinearOperator
+    bad: Callable[[int], bool] = lambda _: False
+    products: list[tuple[int, int]] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    residuals: list[float] = field(default_factory=list)
+
+    @property
+    def cost(self) -> float:
+        return sum(examples * columns for examples, columns in self.products) / self.op.num_examples
+
+    def operator(self) -> hk.LinearOperator:
+        def sample(num_examples: int, seed: int) -> hk.LinearOperator:
+            self.seeds.append(seed)
+            return self._noted(self.op.sample(num_examples, seed))
+
+        return replace(self._noted(self.op), sample=sample)
+
+    def _noted(self, op: hk.LinearOperator) -> hk.LinearOperator:
+        def product(vectors: Tensor) -> Tensor:
+            self.products.append((op.num_examples, vectors.shape[1]))
+            images = op.product(vectors)
+            if self.bad(len(self.products)):
+                images[0, -1] = float("nan")
+            if op.num_examples == self.op.num_examples:
+                rest = images - vectors * (vectors * images).sum(dim=0)
+                self.residuals.append(float(torch.linalg.matrix_norm(rest)))
+            return images
+
+        return replace(op, product=product)

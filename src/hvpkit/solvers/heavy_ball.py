@@ -173,9 +173,12 @@ def _moved(op: LinearOperator, goal: Goal, state: State, images: Tensor) -> Stat
     triangle = target.new_zeros(goal.k, goal.k)
     for row, vector in enumerate(target):
         triangle[row, :row], triangle[row, row], _ = orthonormalise_(op.space, rows, row, vector, zero)
-    if goal.momentum != 0:
-        previous = torch.linalg.solve_triangular(triangle, state.rows, upper=False)
-        state = replace(state, previous=previous)
+    if goal.momentum != 0:  # each end has a recurrence of its own
+        parts = [
+            torch.linalg.solve_triangular(triangle[part, part], state.rows[part], upper=False)
+            for _, part in goal.ends()
+        ]
+        state = replace(state, previous=torch.cat(parts))
     return replace(state, rows=rows, shift=shift)
 
 
@@ -248,15 +251,15 @@ def _judged(op: LinearOperator, goal: Goal, state: State, images: Tensor) -> tup
     whole, least, bounds = goal.k == op.n, floor(op, norm), MARGIN * norms + rounding(op, norm)
     if best is None or _gain(goal, best, pairs) >= -least:
         best = pairs
-    wrong = [end for end, rows in goal.ends() if _on_wrong_side(state, pairs, end, rows, least)]
+    right_side, shift = _sides(goal, state, pairs, least)
     deep = state.num_steps - state.num_since >= DEPTH
     good = (bounds <= least) | (bounds <= goal.tol * pairs.values.abs()) & deep
     state = replace(state, norm=norm, best=best, fresh=False)
-    if whole or (bool(good.all()) and not wrong):
+    if whole or (bool(good.all()) and right_side):
         status = Status.INVARIANT_SUBSPACE if whole else Status.CONVERGED
         return replace(state, best=pairs), verdict(status, goal.tol, least, pairs.values, bounds)
-    if wrong and deep and goal.next_shift is None:
-        return _shifted(op, goal, state, pairs, wrong), None
+    if deep and goal.next_shift is None and not torch.equal(shift, state.shift):
+        return _restarted(op, goal, state, shift), None
     return _tuned(goal, state, pairs), None
 
 
@@ -269,19 +272,29 @@ def _gain(goal: Goal, best: Pairs, pairs: Pairs) -> float:
     return gain
 
 
-def _on_wrong_side(state: State, pairs: Pairs, end: float, rows: slice, least: float) -> bool:
-    """Whether a Ritz value at this end may be one from the other end, which the shift makes the dominant one."""
-    shifted = end * (pairs.values[rows] + float(state.shift[rows.start]))
-    return end != 0 and bool((shifted + least < pairs.residual_norms[rows]).any())
+def _sides(goal: Goal, state: State, pairs: Pairs, least: float) -> tuple[bool, Tensor]:
+    """Whether all shifted Ritz values are clearly on the side of their ends, and the shift that is better.
 
-
-def _shifted(op: LinearOperator, goal: Goal, state: State, pairs: Pairs, wrong: list[float]) -> State:
-    """The state with shifts by which what is on the wrong side comes to zero, and random vectors added to W."""
-    shift, block = state.shift.clone(), torch.empty_like(state.rows)
+    The first shift is for an end where one is not, or where its residual falls more slowly than one over the steps, as
+    between two ends of the same size; the next for one where an eigenvalue is clearly on the other side.
+    """
+    right_side, shift, values, norms = True, state.shift.clone(), pairs.values, pairs.residual_norms
     for end, rows in goal.ends():
-        if end in wrong:
-            reach = float((pairs.residual_norms - end * pairs.values).max())
-            shift[rows] = end * max(reach, end * float(shift[rows.start]))
+        before = float(shift[rows.start])
+        distance = end * (values[rows] + before) + least
+        right_side &= not end or bool((distance >= norms[rows]).all())
+        slow = distance < norms[rows] * max(1.0, state.num_steps / 4)
+        if end and bool((slow if before == 0 else distance < -norms[rows]).any()):
+            reach = max(
+                float((norms - end * values).max()), float(values[rows].hypot(norms[rows])[slow].max())
+            )
+            shift[rows] = end * max(reach, end * before)
+    return right_side, shift
+
+
+def _restarted(op: LinearOperator, goal: Goal, state: State, shift: Tensor) -> State:
+    """The state with another shift, and random vectors added to W."""
+    block = torch.empty_like(state.rows)
     start_(op, block, goal.k, state.rows.mT, goal.seed)
     return replace(
         state, rows=block, images=None, previous=None, shift=shift, last=None, num_since=state.num_steps
@@ -291,11 +304,10 @@ def _shifted(op: LinearOperator, goal: Goal, state: State, pairs: Pairs, wrong: 
 def _tuned(goal: Goal, state: State, pairs: Pairs) -> State:
     r"""The state with its momentum, and the size of its minibatches, as the last two looks suggest.
 
-    If residuals fall by :math:`\rho` a step, the ratio of the shifted eigenvalues beside the last wanted one is
-    :math:`2 \rho / (1 + \rho^2)` under the best momentum, and its square gives that; under a smaller one it is more.
+    If the last wanted pair's residual falls by :math:`\rho` a step under the best momentum, the ratio of the first
+    unwanted eigenvalue to it is :math:`2 \rho / (1 + \rho^2)`; a smaller momentum gives a larger one, and so rises.
     """
-    norms, last, growth = pairs.residual_norms, state.last, state.growth
-    momentum = state.momentum
+    norms, last, growth, momentum = pairs.residual_norms, state.last, state.growth, state.momentum
     if goal.momentum is not None:
         momentum = torch.full_like(momentum, goal.momentum) / state.scale.square()
     elif last is not None:
@@ -330,9 +342,17 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
     )
     if result.status is Status.INVARIANT_SUBSPACE:
         return result
+    unit, message = float(state.scale), result.message
+    if goal.momentum and best is not None and not result.converged:
+        shifted = float((best.values + state.shift[:, 0].to(best.values)).abs().min()) * unit
+        if 4 * goal.momentum >= shifted**2:
+            message += (
+                f"; with a momentum above {shifted**2 / 4:.3g}, as far as is known, iterates rotate for ever"
+            )
     reach = torch.maximum(result.residual_norms, goal.tol * result.values.abs())  # what is not told apart
-    wide, noise = Checked(result.values, result.vectors, reach), rounding(op, state.norm) * float(state.scale)
-    return replace(result, intervals=intervals(wide, goal.which, goal.k, noise, "residual"))
+    wide, noise = Checked(result.values, result.vectors, reach), rounding(op, state.norm) * unit
+    where = intervals(wide, goal.which, goal.k, noise, "residual")
+    return replace(result, intervals=where, message=message)
 
 
 def solve(op: LinearOperator, goal: Goal, monitor: Monitor | None) -> EigenResult:

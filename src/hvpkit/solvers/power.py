@@ -50,9 +50,9 @@ def power(
     r"""A few eigenpairs at the ends of the spectrum, by power iteration.
 
     :math:`W \leftarrow \mathrm{orth}\big((A + \sigma I) W\big)`, each vector deflated by those before it. The shift
-    :math:`\sigma` is zero while all Ritz values are on the side that is wanted; once one is not, it is what brings
-    the other end to zero. Values and residuals are those of Rayleigh-Ritz with A. Stops when for each Ritz value
-    :math:`\theta` with residual r
+    :math:`\sigma` is zero while all Ritz values are on the side that is wanted and their residuals fall; else it is
+    what brings the other end to zero. Values and residuals are those of Rayleigh-Ritz with A. Stops when for each
+    Ritz value :math:`\theta` with residual r
 
     .. math:: 2 \|r\| + \text{rounding} \le \text{tol} \cdot |\theta|,
 
@@ -131,8 +131,8 @@ def accelerated_power(
 
     .. math:: \beta = \frac{(r\, (\theta + \sigma))^2}{4}, \qquad r = \frac{2 \rho}{1 + \rho^2},
 
-    which the best :math:`\beta` reproduces, and which is larger than one that is too small. A :math:`\beta` of more
-    than a quarter of the wanted value squared makes the iterates rotate for ever: the solve then ends at a limit.
+    which the best :math:`\beta` reproduces and a smaller one raises. A given :math:`\beta` of more than a quarter of
+    the wanted (shifted) value squared makes the iterates rotate for ever: the solve then ends at a limit, and says so.
 
     With ``variance_reduced``, most steps take a minibatch's operator :math:`A_b` for what changed since the best look
     at all data, with vectors V: :math:`A W \approx A_b (W - V V'W) + (A V) V'W`. A look follows when minibatches have
