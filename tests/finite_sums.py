@@ -42,10 +42,10 @@ def scattered(
 
 @dataclass
 class Tally:
-    """An operator whose products are noted, those of its minibatches too; the ``bad`` ones, counted from 1, have NaN.
+    """An operator whose products are noted, those of its minibatches too.
 
-    ``products`` has one entry for each: the number of examples, and the number of columns; ``residuals`` those with
-    all data, of vectors as they come.
+    ``bad`` says which products, counted from 1, have NaN in the last column; ``suspects`` are the vectors there.
+    ``products`` has the number of examples and of columns of each, ``residuals`` the norm of those with all data.
     """
 
     op: hk.LinearOperator
@@ -53,6 +53,7 @@ class Tally:
     products: list[tuple[int, int]] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     residuals: list[float] = field(default_factory=list)
+    suspects: list[Tensor] = field(default_factory=list)
 
     @property
     def cost(self) -> float:
@@ -71,6 +72,7 @@ class Tally:
             images = op.product(vectors)
             if self.bad(len(self.products)):
                 images[0, -1] = float("nan")
+                self.suspects.append(vectors[:, -1].clone())
             if op.num_examples == self.op.num_examples:
                 rest = images - vectors * (vectors * images).sum(dim=0)
                 self.residuals.append(float(torch.linalg.matrix_norm(rest)))

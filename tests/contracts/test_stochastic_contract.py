@@ -119,7 +119,10 @@ def test_nan_in_a_minibatch_or_not_ends_with_what_came_before(
     found = SOLVERS[solver][0](op, 2, which=which, tol=1e-12, max_matvecs=200)
     assert found.status is hk.Status.NON_FINITE
     assert found.message.endswith("NaN or infinity; the values are from the products before it; batch None")
-    assert torch.isfinite(blamed[0]).all()
+    if solver == "variance_reduced":  # minibatches are multiplied by another vector
+        assert torch.isfinite(blamed[0]).all()
+    else:
+        assert torch.equal(blamed[0], tally.suspects[0])
     assert len(found.values) == (2 if bad > 1 else 0)
     truth = torch.linalg.eigvalsh(matrices("clustered").mean(0))
     distances = (found.values[:, None] - truth).abs().min(dim=1).values

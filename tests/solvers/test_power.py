@@ -158,6 +158,19 @@ def test_each_end_is_found_whichever_is_dominant(solve: object, values: list[flo
 
 
 @BOTH
+@pytest.mark.parametrize("low", [[-1.2] + [-1.0] * 20_000, [-1.0] * 99 + [-0.999]], ids=["late", "narrow"])
+def test_the_shift_is_as_large_as_the_other_end_and_stays(solve: object, low: list[float]) -> None:
+    entries = torch.tensor(low, dtype=torch.float64)
+    op = hk.LinearOperator(
+        lambda v: entries[:, None] * v, len(entries), entries.dtype, entries.device, name="diagonal"
+    )
+    found = solve(op, which="LA", tol=1e-5)
+    assert found.converged
+    assert float(found.values[0]) == pytest.approx(max(low), rel=1e-5)
+    assert found.num_matvecs <= 60
+
+
+@BOTH
 def test_two_dominant_ends_of_the_same_size_are_not_made_into_one(solve: object) -> None:
     found = solve(diagonal([-1.0, *bulk(98, -0.5, 0.5), 1.0]), which="LM", max_matvecs=300)
     assert found.status is hk.Status.MAX_MATVECS
@@ -215,13 +228,14 @@ def test_asymmetry_shows_in_a_single_vector_too(solve: object, relative: float) 
 
 
 @BOTH
-def test_the_vector_whose_product_is_not_finite_is_explained(solve: object) -> None:
+@pytest.mark.parametrize("bad", [20, 131, 132, 133])  # later looks are steps apart
+def test_the_vector_whose_product_is_not_finite_is_explained(solve: object, bad: int) -> None:
     A, blocks, blamed = matrix(SPECTRA["clustered"]), [], []
 
     def product(vectors: Tensor) -> Tensor:
         blocks.append(vectors.clone())
         images = A @ vectors
-        if len(blocks) == 20:
+        if len(blocks) == bad:
             images[3, 1] = math.inf
         return images
 
@@ -229,7 +243,7 @@ def test_the_vector_whose_product_is_not_finite_is_explained(solve: object) -> N
     found = solve(op, 3, which="SA", tol=1e-12)
     assert found.status is hk.Status.NON_FINITE
     assert len(blamed) == 1
-    assert torch.equal(blamed[0], blocks[19][:, 1])
+    assert torch.equal(blamed[0], blocks[bad - 1][:, 1])
 
 
 @BOTH
