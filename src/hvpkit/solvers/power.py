@@ -57,7 +57,8 @@ def power(
     .. math:: 2 \|r\| + \text{rounding} \le \text{tol} \cdot |\theta|,
 
     after a dozen steps, or, where a value is zero to rounding, when the left side is at most 32 eps times the
-    operator's norm. A ``tol`` below rounding is taken as rounding. That a value no longer changes is never a reason.
+    operator's norm. (Twice: at the edge of a dense spectrum the value is off by as much as its residual.) A ``tol``
+    below rounding is taken as rounding. That a value no longer changes is never a reason.
 
     For comparison and teaching: :func:`hvpkit.lanczos` takes fewer products always, most of all for an end that is
     not dominant, and says how likely it is that an eigenvalue is hidden further out. A residual does not: with two
