@@ -52,8 +52,8 @@ def extreme_eigenvalues(
         H: symmetric operator, as from :func:`hvpkit.hessian`.
         tol: relative error of each eigenvalue.
         method: ``"lanczos"``, which ``"auto"`` is; or ``"multifidelity"``: most of the work on weighted samples of the
-            data, for a Hessian over many examples: about half the passes, and intervals that rest on residuals
-            alone, without a confidence. See :func:`hvpkit.multifidelity`.
+            data, for a Hessian over tens of thousands of examples (over a thousand it saves nothing), and intervals
+            that rest on residuals alone, without a confidence. See :func:`hvpkit.multifidelity`.
         confidence: of each interval, over random starts.
         certify: go on until each interval is at most ``tol * |value|`` wide; about a third more passes.
         max_matvecs: full-data products, at most; 1,000 by default.

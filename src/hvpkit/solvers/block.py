@@ -64,15 +64,19 @@ def start_(op: LinearOperator, rows: Tensor, width: int, v0: Tensor | None, seed
     The columns of v0 are dealt out and summed, each sum with a random vector of a tenth of a column's length: a
     start that lacks the wanted vectors altogether would converge to others without a sign of it.
     """
-    if v0 is None:
-        return complete_(op, rows[:width], 0, seed, 0)
+    first = 0 if v0 is None else extend_(op.space, rows, 0, mixed_start(v0, width, seed))
+    return complete_(op, rows[:width], first, seed, 0)
+
+
+def mixed_start(v0: Tensor, width: int, seed: int) -> Tensor:
+    """At most ``width`` rows: sums of the unit columns of v0 ``[n, p]``, dealt out, each with its random vector."""
     columns = v0 / v0.abs().amax(dim=0)
     columns = columns / torch.linalg.vector_norm(columns, dim=0)
     dealt = [columns[:, first::width].sum(dim=1) for first in range(min(width, columns.shape[1]))]
     sums = torch.stack(dealt)
-    noise = normal_vector(sums.numel(), dtype=op.dtype, device=op.device, seed=seed).view_as(sums)
-    mixed = sums + RANDOM_SHARE * noise / torch.linalg.vector_norm(noise, dim=1, keepdim=True)
-    return complete_(op, rows[:width], extend_(op.space, rows, 0, mixed), seed, 0)
+    noise = normal_vector(sums.numel(), dtype=v0.dtype, device=v0.device, seed=seed).view_as(sums)
+    lengths: Tensor = torch.linalg.vector_norm(noise, dim=1, keepdim=True)
+    return sums + RANDOM_SHARE * noise / lengths
 
 
 def complete_(op: LinearOperator, rows: Tensor, first: int, seed: int, stream: int) -> int:

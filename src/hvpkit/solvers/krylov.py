@@ -14,13 +14,10 @@ from torch import Tensor
 from hvpkit.operators import LinearOperator
 from hvpkit.probes import normal_vector
 from hvpkit.solvers.basis import orthonormalise_
-from hvpkit.solvers.block import power_of_two
+from hvpkit.solvers.block import RANDOM_SHARE, mixed_start, power_of_two
 from hvpkit.solvers.bounds import Filter
 from hvpkit.solvers.finish import check_symmetric
 from hvpkit.solvers.rayleigh_ritz import Ritz, ritz
-
-RANDOM_SHARE = 0.1
-"""Length of the random vector that goes with a start vector of the caller's."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,7 @@ class State:
 def start(op: LinearOperator, capacity: int, width: int, seed: int, v0: Tensor | None = None) -> State:
     """A state with ``width`` vectors at its frontier: from ``v0`` ``[n, p]``, else random ones.
 
-    The columns of v0 are dealt out and summed, each sum with a random vector of a tenth of a column's length: a
-    start that lacks the wanted vectors altogether would converge to others without a sign of it.
+    Of v0 as :func:`hvpkit.solvers.block.mixed_start` mixes it.
     """
     capacity = min(capacity, op.n)
 
@@ -87,25 +83,15 @@ def start(op: LinearOperator, capacity: int, width: int, seed: int, v0: Tensor |
         basis, zeros(capacity, capacity), zeros(capacity), zeros(), zeros() + 1, zeros(), polynomial
     )
     if v0 is not None:
-        sums = _dealt(v0, width)
-        noise = normal_vector(sums.numel(), dtype=op.dtype, device=op.device, seed=seed).view_as(sums)
-        mixed = sums + RANDOM_SHARE * noise / torch.linalg.vector_norm(noise, dim=0)
+        mixed = mixed_start(v0, width, seed)
         if width == 1:
             share = RANDOM_SHARE / float(torch.linalg.vector_norm(mixed))
             state = replace(state, filter=replace(polynomial, share=min(share, 1.0)))
-        for vector in mixed.unbind(1):
+        for vector in mixed:
             state = _append(op, state, vector)
     while state.num_frontier < width:
         state = append_random(op, state, seed)
     return state
-
-
-def _dealt(v0: Tensor, width: int) -> Tensor:
-    """Sums of unit columns of v0, at most ``width`` of them."""
-    columns = v0 / v0.abs().amax(dim=0)
-    columns = columns / torch.linalg.vector_norm(columns, dim=0)
-    sums = [columns[:, first::width].sum(dim=1) for first in range(min(width, columns.shape[1]))]
-    return torch.stack(sums, dim=1)
 
 
 def append_random(op: LinearOperator, state: State, seed: int) -> State:

@@ -86,7 +86,7 @@ class State(Subspace):
         direction: what it gave ``[n]``, until the basis grows by it; its length does not matter.
         values: of the ends, over scale.
         errors: what they may still be off by: bounds, or predictions with what they are likely to lack.
-        predictions: of each end, the last two.
+        predictions: of each end, what the last direction promised to gain; 0 before there is one.
         gains: of the level's last directions, over what was predicted.
         level: the level that directions come from.
     """
@@ -96,7 +96,7 @@ class State(Subspace):
     direction: Tensor | None = None
     values: tuple[float, float] = (math.nan, math.nan)
     errors: tuple[float, float] = (math.inf, math.inf)
-    predictions: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+    predictions: tuple[float, float] = (0.0, 0.0)
     gains: tuple[float, ...] = ()
     level: int = 0
 
@@ -144,17 +144,17 @@ def _directed(op: LinearOperator, goal: Goal, state: State) -> State:
     state = replace(state, num_matvecs=state.num_matvecs + len(rows) * level.cost, direction=direction)
     if not math.isfinite(prediction):
         return replace(state, direction=residual)
-    before = state.predictions[end][-1:]
-    fall = min(prediction / before[0], 0.95) if before and before[0] > 0 else FIRST_FALL
+    before = state.predictions[end]
+    fall = min(prediction / before, 0.95) if before > 0 else FIRST_FALL
     likely = SAFETY * max((1.0, *state.gains[-1:])) * prediction / (1 - fall)
     return replace(
         state,
-        predictions=_with(state.predictions, end, (*before, prediction)),
+        predictions=_with(state.predictions, end, prediction),
         errors=_with(state.errors, end, min(state.errors[end], likely)),
     )
 
 
-def _with(pair: tuple, end: int, value: object) -> tuple:  # type: ignore[type-arg]
+def _with(pair: tuple[float, float], end: int, value: float) -> tuple[float, float]:
     return (value, pair[1]) if end == 0 else (pair[0], value)
 
 
@@ -227,8 +227,8 @@ def _seen(op: LinearOperator, goal: Goal, state: State) -> State:
     kept = ends[: len(places)]
     bounds = (kato_temple(values, norms) if m > 3 else norms)[ends].tolist()
     gain = abs(float(values[ends[state.end]]) - state.values[state.end])
-    predicted = state.predictions[state.end][-1:]
-    gains = (*state.gains, gain / predicted[0])[-PATIENCE:] if predicted and predicted[0] > 0 else state.gains
+    predicted = state.predictions[state.end]
+    gains = (*state.gains, gain / predicted)[-PATIENCE:] if predicted > 0 else state.gains
     poor = len(gains) == PATIENCE and math.prod(max(g, 1e-9) for g in gains) < POOR**PATIENCE
     errors = (
         min(bounds[0], state.errors[0] if state.end else math.inf),
