@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -14,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from hvpkit.files import written_whole
 from hvpkit.results import Progress
 
 FORMAT = 1
@@ -86,15 +85,8 @@ class Checkpoint(Generic[S]):
             "history": [asdict(entry) for entry in saved.history],
             "seconds": saved.seconds,
         }
-        handle, name = tempfile.mkstemp(prefix=self.path.name, suffix=".part", dir=self.path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(content, file)
-            os.replace(name, self.path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
+        with written_whole(self.path) as draft:
+            torch.save(content, draft)
         now = time.monotonic()
         self._next = now + max(SECONDS, SHARE * (now - begin))
 

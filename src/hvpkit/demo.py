@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvpkit as hk
+from hvpkit.files import written_whole
 
 Report = Callable[[int, float], object]
 """Called after each epoch with its number and its mean loss."""
@@ -99,17 +99,10 @@ def run(
         "dtype": str(H.dtype).removeprefix("torch."),
         "seed": seed,
     }
-    _replace(out / "extremes.json", json.dumps({**ex.to_dict(), "problem": problem}, indent=2).encode())
+    with written_whole(out / "extremes.json") as draft:
+        draft.write_text(json.dumps({**ex.to_dict(), "problem": problem}, indent=2))
     title = f"Hessian of the mean loss over all {H.num_examples:,} digits, {H.n:,} parameters"
     figure = plots.extremes(ex, objective, params, data, title=title)
-    draft = out / "extremes.png.part"
-    figure.savefig(draft, dpi=150, format="png")
-    os.replace(draft, out / "extremes.png")
+    with written_whole(out / "extremes.png") as draft:
+        figure.savefig(draft, dpi=150, format="png")
     return ex, problem
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_bytes(content)
-    os.replace(draft, path)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvpkit.estimators.density import Density
 from hvpkit.estimators.estimate import Estimate
+from hvpkit.files import written_whole
 from hvpkit.operators import LinearOperator
 from hvpkit.results import ExtremeResult
 from hvpkit.trees import unflatten
@@ -110,7 +111,8 @@ def report(
         parts.append(_table("Layers", *_layers(layers)))
     pictures = _pictures(H, ex, density, layers, training, landscape)
     parts.append(f'<h2>Pictures</h2>\n<div class="pictures">\n{"".join(pictures)}</div>')
-    _write(target, PAGE.format(title=escape(title), body="\n".join(parts)))
+    with written_whole(target) as draft:
+        draft.write_text(PAGE.format(title=escape(title), body="\n".join(parts)), encoding="utf-8")
     return target
 
 
@@ -237,13 +239,3 @@ def _figure(prefix: str, caption: str, draw: Callable[..., Axes], height: float)
     label = escape(caption)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     return f"<figure>\n<figcaption>{label}</figcaption>\n{svg}</figure>\n"
-
-
-def _write(target: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    draft = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)

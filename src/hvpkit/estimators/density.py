@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hvpkit.estimators.estimate import Estimate, Mean, mean_of
 from hvpkit.estimators.measure import Measured, grid_around, join, smoothed, smoothing_width
+from hvpkit.files import written_whole
 from hvpkit.operators import LinearOperator
 from hvpkit.results import Progress, Status
 
@@ -207,13 +208,8 @@ class Density:
         arrays |= {name: value.numpy() for name, value in arrays.items() if isinstance(value, Tensor)}
         arrays["status"] = str(self.status)
         arrays["history"] = np.array([list(asdict(entry).values()) for entry in self.history]).reshape(-1, 6)
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(unfinished, "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(unfinished, target)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with written_whole(target) as draft, open(draft, "wb") as file:
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Density:
