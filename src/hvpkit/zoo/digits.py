@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hvpkit._typing import Seed
+from hvpkit.zoo.seeding import seeded
+
 
 def digits() -> tuple[Tensor, Tensor]:
     """All 1,797 digits that scikit-learn ships.
@@ -32,7 +35,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return x, torch.from_numpy(classes).to(torch.int64)
 
 
-def digits_cnn(width: int = 8, *, seed: int = 0) -> nn.Sequential:
+def digits_cnn(width: int = 8, *, seed: Seed = 0) -> nn.Sequential:
     """Two convolutions with BatchNorm and a linear layer, for 8 x 8 images in 10 classes.
 
     Args:
@@ -43,8 +46,7 @@ def digits_cnn(width: int = 8, *, seed: int = 0) -> nn.Sequential:
         >>> sum(p.numel() for p in digits_cnn().parameters())
         1922
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return nn.Sequential(
             nn.Conv2d(1, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),

@@ -1,0 +1,33 @@
+"""Initial parameters by a seed, with the global random state left as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from hvpkit._typing import Seed
+from hvpkit.probes import resolve_seed
+
+
+@contextmanager
+def seeded(seed: Seed) -> Iterator[None]:
+    """Inside, modules are made on the CPU, with initial parameters that are a function of ``seed`` alone.
+
+    Raises:
+        TypeError: ``seed`` is neither an int nor a ``torch.Generator``.
+        ValueError: ``seed`` is negative.
+
+    Example:
+        >>> with seeded(0):
+        ...     first = torch.nn.Linear(2, 2)
+        >>> with seeded(0):
+        ...     second = torch.nn.Linear(2, 2)
+        >>> bool((first.weight == second.weight).all())
+        True
+    """
+    number = resolve_seed(seed)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(number)
+        yield
