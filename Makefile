@@ -9,12 +9,15 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test notebooks lint format clean
 demo: .venv/demo
 	$(BIN)/hvpkit demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest --numprocesses 2
+
+notebooks: .venv/dev
+	$(BIN)/python notebooks/execute.py
 
 lint: .venv/dev
 	$(BIN)/ruff check
