@@ -4,6 +4,9 @@ From a pure loss function, parameters and data, :func:`hessian` makes a symmetri
 :func:`extreme_eigenvalues` finds its smallest and largest eigenvalue over all the data.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from hvpkit.curvature import empirical_fisher, fisher, ggn, hessian
 from hvpkit.data import Data, as_data
 from hvpkit.errors import AsymmetryWarning, NonFiniteError, NotSymmetricError, UnstableDataError
@@ -33,6 +36,10 @@ from hvpkit.solvers.multifidelity import multifidelity
 from hvpkit.solvers.oja import oja
 from hvpkit.solvers.power import accelerated_power, power
 from hvpkit.solvers.stochastic import stochastic_power
+
+if TYPE_CHECKING:
+    from hvpkit import plots as plots
+    from hvpkit import train, zoo
 
 __version__ = "0.1.0"
 
@@ -86,4 +93,13 @@ __all__ = [
     "spectral_density",
     "stochastic_power",
     "trace",
+    "train",
+    "zoo",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Packages that take time to import, or extras, at first use."""
+    if name in ("plots", "train", "zoo"):
+        return import_module(f"hvpkit.{name}")
+    raise AttributeError(f"module 'hvpkit' has no attribute {name!r}")

@@ -1,0 +1,163 @@
+r"""The Knee learning rate schedule: warm up, explore at the peak rate, decay to zero.
+
+Source: Iyer, Thejas, Kwatra, Ramjee and Sivathanu, "Wide-minima Density Hypothesis and the Explore-Exploit
+Learning Rate Schedule", JMLR 24(65), 2023, arXiv:2003.03977. Wide minima, they argue, are few among many narrow
+ones, so that the rate has to stay high for long enough to find one, before it falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from hvpkit.errors import check_count, check_positive
+
+
+def knee_lr(
+    step: float, *, peak_lr: float, warmup_steps: int = 0, explore_steps: int, total_steps: int
+) -> float:
+    r"""The rate of the Knee schedule at a step.
+
+    With w warm-up, e explore and T total steps, and the peak rate :math:`\eta`:
+
+    .. math::
+        \eta(s) = \begin{cases}
+            \eta \, s / w & s < w \\
+            \eta & w \le s \le w + e \\
+            \eta \, (T - s) / (T - w - e) & w + e < s < T \\
+            0 & \text{beyond}
+        \end{cases}
+
+    So the rate is the peak at ``warmup_steps``, zero at ``total_steps`` and after. With warm-up it is zero at step 0;
+    without, the peak. Without decay (w + e = T) it is the peak at ``total_steps`` and zero after.
+
+    Args:
+        step: steps (or epochs, if the others count those) done so far, from 0; may lie between whole ones.
+        peak_lr: the highest rate.
+        warmup_steps: w.
+        explore_steps: e. The paper takes about half of the total.
+        total_steps: T, at least w + e.
+
+    Raises:
+        TypeError, ValueError: an argument that is no such number, named.
+
+    Source:
+        Iyer et al., JMLR 24(65), 2023, arXiv:2003.03977.
+
+    Example:
+        >>> [knee_lr(step, peak_lr=1.0, warmup_steps=2, explore_steps=2, total_steps=8) for step in range(9)]
+        [0.0, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    if isinstance(step, bool) or not isinstance(step, Real):
+        raise TypeError(f"step must be a number, got {step!r} of type {type(step).__name__}")
+    if not step >= 0:
+        raise ValueError(f"step must be at least 0, got {step}")
+    check_positive("peak_lr", peak_lr)
+    knee = check_count("warmup_steps", warmup_steps, 0) + check_count("explore_steps", explore_steps, 0)
+    if check_count("total_steps", total_steps, 1) < knee:
+        raise ValueError(
+            f"total_steps must be at least warmup_steps + explore_steps = {knee}, got {total_steps}"
+        )
+    if step < warmup_steps:
+        return peak_lr * step / warmup_steps
+    if step <= knee:
+        return peak_lr
+    return peak_lr * max(total_steps - step, 0.0) / max(total_steps - knee, 1)
+
+
+class KneeLR(LRScheduler):
+    r"""The Knee schedule as a scheduler of PyTorch's.
+
+    After t calls of ``step()`` each group has the rate ``knee_lr(t, ...)`` of its own peak. What other schedulers of
+    a chain, or the caller, multiply a rate by meanwhile stays: the new rate is the old one times what the schedule
+    changes by. Only a rate of zero keeps no factor (as at step 0 with warm-up): from there it is the schedule's own.
+
+    Args:
+        optimizer: whose groups' rates are set.
+        peak_lr: one for all groups, or a sequence of one for each; by default each group's initial rate.
+        warmup_steps: as in :func:`knee_lr`.
+        explore_steps: likewise.
+        total_steps: likewise; from then on the rate is zero.
+        last_epoch: the last step done, where training goes on with an optimizer that was under a schedule before;
+            -1 at the beginning. Or begin anew and use ``load_state_dict``.
+
+    Raises:
+        TypeError, ValueError: an argument that is none of these, named.
+
+    Source:
+        Iyer et al., JMLR 24(65), 2023, arXiv:2003.03977.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0)
+        >>> scheduler = KneeLR(optimizer, explore_steps=1, total_steps=3)
+        >>> for _ in range(3):
+        ...     rate = scheduler.get_last_lr()
+        ...     optimizer.step()
+        ...     scheduler.step()
+        ...     print(rate)
+        [1.0]
+        [1.0]
+        [0.5]
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        peak_lr: float | Sequence[float] | None = None,
+        warmup_steps: int = 0,
+        explore_steps: int,
+        total_steps: int,
+        last_epoch: int = -1,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        groups = optimizer.param_groups
+        if peak_lr is None:
+            peak_lr = [float(group.get("initial_lr", group["lr"])) for group in groups]
+        elif not isinstance(peak_lr, Sequence):
+            peak_lr = [peak_lr] * len(groups)
+        if len(peak_lr) != len(groups):
+            raise ValueError(
+                f"peak_lr must be one rate, or one for each of the {len(groups)} parameter groups; got {len(peak_lr)}"
+            )
+        self.peak_lrs = list(peak_lr)
+        self.warmup_steps, self.explore_steps, self.total_steps = warmup_steps, explore_steps, total_steps
+        self._rates(0)  # refuses arguments before the optimizer is touched
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rates at ``last_epoch``, given those that the groups have. Called by ``step()``."""
+        rates = self._rates(self.last_epoch)
+        if self.last_epoch == 0 or not hasattr(self, "_last_lr"):
+            return [*rates]
+        changes = zip(rates, self._rates(self.last_epoch - 1), self.optimizer.param_groups, strict=True)
+        # Where nobody else has changed the rate the factor is 1, and rounding does not add up.
+        return [rate * float(group["lr"] / before) if before else rate for rate, before, group in changes]
+
+    def _get_closed_form_lr(self) -> list[float | Tensor]:
+        return [*self._rates(self.last_epoch)]  # torch asks for it where a scheduler is given its epoch
+
+    def _rates(self, step: int) -> list[float]:
+        steps = {name: getattr(self, name) for name in ("warmup_steps", "explore_steps", "total_steps")}
+        return [knee_lr(step, peak_lr=peak, **steps) for peak in self.peak_lrs]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a ``state_dict()``, whether the optimizer's own state is loaded before, after, or not at all.
+
+        Rates that nobody has changed since this scheduler set them become those that it had set last.
+        """
+        groups = self.optimizer.param_groups
+        own = [bool(group["lr"] == last) for group, last in zip(groups, self.get_last_lr(), strict=True)]
+        super().load_state_dict(state_dict)
+        for group, last, mine in zip(groups, self.get_last_lr(), own, strict=True):
+            if mine and isinstance(group["lr"], Tensor):
+                group["lr"].fill_(last)
+            elif mine:
+                group["lr"] = last

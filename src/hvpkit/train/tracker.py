@@ -1,0 +1,235 @@
+"""Both ends of the Hessian's spectrum along a training run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hvpkit._typing import LossFn, Seed, Tree
+from hvpkit.curvature import hessian
+from hvpkit.data import as_data
+from hvpkit.errors import check_choice, check_count, check_positive
+from hvpkit.extreme import METHODS, extreme_eigenvalues
+from hvpkit.files import written_whole
+from hvpkit.iterate import Monitor
+from hvpkit.objective import from_module
+from hvpkit.probes import resolve_seed
+from hvpkit.results import ExtremeResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MakeObjective = Callable[[Any], tuple[LossFn, Tree]]
+"""From what a tracker is called with to a loss function and its parameters."""
+
+
+class SpectrumTracker:
+    """Both extreme eigenvalues of the full-data Hessian, every few calls in a training loop.
+
+    Each solve starts from the vectors of the one before. Nothing of the training is touched: not the parameters, nor
+    ``.grad``, ``train()/eval()`` or the global generator.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch)``, or an :class:`hvpkit.Objective`; the tracker is called with ``params``.
+            For a module, which is trained in place, use :meth:`for_module`.
+        data: all examples that the Hessian is over, as of :func:`hvpkit.hessian`.
+        every: of how many calls one is measured, the first one among them; of steps, where calls give their ``step``.
+        tol: relative error of both eigenvalues.
+        method: of :func:`hvpkit.extreme_eigenvalues`.
+        max_matvecs: passes over the data for one measurement, at most; what was found by then is recorded.
+        time_limit: seconds for one measurement, likewise.
+        batch_size, wrt, mode: of :func:`hvpkit.hessian`.
+        seed: of random vectors and samples; the measurement at a step takes its own from it.
+        path: a file of JSON lines, one a measurement, written as soon as it is made. If it is there, the tracker goes
+            on after what it holds. Beside it, under its name with ``.pt`` added, lie the vectors of the last one.
+        monitor: called while a solve runs, as of :func:`hvpkit.extreme_eigenvalues`.
+
+    Attributes:
+        results: pairs of a step and the result there, in order; of those read from a file the vectors are empty.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or out of its range, named; a file that no tracker wrote.
+
+    Cost:
+        Of a measurement what :func:`hvpkit.extreme_eigenvalues` costs: some 10 to 30 passes over the data.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 2
+        >>> tracker = SpectrumTracker.for_module(F.cross_entropy, (x, y), every=10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> for step in range(30):
+        ...     ex = tracker(model, step=step)
+        ...     optimizer.zero_grad()
+        ...     F.cross_entropy(model(x), y).backward()
+        ...     optimizer.step()
+        >>> [record["step"] for record in tracker.records]
+        [0, 10, 20]
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        data: object,
+        *,
+        every: int = 1,
+        tol: float = 1e-2,
+        method: str = "auto",
+        max_matvecs: float | None = None,
+        time_limit: float | None = None,
+        batch_size: int | None = None,
+        wrt: Any = None,
+        mode: str = "auto",
+        seed: Seed = 0,
+        path: str | os.PathLike[str] | None = None,
+        monitor: Monitor | None = None,
+    ) -> None:
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
+        if isinstance(loss_fn, nn.Module):
+            raise TypeError(
+                "loss_fn must be a function of (params, batch), not a module; for a module that is trained in place "
+                "use SpectrumTracker.for_module(criterion, data)"
+            )
+        check_count("every", every, 1)
+        check_positive("tol", tol)
+        check_choice("method", method, METHODS)
+        self._objective: MakeObjective = lambda params: (loss_fn, params)
+        self._data = as_data(data, batch_size=batch_size)
+        self._every, self._seed, self._num_calls = every, resolve_seed(seed), 0
+        self._hessian: dict[str, Any] = {"wrt": wrt, "mode": mode}
+        self._solve: dict[str, Any] = {"tol": tol, "method": method, "monitor": monitor}
+        self._solve |= {"max_matvecs": max_matvecs, "time_limit": time_limit}
+        self._path = None if path is None else Path(path)
+        self._vectors: Tensor | None = None
+        self.results: list[tuple[int, ExtremeResult]] = []
+        if self._path is not None:
+            self._read(self._path)
+
+    @classmethod
+    def for_module(
+        cls, criterion: Callable[..., Tensor], data: object, *, batchnorm: str = "eval", **options: Any
+    ) -> SpectrumTracker:
+        """A tracker that is called with a module, as it is then, its buffers with it.
+
+        Args:
+            criterion: as of :func:`hvpkit.from_module`.
+            batchnorm: likewise.
+            data: all examples, in batches ``(*inputs, targets)`` or dicts, as of :func:`hvpkit.from_module`.
+            options: all others of :class:`SpectrumTracker`.
+        """
+        tracker = cls(_unused, data, **options)
+        tracker._objective = lambda model: from_module(model, criterion, batchnorm=batchnorm)
+        return tracker
+
+    def __call__(self, params: Any, *, step: int | None = None) -> ExtremeResult | None:
+        """Measures, if it is time to; returns the result, or None.
+
+        Args:
+            params: parameters as they are now, or the module.
+            step: of training; by default calls are counted. If training has gone back to a step that was measured
+                already, what was measured from there on is dropped.
+
+        Raises:
+            ValueError: another number of parameters than before; the rest as of :func:`hvpkit.hessian`.
+        """
+        step = self._num_calls if step is None else check_count("step", step, 0)
+        self._num_calls = step + 1
+        if step % self._every:
+            return None
+        loss_fn, values = self._objective(params)
+        H = hessian(loss_fn, values, self._data, **self._hessian)
+        before = self._vectors
+        if before is not None and len(before) != H.n:
+            raise ValueError(
+                f"params has {H.n} parameters in all, and {len(before)} in the last measurement; make another tracker"
+            )
+        kept = [pair for pair in self.results if pair[0] < step]
+        v0 = None if before is None else before.to(H.device, H.dtype)
+        ex = extreme_eigenvalues(H, v0=v0, seed=self._seed + len(kept), **self._solve)
+        self.results = [*kept, (step, ex)]
+        if bool(torch.isfinite(ex.vectors).all()):
+            self._vectors = ex.vectors
+        if self._path is not None:
+            self._write(self._path)
+        return ex
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """One flat dict a measurement: the step, both values with intervals and residuals, passes, seconds, status."""
+        return [{"step": step, **_flat(ex)} for step, ex in self.results]
+
+    def to_frame(self) -> Any:
+        """The records as a ``pandas.DataFrame``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise ImportError(
+                "to_frame needs pandas: pip install pandas; records is the same as dicts"
+            ) from error
+        return DataFrame(self.records)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draws both ends over training, with their intervals; needs ``hvpkit[plots]``."""
+        plots: Any = import_module("hvpkit.plots")  # by name: it is an extra
+        axes: Axes = plots.training(self.results, ax=ax)
+        return axes
+
+    def _write(self, path: Path) -> None:
+        lines = [json.dumps({"step": step, **ex.to_dict()}) + "\n" for step, ex in self.results]
+        with written_whole(path) as draft:
+            draft.write_text("".join(lines), encoding="utf-8")
+        if self._vectors is not None:
+            with written_whole(_beside(path)) as draft:
+                torch.save({"step": self.results[-1][0], "vectors": self._vectors}, draft)
+
+    def _read(self, path: Path) -> None:
+        if not path.parent.is_dir():
+            raise ValueError(f"path: there is no folder {path.parent}; make it first")
+        if not path.exists():
+            return
+        try:
+            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            self.results = [(int(entry["step"]), ExtremeResult.from_dict(entry)) for entry in entries]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"path: {path} is not a file that SpectrumTracker wrote ({error})") from error
+        if self.results:
+            self._num_calls = self.results[-1][0] + 1
+        if self.results and _beside(path).exists():
+            found = torch.load(_beside(path), map_location="cpu", weights_only=True)
+            self._vectors = found["vectors"] if found["step"] == self.results[-1][0] else None
+
+
+def _unused(_params: Tree, _batch: Any) -> Tensor:
+    """In the place of a loss function, where a module and a criterion make one for each call."""
+    raise AssertionError
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.pt")
+
+
+def _flat(ex: ExtremeResult) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for name, pair in (("smallest", ex.smallest), ("largest", ex.largest)):
+        record |= {
+            name: pair.value,
+            f"{name}_lower": pair.interval.lower,
+            f"{name}_upper": pair.interval.upper,
+            f"{name}_kind": pair.interval.kind,
+            f"{name}_residual_norm": pair.residual_norm,
+        }
+    return record | {"passes": ex.num_matvecs, "seconds": ex.seconds, "status": str(ex.status)}

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import hvpkit as hk
+from hvpkit.train import SpectrumTracker
+from problems import network
+
+
+def data(num_examples: int = 120) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(num_examples, 4, generator=g), torch.randint(3, (num_examples,), generator=g)
+
+
+def module() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def train(model: nn.Module, steps: range, tracker: SpectrumTracker | None = None, count: bool = True) -> None:
+    x, y = data()
+    for step in steps:
+        if tracker is not None:
+            tracker(model, step=step if count else None)
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+
+
+def truth(model: nn.Module) -> torch.Tensor:
+    H = hk.hessian(
+        *hk.from_module(copy.deepcopy(model).double(), F.cross_entropy), (data()[0].double(), data()[1])
+    )
+    return torch.linalg.eigvalsh(H @ torch.eye(H.n, dtype=torch.float64))
+
+
+def test_measures_the_module_as_it_is_with_its_buffers() -> None:
+    model, tracker = module(), SpectrumTracker.for_module(F.cross_entropy, data())
+    for start in (0, 5, 10):
+        train(model, range(start, start + 5))
+        model.eval()
+        ex = tracker(model)
+        assert not model.training
+        assert not any(child.training for child in model.modules())
+        model.train()
+        exact = truth(model)
+        assert ex is not None
+        assert ex.smallest.value == pytest.approx(float(exact[0]), rel=1e-2)
+        assert ex.largest.value == pytest.approx(float(exact[-1]), rel=1e-2)
+    assert [step for step, _ in tracker.results] == [0, 1, 2]
+
+
+def test_training_goes_on_as_without_a_tracker() -> None:
+    with_tracker, without = module(), module()
+    before = torch.get_rng_state()
+    train(with_tracker, range(8), SpectrumTracker.for_module(nn.CrossEntropyLoss(), data(), every=3))
+    assert torch.equal(torch.get_rng_state(), before)
+    train(without, range(8))
+    for one, other in zip(with_tracker.state_dict().values(), without.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_functions_of_parameters_are_tracked_as_well() -> None:
+    problem = network("mlp")
+    tracker = SpectrumTracker(problem.objective, problem.data, every=2, wrt="*weight")
+    found = [tracker(problem.params) for _ in range(5)]
+    assert [ex is None for ex in found] == [False, True, False, True, False]
+    H = hk.hessian(problem.objective, problem.params, problem.data, wrt="*weight")
+    assert found[0].vectors.shape == (H.n, 2)
+    assert found[4].largest.value == pytest.approx(found[0].largest.value, rel=1e-2)
+
+
+def test_records_are_flat_and_go_into_a_frame() -> None:
+    tracker = SpectrumTracker.for_module(F.cross_entropy, data(), every=4)
+    train(module(), range(9), tracker)
+    (step, ex), record = tracker.results[1], tracker.records[1]
+    assert [entry["step"] for entry in tracker.records] == [0, 4, 8]
+    assert step == 4
+    assert record["largest"] == ex.largest.value
+    assert record["smallest_lower"] == ex.smallest.interval.lower
+    assert record["passes"] == ex.num_matvecs
+    assert record["status"] == "converged"
+    pandas = pytest.importorskip("pandas")
+    frame = tracker.to_frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame["largest"].tolist() == [entry["largest"] for entry in tracker.records]
+
+
+def test_a_restart_goes_on_to_the_same_bits(tmp_path) -> None:
+    whole = SpectrumTracker.for_module(F.cross_entropy, data(), every=2, path=tmp_path / "whole.jsonl")
+    train(module(), range(10), whole)
+    path, model = tmp_path / "parts.jsonl", module()
+    train(model, range(5), SpectrumTracker.for_module(F.cross_entropy, data(), every=2, path=path))
+    again = SpectrumTracker.for_module(F.cross_entropy, data(), every=2, path=path)
+    assert [step for step, _ in again.results] == [0, 2, 4]
+    train(model, range(5, 10), again, count=False)
+    strip = [{k: v for k, v in entry.items() if k != "seconds"} for entry in again.records]
+    assert strip == [{k: v for k, v in entry.items() if k != "seconds"} for entry in whole.records]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6, 8]
+    assert lines[3]["smallest"]["value"] == again.results[3][1].smallest.value
+
+
+def test_training_that_went_back_replaces_what_came_after(tmp_path) -> None:
+    path, model = tmp_path / "run.jsonl", module()
+    tracker = SpectrumTracker.for_module(F.cross_entropy, data(), path=path)
+    train(model, range(5), tracker)
+    tracker(model, step=2)
+    assert [step for step, _ in tracker.results] == [0, 1, 2]
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_budget_keeps_what_was_found_by_then() -> None:
+    tracker = SpectrumTracker.for_module(F.cross_entropy, data(), max_matvecs=5)
+    ex = tracker(module())
+    assert ex is not None
+    assert ex.status is hk.Status.MAX_MATVECS
+    assert ex.num_matvecs <= 5
+    assert tracker.records[0]["status"] == "max-matvecs"
+
+
+def test_monitor_and_method_reach_the_solver() -> None:
+    seen: list[hk.Progress] = []
+    tracker = SpectrumTracker.for_module(
+        F.cross_entropy, data(), method="lanczos", monitor=seen.append, tol=0.1
+    )
+    ex = tracker(module())
+    assert ex is not None
+    assert tuple(seen) == ex.history
+    assert ex.tol == 0.1
+
+
+def test_picture_has_both_ends_at_all_steps() -> None:
+    tracker = SpectrumTracker.for_module(F.cross_entropy, data(), every=4)
+    train(module(), range(9), tracker)
+    ax = tracker.plot()
+    assert sorted(line.get_label() for line in ax.lines if line.get_label() in ("smallest", "largest")) == [
+        "largest",
+        "smallest",
+    ]
+    assert all(list(line.get_xdata()) == [0, 4, 8] for line in ax.lines if line.get_label() == "largest")
+    plt.close(ax.figure)
+
+
+def test_other_parameters_are_refused() -> None:
+    tracker = SpectrumTracker(lambda p, batch: (batch @ p) ** 2, torch.randn(20, 3))
+    tracker(torch.ones(3))
+    tracker_of_two = SpectrumTracker(lambda p, batch: (batch[:, : len(p)] @ p) ** 2, torch.randn(20, 3))
+    tracker_of_two(torch.ones(3))
+    with pytest.raises(ValueError, match=r"^params has 2 parameters"):
+        tracker_of_two(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "name"),
+    [
+        ({"every": 0}, ValueError, "every"),
+        ({"tol": -1.0}, ValueError, "tol"),
+        ({"method": "power"}, ValueError, "method"),
+        ({"path": "/no/such/folder/run.jsonl"}, ValueError, "path"),
+    ],
+)
+def test_bad_argument_is_named(options: dict[str, object], error: type[Exception], name: str) -> None:
+    with pytest.raises(error, match=rf"^{name}"):
+        SpectrumTracker.for_module(F.cross_entropy, data(), **options)
+
+
+def test_module_and_nonsense_as_loss_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"^loss_fn .*for_module"):
+        SpectrumTracker(module(), data())
+    with pytest.raises(TypeError, match=r"^loss_fn"):
+        SpectrumTracker(3, data())
+
+
+def test_another_file_is_refused_and_kept(tmp_path) -> None:
+    path = tmp_path / "notes.txt"
+    for text in ("my notes\n", '{"step": 1}\n', "[1]\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"^path: .* is not a file that SpectrumTracker wrote"):
+            SpectrumTracker.for_module(F.cross_entropy, data(), path=path)
+        assert path.read_text() == text
