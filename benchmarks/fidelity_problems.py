@@ -1,14 +1,17 @@
-"""Trained networks to measure passes on, from data that packages ship; parameters are trained once and kept.
+"""Trained networks to measure passes on; parameters are trained once and kept.
 
-    python benchmarks/fidelity_problems.py --cache DIR
+    python benchmarks/fidelity_problems.py --cache DIR [--cifar10 DIR]
 
-trains what is missing there: minutes to an hour on two cores.
+trains what is missing in the cache: minutes on two cores. Data come with packages, but for CIFAR-10: the folder that
+holds its standard ``cifar-10-batches-py``, by ``--cifar10`` or in the environment as CIFAR10; without it that problem
+is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import pydoc_data.topics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit.zoo import digits, digits_cnn
+from hvpkit.zoo import cifar10, digits, digits_cnn
 
 cross_entropy = partial(F.cross_entropy, reduction="none")
 Data = tuple[Tensor, Tensor]
@@ -53,6 +56,12 @@ def shifted_mnist() -> Data:
     return torch.cat(images).flatten(1), y.repeat(8)
 
 
+def cifar(num_examples: int = 20_000) -> Data:
+    """The first images of CIFAR-10's training set: ``[N, 3, 32, 32]``."""
+    x, y = cifar10(os.environ["CIFAR10"], normalize=True)
+    return x[:num_examples].clone(), y[:num_examples].clone()
+
+
 def characters(num_examples: int = 20_000, length: int = 16) -> Data:
     """Pieces of the standard library's help texts, and the same one character on: ``[N, 16]`` in 64 classes."""
     text = "".join(pydoc_data.topics.topics.values()).encode()
@@ -78,10 +87,10 @@ class Block(nn.Module):
         return F.relu(self.norms[1](self.second(hidden)) + self.skip(x))
 
 
-def resnet(width: int = 4) -> nn.Module:
-    """A ResNet of three blocks for small images of one channel."""
+def resnet(width: int = 4, channels: int = 1, stride: int = 1) -> nn.Module:
+    """A ResNet of three blocks for small images; the first convolution has the stride."""
     return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1, bias=False),
+        nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
         Block(width, width, 1),
@@ -135,7 +144,13 @@ RECIPES: dict[str, Recipe] = {
     "MNIST ResNet, late": Recipe(mnist, resnet, 60, 0.03),
     "dense, 40,000 digits": Recipe(shifted_mnist, dense, 10, 0.34, 1e-3),
     "transformer, characters": Recipe(characters, Transformer, 2),
+    "CIFAR-10 ResNet": Recipe(cifar, partial(resnet, 4, 3, 4), 15, 1.2, 3e-3),
 }
+
+
+def available() -> list[str]:
+    """The problems whose data are here."""
+    return [name for name, recipe in RECIPES.items() if recipe.data is not cifar or "CIFAR10" in os.environ]
 
 
 def train(name: str, recipe: Recipe) -> nn.Module:
@@ -162,7 +177,9 @@ def train(name: str, recipe: Recipe) -> nn.Module:
     return model
 
 
-def problem(name: str, cache: Path) -> tuple[hk.Objective, dict[str, Tensor], Data]:
+def problem(
+    name: str, cache: Path, dtype: torch.dtype = torch.float32
+) -> tuple[hk.Objective, dict[str, Tensor], Data]:
     """Objective, parameters and data of a trained network; trains it first if the cache lacks it."""
     recipe = RECIPES[name]
     file = cache / (name.replace(" ", "_").replace(",", "") + ".pt")
@@ -171,8 +188,9 @@ def problem(name: str, cache: Path) -> tuple[hk.Objective, dict[str, Tensor], Da
         cache.mkdir(parents=True, exist_ok=True)
         torch.save(train(name, recipe).state_dict(), file)
     model.load_state_dict(torch.load(file, weights_only=True))
-    objective, params = hk.from_module(model, F.cross_entropy)
-    return objective, params, recipe.data()
+    objective, params = hk.from_module(model.to(dtype), F.cross_entropy)
+    x, y = recipe.data()
+    return objective, params, (x.to(dtype) if x.is_floating_point() else x, y)
 
 
 def main() -> None:
@@ -180,8 +198,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--cifar10", type=Path)
     arguments = parser.parse_args()
-    for name in RECIPES:
+    if arguments.cifar10:
+        os.environ["CIFAR10"] = str(arguments.cifar10)
+    for name in available():
         objective, params, data = problem(name, arguments.cache)
         n = sum(p.numel() for p in params.values())
         loss = float(hk.loss(objective, params, data))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
+from hvpkit.extreme import worth_sampling
 from oracles import hessian_by_double_backward
 from problems import NETWORKS, SPECTRA, matrix, network
 
@@ -388,8 +389,57 @@ def test_multifidelity_finds_the_same_ends_of_a_hessian_over_data_and_counts_sco
         assert ex.smallest.value == pytest.approx(float(truth[0]), rel=1e-2)
         assert ex.largest.value == pytest.approx(float(truth[-1]), rel=1e-2)
         assert {ex.smallest.interval.kind, ex.largest.interval.kind} <= {"residual", "exact"}
-        assert ex.num_matvecs > ex.history[-1].num_matvecs
-    assert seen
+        assert ex.num_matvecs == ex.history[-1].num_matvecs == seen[-1].num_matvecs
+        assert ex.history[0].num_matvecs > 2 + 1.3 / 9  # two products, and scores of all and of three tenths
+
+
+def single_layer(
+    num_examples: int, n: int = 1000
+) -> tuple[hk.Objective, torch.Tensor, tuple[torch.Tensor, ...]]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(num_examples, n, generator=g, dtype=torch.float64) * torch.logspace(0, -2, n)
+    y = torch.randn(num_examples, generator=g, dtype=torch.float64)
+    objective = hk.Objective(lambda p, batch: torch.tanh(batch[0] @ p), lambda z, batch: (z - batch[1]) ** 2)
+    return objective, torch.full((n,), 0.1, dtype=torch.float64), (x, y)
+
+
+def test_auto_samples_the_hessian_of_an_objective_with_enough_parameters_over_enough_data() -> None:
+    objective, params, data = single_layer(2000)
+
+    def sampled(H: hk.LinearOperator, **options: object) -> bool:
+        ex = hk.extreme_eigenvalues(H, **options)
+        assert ex.converged
+        if H is whole:
+            assert ex.smallest.value == pytest.approx(truth[0], rel=1e-2)
+            assert ex.largest.value == pytest.approx(truth[-1], rel=1e-2)
+        return ex.num_matvecs != round(ex.num_matvecs)
+
+    whole = hk.hessian(objective, params, data)
+    truth = torch.linalg.eigvalsh(whole @ torch.eye(whole.n, dtype=torch.float64)).tolist()
+    assert sampled(whole)
+    assert not sampled(whole, certify=True)
+    assert not sampled(whole, method="lanczos")
+    assert not sampled(hk.hessian(objective, params, tuple(x[:1400] for x in data)))
+    assert not sampled(hk.hessian(*single_layer(2000, 900)))
+    plain = hk.hessian(lambda p, batch: objective(p, batch), params, data)
+    assert not sampled(plain)
+    assert sampled(plain, method="multifidelity")
+    mean = hk.Objective(objective.forward, lambda z, batch: ((z - batch[1]) ** 2).mean())
+    assert not sampled(hk.hessian(mean, params, data))
+    with pytest.raises(ValueError, match="0-d"):
+        hk.extreme_eigenvalues(hk.hessian(mean, params, data), method="multifidelity")
+    assert not worth_sampling(hk.ggn(objective, params, data))
+
+
+def test_result_is_a_start() -> None:
+    H = hk.hessian(*single_layer(2000))
+    first = hk.extreme_eigenvalues(H)
+    for method in ("multifidelity", "lanczos"):
+        by_result, by_vectors = (
+            hk.extreme_eigenvalues(H, method=method, v0=v0) for v0 in (first, first.vectors)
+        )
+        assert torch.equal(by_result.smallest.vector, by_vectors.smallest.vector)
+        assert by_result.num_matvecs == by_vectors.num_matvecs
 
 
 def test_multifidelity_refuses_what_it_cannot_do() -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
-
-from torch import Tensor
 
 from hvpkit._typing import Seed
 from hvpkit.errors import check_choice
 from hvpkit.iterate import Monitor, full_precision
+from hvpkit.objective import Objective
 from hvpkit.operators import LinearOperator
 from hvpkit.probes import resolve_seed
 from hvpkit.results import Eigenpair, EigenResult, ExtremeResult, Interval
+from hvpkit.solvers.arguments import Start
 from hvpkit.solvers.lanczos import lanczos
 from hvpkit.solvers.multifidelity import multifidelity
 
 METHODS = ("auto", "lanczos", "multifidelity")
+
+SMALLEST_DATA = 1500
+"""Examples: with fewer, samples that tell something cost too much of a pass."""
+
+SMALLEST_SIZE = 1000
+"""Parameters: with fewer, Lanczos is soon through."""
 
 LARGEST_SAMPLE = 4000
 """Examples: what a sample is good for depends on their number, what it costs on their share."""
@@ -36,29 +41,34 @@ def extreme_eigenvalues(
     certify: bool = False,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
-    v0: Tensor | None = None,
+    v0: Start | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> ExtremeResult:
     r"""The smallest and the largest eigenvalue, with vectors, residuals and intervals.
 
-    Both ends come from one Krylov space. The solve stops when for both
-    ``error_bound <= tol * |value|``, with the residual's norm or its square over the gap as the bound, and
-    when it is unlikely (probability 0.3) that an eigenvalue hides further out than ``2 tol * |value|``. An end
-    that is zero to rounding has no relative digits: see :func:`hvpkit.lanczos`.
+    The solve stops when for both ends ``error_bound <= tol * |value|``. By ``"lanczos"`` both come from one Krylov
+    space, the bound is the residual's norm or its square over the gap, and it has to be unlikely (probability 0.3) that
+    an eigenvalue hides further out than ``2 tol * |value|``. By ``"multifidelity"`` most of the work is done on samples
+    of the data, for a third to two thirds of the passes; the bound is an estimate of the error by a sample. Each
+    interval's ``kind`` says what it rests on. An end that is zero to rounding has no relative digits: see
+    :func:`hvpkit.lanczos`.
 
     Args:
         H: symmetric operator, as from :func:`hvpkit.hessian`.
         tol: relative error of each eigenvalue.
-        method: ``"lanczos"``, which ``"auto"`` is; or ``"multifidelity"``: most of the work on weighted samples of the
-            data, for a Hessian over tens of thousands of examples (over a thousand it saves nothing), and intervals
-            that rest on residuals alone, without a confidence. See :func:`hvpkit.multifidelity`.
-        confidence: of each interval, over random starts.
-        certify: go on until each interval is at most ``tol * |value|`` wide; about a third more passes.
+        method: ``"multifidelity"``, which turns to Lanczos where samples do not help; its intervals rest on residuals
+            alone, without a confidence, and where the next eigenvalue is only a few tol away it may have that one:
+            see :func:`hvpkit.multifidelity`. ``"lanczos"``: all of the work on all of the data. ``"auto"``: the first
+            for the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 1,500 examples,
+            if neither ``certify`` nor ``checkpoint`` is asked for; else the second.
+        confidence: of each interval by Lanczos, over random starts.
+        certify: by Lanczos, and on until each interval is at most ``tol * |value|`` wide; about a third more passes.
         max_matvecs: full-data products, at most; 1,000 by default.
         time_limit: seconds.
-        v0: start ``[n]`` or ``[n, p]``, as vectors of an earlier result.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result: consecutive checkpoints of a training run share most
+            of their work.
         seed: of random vectors; the same seed gives the same bits.
         monitor: called with a :class:`hvpkit.Progress` after each look, as :func:`hvpkit.progress_bar` is.
         checkpoint: a file. The solve is saved there every minute, at a limit and when it is interrupted, and the
@@ -66,16 +76,17 @@ def extreme_eigenvalues(
 
     Returns:
         The two pairs, and how it went. The interval of an end reaches from the Ritz value, which never lies
-        outside of the spectrum, out to where with probability ``confidence`` no eigenvalue is: see
-        :mod:`hvpkit.solvers.bounds`. Without ``certify`` it may be wider than ``tol``. A limit that is reached,
-        or a product that is not finite, is a status, with what was found until then.
+        outside of the spectrum, out to where, of kind ``"random-start"``, with probability ``confidence`` no eigenvalue
+        is: see :mod:`hvpkit.solvers.bounds`; of kind ``"residual"``, as far as the residual's norm. Without ``certify``
+        it may be wider than ``tol``. A limit that is reached, or a product that is not finite, is a status, with what
+        was found until then.
 
     Raises:
         ValueError: an argument out of its range, named; a checkpoint of another solve.
         NotSymmetricError: ``H`` is not symmetric beyond rounding.
 
     Cost:
-        Passes over the data as ``num_matvecs`` says, one of them to verify the residuals.
+        Passes over the data as ``num_matvecs`` says; by Lanczos, one of them to verify the residuals.
 
     Example:
         >>> import torch, hvpkit as hk
@@ -85,11 +96,29 @@ def extreme_eigenvalues(
         (-0.5, 100.0, True)
     """
     check_choice("method", method, METHODS)
-    if method == "multifidelity":
-        if certify or checkpoint is not None:
-            raise ValueError('certify and checkpoint are for method="lanczos"; leave them out')
-        found = _by_samples(H, tol, max_matvecs, time_limit, v0, seed, monitor)
-        return _result(H, found, tol)
+    plain = not certify and checkpoint is None
+    if method == "multifidelity" and not plain:
+        raise ValueError('certify and checkpoint are for method="lanczos"; leave them out')
+    if method == "multifidelity" or (method == "auto" and plain and worth_sampling(H)):
+        number = resolve_seed(seed)
+        try:
+            levels, spent = sample_levels(H, number)
+        except (TypeError, ValueError):
+            if method == "multifidelity":
+                raise
+        else:
+            found = multifidelity(
+                levels,
+                v0=v0,
+                tol=tol,
+                confidence=confidence,
+                spent=spent,
+                max_matvecs=max_matvecs,
+                time_limit=time_limit,
+                seed=number,
+                monitor=monitor,
+            )
+            return _result(H, found, tol)
     found = lanczos(
         H,
         min(2, H.n),
@@ -107,32 +136,34 @@ def extreme_eigenvalues(
     return _result(H, found, tol)
 
 
-def _by_samples(
-    H: LinearOperator,
-    tol: float,
-    max_matvecs: float | None,
-    time_limit: float | None,
-    v0: Tensor | None,
-    seed: Seed,
-    monitor: Monitor | None,
-) -> EigenResult:
-    """Both ends by two nested samples and all of the data, the passes for scores counted."""
-    whole, number = H.num_examples or 1, resolve_seed(seed)
+def worth_sampling(H: LinearOperator) -> bool:
+    """Whether samples of the data are likely to save passes: a large Hessian over many examples that have outputs."""
+    return (
+        H.n >= SMALLEST_SIZE
+        and H.origin is not None
+        and H.origin.kind == "hessian"
+        and isinstance(H.origin.loss_fn, Objective)
+        and H.subset is not None
+        and H.origin.data.num_examples >= SMALLEST_DATA
+    )
+
+
+def sample_levels(H: LinearOperator, seed: int) -> tuple[list[LinearOperator], float]:
+    """Two nested samples and the operator itself, for :func:`hvpkit.multifidelity`, and the passes for their scores.
+
+    The small sample is a tenth of the data, up to 4,000 examples; the other is three times that.
+
+    Raises:
+        TypeError, ValueError: ``H`` is not over examples that can be weighted.
+    """
+    whole = H.num_examples or 1
+    importance = "residual" if H.origin and isinstance(H.origin.loss_fn, Objective) else "loss"
     small = min(max(whole // 10, min(whole, 200)), LARGEST_SAMPLE)
     middle = min(3 * small, whole)
-    coarse = H.coarsen(middle, seed=number)
-    levels = [coarse.coarsen(small, seed=number), *([coarse] if 2 * middle < whole else []), H]
-    scoring = FORWARD_PASS * (H.cost + coarse.cost)
-    found = multifidelity(
-        levels,
-        v0=v0,
-        tol=tol,
-        max_matvecs=None if max_matvecs is None else max_matvecs - scoring,
-        time_limit=time_limit,
-        seed=number,
-        monitor=monitor,
-    )
-    return replace(found, num_matvecs=found.num_matvecs + scoring)
+    coarse = H.coarsen(middle, importance=importance, seed=seed)
+    small_one = coarse.coarsen(small, importance=importance, seed=seed)
+    levels = [small_one, *([coarse] if 2 * middle < whole else []), H]
+    return levels, FORWARD_PASS * (H.cost + coarse.cost)
 
 
 def _result(H: LinearOperator, found: EigenResult, tol: float) -> ExtremeResult:

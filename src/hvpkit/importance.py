@@ -16,7 +16,7 @@ from hvpkit._typing import Batch, LossFn
 from hvpkit.data import Data
 from hvpkit.objective import Objective
 from hvpkit.probes import generator
-from hvpkit.products import Leaves, exact_derivatives
+from hvpkit.products import Leaves, check_per_example, exact_derivatives
 from hvpkit.trees import Layout, batch_size, unflatten
 
 Importance = str | Callable[[object, Batch], Tensor] | None
@@ -34,14 +34,22 @@ def _residual(loss_fn: LossFn, params: object, batch: Batch) -> Tensor:
             'importance="loss" or "gradient"'
         )
     with torch.no_grad():
-        outputs = loss_fn.forward(params, batch)
-    if not isinstance(outputs, Tensor):
-        raise ValueError('importance="residual" needs outputs that are one tensor; take importance="loss"')
+        outputs, spec = _pytree.tree_flatten(loss_fn.forward(params, batch))
+    points = [x.detach().requires_grad_() if _is_real(x) else x for x in outputs]
+    wanted = [point for point in points if _is_real(point)]
+    if not wanted:
+        raise ValueError('importance="residual" needs outputs that are real tensors; take importance="loss"')
     with torch.enable_grad():
-        outputs = outputs.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(loss_fn.output_loss(outputs, batch).sum(), outputs)
-    norms: Tensor = torch.linalg.vector_norm(slope.reshape(batch_size(batch), -1), dim=1)
+        losses = loss_fn.output_loss(_pytree.tree_unflatten(points, spec), batch)
+        slopes = torch.autograd.grad(losses.sum(), wanted, allow_unused=True, materialize_grads=True)
+    size = batch_size(batch)
+    check_per_example(losses, size)
+    norms: Tensor = torch.linalg.vector_norm(torch.cat([x.reshape(size, -1) for x in slopes], dim=1), dim=1)
     return norms
+
+
+def _is_real(output: object) -> bool:
+    return isinstance(output, Tensor) and output.is_floating_point()
 
 
 def _loss(loss_fn: LossFn, params: object, batch: Batch) -> Tensor:

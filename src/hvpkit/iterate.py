@@ -64,6 +64,7 @@ class Look(Generic[S]):
         smallest_bound, largest_bound: their residuals' norms.
         status: set if the solve is over.
         num_steps: steps until the next look; each look waits for the device.
+        level: of several operators, the one that is drawn on.
     """
 
     state: S
@@ -73,6 +74,7 @@ class Look(Generic[S]):
     largest_bound: float
     status: Status | None
     num_steps: int
+    level: int = 0
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,8 @@ def iterate(
             if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
                 seconds = time.perf_counter() - begin
                 bounds = found.smallest_bound, found.largest_bound
-                history.append(Progress(state.num_matvecs, seconds, found.smallest, found.largest, *bounds))
+                ends = found.smallest, found.largest
+                history.append(Progress(state.num_matvecs, seconds, *ends, *bounds, found.level))
                 if monitor is not None:
                     monitor(history[-1])
             status = found.status or limit

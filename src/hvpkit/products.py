@@ -183,12 +183,17 @@ def share(losses: Tensor, size: int, weights: Tensor | None, num_examples: int) 
     check_losses(losses, size)
     if weights is None:
         return losses.mean() * (size / num_examples)  # a sum might overflow in half precision
+    check_per_example(losses, size)
+    return torch.dot(losses, weights.to(losses.dtype))
+
+
+def check_per_example(losses: Tensor, size: int) -> None:
+    """A ValueError if these are not the losses of examples but their mean."""
     if losses.ndim == 0:
         raise ValueError(
             "loss_fn returned a 0-d mean, which cannot be weighted by example; return one loss "
             f"for each example, shape [{size}]"
         )
-    return torch.dot(losses, weights.to(losses.dtype))
 
 
 def check_losses(losses: object, size: int) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -110,7 +112,8 @@ class Progress:
         num_matvecs: full-data products so far.
         seconds: since the start.
         smallest, largest: the two ends so far, as Ritz values.
-        smallest_bound, largest_bound: norms of their residuals, from the recurrence.
+        smallest_bound, largest_bound: what they may be off by: norms of residuals, from the recurrence, or better.
+        level: of several operators, the one that the solver draws on: see :func:`hvpkit.multifidelity`.
     """
 
     num_matvecs: float
@@ -119,6 +122,7 @@ class Progress:
     largest: float
     smallest_bound: float
     largest_bound: float
+    level: int = 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -198,6 +202,11 @@ class ExtremeResult:
         """Whether both values have the accuracy asked for."""
         return self.status.converged
 
+    @property
+    def vectors(self) -> Tensor:
+        """Both vectors as columns ``[n, 2]``, smallest first."""
+        return torch.stack([self.smallest.vector, self.largest.vector], dim=1)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings for JSON; what is not finite becomes None. Vectors are left out."""
         ends = {
@@ -223,6 +232,21 @@ class ExtremeResult:
         result: dict[str, Any] = _finite_or_none(plain)
         return result
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> ExtremeResult:
+        """The result that :meth:`to_dict` made numbers and strings of; its vectors are empty.
+
+        Raises:
+            ValueError: ``plain`` is not of that form.
+        """
+        try:
+            smallest, largest = (_pair(plain[name]) for name in ("smallest", "largest"))
+            history = tuple(Progress(**_known(entry)) for entry in plain["history"])
+            rest = {name: plain[name] for name in ("num_matvecs", "seconds", "message", "tol", "operator")}
+            return cls(smallest, largest, status=Status(plain["status"]), history=history, **rest)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"plain is not what ExtremeResult.to_dict makes: {error!r}") from error
+
     def summary(self) -> str:
         """A small table of both ends, and a line on how it went."""
         header = f"{'end':<9}{'value':>13}  {'interval':<29}{'residual norm':>14}"
@@ -239,6 +263,21 @@ class ExtremeResult:
             f"<ExtremeResult: smallest {self.smallest!r}, largest {self.largest!r}, {self.status}, "
             f"{self.num_matvecs:g} products>"
         )
+
+
+def _pair(plain: Mapping[str, Any]) -> Eigenpair:
+    """An end, without its vector; what was not finite and became None again infinite or NaN."""
+    where = dict(plain["interval"])
+    for side, outside in (("lower", -math.inf), ("upper", math.inf)):
+        where[side] = outside if where[side] is None else where[side]
+    known = _known({name: plain[name] for name in ("value", "residual_norm", "error_bound")})
+    return Eigenpair(vector=torch.empty(0), interval=Interval(**where), **known)
+
+
+def _known(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of :func:`_finite_or_none` back: bounds that were infinite, values that were NaN."""
+    unknown = {"value": math.nan, "smallest": math.nan, "largest": math.nan}
+    return {name: unknown.get(name, math.inf) if item is None else item for name, item in plain.items()}
 
 
 def _finite_or_none(value: Any) -> Any:

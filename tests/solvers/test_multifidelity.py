@@ -55,7 +55,56 @@ def test_a_good_cheap_level_saves_products_and_a_bad_one_costs_few() -> None:
     op = hk.aslinearoperator(A)
     alone = hk.extreme_eigenvalues(op, tol=1e-2).num_matvecs
     assert multifidelity([near(A, 1e-5), op]).num_matvecs < 0.6 * alone
-    assert multifidelity([near(A, 0.5), op]).num_matvecs < alone + 10
+    assert multifidelity([near(A, 5.0), op]).num_matvecs < alone + 10
+    assert multifidelity([near(A, 0.5), op]).num_matvecs < 2 * alone
+
+
+@pytest.mark.parametrize(("which", "place"), [("SA", 0), ("LA", -1)])
+@pytest.mark.parametrize("noise", [1e-3, 5.0])
+def test_one_end_alone(which: str, place: int, noise: float) -> None:
+    A = matrix(SPECTRA["bulk_with_outliers"])
+    op, truth = hk.aslinearoperator(A), torch.linalg.eigvalsh(A)[place]
+    found = multifidelity([near(A, noise), op], which=which)
+    assert found.converged
+    assert len(found.values) == 1
+    assert float(found.values[0]) == pytest.approx(float(truth), rel=1e-2)
+    assert found.intervals[0].lower <= found.values[0] <= found.intervals[0].upper
+    both = multifidelity([near(A, noise), op])
+    assert found.num_matvecs <= both.num_matvecs
+
+
+def test_after_levels_that_do_not_help_bounds_are_those_of_lanczos() -> None:
+    A = matrix(SPECTRA["indefinite"])
+    seen: list[hk.Progress] = []
+    found = multifidelity(
+        [near(A, 5.0), hk.aslinearoperator(A)], spent=0.5, confidence=0.9, monitor=seen.append
+    )
+    assert [interval.kind for interval in found.intervals] == ["random-start", "random-start"]
+    assert found.intervals[0].confidence == 0.9
+    assert tuple(seen) == found.history
+    assert {entry.level for entry in found.history} == {0, 1}
+    passes = [entry.num_matvecs for entry in found.history]
+    assert passes == sorted(passes)
+    assert passes[0] > 0.5
+    assert found.num_matvecs == passes[-1] + 1  # that verifies
+
+
+@pytest.mark.parametrize("limit", ["max_matvecs", "time_limit"])
+def test_limits_reach_into_what_follows_the_levels(limit: str) -> None:
+    A = matrix(SPECTRA["clustered"])
+    levels = [near(A, 5.0), hk.aslinearoperator(A)]
+    if limit == "max_matvecs":
+        left = multifidelity(levels, tol=1e-6).history
+        begin = next(entry.num_matvecs for entry in left if entry.level == 1)
+        for budget in (begin + 1, begin + 20):
+            found = multifidelity(levels, tol=1e-6, max_matvecs=budget)
+            assert found.status is hk.Status.MAX_MATVECS
+            assert budget - 6 < found.num_matvecs <= budget
+    else:
+        found = multifidelity(levels, tol=1e-6, time_limit=1e-6)
+        assert found.status is hk.Status.TIME_LIMIT
+        assert found.num_matvecs < 6
+    assert len(found.values) == 2
 
 
 def test_levels_are_left_where_they_do_not_help() -> None:
@@ -101,13 +150,14 @@ def test_products_of_all_levels_are_counted_by_their_cost_and_within_the_budget(
 
 def test_a_warm_start_takes_fewer_products() -> None:
     A = matrix(SPECTRA["bulk_with_outliers"])
-    levels = [near(A, 1e-4), hk.aslinearoperator(A)]
-    first = multifidelity(levels)
-    moved = A + 1e-3 * near(A, 1.0).product(torch.eye(len(A), dtype=A.dtype)) / 80
-    again = [near(moved, 1e-4), hk.aslinearoperator(moved)]
-    warm, cold = (multifidelity(again, v0=v0, tol=1e-4) for v0 in (first.vectors, None))
-    check(warm, moved, 1e-4)
+    first = multifidelity([near(A, 1e-3, cost=0.5), hk.aslinearoperator(A)])
+    moved = A + 1e-4 * near(A, 1.0, seed=2).product(torch.eye(len(A), dtype=A.dtype)) / 80
+    again = [near(moved, 1e-3, cost=0.5), hk.aslinearoperator(moved)]
+    warm, cold = (multifidelity(again, v0=v0) for v0 in (first, None))
+    check(warm, moved, 1e-2)
     assert warm.num_matvecs < cold.num_matvecs
+    same = multifidelity(again, v0=first.vectors)
+    assert torch.equal(same.vectors, warm.vectors)
 
 
 def test_samples_of_a_network() -> None:

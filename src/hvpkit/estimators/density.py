@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,7 +207,9 @@ class Density:
         arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         arrays |= {name: value.numpy() for name, value in arrays.items() if isinstance(value, Tensor)}
         arrays["status"] = str(self.status)
-        arrays["history"] = np.array([list(asdict(entry).values()) for entry in self.history]).reshape(-1, 6)
+        arrays["history"] = np.array([astuple(entry) for entry in self.history]).reshape(
+            -1, len(fields(Progress))
+        )
         with written_whole(target) as draft, open(draft, "wb") as file:
             np.savez(file, **arrays)
 
@@ -228,7 +230,9 @@ class Density:
                 name: torch.from_numpy(file[name]) if file[name].ndim else file[name].item() for name in names
             }
         found["status"] = Status(found["status"])
-        found["history"] = tuple(Progress(*row) for row in found["history"].tolist())
+        columns = [field.name for field in fields(Progress)]
+        entries = [dict(zip(columns, row, strict=True)) for row in found["history"].tolist()]
+        found["history"] = tuple(Progress(**entry | {"level": int(entry["level"])}) for entry in entries)
         return cls(**found)
 
 

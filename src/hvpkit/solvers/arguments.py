@@ -14,9 +14,13 @@ from hvpkit.iterate import Limits
 from hvpkit.operators import LinearOperator
 from hvpkit.probes import resolve_seed
 from hvpkit.products import check_like
+from hvpkit.results import EigenResult, ExtremeResult
 from hvpkit.solvers.rayleigh_ritz import WHICH
 
 DEFAULT_MAX_MATVECS = 1000.0
+
+Start = Tensor | EigenResult | ExtremeResult
+"""Where to begin: vectors ``[n]`` or ``[n, p]``, or an earlier result, whose vectors are meant."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def check_arguments(
     k: int,
     which: str,
     *,
-    v0: Tensor | None,
+    v0: Start | None,
     tol: float,
     max_matvecs: float | None,
     time_limit: float | None,
@@ -87,14 +91,16 @@ def check_arguments(
     )
 
 
-def check_start(op: LinearOperator, v0: Tensor | None) -> Tensor | None:
-    """The start of the caller's as columns ``[n, p]``.
+def check_start(op: LinearOperator, v0: Start | None) -> Tensor | None:
+    """The start of the caller's as columns ``[n, p]``; of an earlier result, its vectors.
 
     Raises:
         ValueError: it has another shape, dtype or device, or a column that is zero or not finite.
     """
     if v0 is None:
         return None
+    if isinstance(v0, EigenResult | ExtremeResult):
+        v0 = v0.vectors
     if not isinstance(v0, Tensor) or v0.ndim not in (1, 2) or v0.shape[0] != op.n or not v0.numel():
         found = list(v0.shape) if isinstance(v0, Tensor) else type(v0).__name__
         raise ValueError(f"v0 must be a tensor of shape [{op.n}] or [{op.n}, p], got {found}")

@@ -38,7 +38,7 @@ from hvpkit.errors import check_count
 from hvpkit.iterate import Monitor, full_precision
 from hvpkit.operators import LinearOperator, Product
 from hvpkit.results import EigenResult, Status
-from hvpkit.solvers.arguments import check_arguments
+from hvpkit.solvers.arguments import Start, check_arguments
 from hvpkit.solvers.block import start_
 from hvpkit.solvers.finish import Checked, check_pairs, concluded, floor
 from hvpkit.solvers.rayleigh_ritz import most_at_one_end
@@ -172,7 +172,7 @@ def eigsh(
     k: int = 1,
     *,
     which: str = "LA",
-    v0: Tensor | None = None,
+    v0: Start | None = None,
     tol: float = 1e-3,
     ncv: int | None = None,
     max_matvecs: float | None = None,
@@ -200,7 +200,7 @@ def eigsh(
         k: how many pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest, ``"LM"`` the largest in magnitude, ``"BE"`` half
             from each end (the odd one from the high end).
-        v0: start ``[n]`` or ``[n, p]``: the sum of the columns and a tenth of a random vector.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result: the sum of the columns and a tenth of a random vector.
         tol: relative error of the eigenvalues.
         ncv: basis vectors before a restart, by default ``max(2 k + 1, 20)``.
         max_matvecs: full-data products, at most; by default 1,000, or ten for each pair if that is more.
@@ -250,7 +250,7 @@ def scipy_lobpcg(
     k: int = 1,
     *,
     which: str = "LA",
-    v0: Tensor | None = None,
+    v0: Start | None = None,
     tol: float = 1e-3,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
@@ -275,8 +275,8 @@ def scipy_lobpcg(
         op: symmetric operator. SciPy works on the CPU: vectors are copied for each product.
         k: how many pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest.
-        v0: start ``[n]`` or ``[n, p]``. The columns are dealt out to the vectors of the block, each with a tenth
-            of a random vector, so that nothing is missed.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are dealt out to the vectors of the block,
+            each with a tenth of a random vector, so that nothing is missed.
         tol: relative error of the eigenvalues.
         max_matvecs: full-data products, at most; by default 1,000, or ten for each pair if that is more.
         time_limit: seconds.

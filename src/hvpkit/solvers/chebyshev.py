@@ -43,7 +43,7 @@ from hvpkit.errors import check_count
 from hvpkit.iterate import Look, Monitor, full_precision, iterate
 from hvpkit.operators import LinearOperator
 from hvpkit.results import EigenResult, Status
-from hvpkit.solvers.arguments import Request, check_arguments
+from hvpkit.solvers.arguments import Request, Start, check_arguments
 from hvpkit.solvers.block import residuals_of, row_norms
 from hvpkit.solvers.chebyshev_filter import Filter, make_plan, next_term
 from hvpkit.solvers.finish import Checked, concluded, judge
@@ -184,7 +184,7 @@ def chebyshev(
     k: int = 1,
     *,
     which: str = "LA",
-    v0: Tensor | None = None,
+    v0: Start | None = None,
     tol: float = 1e-3,
     block_size: int | None = None,
     max_matvecs: float | None = None,
@@ -210,8 +210,8 @@ def chebyshev(
         k: how many pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest, ``"BE"`` half from each end (the odd one from the
             high end), by a filter that damps what lies between.
-        v0: start ``[n]`` or ``[n, p]``. The columns are dealt out to the vectors of the block, each with a
-            tenth of a random vector, so that nothing is missed.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are dealt out to the vectors of the block,
+            each with a tenth of a random vector, so that nothing is missed.
         tol: relative error of the eigenvalues.
         block_size: vectors to filter, at least ``k``; by default one more for each end where several are wanted,
             without which one of them may be missed where many lie close together.

@@ -38,7 +38,7 @@ from hvpkit.iterate import Look, Monitor, full_precision, iterate
 from hvpkit.operators import LinearOperator
 from hvpkit.results import EigenResult, Status
 from hvpkit.solvers import finish
-from hvpkit.solvers.arguments import check_arguments
+from hvpkit.solvers.arguments import Start, check_arguments
 from hvpkit.solvers.bounds import kato_temple, uniform_distance
 from hvpkit.solvers.krylov import (
     State,
@@ -272,7 +272,7 @@ def lanczos(
     k: int = 1,
     *,
     which: str = "LA",
-    v0: Tensor | None = None,
+    v0: Start | None = None,
     tol: float = 1e-3,
     ncv: int | None = None,
     block_size: int = 1,
@@ -299,8 +299,8 @@ def lanczos(
         k: how many pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest, ``"LM"`` the largest in magnitude, ``"BE"`` half
             from each end (the odd one from the high end), all from one Krylov space.
-        v0: start ``[n]`` or ``[n, p]``. The columns are dealt out to the vectors of the block (all to the
-            one vector of a block of one), each with a tenth of a random vector, so that nothing is missed.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are dealt out to the vectors of the block
+            (all to the one vector of a block of one), each with a tenth of a random vector, so that nothing is missed.
         tol: relative error of the eigenvalues.
         ncv: the most basis vectors before a restart, by default what fits into 4 GiB, at most 300 or 4 k.
         block_size: vectors in one product. Operators share work among them; the count of products grows.

@@ -37,7 +37,7 @@ from hvpkit._typing import Seed
 from hvpkit.iterate import Look, Monitor, full_precision, iterate
 from hvpkit.operators import LinearOperator
 from hvpkit.results import EigenResult, Status
-from hvpkit.solvers.arguments import Request, check_arguments
+from hvpkit.solvers.arguments import Request, Start, check_arguments
 from hvpkit.solvers.block import residuals_of, row_norms
 from hvpkit.solvers.finish import Checked, concluded, judge, rounding
 from hvpkit.solvers.rayleigh_ritz import num_at_low_end, select
@@ -178,7 +178,7 @@ def lobpcg(
     k: int = 1,
     *,
     which: str = "LA",
-    v0: Tensor | None = None,
+    v0: Start | None = None,
     tol: float = 1e-3,
     preconditioner: Preconditioner | None = None,
     max_matvecs: float | None = None,
@@ -203,8 +203,8 @@ def lobpcg(
         k: how many pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest, ``"BE"`` half from each end (the odd one from the
             high end), all in one block.
-        v0: start ``[n]`` or ``[n, p]``. The columns are dealt out to the vectors of the block, each with a
-            tenth of a random vector, so that nothing is missed.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are dealt out to the vectors of the block,
+            each with a tenth of a random vector, so that nothing is missed.
         tol: relative error of the eigenvalues.
         preconditioner: ``[n, p]`` to ``[n, p]``, applied to residuals: for the low end an approximate inverse of
             the operator, positive definite, less a shift near the end.

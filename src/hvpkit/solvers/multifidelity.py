@@ -11,8 +11,9 @@ Davidson's method; the preconditioner is the inverse of the whole cheap level, c
 eigenvalues which :math:`A_S` has beyond the end are scaled and not chased. A few Lanczos steps on :math:`A_S` from r
 give :math:`f(A_S) r`, and with it :math:`r' f(A_S) r`: by perturbation of second order, by how much :math:`\theta` is
 still off, before the next product is spent. What the last direction gained over what was predicted says how good the
-level is. Where it is little, the next level takes over; on the last one the direction is the residual itself, and the
-method is Lanczos' from where it stands.
+level is. Where it is little, the next level takes over, and after the last cheap one :func:`hvpkit.lanczos`, with its
+own bounds. That begins anew: from vectors that are partly right it takes more products (22 for 17 on a bulk with
+outliers), as what they may lack has to be excluded all the same.
 
 Cost: for each direction a product of the last level and ``num_inner`` of a cheap one. Memory: ``2 ncv + num_inner``
 vectors.
@@ -24,8 +25,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,10 +37,10 @@ from hvpkit.errors import check_count
 from hvpkit.iterate import Look, Monitor, full_precision, iterate
 from hvpkit.operators import LinearOperator
 from hvpkit.probes import normal_vector
-from hvpkit.results import EigenResult, Status
-from hvpkit.solvers.arguments import Request, check_arguments
+from hvpkit.results import EigenResult, Progress, Status
+from hvpkit.solvers.arguments import Request, Start, check_arguments
 from hvpkit.solvers.basis import orthonormalise_
-from hvpkit.solvers.block import power_of_two, residuals_of, row_norms, turn_
+from hvpkit.solvers.block import mixed_start, power_of_two, residuals_of, row_norms, turn_
 from hvpkit.solvers.bounds import kato_temple
 from hvpkit.solvers.finish import (
     Checked,
@@ -49,31 +51,62 @@ from hvpkit.solvers.finish import (
     rounding,
     verdict,
 )
+from hvpkit.solvers.lanczos import lanczos
 from hvpkit.solvers.rayleigh_ritz import select
 from hvpkit.solvers.subspace import Subspace, drop_non_finite, extend, multiply, rayleigh_ritz, start
 
 START_STEPS = 30
-"""Lanczos steps on the first level for the first vectors."""
+"""Lanczos steps on the first level for the first vectors, at most."""
+
+START_ACCURACY = 0.03
+"""These end early if residuals on the first level are at most this share of their values."""
+
+INNER_STEPS = 6, 30
+"""Lanczos steps on a level for a direction: by default as many as cost a product, but at least and at most these."""
+
+SETTLED = 0.1
+"""They end early if the last of them changed what is predicted by no more than this share of it."""
+
+STRIDE = 3
+"""Lanczos steps on a level from one look at them to the next."""
 
 CLAMP = 0.05
-"""Of the spread of the spectrum: the most that the clamp is."""
+"""Of the spread of the spectrum: the most that a clamp is."""
 
-SAFETY = 2.0
+NEAR = 10.0
+"""In units of ``tol * |value|``: eigenvalues nearer to an end than that count as this far away in what bounds it."""
+
+SAFETY = 3.0
 """What a predicted error is multiplied by."""
 
-FIRST_FALL = 0.75
-"""How much a predicted error is taken to fall with a direction, as long as there is only one."""
-
 POOR, PATIENCE = 0.5, 3
-"""A level is left if its last directions gained less than this share of what they predicted, in geometric mean."""
+"""A level is left if its last directions gained less than this share of what they predicted, in geometric mean; one
+direction is enough if it gained very little."""
+
+LEFT = Status.MAX_MATVECS
+"""How the loop ends once all cheap levels were left: what they may do is done."""
+
+ENDS = {"BE": (0, -1), "SA": (0,), "LA": (-1,)}
 
 
 @dataclass(frozen=True)
 class Goal(Request):
-    """What is asked for, with the levels and the number of Lanczos steps on one of them."""
+    """What is asked for, with the levels, the most Lanczos steps on one for a direction, and what levels have cost."""
 
     levels: tuple[LinearOperator, ...]
-    num_inner: int
+    num_inner: int | None
+    spent: float
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Which ends: 0 the low one, -1 the high one."""
+        return ENDS[self.which]
+
+    def inner_steps(self, level: LinearOperator) -> int:
+        """The most Lanczos steps on a level for a direction."""
+        least, most = INNER_STEPS
+        worth = round(self.levels[-1].cost / level.cost) if level.cost else most
+        return min(self.num_inner or min(most, max(least, worth)), level.n)
 
 
 @dataclass(frozen=True)
@@ -81,89 +114,129 @@ class State(Subspace):
     """A basis, and the direction that it grows by next.
 
     Attributes:
-        end: which end's: 0 the low one, -1 the high one.
-        residual: of that end's Ritz vector ``[n]``.
-        direction: what it gave ``[n]``, until the basis grows by it; its length does not matter.
+        end: which end to grow by: 0 the low one, -1 the high one.
+        residuals: of the ends' Ritz vectors ``[2, n]``, or ``[1, n]`` on a basis of one.
+        direction: what that end's residual gave ``[n]``; its length does not matter.
         values: of the ends, over scale.
-        errors: what they may still be off by: bounds, or predictions with what they are likely to lack.
-        predictions: of each end, what the last direction promised to gain; 0 before there is one.
+        errors: what they may be off by: bounds, or predictions.
+        predictions: what their last directions promised to gain.
         gains: of the level's last directions, over what was predicted.
         level: the level that directions come from.
     """
 
     end: int = -1
-    residual: Tensor | None = None
+    residuals: Tensor | None = None
     direction: Tensor | None = None
-    values: tuple[float, float] = (math.nan, math.nan)
-    errors: tuple[float, float] = (math.inf, math.inf)
-    predictions: tuple[float, float] = (0.0, 0.0)
+    values: Mapping[int, float] = field(default_factory=dict)
+    errors: Mapping[int, float] = field(default_factory=dict)
+    predictions: Mapping[int, float] = field(default_factory=dict)
     gains: tuple[float, ...] = ()
     level: int = 0
 
 
 def init(op: LinearOperator, goal: Goal, ncv: int) -> State:
-    """A state with the start of the caller's as new rows, or with room for the first ones."""
-    width = 0 if goal.start is None else min(goal.start.shape[1], ncv // 2)
-    return State(**vars(start(op, goal, width, ncv)))
+    """A state with room for the first rows."""
+    return State(**vars(start(op, replace(goal, start=None), 0, ncv)))
 
 
 def step(op: LinearOperator, goal: Goal, state: State) -> State:
     """Products with new rows; else a direction for the basis to grow by, from a cheap level."""
     if state.num_new:
         return multiply(op, state, 1)
-    if state.residual is None:
+    if not state.num_rows:
         return _started(op, goal, state)
+    if state.residuals is None:
+        return state  # the start gave fewer rows than it might
     return _directed(op, goal, state)
 
 
 def _started(op: LinearOperator, goal: Goal, state: State) -> State:
-    """The extreme Ritz vectors of the first level as new rows, or a random vector if it is the only level."""
-    level = goal.levels[0]
-    vector = normal_vector(op.n, dtype=op.dtype, device=op.device, seed=goal.seed, stream=1)
-    if level is op:
-        return extend(op, goal, state, vector[None])
-    rows, values, coefficients, scale = _krylov(level, vector, min(START_STEPS, op.n), None)
-    new = (coefficients[:, [0, -1]] if len(values) > 1 else coefficients).mT.to(rows) @ rows
+    """The extreme Ritz vectors of the first level as new rows, from the caller's start or a random one."""
+    level, ends = goal.levels[0], list(goal.ends)
+    if goal.start is None:
+        vector = normal_vector(op.n, dtype=op.dtype, device=op.device, seed=goal.seed, stream=1)
+    else:
+        vector = mixed_start(goal.start, 1, goal.seed)[0]
+
+    def close(found: Krylov) -> bool:
+        residuals = found.tail * found.coefficients[-1, ends].abs()
+        return bool((residuals <= START_ACCURACY * found.values[ends].abs()).all())
+
+    found = _krylov(level, vector, min(START_STEPS, op.n), None, close)
+    kept = (
+        [-1] if goal.which == "LA" else [0, -1]
+    )  # the high end is not far, and would else be in every residual
+    new = found.coefficients[:, kept[: len(found.values)]].mT.to(found.rows) @ found.rows
     if not bool(torch.isfinite(new).all()):
         new = vector[None]
-    spent = state.num_matvecs + len(rows) * level.cost
-    return extend(op, goal, replace(state, num_matvecs=spent, scale=scale), new)
+    spent = goal.spent + len(found.rows) * level.cost
+    return extend(op, goal, replace(state, num_matvecs=spent, scale=found.scale), new)
 
 
 def _directed(op: LinearOperator, goal: Goal, state: State) -> State:
-    r"""The state with :math:`f(A_S) r` and what it predicts that the end will gain."""
-    level, residual, end = goal.levels[state.level], state.residual, state.end
-    assert residual is not None
+    r"""The state with :math:`f(A_S) r` and what it predicts that its end will gain."""
+    assert state.residuals is not None
+    level, residual, end = goal.levels[state.level], state.residuals[state.end], state.end
     theta, inwards = state.values[end], 1.0 if end == 0 else -1.0
-    rows, values, coefficients, _ = _krylov(level, residual, min(goal.num_inner, op.n), state.scale)
-    clamp = max(min(abs(theta), CLAMP * (state.values[1] - state.values[0])), floor(op, state.norm))
-    weights = coefficients[0] / (inwards * (values - theta)).clamp(min=clamp)
-    direction = (coefficients @ weights).to(rows) @ rows
-    length = float(op.space.norm(residual))
-    prediction = length**2 * float(coefficients[0] @ weights)
-    state = replace(state, num_matvecs=state.num_matvecs + len(rows) * level.cost, direction=direction)
-    if not math.isfinite(prediction):
+
+    spread = max(state.values[-1] - state.values[0], abs(theta))
+
+    def weights(found: Krylov, share: float) -> Tensor:
+        """The function f at the level's Ritz values, with a clamp of this share of the end's size."""
+        clamp = max(min(share * abs(theta), CLAMP * spread), floor(op, state.norm))
+        return found.coefficients[0] / (inwards * (found.values - theta)).clamp(min=clamp)
+
+    def settled(found: Krylov) -> bool:
+        before.append(float(found.coefficients[0] @ weights(found, NEAR * goal.tol)))
+        return abs(before[-1] - before[-2]) <= SETTLED * before[-1]
+
+    before = [0.0]
+    found = _krylov(level, residual, goal.inner_steps(level), state.scale, settled)
+    state = replace(state, num_matvecs=state.num_matvecs + len(found.rows) * level.cost)
+    squared = float(op.space.norm(residual)) ** 2
+    gain, most = (
+        squared * float(found.coefficients[0] @ weights(found, share)) for share in (1.0, NEAR * goal.tol)
+    )
+    if not math.isfinite(gain):
         return replace(state, direction=residual)
-    before = state.predictions[end]
-    fall = min(prediction / before, 0.95) if before > 0 else FIRST_FALL
-    likely = SAFETY * max((1.0, *state.gains[-1:])) * prediction / (1 - fall)
+    likely = SAFETY * max((1.0, *state.gains)) * most
     return replace(
         state,
-        predictions=_with(state.predictions, end, prediction),
-        errors=_with(state.errors, end, min(state.errors[end], likely)),
+        direction=(found.coefficients @ weights(found, 1.0)).to(found.rows) @ found.rows,
+        predictions={**state.predictions, end: gain},
+        errors={**state.errors, end: min(state.errors[end], likely)},
     )
 
 
-def _with(pair: tuple[float, float], end: int, value: float) -> tuple[float, float]:
-    return (value, pair[1]) if end == 0 else (pair[0], value)
+@dataclass(frozen=True)
+class Krylov:
+    """A Krylov space of a level.
+
+    Attributes:
+        rows: its orthonormal basis ``[m, n]``.
+        values: Ritz values over scale ``[m]``, on the CPU in float64; NaN if a product was not finite.
+        coefficients: of Ritz vectors, in columns ``[m, m]``, likewise.
+        tail: length, over scale, of what the last product adds to the basis; 0 at the end.
+        scale: what products are divided by, 0-d.
+    """
+
+    rows: Tensor
+    values: Tensor
+    coefficients: Tensor
+    tail: float
+    scale: Tensor
 
 
 def _krylov(
-    op: LinearOperator, vector: Tensor, num_steps: int, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lanczos from a vector: rows ``[m, n]``, Ritz values over scale and coefficients ``[m, m]`` (CPU, float64)."""
+    op: LinearOperator,
+    vector: Tensor,
+    num_steps: int,
+    scale: Tensor | None,
+    enough: Callable[[Krylov], bool],
+) -> Krylov:
+    """Lanczos from a vector, for so many steps or until they are enough."""
     rows = torch.empty(num_steps, op.n, dtype=op.dtype, device=op.device)
-    projected = rows.new_zeros(num_steps, num_steps)
+    projected = rows.new_zeros(num_steps + 1, num_steps)
     alive, norm = rows.new_zeros(num_steps), rows.new_zeros(())
     alive[0] = orthonormalise_(op.space, rows, 0, vector / vector.abs().max(), norm)[2]
     for row in range(num_steps):
@@ -171,97 +244,130 @@ def _krylov(
         if scale is None:
             scale = power_of_two(image.abs().max())
         image, norm = image / scale, torch.maximum(norm, op.space.norm(image / scale))
-        if row + 1 < num_steps:
-            projected[: row + 1, row], projected[row + 1, row], alive[row + 1] = orthonormalise_(
-                op.space, rows, row + 1, image, norm
-            )
+        count = row + 1
+        if count == num_steps:
+            projected[:count, row] = op.space.dots(rows, image)
         else:
-            projected[:, row] = op.space.dots(rows, image)
+            projected[:count, row], projected[count, row], alive[count] = orthonormalise_(
+                op.space, rows, count, image, norm
+            )
+        if count % STRIDE == 0 or count == num_steps:
+            found = _ritz(rows[:count], projected[: count + 1, :count], alive[:count], scale)
+            if count < num_steps and (not math.isfinite(found.tail) or enough(found)):
+                break
+    return found
+
+
+def _ritz(rows: Tensor, projected: Tensor, alive: Tensor, scale: Tensor) -> Krylov:
+    """Ritz pairs on those rows that are not zero."""
     kept = alive.cpu().nonzero().flatten()
-    small = projected.to("cpu", torch.float64)[kept][:, kept]
-    assert scale is not None
+    small = projected.to("cpu", torch.float64)
+    tail, small = float(small[-1, -1]), small[kept][:, kept]
     if not bool(torch.isfinite(small).all()):
-        small = torch.full_like(small, math.nan)
-        return rows[kept], small.diagonal(), small, scale
+        nothing = torch.full_like(small, math.nan)
+        return Krylov(rows[kept], nothing.diagonal(), nothing, math.nan, scale)
     values, coefficients = torch.linalg.eigh((small + small.mT) / 2)
-    return rows[kept], values, coefficients, scale
+    return Krylov(rows[kept], values, coefficients, tail, scale)
 
 
 def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
     """The ends so far, whether they are good enough, and what to do next."""
-    nothing = math.nan, math.nan, math.inf, math.inf
     if state.num_fresh:
         state = _seen(op, goal, drop_non_finite(state))
-    elif not state.num_rows:
-        return Look(state, *nothing, status=None, num_steps=max(1, state.num_new))
-    status = _status(op, goal, state)
-    if status is None and state.direction is not None:
-        state = extend(op, goal, _with_room(op, state), state.direction[None])
-        state = replace(state, direction=None, residual=None)
+    if not state.num_rows:
+        nothing = math.nan, math.nan, math.inf, math.inf
+        status = None if state.suspect is None else Status.NON_FINITE
+        return Look(state, *nothing, status=status, num_steps=3)
+    end = _neediest(op, goal, state)
+    status = _status(op, goal, state, end is None)
+    if status is None and end is not None:
+        state = _aimed(op, goal, state, end)
     scale = float(state.scale)
-    errors = [max(error, rounding(op, state.norm)) * scale for error in state.errors]
+    errors = [max(state.errors[end], rounding(op, state.norm)) * scale for end in (0, -1)]
     return Look(
         state,
         smallest=state.values[0] * scale,
-        largest=state.values[1] * scale,
+        largest=state.values[-1] * scale,
         smallest_bound=errors[0],
         largest_bound=errors[1],
         status=status,
         num_steps=max(1, state.num_new),
+        level=state.level,
     )
 
 
+def _aimed(op: LinearOperator, goal: Goal, state: State, end: int) -> State:
+    """The state about to grow by an end: by its direction, if that is known, or by a residual that is rounding."""
+    direction = state.direction if end == state.end else None
+    if direction is None and state.residuals is not None and state.errors[end] <= floor(op, state.norm):
+        direction = state.residuals[end]
+    state = replace(state, end=end, direction=None)
+    if direction is None:
+        return state
+    return extend(op, goal, _with_room(op, state), direction[None])
+
+
 def _seen(op: LinearOperator, goal: Goal, state: State) -> State:
-    """The state with new Ritz pairs: values, errors, what the last direction gained, and the next residual."""
+    """The state with new Ritz pairs: their values, errors and residuals, and what the last direction gained."""
     m = state.num_rows
     if not m:
         return state
     pairs = rayleigh_ritz(op, state.rows[:m], state.images[:m])
     state = replace(state, norm=max(state.norm, pairs.norm))
-    places = select(pairs.values, min(m, 4), "BE")
-    turn = (pairs.to_rows @ pairs.vectors[:, places]).mT.to(state.rows)
-    vectors, images, values = turn @ state.rows[:m], turn @ state.images[:m], pairs.values[places]
-    residuals = residuals_of(vectors, images, values)
+    chosen = select(pairs.values, min(m, 4), "BE")
+    turn = (pairs.to_rows @ pairs.vectors[:, chosen]).mT.to(state.rows)
+    vectors, images, found = turn @ state.rows[:m], turn @ state.images[:m], pairs.values[chosen]
+    residuals = residuals_of(vectors, images, found)
     norms = row_norms(op.space, residuals).to("cpu", torch.float64)
-    ends = [0, len(places) - 1]
-    kept = ends[: len(places)]
-    bounds = (kato_temple(values, norms) if m > 3 else norms)[ends].tolist()
-    gain = abs(float(values[ends[state.end]]) - state.values[state.end])
-    predicted = state.predictions[state.end]
-    gains = (*state.gains, gain / predicted)[-PATIENCE:] if predicted > 0 else state.gains
-    poor = len(gains) == PATIENCE and math.prod(max(g, 1e-9) for g in gains) < POOR**PATIENCE
-    errors = (
-        min(bounds[0], state.errors[0] if state.end else math.inf),
-        min(bounds[1], state.errors[1] if not state.end else math.inf),
-    )
-    state = replace(
+    near = (NEAR * goal.tol * found.abs()).clamp(min=1e-300)
+    bounds = torch.minimum(norms, torch.maximum(kato_temple(found, norms), norms**2 / near))
+    values = {end: float(found[end]) for end in (0, -1)}
+    moved = {end: abs(value - state.values.get(end, math.inf)) for end, value in values.items()}
+    gains, predicted = state.gains, state.predictions.get(state.end, 0.0)
+    if predicted > 0:
+        gains = (*gains, moved[state.end] / predicted)[-PATIENCE:]
+    poor = math.prod(gains) < POOR**PATIENCE
+
+    def error(end: int) -> float:
+        """What was claimed before, where it still holds, or what is known now."""
+        stale = poor or end == state.end or moved[end] > state.errors.get(end, math.inf)
+        return min(float(bounds[end]), math.inf if stale else state.errors.get(end, math.inf))
+
+    asked = [end % len(found) for end in goal.ends][: len(found)]
+    return replace(
         state,
-        best=Checked(values[kept], vectors[kept].mT, norms[kept]),
-        values=(float(values[0]), float(values[-1])),
-        errors=errors,
+        best=Checked(found[asked], vectors[asked].mT, norms[asked]),
+        residuals=residuals[[0, -1]],
+        direction=None,
+        values=values,
+        errors={end: error(end) for end in (0, -1)},
         gains=() if poor else gains,
-        level=state.level + poor if state.level + 1 < len(goal.levels) else state.level,
+        level=state.level + poor,
     )
-    needs = [error / max(abs(value), 1e-300) for error, value in zip(state.errors, state.values, strict=True)]
-    end = -1 if needs[1] > goal.tol or needs[1] > needs[0] else 0
-    state = replace(state, end=end, residual=residuals[ends[end]].clone(), direction=None)
-    exact = float(norms[ends[end]]) <= floor(op, state.norm)
-    return replace(state, direction=state.residual) if exact or goal.levels[state.level] is op else state
 
 
-def _status(op: LinearOperator, goal: Goal, state: State) -> Status | None:
+def _neediest(op: LinearOperator, goal: Goal, state: State) -> int | None:
+    """The end to grow by, if any is not good enough: the high one first, as it takes few products."""
+    if state.num_rows < goal.k:
+        return goal.ends[0]
+    noise, least = rounding(op, state.norm), floor(op, state.norm)
+    for end in reversed(goal.ends):
+        if not state.errors[end] + noise <= max(goal.tol * abs(state.values[end]), least):
+            return end
+    return None
+
+
+def _status(op: LinearOperator, goal: Goal, state: State, done: bool) -> Status | None:
     """Why it is over, if it is."""
     if state.suspect is not None:
         return Status.NON_FINITE
-    if state.num_rows < goal.k:
-        return None
-    values = torch.tensor(state.values, dtype=torch.float64)
-    bounds = torch.tensor(state.errors, dtype=torch.float64) + rounding(op, state.norm)
     whole, least = state.num_rows == op.n, floor(op, state.norm)
-    done = ((bounds <= goal.tol * values.abs()) & (values != 0)) | (bounds <= least)
-    if not (whole or bool(done.all())):
-        return None
-    return verdict(Status.INVARIANT_SUBSPACE if whole else Status.CONVERGED, goal.tol, least, values, bounds)
+    if state.num_rows < goal.k or not (whole or done):
+        return LEFT if goal.levels[state.level] is op else None
+    values = torch.tensor([state.values[end] for end in goal.ends], dtype=torch.float64)
+    bounds = torch.tensor([state.errors[end] for end in goal.ends], dtype=torch.float64)
+    best = Status.INVARIANT_SUBSPACE if whole else Status.CONVERGED
+    return verdict(best, goal.tol, least, values, bounds + rounding(op, state.norm))
 
 
 def _with_room(op: LinearOperator, state: State) -> State:
@@ -281,8 +387,9 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
     unit, best = float(state.scale), state.best
     found = Checked(best.values * unit, best.vectors, best.residual_norms * unit)
     kind = "exact" if status is Status.INVARIANT_SUBSPACE else "residual"
-    where = intervals(found, "BE", goal.k, rounding(op, state.norm) * unit, kind)
-    bounds = (torch.tensor(state.errors, dtype=torch.float64) + rounding(op, state.norm)) * unit
+    where = intervals(found, goal.which, goal.k, rounding(op, state.norm) * unit, kind)
+    errors = [state.errors[end] for end in goal.ends[: len(found.values)]]
+    bounds = (torch.tensor(errors, dtype=torch.float64) + rounding(op, state.norm)) * unit
     return eigen_result(
         found,
         where,
@@ -290,17 +397,20 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
         num_matvecs=state.num_matvecs,
         seconds=0.0,
         history=(),
-        error_bounds=bounds[: len(found.values)],
+        error_bounds=bounds,
     )
 
 
 def multifidelity(
     levels: Sequence[LinearOperator],
     *,
-    v0: Tensor | None = None,
+    which: str = "BE",
+    v0: Start | None = None,
     tol: float = 1e-2,
     ncv: int = 60,
     num_inner: int | None = None,
+    confidence: float = 0.99,
+    spent: float = 0.0,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
     seed: Seed = 0,
@@ -308,29 +418,34 @@ def multifidelity(
 ) -> EigenResult:
     r"""Both ends of the last of several levels, with most of the work on cheaper ones.
 
-    Stops when for both ends ``error_bound <= tol * |value|``. The bound is the residual's norm, its square over the gap
-    to the next Ritz value, or, where a cheap level was just asked, twice what it predicts,
-    :math:`2\, r' f(A_S)\, r / (1 - \rho)`, with :math:`\rho` by how much predictions fall from one direction to the
-    next. The last one is an estimate; the interval of an end rests on the residual alone.
+    Stops when for each end asked for ``error_bound <= tol * |value|``. The bound is the residual's norm or, where a
+    cheap level was just asked, three times what it predicts, :math:`3\, r' f(A_S)\, r`, with a clamp of ten
+    times ``tol * |value|``, and more if the last directions gained more than was predicted of them. That is an
+    estimate; the interval of an end rests on the residual alone.
 
     Use it for a Hessian over many examples: levels are ``H.coarsen(...)`` and H itself. For operators without a cheap
     likeness, and where the interval must hold with a stated confidence, use :func:`hvpkit.lanczos`.
 
     Args:
         levels: operators of the same size and of rising ``cost``; the last is the one asked about. One alone is
-            a Lanczos method without the bounds of :func:`hvpkit.lanczos`.
-        v0: start ``[n]`` or ``[n, p]``, as the vectors of an earlier result, instead of 30 steps on the first level.
-        tol: relative error of both eigenvalues.
+            solved by :func:`hvpkit.lanczos`, as is what is left once no cheap level helps.
+        which: ``"BE"`` both ends, ``"LA"`` the largest alone, ``"SA"`` the smallest alone.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result, for the steps on the first level: the sum of the unit
+            columns and a tenth of a random vector.
+        tol: relative error of the eigenvalues.
         ncv: the most basis vectors before half of them are dropped.
-        num_inner: Lanczos steps on a cheap level for each direction; by default as many as cost one product, but
-            from 6 to 20.
+        num_inner: the most Lanczos steps on a cheap level for each direction; by default as many as cost one product,
+            but from 6 to 30. They end when what they predict has settled.
+        confidence: of intervals, where these come from :func:`hvpkit.lanczos`.
+        spent: what making the levels has cost, as a pass for scores; counted in with the rest.
         max_matvecs: products of the last level, the others counted at their cost; by default 1,000.
         time_limit: seconds.
         seed: of the start vector.
         monitor: called with a :class:`hvpkit.Progress` after each look; its bounds are the error bounds.
 
     Returns:
-        Two pairs (one for n = 1), with true residuals. ``num_matvecs`` is in products of an operator of cost 1.
+        Two pairs (one for n = 1, or for one end), with true residuals. ``num_matvecs`` is in products of an operator
+        of cost 1; ``history`` also says which level was drawn on.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of its range, named.
@@ -352,10 +467,13 @@ def multifidelity(
     return _solve(
         _checked_levels(levels)[-1],
         tuple(levels),
+        which=which,
         v0=v0,
         tol=tol,
         ncv=ncv,
         num_inner=num_inner,
+        confidence=confidence,
+        spent=spent,
         max_matvecs=max_matvecs,
         time_limit=time_limit,
         seed=seed,
@@ -385,10 +503,13 @@ def _solve(
     op: LinearOperator,
     levels: tuple[LinearOperator, ...],
     *,
-    v0: Tensor | None,
+    which: str,
+    v0: Start | None,
     tol: float,
     ncv: int,
     num_inner: int | None,
+    confidence: float,
+    spent: float,
     max_matvecs: float | None,
     time_limit: float | None,
     seed: Seed,
@@ -396,28 +517,55 @@ def _solve(
 ) -> EigenResult:
     begin = time.perf_counter()
     check_count("ncv", ncv, 8)
+    if num_inner is not None:
+        check_count("num_inner", num_inner, 1)
+    k = min(2, op.n) if which == "BE" else 1
     asked = check_arguments(
         op,
-        min(2, op.n),
-        "BE",
+        k,
+        which,
         v0=v0,
         tol=tol,
         max_matvecs=max_matvecs,
         time_limit=time_limit,
         seed=seed,
+        offered=tuple(ENDS),
         num_checks=0,
     )
-    if num_inner is None:
-        num_inner = min(20, max(6, round(op.cost / levels[0].cost)))
-    check_count("num_inner", num_inner, 1)
-    goal = Goal(**vars(asked), levels=levels, num_inner=num_inner)
+    goal = Goal(**vars(asked), levels=levels, num_inner=num_inner, spent=spent)
+    by_lanczos = partial(
+        lanczos, op, k, which=goal.which, tol=goal.tol, confidence=confidence, seed=goal.seed
+    )
+    if len(levels) == 1:
+        return by_lanczos(v0=v0, max_matvecs=max_matvecs, time_limit=time_limit, monitor=monitor)
     run = iterate(
         init(op, goal, ncv),
         lambda state: step(op, goal, state),
         lambda state: look(op, goal, state),
-        step_cost=max(op.cost, *(max(START_STEPS, num_inner) * level.cost for level in levels[:-1]), 0.0),
+        step_cost=max(op.cost, *(max(START_STEPS, goal.inner_steps(x)) * x.cost for x in levels[:-1])),
         limits=asked.limits,
         monitor=monitor,
     )
-    found = finalize(op, goal, run.state, run.status)
-    return concluded(op, found, run.history, begin, run.state.suspect)
+    cheap = finalize(op, goal, run.state, run.status)
+    cheap = concluded(op, cheap, run.history, begin, run.state.suspect)
+    left = None if time_limit is None else time_limit - cheap.seconds
+    if run.state.level + 1 < len(levels) or run.status is not LEFT:
+        return cheap
+    if asked.left(cheap.num_matvecs) < (2 * k + 1) * op.cost or (left is not None and left <= 0):
+        return cheap
+
+    def later(entry: Progress) -> Progress:
+        spent, seconds = entry.num_matvecs + cheap.num_matvecs, entry.seconds + cheap.seconds
+        return replace(entry, num_matvecs=spent, seconds=seconds, level=run.state.level)
+
+    found = by_lanczos(
+        max_matvecs=asked.left(cheap.num_matvecs),
+        time_limit=left,
+        monitor=monitor and (lambda entry: monitor(later(entry))),
+    )
+    return replace(
+        found,
+        num_matvecs=found.num_matvecs + cheap.num_matvecs,
+        seconds=found.seconds + cheap.seconds,
+        history=(*cheap.history, *map(later, found.history)),
+    )

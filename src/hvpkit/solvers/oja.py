@@ -36,7 +36,7 @@ from hvpkit.errors import check_count, check_positive
 from hvpkit.iterate import Monitor, full_precision
 from hvpkit.operators import LinearOperator
 from hvpkit.results import EigenResult
-from hvpkit.solvers.arguments import check_arguments
+from hvpkit.solvers.arguments import Start, check_arguments
 from hvpkit.solvers.heavy_ball import Goal, State, solve
 from hvpkit.solvers.sampling import check_samples
 from hvpkit.solvers.stochastic import PERIOD
@@ -66,7 +66,7 @@ def oja(
     k: int = 1,
     *,
     which: str = "LA",
-    v0: Tensor | None = None,
+    v0: Start | None = None,
     tol: float = 1e-2,
     batch_size: int | None = None,
     step_size: StepSize | None = None,
@@ -89,7 +89,7 @@ def oja(
         k: how many pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest, ``"BE"`` half from each end (the odd one from the high
             end).
-        v0: start ``[n]`` or ``[n, p]``, as of :func:`hvpkit.power`.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result, as of :func:`hvpkit.power`.
         tol: relative error of the eigenvalues.
         batch_size: examples in a minibatch; by default a sixteenth of all.
         step_size: :math:`\eta`, in units of one over eigenvalues, or a function from a step, counted from 0, to it.

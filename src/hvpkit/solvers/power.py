@@ -19,14 +19,12 @@ Departures from the papers:
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from hvpkit._typing import Seed
 from hvpkit.errors import check_count, check_positive
 from hvpkit.iterate import Monitor, full_precision
 from hvpkit.operators import LinearOperator
 from hvpkit.results import EigenResult
-from hvpkit.solvers.arguments import check_arguments
+from hvpkit.solvers.arguments import Start, check_arguments
 from hvpkit.solvers.heavy_ball import Goal, solve
 from hvpkit.solvers.sampling import check_samples
 
@@ -40,7 +38,7 @@ def power(
     k: int = 1,
     *,
     which: str = "LM",
-    v0: Tensor | None = None,
+    v0: Start | None = None,
     tol: float = 1e-3,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
@@ -69,8 +67,8 @@ def power(
         k: how many pairs. Two ends of the same size cannot be told apart under ``"LM"``.
         which: ``"LM"`` the largest in magnitude, ``"LA"`` the largest, ``"SA"`` the smallest, ``"BE"`` half from
             each end (the odd one from the high end).
-        v0: start ``[n]`` or ``[n, p]``. The columns are dealt out to the vectors of the block, each with a tenth of
-            a random vector.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are dealt out to the vectors of the block,
+            each with a tenth of a random vector.
         tol: relative error of the eigenvalues.
         max_matvecs: full-data products, at most; by default 1,000, or ten for each pair if that is more.
         time_limit: seconds.
@@ -111,7 +109,7 @@ def accelerated_power(
     k: int = 1,
     *,
     which: str = "LM",
-    v0: Tensor | None = None,
+    v0: Start | None = None,
     tol: float = 1e-3,
     momentum: float | None = None,
     variance_reduced: bool = False,
@@ -148,7 +146,7 @@ def accelerated_power(
         k: how many pairs.
         which: ``"LM"`` the largest in magnitude, ``"LA"`` the largest, ``"SA"`` the smallest, ``"BE"`` half from
             each end (the odd one from the high end).
-        v0: start ``[n]`` or ``[n, p]``, as of :func:`hvpkit.power`.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result, as of :func:`hvpkit.power`.
         tol: relative error of the eigenvalues: the stop is that of :func:`hvpkit.power`.
         momentum: :math:`\beta`, in units of eigenvalues squared; by default chosen.
         variance_reduced: use minibatches.

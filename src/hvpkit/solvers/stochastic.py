@@ -15,14 +15,12 @@ minibatches are all of it, and looks at all of it say when to stop.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from hvpkit._typing import Seed
 from hvpkit.errors import check_positive
 from hvpkit.iterate import Monitor, full_precision
 from hvpkit.operators import LinearOperator
 from hvpkit.results import EigenResult
-from hvpkit.solvers.arguments import check_arguments
+from hvpkit.solvers.arguments import Start, check_arguments
 from hvpkit.solvers.heavy_ball import Goal, solve
 from hvpkit.solvers.sampling import Schedule, check_samples
 
@@ -54,7 +52,7 @@ def stochastic_power(
     k: int = 1,
     *,
     which: str = "LM",
-    v0: Tensor | None = None,
+    v0: Start | None = None,
     tol: float = 1e-3,
     batch_schedule: Schedule | None = None,
     momentum: float = 0.0,
@@ -76,7 +74,7 @@ def stochastic_power(
         k: how many pairs.
         which: ``"LM"`` the largest in magnitude, ``"LA"`` the largest, ``"SA"`` the smallest, ``"BE"`` half from
             each end (the odd one from the high end).
-        v0: start ``[n]`` or ``[n, p]``, as of :func:`hvpkit.power`.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result, as of :func:`hvpkit.power`.
         tol: relative error of the eigenvalues.
         batch_schedule: from a minibatch's number, counted from 0, to its number of examples; more than there are
             means all. By default a 64th at first, and a fifth more each time. With one that does not come to all

@@ -1,0 +1,180 @@
+"""Passes to both ends on trained networks: several fidelities, full-data Lanczos and ARPACK.
+
+    python benchmarks/bench_fidelity.py --cache DIR [--cifar10 DIR] [--problems NAME ...] [--seeds 10]
+
+writes ``benchmarks/results/fidelity.json`` after each problem and prints the table of all in it. Reference values are
+those of Lanczos in float64 at a tolerance a hundred times smaller; they are kept in ``fidelity_references.json`` with
+a digest of the parameters that they are of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hvpkit as hk
+from fidelity_problems import available, problem
+from hvpkit.extreme import sample_levels
+
+RESULTS = Path(__file__).parent / "results"
+TOL = 1e-2
+BASE_SEEDS = 3  # of the methods compared with, whose passes hardly depend on the start
+
+
+def operator(name: str, cache: Path, dtype: torch.dtype = torch.float32) -> hk.LinearOperator:
+    objective, params, data = problem(name, cache, dtype)
+    return hk.hessian(objective, params, data, batch_size=1000, mode="reverse-over-reverse")
+
+
+def digest(params: list[Tensor]) -> str:
+    return hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in params)).hexdigest()[:16]
+
+
+def reference(name: str, cache: Path) -> list[float]:
+    """Both ends, from the file or computed anew if the parameters are others."""
+    file = RESULTS / "fidelity_references.json"
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    own = digest([*problem(name, cache)[1].values()])
+    if known.get(name, {}).get("parameters") != own:
+        ex = hk.extreme_eigenvalues(
+            operator(name, cache, torch.float64), method="lanczos", tol=TOL / 100, seed=99
+        )
+        assert ex.converged, ex.message
+        values = [ex.smallest.value, ex.largest.value]
+        bounds = [ex.smallest.error_bound, ex.largest.error_bound]
+        known = json.loads(file.read_text()) if file.exists() else {}
+        known[name] = {"parameters": own, "values": values, "error_bounds": bounds, "passes": ex.num_matvecs}
+        file.write_text(json.dumps(known, indent=1) + "\n")
+    return list(known[name]["values"])
+
+
+def by_multifidelity(H: hk.LinearOperator, seed: int) -> hk.ExtremeResult | hk.EigenResult:
+    return hk.extreme_eigenvalues(H, tol=TOL, method="multifidelity", seed=seed)
+
+
+def by_lanczos(H: hk.LinearOperator, seed: int) -> hk.ExtremeResult | hk.EigenResult:
+    return hk.extreme_eigenvalues(H, tol=TOL, method="lanczos", seed=seed)
+
+
+def by_arpack(H: hk.LinearOperator, seed: int) -> hk.ExtremeResult | hk.EigenResult:
+    return hk.eigsh(H, 2, which="BE", tol=TOL, seed=seed)
+
+
+def largest_alone(H: hk.LinearOperator, seed: int) -> hk.ExtremeResult | hk.EigenResult:
+    levels, spent = sample_levels(H, seed)
+    return hk.multifidelity(levels, which="LA", tol=TOL, spent=spent, seed=seed)
+
+
+Method = Callable[[hk.LinearOperator, int], hk.ExtremeResult | hk.EigenResult]
+METHODS: dict[str, Method] = {
+    "multifidelity": by_multifidelity,
+    "lanczos": by_lanczos,
+    "eigsh": by_arpack,
+    "largest alone": largest_alone,
+}
+
+
+def solve(method: Method, H: hk.LinearOperator, seed: int, truth: list[float]) -> dict[str, Any]:
+    """One solve: passes, seconds, and errors of what was found over tol."""
+    found = method(H, seed)
+    if isinstance(found, hk.ExtremeResult):
+        pairs = [found.smallest, found.largest]
+    else:
+        pairs = [found.pair(place) for place in range(len(found.values))]
+    errors, inside = [], []
+    for pair, value in zip(pairs, truth[-len(pairs) :], strict=True):
+        errors.append(abs(pair.value - value) / abs(value) / TOL)
+        inside.append(value in pair.interval)
+    return {
+        "seed": seed,
+        "passes": found.num_matvecs,
+        "seconds": found.seconds,
+        "status": str(found.status),
+        "errors_over_tol": errors,
+        "in_interval": inside,
+        "kinds": [pair.interval.kind for pair in pairs],
+        "level": found.history[-1].level,
+    }
+
+
+def measure(name: str, cache: Path, seeds: int) -> dict[str, Any]:
+    truth = reference(name, cache)
+    H = operator(name, cache)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for label, method in METHODS.items():
+        count = seeds if label in ("multifidelity", "largest alone") else min(seeds, BASE_SEEDS)
+        runs[label] = []
+        for seed in range(count):
+            runs[label].append(solve(method, H, seed, truth))
+            print(f"{name}, {label}: {runs[label][-1]}", flush=True)
+    return {"n": H.n, "num_examples": H.num_examples, "reference": truth, "runs": runs}
+
+
+def passes(entry: dict[str, Any], label: str) -> list[float]:
+    return [run["passes"] for run in entry["runs"][label]]
+
+
+def table(found: dict[str, Any]) -> str:
+    """Medians of passes with their spread over seeds, ratios, and the worst errors, as Markdown."""
+    rows = [
+        "| problem | ends | Lanczos | ARPACK | multifidelity (spread) | Lanczos over it | ARPACK over it | "
+        "worst error over tol | in interval | largest alone |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    ratios = []
+    for name, entry in found.items():
+        own, lanczos, arpack, alone = (
+            passes(entry, label) for label in ("multifidelity", "lanczos", "eigsh", "largest alone")
+        )
+        middle = statistics.median(own)
+        ratios.append((statistics.median(lanczos) / middle, statistics.median(arpack) / middle))
+        runs = entry["runs"]["multifidelity"]
+        worst = max(max(run["errors_over_tol"]) for run in runs)
+        inside = sum(sum(run["in_interval"]) for run in runs)
+        low, high = entry["reference"]
+        rows.append(
+            f"| {name} | {low:.3g} ... {high:.3g} | {statistics.median(lanczos):.0f} | "
+            f"{statistics.median(arpack):.0f} | {middle:.1f} ({min(own):.1f} to {max(own):.1f}) | "
+            f"{ratios[-1][0]:.2f} | {ratios[-1][1]:.2f} | {worst:.2f} | {inside} of {2 * len(runs)} | "
+            f"{statistics.median(alone):.1f} ({max(alone):.1f}) |"
+        )
+    means = [math.exp(statistics.mean(math.log(pair[which]) for pair in ratios)) for which in (0, 1)]
+    rows.append(f"| geometric mean | | | | | {means[0]:.2f} | {means[1]:.2f} | | | |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--cifar10", type=Path)
+    parser.add_argument("--problems", nargs="*")
+    parser.add_argument("--seeds", type=int, default=10)
+    arguments = parser.parse_args()
+    if arguments.cifar10:
+        os.environ["CIFAR10"] = str(arguments.cifar10)
+    names = available() if arguments.problems is None else arguments.problems
+    file = RESULTS / "fidelity.json"
+    for name in names:
+        entry = measure(name, arguments.cache, arguments.seeds)
+        whole = json.loads(file.read_text()) if file.exists() else {"problems": {}}
+        machine = {"torch": torch.__version__, "python": platform.python_version(), "cpu": platform.machine()}
+        whole |= {"tol": TOL, "machine": machine, "problems": whole["problems"] | {name: entry}}
+        file.write_text(json.dumps(whole, indent=1) + "\n")
+    print(table(json.loads(file.read_text())["problems"]))
+
+
+if __name__ == "__main__":
+    main()
