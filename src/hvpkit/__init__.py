@@ -28,6 +28,7 @@ from hvpkit.progress import progress_bar
 from hvpkit.quadratic_form import quadratic_form
 from hvpkit.report import report
 from hvpkit.results import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
+from hvpkit.sampling_error import sampling_error
 from hvpkit.solvers.arpack import eigsh, scipy_lobpcg
 from hvpkit.solvers.chebyshev import chebyshev
 from hvpkit.solvers.lanczos import lanczos
@@ -89,6 +90,7 @@ __all__ = [
     "progress_bar",
     "quadratic_form",
     "report",
+    "sampling_error",
     "scipy_lobpcg",
     "spectral_density",
     "stochastic_power",
