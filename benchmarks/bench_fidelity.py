@@ -1,10 +1,11 @@
 """Passes to both ends on trained networks: several fidelities, full-data Lanczos and ARPACK.
 
-    python benchmarks/bench_fidelity.py --cache DIR [--cifar10 DIR] [--problems NAME ...] [--seeds 10]
+    python benchmarks/bench_fidelity.py --cache DIR [--cifar10 DIR] [--problems NAME ...] [--methods NAME ...]
 
-writes ``benchmarks/results/fidelity.json`` after each problem and prints the table of all in it. Reference values are
-those of Lanczos in float64 at a tolerance a hundred times smaller; they are kept in ``fidelity_references.json`` with
-a digest of the parameters that they are of.
+writes ``benchmarks/results/fidelity.json`` after each method and prints the table of what is complete in it. The
+methods compared with take minutes a seed and hardly depend on it: ``--methods lanczos eigsh --seeds 2``. Reference
+values are those of Lanczos in float64 at a tolerance a hundred times smaller; they are kept in
+``fidelity_references.json`` with a digest of the parameters that they are of.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from hvpkit.extreme import sample_levels
 
 RESULTS = Path(__file__).parent / "results"
 TOL = 1e-2
-BASE_SEEDS = 3  # of the methods compared with, whose passes hardly depend on the start
 
 
 def operator(name: str, cache: Path, dtype: torch.dtype = torch.float32) -> hk.LinearOperator:
@@ -108,17 +108,28 @@ def solve(method: Method, H: hk.LinearOperator, seed: int, truth: list[float]) -
     }
 
 
-def measure(name: str, cache: Path, seeds: int) -> dict[str, Any]:
-    truth = reference(name, cache)
-    H = operator(name, cache)
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for label, method in METHODS.items():
-        count = seeds if label in ("multifidelity", "largest alone") else min(seeds, BASE_SEEDS)
-        runs[label] = []
-        for seed in range(count):
-            runs[label].append(solve(method, H, seed, truth))
-            print(f"{name}, {label}: {runs[label][-1]}", flush=True)
-    return {"n": H.n, "num_examples": H.num_examples, "reference": truth, "runs": runs}
+def measure(name: str, label: str, cache: Path, seeds: int) -> dict[str, Any]:
+    """The problem, and the runs of one method."""
+    truth, H = reference(name, cache), operator(name, cache)
+    runs = []
+    for seed in range(seeds):
+        runs.append(solve(METHODS[label], H, seed, truth))
+        print(f"{name}, {label}: {runs[-1]}", flush=True)
+    return {"n": H.n, "num_examples": H.num_examples, "reference": truth, "runs": {label: runs}}
+
+
+def keep(name: str, entry: dict[str, Any]) -> None:
+    """Puts the runs of a method into the file, beside those of others."""
+    file = RESULTS / "fidelity.json"
+    whole = json.loads(file.read_text()) if file.exists() else {"problems": {}}
+    runs = whole["problems"].get(name, {}).get("runs", {}) | entry["runs"]
+    machine = {"torch": torch.__version__, "python": platform.python_version(), "cpu": platform.machine()}
+    whole |= {
+        "tol": TOL,
+        "machine": machine,
+        "problems": whole["problems"] | {name: entry | {"runs": runs}},
+    }
+    file.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def passes(entry: dict[str, Any], label: str) -> list[float]:
@@ -133,7 +144,8 @@ def table(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     ratios = []
-    for name, entry in found.items():
+    for name in (name for name in available() if set(found.get(name, {"runs": ()})["runs"]) == set(METHODS)):
+        entry = found[name]
         own, lanczos, arpack, alone = (
             passes(entry, label) for label in ("multifidelity", "lanczos", "eigsh", "largest alone")
         )
@@ -161,19 +173,16 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--cifar10", type=Path)
     parser.add_argument("--problems", nargs="*")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=10)
     arguments = parser.parse_args()
     if arguments.cifar10:
         os.environ["CIFAR10"] = str(arguments.cifar10)
     names = available() if arguments.problems is None else arguments.problems
-    file = RESULTS / "fidelity.json"
     for name in names:
-        entry = measure(name, arguments.cache, arguments.seeds)
-        whole = json.loads(file.read_text()) if file.exists() else {"problems": {}}
-        machine = {"torch": torch.__version__, "python": platform.python_version(), "cpu": platform.machine()}
-        whole |= {"tol": TOL, "machine": machine, "problems": whole["problems"] | {name: entry}}
-        file.write_text(json.dumps(whole, indent=1) + "\n")
-    print(table(json.loads(file.read_text())["problems"]))
+        for label in arguments.methods:
+            keep(name, measure(name, label, arguments.cache, arguments.seeds))
+    print(table(json.loads((RESULTS / "fidelity.json").read_text())["problems"]))
 
 
 if __name__ == "__main__":

@@ -94,15 +94,25 @@ print(f"{ex.status} after {ex.num_matvecs:g} passes: {ex.message}")
 # - **residual** is $\|Hu - \theta u\|$ for the value $\theta$. Some eigenvalue lies within this distance of the
 #   value. The error of the value itself is usually far smaller: about the residual squared over the gap to the next
 #   eigenvalue. That is why a solver need not go on until the residual is small.
-# - **interval** answers what a residual cannot: could there be an eigenvalue further out that was never seen? Its
-#   `kind` says what it rests on. `random-start` means: the solve began with a random vector, and with the probability
-#   `confidence` no eigenvalue lies beyond the outer end. Other kinds are `exact`, and `residual`, where nothing is
-#   claimed about eigenvalues further out.
+# - **interval** says where the eigenvalue lies, and its `kind` on what that rests. `residual` means: an eigenvalue is
+#   inside, and nothing is claimed about others further out. With many parameters and many examples, most of the work
+#   is done on samples of the data, for fewer passes, and this is what can be said then.
 # - **status** says why the solver stopped. It never raises because it ran out of passes or time (`max_matvecs`,
 #   `time_limit`). It returns what it has, with intervals that say how good it is.
 #
-# The interval may be wider than `tol`. Pass `certify=True` to go on until it is not. `ex.summary()` prints all of
-# this as a table, with seconds. `monitor=hk.progress_bar()` shows both values as they converge.
+# Could there be an eigenvalue further out that was never seen? `method="lanczos"` does all of the work on all of the
+# data, from a random vector, and its intervals answer that: with the probability `confidence`, nothing lies beyond the
+# outer end. They may be wider than `tol`; `certify=True` goes on until they are not.
+
+# %%
+sure = hk.extreme_eigenvalues(H, method="lanczos")
+interval = sure.smallest.interval
+print(f"[{interval.lower:.5g}, {interval.upper:.5g}]: {interval.kind}, {interval.confidence}")
+print(f"{sure.num_matvecs:g} passes instead of {ex.num_matvecs:.1f}")
+
+# %% [markdown]
+# `ex.summary()` prints all of this as a table, with seconds. `monitor=hk.progress_bar()` shows both values as they
+# converge.
 #
 # The picture shows how both values were found. Each is divided by its final size, so that both settle at plus or
 # minus one.
@@ -206,16 +216,16 @@ later_objective, later = hk.from_module(model, F.cross_entropy)
 H_later = hk.hessian(later_objective, later, data)
 
 cold = hk.extreme_eigenvalues(H_later)
-warm = hk.extreme_eigenvalues(H_later, v0=torch.stack([ex.smallest.vector, ex.largest.vector], dim=1))
+warm = hk.extreme_eigenvalues(H_later, v0=ex)
 print("random start", cold)
 print("old vectors ", warm)
 ax = plots.training([(0, ex), (1, cold)])
 label = ax.set_xlabel("epochs later")
 
 # %% [markdown]
-# Both give the same values. Old vectors are a natural thing to begin with, but compare the passes: they did not save
-# any. The old vectors hold little of what is new, and it is this that has to be found, or excluded, before the solver
-# may stop. A random vector holds a bit of everything. So the default is a random start; measure before you pass `v0`.
+# Both give the same values. Old vectors are a natural thing to begin with, but compare the passes: they save little, if
+# anything. The old vectors hold little of what is new, and it is this that has to be found, or excluded, before the
+# solver may stop. A random vector holds a bit of everything. Measure before you pass `v0`.
 #
 # Note that `from_module` was called again for the second checkpoint. BatchNorm's running statistics are constants of
 # the objective, and training changed them.

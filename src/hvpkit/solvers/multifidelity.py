@@ -15,6 +15,10 @@ level is. Where it is little, the next level takes over, and after the last chea
 own bounds. That begins anew: from vectors that are partly right it takes more products (22 for 17 on a bulk with
 outliers), as what they may lack has to be excluded all the same.
 
+An end is also looked at from its neighbour: where the Ritz pair next to it may still gain enough to pass it, V grows by
+that pair first. Else the method could stop at an inner eigenvalue, as one can that follows residuals alone; where the
+next eigenvalue is only a few ``tol`` away it still can, now and then: docs/multifidelity.md has figures.
+
 Cost: for each direction a product of the last level and ``num_inner`` of a cheap one. Memory: ``2 ncv + num_inner``
 vectors.
 Source: Davidson, J. Comput. Phys. 17 (1975) 87-94, doi:10.1016/0021-9991(75)90065-0; Morgan and Scott, SIAM J. Sci.
@@ -113,18 +117,20 @@ class Goal(Request):
 class State(Subspace):
     """A basis, and the direction that it grows by next.
 
+    Ritz pairs go by their place: 0 the lowest, 1 the next, -1 the highest, -2 the next.
+
     Attributes:
-        end: which end to grow by: 0 the low one, -1 the high one.
-        residuals: of the ends' Ritz vectors ``[2, n]``, or ``[1, n]`` on a basis of one.
-        direction: what that end's residual gave ``[n]``; its length does not matter.
-        values: of the ends, over scale.
+        place: of the pair to grow by.
+        residuals: of these pairs ``[4, n]``; fewer on a smaller basis.
+        direction: what that pair's residual gave ``[n]``; its length does not matter.
+        values: of the pairs, over scale.
         errors: what they may be off by: bounds, or predictions.
-        predictions: what their last directions promised to gain.
+        predictions: what the ends' last directions promised to gain.
         gains: of the level's last directions, over what was predicted.
         level: the level that directions come from.
     """
 
-    end: int = -1
+    place: int = -1
     residuals: Tensor | None = None
     direction: Tensor | None = None
     values: Mapping[int, float] = field(default_factory=dict)
@@ -174,16 +180,16 @@ def _started(op: LinearOperator, goal: Goal, state: State) -> State:
 
 
 def _directed(op: LinearOperator, goal: Goal, state: State) -> State:
-    r"""The state with :math:`f(A_S) r` and what it predicts that its end will gain."""
+    r"""The state with :math:`f(A_S) r` and what it predicts that its pair will gain."""
     assert state.residuals is not None
-    level, residual, end = goal.levels[state.level], state.residuals[state.end], state.end
-    theta, inwards = state.values[end], 1.0 if end == 0 else -1.0
-
-    spread = max(state.values[-1] - state.values[0], abs(theta))
+    level, place = goal.levels[state.level], state.place
+    end, residual = _end(place), state.residuals[place]
+    theta, inwards = state.values[place], 1.0 if end == 0 else -1.0
+    size, spread = abs(state.values[end]), max(state.values[-1] - state.values[0], abs(theta))
 
     def weights(found: Krylov, share: float) -> Tensor:
         """The function f at the level's Ritz values, with a clamp of this share of the end's size."""
-        clamp = max(min(share * abs(theta), CLAMP * spread), floor(op, state.norm))
+        clamp = max(min(share * size, CLAMP * spread), floor(op, state.norm))
         return found.coefficients[0] / (inwards * (found.values - theta)).clamp(min=clamp)
 
     def settled(found: Krylov) -> bool:
@@ -203,9 +209,14 @@ def _directed(op: LinearOperator, goal: Goal, state: State) -> State:
     return replace(
         state,
         direction=(found.coefficients @ weights(found, 1.0)).to(found.rows) @ found.rows,
-        predictions={**state.predictions, end: gain},
-        errors={**state.errors, end: min(state.errors[end], likely)},
+        predictions={**state.predictions, place: gain} if place == end else state.predictions,
+        errors={**state.errors, place: min(state.errors[place], likely)},
     )
+
+
+def _end(place: int) -> int:
+    """The place of the end that a place is at."""
+    return 0 if place >= 0 else -1
 
 
 @dataclass(frozen=True)
@@ -278,10 +289,10 @@ def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
         nothing = math.nan, math.nan, math.inf, math.inf
         status = None if state.suspect is None else Status.NON_FINITE
         return Look(state, *nothing, status=status, num_steps=3)
-    end = _neediest(op, goal, state)
-    status = _status(op, goal, state, end is None)
-    if status is None and end is not None:
-        state = _aimed(op, goal, state, end)
+    place = _neediest(op, goal, state)
+    status = _status(op, goal, state, place is None)
+    if status is None and place is not None:
+        state = _aimed(op, goal, state, place)
     scale = float(state.scale)
     errors = [max(state.errors[end], rounding(op, state.norm)) * scale for end in (0, -1)]
     return Look(
@@ -296,12 +307,12 @@ def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
     )
 
 
-def _aimed(op: LinearOperator, goal: Goal, state: State, end: int) -> State:
-    """The state about to grow by an end: by its direction, if that is known, or by a residual that is rounding."""
-    direction = state.direction if end == state.end else None
-    if direction is None and state.residuals is not None and state.errors[end] <= floor(op, state.norm):
-        direction = state.residuals[end]
-    state = replace(state, end=end, direction=None)
+def _aimed(op: LinearOperator, goal: Goal, state: State, place: int) -> State:
+    """The state about to grow by a pair: by its direction, if that is known, or by a residual that is rounding."""
+    direction = state.direction if place == state.place else None
+    if direction is None and state.residuals is not None and state.errors[place] <= floor(op, state.norm):
+        direction = state.residuals[place]
+    state = replace(state, place=place, direction=None)
     if direction is None:
         return state
     return extend(op, goal, _with_room(op, state), direction[None])
@@ -321,39 +332,50 @@ def _seen(op: LinearOperator, goal: Goal, state: State) -> State:
     norms = row_norms(op.space, residuals).to("cpu", torch.float64)
     near = (NEAR * goal.tol * found.abs()).clamp(min=1e-300)
     bounds = torch.minimum(norms, torch.maximum(kato_temple(found, norms), norms**2 / near))
-    values = {end: float(found[end]) for end in (0, -1)}
-    moved = {end: abs(value - state.values.get(end, math.inf)) for end, value in values.items()}
-    gains, predicted = state.gains, state.predictions.get(state.end, 0.0)
+    places = [place for place in (0, 1, -2, -1) if -len(found) <= place < len(found)]
+    values = {place: float(found[place]) for place in places}
+    moved = {place: abs(value - state.values.get(place, math.inf)) for place, value in values.items()}
+    gains, predicted = state.gains, state.predictions.get(state.place, 0.0)
     if predicted > 0:
-        gains = (*gains, moved[state.end] / predicted)[-PATIENCE:]
+        gains = (*gains, moved[state.place] / predicted)[-PATIENCE:]
     poor = math.prod(gains) < POOR**PATIENCE
 
-    def error(end: int) -> float:
+    def error(place: int) -> float:
         """What was claimed before, where it still holds, or what is known now."""
-        stale = poor or end == state.end or moved[end] > state.errors.get(end, math.inf)
-        return min(float(bounds[end]), math.inf if stale else state.errors.get(end, math.inf))
+        before = state.errors.get(place, math.inf)
+        stale = poor or place == state.place or moved[place] > before
+        return min(float(bounds[place]), math.inf if stale else before)
 
     asked = [end % len(found) for end in goal.ends][: len(found)]
     return replace(
         state,
         best=Checked(found[asked], vectors[asked].mT, norms[asked]),
-        residuals=residuals[[0, -1]],
+        residuals=residuals,
         direction=None,
         values=values,
-        errors={end: error(end) for end in (0, -1)},
+        errors={place: error(place) for place in places},
         gains=() if poor else gains,
         level=state.level + poor,
     )
 
 
 def _neediest(op: LinearOperator, goal: Goal, state: State) -> int | None:
-    """The end to grow by, if any is not good enough: the high one first, as it takes few products."""
+    """The pair to grow by, if any: the high end while it is not good enough, then the low one, then those next to them.
+
+    Such a pair is good enough where what it may still gain does not take it past its end: else it may turn out to be
+    the extreme one.
+    """
     if state.num_rows < goal.k:
         return goal.ends[0]
     noise, least = rounding(op, state.norm), floor(op, state.norm)
     for end in reversed(goal.ends):
         if not state.errors[end] + noise <= max(goal.tol * abs(state.values[end]), least):
             return end
+    for end in goal.ends if state.num_rows > 2 else ():
+        beside = 1 if end == 0 else -2
+        room = abs(state.values[beside] - state.values[end]) + goal.tol * abs(state.values[end])
+        if not state.errors[beside] <= max(room, least):
+            return beside
     return None
 
 
@@ -421,7 +443,8 @@ def multifidelity(
     Stops when for each end asked for ``error_bound <= tol * |value|``. The bound is the residual's norm or, where a
     cheap level was just asked, three times what it predicts, :math:`3\, r' f(A_S)\, r`, with a clamp of ten
     times ``tol * |value|``, and more if the last directions gained more than was predicted of them. That is an
-    estimate; the interval of an end rests on the residual alone.
+    estimate; the interval of an end rests on the residual alone, and says that an eigenvalue is in it, not that it is
+    the extreme one.
 
     Use it for a Hessian over many examples: levels are ``H.coarsen(...)`` and H itself. For operators without a cheap
     likeness, and where the interval must hold with a stated confidence, use :func:`hvpkit.lanczos`.
