@@ -1,0 +1,74 @@
+"""A spectrum tracker as a callback of PyTorch Lightning's; needs ``lightning``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from hvpkit.errors import check_choice
+from hvpkit.train.tensorboard import scalars
+from hvpkit.train.tracker import SpectrumTracker
+
+
+class SpectrumCallback(Callback):
+    """Calls a tracker with the ``LightningModule`` before the first step and after every so many epochs or steps.
+
+    The measurement goes to all loggers of the trainer, under ``spectrum/...``, and into ``callback_metrics``, so that
+    ``EarlyStopping`` and ``ModelCheckpoint`` can watch it. Of several processes the first one measures; the others
+    wait for it where they next need it. So each has to hold the whole module, as with DDP, and not a shard.
+
+    A run that is resumed goes on with the next measurement. Give the tracker a ``path``, and so does its record.
+
+    Args:
+        tracker: made by :meth:`~hvpkit.train.SpectrumTracker.for_module`. Its criterion gets what the module's
+            ``forward`` returns. Its ``every`` says after how many epochs or steps it measures.
+        per: ``"epoch"`` or ``"step"``: what its ``every`` and its records count. An epoch that was cut short counts.
+            Steps are those of the optimizer, as ``trainer.global_step`` counts them.
+
+    Raises:
+        TypeError, ValueError: an argument that is none of these, named.
+
+    Cost:
+        That of :class:`~hvpkit.train.SpectrumTracker`.
+
+    Example:
+        >>> from torch.nn import functional as F
+        >>> x, y = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 2
+        >>> callback = SpectrumCallback(SpectrumTracker.for_module(F.cross_entropy, (x, y), every=2))
+        >>> trainer = Trainer(max_epochs=10, callbacks=[callback])  # doctest: +SKIP
+        >>> trainer.fit(module, train_dataloaders=loader)  # doctest: +SKIP
+    """
+
+    def __init__(self, tracker: SpectrumTracker, *, per: str = "epoch") -> None:
+        if not isinstance(tracker, SpectrumTracker):
+            raise TypeError(f"tracker must be a SpectrumTracker, got {type(tracker).__name__}")
+        self.tracker, self.per = tracker, check_choice("per", per, ("epoch", "step"))
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+        if trainer.global_step == 0:
+            self._measure(trainer, pl_module, 0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_batch: Any, **_more: Any
+    ) -> None:
+        # where gradients are accumulated, not every batch makes a step
+        if self.per == "step" and trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            self._measure(trainer, pl_module, trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.per == "epoch":
+            self._measure(trainer, pl_module, trainer.current_epoch + 1)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        if not trainer.is_global_zero or self.tracker(pl_module, step=step) is None:
+            return
+        # not by pl_module.log, which drops what lies between the trainer's log_every_n_steps
+        values = scalars(self.tracker.records[-1])
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})

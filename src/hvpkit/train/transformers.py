@@ -1,0 +1,87 @@
+"""A spectrum tracker as a callback of Hugging Face's ``Trainer``; needs ``transformers[torch]``."""
+
+from __future__ import annotations
+
+import copy
+import math
+from inspect import unwrap
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from hvpkit.errors import check_choice
+from hvpkit.train.tensorboard import scalars
+from hvpkit.train.tracker import SpectrumTracker
+
+
+class SpectrumCallback(TrainerCallback):
+    """Calls a tracker with the model before the first step and after every so many epochs or steps.
+
+    The measurement goes through ``trainer.log``, under ``spectrum/...``: into the log history, which checkpoints hold,
+    and to all that the trainer reports to. Of several processes the first one measures; the others wait for it where
+    they next need it. So each has to hold the whole model, as with DDP, and not a shard. Under ``bf16`` or ``fp16`` the
+    Hessian is that of the weights as they are kept, in float32.
+
+    A run that is resumed goes on with the next measurement. Give the tracker a ``path``, and so does its record.
+
+    Args:
+        tracker: made by :meth:`~hvpkit.train.SpectrumTracker.for_module`. Its criterion gets what the model returns
+            without labels, mostly an object with ``logits``. Its ``every`` says after how many epochs or steps it
+            measures.
+        trainer: whose callback this is; pass the callback to its ``add_callback``.
+        per: ``"epoch"`` or ``"step"``: what its ``every`` and its records count. An epoch that was cut short counts.
+            Steps are those of the optimizer, as ``trainer.state.global_step`` counts them.
+
+    Raises:
+        TypeError, ValueError: an argument that is none of these, named.
+
+    Cost:
+        That of :class:`~hvpkit.train.SpectrumTracker`.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> def of_logits(outputs, labels):
+        ...     return F.cross_entropy(outputs.logits, labels, reduction="none")
+        >>> tokens = {"input_ids": torch.ones(8, 6, dtype=torch.int64), "labels": torch.arange(8) % 2}
+        >>> tracker = SpectrumTracker.for_module(of_logits, tokens, every=50)
+        >>> trainer = Trainer(model, args, train_dataset=dataset)  # doctest: +SKIP
+        >>> trainer.add_callback(SpectrumCallback(tracker, trainer, per="step"))  # doctest: +SKIP
+    """
+
+    def __init__(self, tracker: SpectrumTracker, trainer: Trainer, *, per: str = "epoch") -> None:
+        if not isinstance(tracker, SpectrumTracker):
+            raise TypeError(f"tracker must be a SpectrumTracker, got {type(tracker).__name__}")
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
+        self.tracker, self.trainer, self.per = tracker, trainer, check_choice("per", per, ("epoch", "step"))
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        if self.trainer.state.global_step == 0:
+            self._measure(0)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if self.per == "step":
+            self._measure(self.trainer.state.global_step)
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        if self.per == "epoch":
+            self._measure(math.ceil(self.trainer.state.epoch or 0))
+
+    def _measure(self, step: int) -> None:
+        trainer = self.trainer
+        if not trainer.is_world_process_zero():
+            return
+        if self.tracker(_in_full_precision(trainer.model), step=step) is not None:
+            should_log = trainer.control.should_log
+            trainer.log(scalars(self.tracker.records[-1]))
+            trainer.control.should_log = should_log  # log takes the loss for logged, which still is to be
+
+
+def _in_full_precision(model: Any) -> Any:
+    """The same module without the autocast that accelerate lays over its ``forward``: too coarse for a Hessian."""
+    if "_original_forward" not in vars(model) or unwrap(model.forward) is not unwrap(type(model).forward):
+        return model
+    plain = copy.copy(model)  # shares all tensors
+    del plain.forward, plain._original_forward
+    return plain
