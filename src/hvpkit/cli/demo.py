@@ -1,4 +1,4 @@
-"""The command line: ``hvpkit``."""
+"""``hvpkit demo``: a first look, on data that is at hand."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hvpkit.cli.app import command
 from hvpkit.results import ExtremeResult, Progress
 
 COMPUTED = "{num_parameters:,} parameters, {num_examples:,} examples (all of {data}), {loss} {mean_loss:.4g}"
@@ -20,35 +21,22 @@ BATCHNORM = {
 }
 TRAINING = "Training a convolutional network on 1,797 digits"
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Both extreme eigenvalues of a network's full-data Hessian, with error intervals.",
-)
 
-
-@app.callback()
-def root() -> None:
-    """Keeps ``demo`` a command of its own while it is the only one."""
-
-
-@app.command()
+@command("hvpkit demo", "hvpkit demo --out first-look --tol 1e-3")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for extremes.json and extremes.png.")] = Path(
         "hvpkit-demo"
     ),
     tol: Annotated[float, typer.Option(help="Relative error of each eigenvalue.")] = 1e-2,
     seed: Annotated[int, typer.Option(help="Of the network, its training and the solver.")] = 0,
-) -> None:
+) -> bool:
     """Train a small network on scikit-learn's digits and find both ends of its Hessian's spectrum."""
     from hvpkit.demo import run
 
     console = Console()
     missing = [module for module in ("sklearn", "matplotlib") if find_spec(module) is None]
     if missing:
-        console.print(f"{', '.join(missing)} missing: pip install 'hvpkit\\[demo]'", style="red")
-        raise typer.Exit(2)
+        raise ImportError(f"{', '.join(missing)} missing: pip install 'hvpkit[demo]'")
     with console.status(TRAINING) as status:
 
         def say(text: str, number: float) -> None:
@@ -66,14 +54,10 @@ def demo(
                 entry.num_matvecs,
             )
 
-        try:
-            ex, problem = run(out, tol=tol, seed=seed, report=trained, monitor=solved)
-        except (ValueError, OSError) as error:
-            console.print(f"hvpkit: {error}", style="red")
-            raise typer.Exit(2) from None
+        ex, problem = run(out, tol=tol, seed=seed, report=trained, monitor=solved)
     _show(console, ex, problem)
     console.print(f"Wrote {out / 'extremes.json'} and {out / 'extremes.png'}.")
-    raise typer.Exit(0 if ex.converged else 1)
+    return ex.converged
 
 
 def _show(console: Console, ex: ExtremeResult, problem: dict[str, Any]) -> None:

@@ -1,0 +1,27 @@
+"""``hvpkit check``: whether a Hessian is what it says."""
+
+from __future__ import annotations
+
+import hvpkit as hk
+from hvpkit.cli.app import command
+from hvpkit.cli.options import Problem
+from hvpkit.cli.output import Output
+
+
+@command(
+    "hvpkit check digits",
+    "hvpkit check problem.py:make --dtype float64 --json",
+)
+def check(problem: Problem, output: Output) -> bool:
+    """Preflight: whether products repeat, are symmetric and agree with finite differences; what to mend."""
+    output.prepare()
+    target, H = problem.hessian()
+    found = hk.check(H, seed=problem.seed)
+    record = {
+        "ok": found.ok,
+        "operator": found.operator,
+        "findings": found.findings,
+        "problem": problem.describe(target, H),
+    }
+    output.give("check", record, [str(found)])
+    return found.ok

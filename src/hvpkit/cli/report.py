@@ -1,0 +1,58 @@
+"""``hvpkit report``: what there is to say of a Hessian, on one page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import hvpkit as hk
+from hvpkit.cli.app import command
+from hvpkit.cli.density import NumProbes, NumSteps
+from hvpkit.cli.extremes import show
+from hvpkit.cli.options import Problem, Solve
+from hvpkit.cli.output import Output, Watch
+from hvpkit.report import report as write_report
+
+
+@command(
+    "hvpkit report digits --out results",
+    "hvpkit report cifar10 --arch c1 --data-dir data --resume model.pt --landscape --out results",
+)
+def report(
+    problem: Problem,
+    solve: Solve,
+    output: Output,
+    num_steps: NumSteps = 40,
+    num_probes: NumProbes = 1,
+    landscape: Annotated[
+        bool, typer.Option("--landscape", help="Also the loss on the plane of both eigenvectors.")
+    ] = False,
+) -> bool:
+    """Both ends and the spectral density, with pictures: report.html, and its figures in report.json.
+
+    They go to the folder --out, by default the working folder.
+    """
+    output = output if output.out is not None else replace(output, out=Path())
+    output.prepare()
+    target, H = problem.hessian()
+    with Watch("Both ends") as watch:
+        ex = hk.extreme_eigenvalues(H, **vars(solve), seed=problem.seed, monitor=watch)
+    with Watch("Density") as watch:
+        density = hk.spectral_density(
+            H, num_steps=num_steps, num_probes=num_probes, seed=problem.seed, monitor=watch
+        )
+    assert output.out is not None
+    path = write_report(
+        H, ex, density, landscape=landscape, title=target.title, path=output.out / "report.html"
+    )
+    record = {
+        "extremes": ex.to_dict(),
+        "density": density,
+        "problem": problem.describe(target, H),
+        "path": str(path),
+    }
+    output.give("report", record, [*show(target.title, ex), f"Wrote {path}."])
+    return ex.converged

@@ -1,0 +1,57 @@
+"""``hvpkit sharpness``: how far the loss can rise in a small box."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import hvpkit as hk
+from hvpkit.cli.app import command
+from hvpkit.cli.options import Problem
+from hvpkit.cli.output import Output, table
+from hvpkit.train import keskar_sharpness
+
+
+@command(
+    "hvpkit sharpness digits --epsilon 1e-3",
+    "hvpkit sharpness problem.py:make --optimizer sgd --lr 1e-3 --max-steps 500 --json",
+)
+def sharpness(
+    problem: Problem,
+    output: Output,
+    epsilon: Annotated[float, typer.Option(help="Size of the box, epsilon (|w| + 1).")] = 1e-4,
+    max_steps: Annotated[int, typer.Option(help="Steps of the ascent, at most.")] = 1000,
+    optimizer: Annotated[str, typer.Option(help="adam or sgd.")] = "adam",
+    lr: Annotated[float | None, typer.Option(help="The optimiser's rate; by default epsilon / 10.")] = None,
+    tol: Annotated[
+        float, typer.Option(help="It ends where the rise can grow by no more than this share.")
+    ] = 1e-2,
+) -> bool:
+    """Keskar's sharpness: the largest rise of the full-data loss in a box around the parameters, in percent."""
+    if problem.wrt:
+        raise ValueError("wrt: the box is around all parameters; leave --wrt out")
+    output.prepare()
+    target = problem.load()
+    data = hk.as_data(target.data, batch_size=problem.batch_size)
+    found = keskar_sharpness(
+        target.loss_fn,
+        target.params,
+        data,
+        epsilon=epsilon,
+        lr=epsilon / 10 if lr is None else lr,
+        max_steps=max_steps,
+        optimizer=optimizer,
+        tol=tol,
+        seed=problem.seed,
+    )
+    names = ("value", "loss", "max_loss", "gap", "num_steps", "num_passes", "status", "converged", "message")
+    record = {name: getattr(found, name) for name in names}
+    about = {"target": problem.target, "title": target.title, "num_examples": data.num_examples}
+    header = ("measure", "percent", "loss", "highest loss", "passes")
+    row = (f"{found.value:.5g}", f"{found.loss:.6g}", f"{found.max_loss:.6g}", f"{found.num_passes}")
+    shown = [table(target.title, header, [("sharpness", *row)]), f"{found.status}: {found.message}."]
+    output.give(
+        "sharpness", {**record, "epsilon": epsilon, "problem": {**about, "seed": problem.seed}}, shown
+    )
+    return found.converged

@@ -1,0 +1,101 @@
+"""Targets: what a command line names a problem by."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvpkit.cli.networks import NAMES
+from hvpkit.trees import flatten, unflatten
+
+FORMS = f"{' or '.join(NAMES)}, file.py:function, or package.module:function"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A loss, the point and the data, and what they are called."""
+
+    title: str
+    loss_fn: Callable[..., Any]
+    params: Any
+    data: Any
+
+
+def load_target(text: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> Target:
+    """The problem that a function of the user's returns, as ``(loss_fn, params, data)``.
+
+    Args:
+        text: ``file.py:function`` or ``package.module:function``; modules are also looked for in the working folder.
+        device: where parameters, and data of tensors, are moved; None: they stay.
+        dtype: of what floats of theirs become; None: as they are.
+
+    Raises:
+        ValueError: no such file, module or function, or another return.
+    """
+    place, _, name = text.rpartition(":")
+    if not place or not name:
+        raise ValueError(f"TARGET must be {FORMS}; got {text}")
+    module = _from_file(Path(place)) if place.endswith(".py") else _from_package(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, item in vars(module).items() if callable(item) and not key.startswith("_")]
+        raise ValueError(f"TARGET: {place} has no function {name}; it has {', '.join(there) or 'none'}")
+    found = function()
+    if not isinstance(found, tuple) or len(found) != 3 or not callable(found[0]):
+        shape = f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
+        raise ValueError(f"TARGET: {text} must return (loss_fn, params, data), got {shape}")
+    loss_fn, params, data = found
+    leaves, spec = flatten(params)
+    params = unflatten([_moved(leaf, device, dtype) for leaf in leaves], spec)
+    if isinstance(data, Tensor | tuple | Mapping):
+        leaves, spec = flatten(data, name="data")
+        data = unflatten([_moved(leaf, device, dtype) for leaf in leaves], spec)
+    return Target(text, loss_fn, params, data)
+
+
+def _moved(tensor: Tensor, device: str | None, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"TARGET: there is no file {path}")
+    name = f"hvpkit_target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"TARGET: {path} is not a file of Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles in it look it up
+    with _importing(path.resolve().parent):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _from_package(name: str) -> ModuleType:
+    with _importing(Path.cwd()):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+                raise ValueError(f"TARGET: there is no module {name}") from None
+            raise
+
+
+@contextmanager
+def _importing(folder: Path) -> Iterator[None]:
+    """Modules in a folder can be imported inside."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))

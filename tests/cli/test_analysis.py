@@ -1,0 +1,427 @@
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+import hvpkit as hk
+from hvpkit.cli import app
+from hvpkit.cli.options import Problem
+from hvpkit.train import keskar_sharpness
+from hvpkit.zoo import cifar_resnet, digits, digits_cnn
+
+PROBLEM = """
+import torch
+
+def make():
+    print("a target may print")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    y = torch.randn(30, generator=generator, dtype=torch.float64)
+    params = {"w": torch.ones(4, 3, dtype=torch.float64) / 3, "v": torch.linspace(-1, 1, 3, dtype=torch.float64)}
+
+    def loss_fn(p, batch):
+        print("at every call")
+        return (torch.tanh(batch[0] @ p["w"]) @ p["v"] - batch[1]) ** 2
+
+    return loss_fn, params, (x, y)
+
+def many():
+    d = torch.linspace(-1, 3, 300, dtype=torch.float64)
+    return lambda p, b: (p**2 * d).sum(-1) / 2 + 0 * b.sum(-1), torch.ones(300, dtype=torch.float64), torch.ones(3, 2)
+
+def rough():
+    return lambda p, b: (p * p.detach()).sum() + 0 * b.sum(-1), torch.ones(2), torch.rand(5, 2)
+
+def infinite():
+    scale = torch.tensor([1.0, 1e200], dtype=torch.float64)
+    params = torch.zeros(2, dtype=torch.float64)
+    return lambda p, b: (torch.exp(p * scale)).sum() + 0 * b.sum(-1), params, torch.ones(3, 2)
+
+def undefined():
+    return lambda p, b: p.sum() * torch.nan + 0 * b.sum(-1), torch.zeros(2), torch.ones(3, 2)
+
+def two():
+    return 1, 2
+
+def raises():
+    raise KeyError("lost")
+
+def misfit():
+    def loss_fn(p, b):
+        return b @ p
+    return loss_fn, torch.ones(4), torch.ones(3, 2)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "problem.py"
+    path.write_text(PROBLEM)
+    return path
+
+
+def call(*args: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def strict(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def made(file: Path, name: str = "make") -> tuple[Callable[..., Any], Any, Any]:
+    scope: dict[str, Any] = {}
+    exec(file.read_text(), scope)
+    return scope[name]()
+
+
+def without_seconds(record: Any) -> Any:
+    if isinstance(record, dict):
+        return {key: without_seconds(item) for key, item in record.items() if key != "seconds"}
+    return [without_seconds(item) for item in record] if isinstance(record, list) else record
+
+
+def drawn(path: Path) -> bool:
+    return bool(matplotlib.image.imread(path)[..., :3].std() > 0.02)
+
+
+def test_extremes_are_those_of_the_library_with_every_option(file: Path, tmp_path: Path) -> None:
+    options = ["--tol", 1e-4, "--method", "lanczos", "--max-matvecs", 90, "--time-limit", 100, "--seed", 3]
+    options += ["--batch-size", 7, "--wrt", "w", "--device", "cpu", "--dtype", "float32", "--json"]
+    options += ["--out", tmp_path / "out"]
+    found = strict(call("extremes", f"{file}:make", *options).stdout)
+    loss_fn, params, data = made(file)
+    params, data = {name: p.float() for name, p in params.items()}, tuple(part.float() for part in data)
+    H = hk.hessian(loss_fn, params, data, wrt="w", batch_size=7, mode=found["operator"].split(", ")[-1])
+    ex = hk.extreme_eigenvalues(H, tol=1e-4, method="lanczos", max_matvecs=90, time_limit=100, seed=3)
+    about = found.pop("problem")
+    assert without_seconds(found) == without_seconds(ex.to_dict())
+    assert (about["num_parameters"], about["num_examples"], about["wrt"]) == (12, 30, ["w"])
+    assert (about["dtype"], about["device"], about["seed"]) == ("float32", "cpu", 3)
+    assert strict((tmp_path / "out" / "extremes.json").read_text()) == {**found, "problem": about}
+    assert drawn(tmp_path / "out" / "extremes.png")
+
+
+def test_table_shows_both_ends_of_the_dense_hessian(file: Path) -> None:
+    loss_fn, params, data = made(file)
+    H = hk.hessian(loss_fn, params, data)
+    low, *_, high = torch.linalg.eigvalsh(H @ torch.eye(H.n, dtype=H.dtype)).tolist()
+    text = call("extremes", f"{file}:make").stdout
+    assert f"{low:.6g}" in text
+    assert f"{high:.6g}" in text
+
+
+def test_a_module_in_the_working_folder_is_a_target(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = file.parent / "mine_of_cli"
+    package.mkdir()
+    (package / "problem.py").write_text(PROBLEM)
+    monkeypatch.chdir(file.parent)
+    path = list(sys.path)
+    found = strict(call("extremes", "mine_of_cli.problem:make", "--json").stdout)
+    assert found["problem"]["num_parameters"] == 15
+    assert sys.path == path
+
+
+def test_a_limit_is_no_convergence_and_exits_with_1(file: Path) -> None:
+    found = strict(
+        call("extremes", f"{file}:many", "--json", "--max-matvecs", 5, "--tol", 1e-9, code=1).stdout
+    )
+    assert found["status"] == "max-matvecs"
+
+
+def test_a_product_that_is_not_finite_is_said_in_strict_json_and_exits_with_1(
+    file: Path, tmp_path: Path
+) -> None:
+    result = call("extremes", f"{file}:infinite", "--json", "--out", tmp_path, code=1)
+    found = strict(result.stdout)
+    assert (found["status"], found["largest"]["value"]) == ("non-finite", None)
+    assert "no picture" in result.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.suffix in (".json", ".png")] == ["extremes.json"]
+    assert "loss_fn gave NaN" in call("extremes", f"{file}:undefined", code=1).stderr
+
+
+def test_interruption_leaves_what_was_found(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = hk.extreme_eigenvalues, []
+
+    def interrupted(H: Any, *, monitor: Callable[[Any], None], **options: Any) -> Any:
+        def stop(entry: Any) -> None:
+            monitor(entry)
+            seen.append(entry)
+            if len(seen) == 4:
+                raise KeyboardInterrupt
+
+        return real(H, monitor=stop, **options)
+
+    monkeypatch.setattr(hk, "extreme_eigenvalues", interrupted)
+    result = call("extremes", f"{file}:many", "--tol", 1e-9, "--json", "--out", tmp_path, code=130)
+    found = strict(result.stdout)
+    assert "interrupted" in result.stderr
+    assert (found["status"], found["converged"]) == ("interrupted", False)
+    assert found["largest"]["value"] == seen[-1].largest
+    assert found["smallest"]["error_bound"] == seen[-1].smallest_bound
+    assert strict((tmp_path / "extremes.json").read_text()) == found
+    seen.clear()
+    assert (
+        f"{found['largest']['value']:.6g}" in call("extremes", f"{file}:many", "--tol", 1e-9, code=130).stdout
+    )
+
+
+def test_density_is_that_of_the_library(file: Path, tmp_path: Path) -> None:
+    options = ["--num-steps", 9, "--num-probes", 3, "--seed", 2, "--time-limit", 100, "--method", "chebyshev"]
+    for given in (options[:-2], options):
+        found = strict(call("density", f"{file}:many", *given, "--json", "--out", tmp_path).stdout)
+        loss_fn, params, data = made(file, "many")
+        H = hk.hessian(loss_fn, params, data)
+        method = "chebyshev" if given is options else "lanczos"
+        d = hk.spectral_density(H, method=method, num_steps=9, num_probes=3, seed=2)
+        assert found["method"] == method
+        assert found["nodes"] == pytest.approx(d.nodes.tolist(), rel=1e-12, abs=1e-12)
+        assert found["weights"] == pytest.approx(d.weights.tolist(), rel=1e-9, abs=1e-12)
+        # the trace of diag(linspace(-1, 3, 300)) is 300
+        assert abs(found["trace"]["value"] - 300) < 5 * found["trace"]["stderr"]
+        assert found["status"] == "max-matvecs"
+        assert strict((tmp_path / "density.json").read_text()) == found
+        assert drawn(tmp_path / "density.png")
+    assert "share below zero" in call("density", f"{file}:many", "--num-steps", 5).stdout
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
+def test_trace_is_that_of_the_library(file: Path, method: str) -> None:
+    options = ["--method", method, "--num-matvecs", 60, "--seed", 4, "--time-limit", 100]
+    found = strict(call("trace", f"{file}:many", *options, "--json").stdout)
+    loss_fn, params, data = made(file, "many")
+    truth = hk.trace(hk.hessian(loss_fn, params, data), method=method, num_matvecs=60, seed=4)
+    assert found["value"] == pytest.approx(truth.value, rel=1e-12)
+    assert found["stderr"] == pytest.approx(truth.stderr, rel=1e-9)
+    assert found["num_matvecs"] == truth.num_matvecs
+
+
+def test_a_trace_without_its_tolerance_exits_with_1(file: Path, tmp_path: Path) -> None:
+    args = ["trace", f"{file}:many", "--max-matvecs", 60, "--tol"]
+    call(*args, 1e-6, code=1)
+    result = call(*args, 0.5, "--out", tmp_path)
+    assert strict((tmp_path / "trace.json").read_text())["converged"]
+    assert "converged" in result.stdout
+
+
+def test_sharpness_is_that_of_the_library(file: Path) -> None:
+    loss_fn, params, data = made(file)
+    for options, mine in (
+        (["--epsilon", 1e-2, "--seed", 1], {"epsilon": 1e-2, "lr": 1e-3, "optimizer": "adam", "seed": 1}),
+        (["--optimizer", "sgd", "--lr", 0.1, "--tol", 0.1], {"optimizer": "sgd", "lr": 0.1, "tol": 0.1}),
+    ):
+        found = strict(call("sharpness", f"{file}:make", *options, "--batch-size", 30, "--json").stdout)
+        truth = keskar_sharpness(loss_fn, params, data, **mine)
+        assert found["value"] == pytest.approx(truth.value, rel=1e-12)
+        assert found["status"] == truth.status
+    text = call(
+        "sharpness", f"{file}:make", "--max-steps", 1, "--optimizer", "sgd", "--lr", 1e-9, code=1
+    ).stdout
+    assert "rising" in text
+    assert "wrt" in call("sharpness", f"{file}:make", "--wrt", "w", code=2).stderr
+
+
+def test_check_says_whether_derivatives_are_right(file: Path) -> None:
+    found = strict(call("check", f"{file}:make", "--json").stdout)
+    assert found["ok"]
+    assert {finding["check"] for finding in found["findings"]} >= {"symmetric", "differences"}
+    found = strict(call("check", f"{file}:rough", "--json", code=1).stdout)
+    assert not found["ok"]
+    assert "failed" in call("check", f"{file}:rough", code=1).stdout
+
+
+def test_report_is_one_page_with_the_values(file: Path, tmp_path: Path) -> None:
+    args = ["report", f"{file}:make", "--num-steps", 8, "--num-probes", 2, "--landscape"]
+    found = strict(call(*args, "--out", tmp_path, "--json").stdout)
+    page = (tmp_path / "report.html").read_text()
+    assert f"{found['extremes']['largest']['value']:.8g}" in page
+    assert "on the plane of both" in page
+    assert found["density"]["n"] == 15
+    assert strict((tmp_path / "report.json").read_text()) == found
+
+
+def test_report_goes_to_the_working_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(file.parent)
+    assert "report.html" in call("report", f"{file}:make").stdout
+    assert (file.parent / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("nothing", "file.py:function"),
+        ("{folder}/none.py:make", "there is no file"),
+        ("{file}:none", "has no function none; it has make"),
+        ("{file}:number", "has no function number"),
+        ("{file}:two", "must return (loss_fn, params, data), got 2 values"),
+        ("{file}:raises", "KeyError: 'lost' ({file}:"),
+        ("{file}:misfit", "in loss_fn: return b @ p"),
+        ("no_such_package.module:make", "there is no module no_such_package.module"),
+    ],
+)
+def test_a_bad_target_is_one_clear_line_and_exit_code_2(file: Path, target: str, said: str) -> None:
+    places = {"file": str(file), "folder": str(file.parent)}
+    result = call("extremes", target.format(**places), code=2)
+    assert said.format(**places) in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not result.stdout or result.stdout == "a target may print\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tol", "-1"], "tol must be"),
+        (["--method", "newton"], "method must be"),
+        (["--dtype", "int8"], "dtype must be float32 or float64"),
+        (["--device", "nowhere"], "device: nowhere cannot be used here"),
+        (["--wrt", "x*"], "matches no parameter; their names: w, v"),
+        (["--batch-size", "0"], "batch_size"),
+        (["--resume", "model.pt"], "--resume: only for digits and cifar10"),
+        (["--nonsense"], "nonsense"),
+    ],
+)
+def test_bad_options_are_named(file: Path, options: list[str], said: str) -> None:
+    assert said in call("extremes", f"{file}:make", *options, code=2).stderr
+
+
+def test_a_syntax_error_in_a_target_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("def make(:\n")
+    said = call("extremes", f"{path}:make", code=2).stderr
+    assert "SyntaxError" in said
+    assert "broken.py, line 1" in said
+
+
+@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "parallel"])
+def test_resume_takes_checkpoints_in_their_usual_forms(tmp_path: Path, wrap: str) -> None:
+    model = digits_cnn(seed=5)
+    state: Any = model.state_dict()
+    if wrap == "parallel":
+        state = {"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 3}
+    elif wrap != "plain":
+        state = {wrap: state}
+    torch.save(state, tmp_path / "model.pt")
+    options = ["--resume", tmp_path / "model.pt", "--num-examples", 40, "--tol", 0.2, "--dtype", "float64"]
+    found = strict(call("extremes", "digits", *options, "--json").stdout)
+    objective, params = hk.from_module(model.double(), F.cross_entropy)
+    x, y = digits()
+    ex = hk.extreme_eigenvalues(hk.hessian(objective, params, (x[:40].double(), y[:40])), tol=0.2)
+    assert found["largest"]["value"] == pytest.approx(ex.largest.value, rel=1e-9)
+    assert found["smallest"]["value"] == pytest.approx(ex.smallest.value, rel=1e-9)
+
+
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path: Path, form: str) -> None:
+    marker, path = tmp_path / "it-ran", tmp_path / "model.pt"
+    if form == "torch":
+        torch.save({"state_dict": Evil(marker)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Evil(marker), 2))
+    result = call("extremes", "digits", "--resume", path, code=2)
+    assert "refused" in result.stderr
+    assert not marker.exists()
+    if form == "torch":
+        torch.load(path, weights_only=False)
+        assert marker.exists()  # it would have
+
+
+def test_a_checkpoint_that_does_not_fit_names_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    args = ["extremes", "digits", "--resume", path]
+    assert "there is no file" in call(*args, code=2).stderr
+    path.write_bytes(b"PK\x03\x04 cut short")
+    assert "cannot be read" in call(*args, code=2).stderr
+    torch.save([1, 2], path)
+    assert "holds no state_dict" in call(*args, code=2).stderr
+    state = digits_cnn().state_dict()
+    state["extra"] = state.pop("0.weight")
+    state["9.bias"] = torch.zeros(3)
+    torch.save(state, path)
+    said = call(*args, code=2).stderr
+    for part in ("is missing: 0.weight", "is unexpected: extra", "9.bias [3] for [10]", "--arch"):
+        assert part in said
+
+
+def test_cifar_needs_its_folder_and_an_architecture(tmp_path: Path, cifar: Path) -> None:
+    assert "--data-dir" in call("extremes", "cifar10", code=2).stderr
+    assert "cifar-10" in call("extremes", "cifar10", "--data-dir", tmp_path, code=2).stderr
+    args = ["extremes", "cifar10", "--data-dir", cifar]
+    assert "arch must be one" in call(*args, "--arch", "vgg", code=2).stderr
+    assert "depth must be" in call(*args, "--arch", "resnet21", code=2).stderr
+    assert "num_examples must be between 1 and 20" in call(*args, "--num-examples", 21, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("arch", "count"),
+    [
+        ("c1", 1_756_682),
+        ("c2", 1_148_746),
+        ("resnet18", 11_173_962),
+        ("resnet20", 269_722),
+        ("resnet20-nobn", 268_346),
+        ("resnet20-nores", 269_722),
+        ("resnet20-nobn-nores", 268_346),
+        ("resnet32", 464_154),
+        ("resnet38", 561_370),
+        ("resnet56", 853_018),
+    ],
+)
+def test_architectures_have_their_published_sizes(cifar: Path, arch: str, count: int) -> None:
+    target = Problem("cifar10", arch=arch, data_dir=cifar, num_examples=2).load()
+    assert sum(p.numel() for p in target.params.values()) == count
+    assert target.data[0].shape == (2, 3, 32, 32)
+
+
+def test_variants_of_a_network_are_those_of_the_zoo(cifar: Path) -> None:
+    target = Problem("cifar10", arch="resnet20-nores", data_dir=cifar, seed=2).load()
+    objective, params = hk.from_module(cifar_resnet(20, residual=False, seed=2), F.cross_entropy)
+    found = target.loss_fn(target.params, target.data)
+    assert torch.equal(found, objective(params, target.data))
+    assert len(found) == 20
+
+
+def test_cifar_runs_from_a_checkpoint(cifar: Path, tmp_path: Path) -> None:
+    model = cifar_resnet(8, seed=1)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    args = ["--arch", "resnet8", "--data-dir", cifar, "--resume", tmp_path / "model.pt", "--num-examples", 4]
+    found = strict(call("trace", "cifar10", *args, "--num-matvecs", 6, "--json").stdout)
+    assert found["problem"]["num_parameters"] == sum(p.numel() for p in model.parameters())
+    assert math.isfinite(found["value"])
+
+
+def test_every_command_shows_examples_and_exit_codes() -> None:
+    commands = ["extremes", "density", "trace", "sharpness", "check", "report", "train", "track", "demo"]
+    for name in commands:
+        text = call(name, "--help").stdout
+        assert f"hvpkit {name} " in text.split("Examples:")[1] or name == "demo"
+        assert "Exit codes" in text
+    text = call("--help").stdout
+    assert all(name in text for name in commands)
+    assert "130 interrupted" in " ".join(text.split())

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvpkit.cli.output import Output, Watch, as_json
+from hvpkit.results import Progress, Status
+
+
+@dataclass(frozen=True)
+class Record:
+    numbers: torch.Tensor
+    status: Status
+
+
+def test_json_is_strict_whatever_it_is_made_of() -> None:
+    record = {
+        "a": Record(torch.tensor([1.0, torch.inf]), Status.CONVERGED),
+        "b": (float("nan"), None, True, "x"),
+    }
+    assert json.loads(as_json(record)) == {
+        "a": {"numbers": [1.0, None], "status": "converged"},
+        "b": [None, None, True, "x"],
+    }
+
+
+def test_files_need_matplotlib_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hvpkit.cli.output.find_spec", lambda _: None)
+    Output().prepare()
+    with pytest.raises(ImportError, match="hvpkit\\[plots\\]"):
+        Output(out=tmp_path / "new").prepare()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    output = Output(json=True, out=tmp_path)
+    (tmp_path / "it.png").write_bytes(b"old")
+
+    def fails() -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        output.give("it", {"x": 1}, [], fails)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it.json", "it.png"]
+    assert (tmp_path / "it.png").read_bytes() == b"old"
+    assert json.loads((tmp_path / "it.json").read_text()) == {"x": 1}
+
+
+def test_a_terminal_shows_progress_and_keeps_what_is_printed_between_two_solves() -> None:
+    script = """
+from hvpkit.cli.output import Output, Watch
+from hvpkit.results import Progress
+watch, output = Watch("Both ends"), Output()
+for number in range(2):
+    with watch:
+        watch(Progress(7, 0.1, -1.25, 8.5, 0.1, 0.2))
+    output.print(None, f"line {number}")
+"""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "80"},
+    ):
+        os.close(theirs)
+        found = b""
+        try:
+            while piece := os.read(ours, 4096):
+                found += piece
+        except OSError:  # how Linux says that the other end is closed
+            pass
+    os.close(ours)
+    text = found.decode()
+    assert "-1.25 ± 0.1 and 8.5 ± 0.2, 7 passes" in text
+    begin = text.index("line 0\r\n") + len("line 0\r\n")
+    assert "\x1b[1A" not in text[begin : text.index("Both ends", begin)]  # not up into the printed line
+
+
+def test_a_watch_keeps_the_last_entry() -> None:
+    watch, entry = Watch("Trace"), Progress(7, 0.1, -1.25, 8.5, 0.1, 0.2)
+    watch(entry)
+    assert watch.last == entry
+
+
+def test_a_signal_from_the_keyboard_leaves_what_was_found(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("""
+import os, signal, torch
+calls = []
+
+def make():
+    d = torch.linspace(-1, 3, 400, dtype=torch.float64)
+
+    def loss_fn(p, b):
+        calls.append(1)
+        if len(calls) == 40:
+            os.kill(os.getpid(), signal.SIGINT)
+        return (p**2 * d).sum(-1) / 2 + 0 * b.sum(-1)
+
+    return loss_fn, torch.ones(400, dtype=torch.float64), torch.ones(3, 2)
+""")
+    args = [sys.executable, "-m", "hvpkit", "extremes", "slow.py:make", "--tol", "1e-9", "--json"]
+    done = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 130 == 128 + signal.SIGINT
+    found = json.loads(done.stdout)
+    assert found["status"] == "interrupted"
+    assert 1 < found["largest"]["value"] <= 3
+    assert done.stderr == "hvpkit: interrupted\n"
