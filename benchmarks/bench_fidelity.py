@@ -132,37 +132,44 @@ def keep(name: str, entry: dict[str, Any]) -> None:
     file.write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def passes(entry: dict[str, Any], label: str) -> list[float]:
-    return [run["passes"] for run in entry["runs"][label]]
+def shown(values: list[float], spread: bool = True) -> str:
+    """Median and range."""
+    if not values:
+        return "-"
+    middle = f"{statistics.median(values):.3g}"
+    return f"{middle} ({min(values):.3g} to {max(values):.3g})" if spread and len(values) > 1 else middle
 
 
 def table(found: dict[str, Any]) -> str:
     """Medians of passes with their spread over seeds, ratios, and the worst errors, as Markdown."""
     rows = [
-        "| problem | ends | Lanczos | ARPACK | multifidelity (spread) | Lanczos over it | ARPACK over it | "
-        "worst error over tol | in interval | largest alone |",
+        "| problem | ends | Lanczos | ARPACK | multifidelity | seeds | Lanczos over it | ARPACK over it | "
+        "errors over tol | largest alone |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    ratios = []
-    for name in (name for name in available() if set(found.get(name, {"runs": ()})["runs"]) == set(METHODS)):
+    ratios: dict[str, list[float]] = {"lanczos": [], "eigsh": []}
+    for name in (name for name in available() if "multifidelity" in found.get(name, {}).get("runs", ())):
         entry = found[name]
-        own, lanczos, arpack, alone = (
-            passes(entry, label) for label in ("multifidelity", "lanczos", "eigsh", "largest alone")
-        )
-        middle = statistics.median(own)
-        ratios.append((statistics.median(lanczos) / middle, statistics.median(arpack) / middle))
-        runs = entry["runs"]["multifidelity"]
-        worst = max(max(run["errors_over_tol"]) for run in runs)
-        inside = sum(sum(run["in_interval"]) for run in runs)
+        passes = {label: [run["passes"] for run in entry["runs"].get(label, [])] for label in METHODS}
+        own = passes["multifidelity"]
+        over = []
+        for label, values in ratios.items():
+            ratio = statistics.median(passes[label]) / statistics.median(own) if passes[label] else None
+            values += [] if ratio is None else [ratio]
+            over.append("-" if ratio is None else f"{ratio:.2f}")
+        errors = sorted(max(run["errors_over_tol"]) for run in entry["runs"]["multifidelity"])
+        off = sum(error > 1 for error in errors)
         low, high = entry["reference"]
         rows.append(
-            f"| {name} | {low:.3g} ... {high:.3g} | {statistics.median(lanczos):.0f} | "
-            f"{statistics.median(arpack):.0f} | {middle:.1f} ({min(own):.1f} to {max(own):.1f}) | "
-            f"{ratios[-1][0]:.2f} | {ratios[-1][1]:.2f} | {worst:.2f} | {inside} of {2 * len(runs)} | "
-            f"{statistics.median(alone):.1f} ({max(alone):.1f}) |"
+            f"| {name} | {low:.3g} ... {high:.3g} | {shown(passes['lanczos'], False)} | "
+            f"{shown(passes['eigsh'], False)} | {shown(own)} | {len(own)} | {over[0]} | {over[1]} | "
+            f"at most {errors[-1]:.2f}, {off} over 1 | {shown(passes['largest alone'])} |"
         )
-    means = [math.exp(statistics.mean(math.log(pair[which]) for pair in ratios)) for which in (0, 1)]
-    rows.append(f"| geometric mean | | | | | {means[0]:.2f} | {means[1]:.2f} | | | |")
+    means = [
+        f"{math.exp(statistics.mean(map(math.log, values))):.2f}" if values else "-"
+        for values in ratios.values()
+    ]
+    rows.append(f"| geometric mean | | | | | | {means[0]} | {means[1]} | | |")
     return "\n".join(rows)
 
 
