@@ -33,7 +33,9 @@ def written(folder, text):
 
 
 def test_notebooks_are_found():
-    assert [source.stem[:2] for source in SOURCES] == [f"{number:02d}" for number in range(1, len(SOURCES) + 1)]
+    assert [source.stem[:2] for source in SOURCES] == [
+        f"{number:02d}" for number in range(1, len(SOURCES) + 1)
+    ]
     assert len(SOURCES) >= 6
 
 
