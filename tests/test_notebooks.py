@@ -88,3 +88,18 @@ def test_execution_repeats_to_the_byte(tmp_path):
 def test_warnings_errors_and_standard_error_are_refused(tmp_path, line, error, match):
     with pytest.raises(error, match=match):
         execute(written(tmp_path, f"# %%\nprint('fine')\n\n# %%\n{line}\n"))
+
+
+def test_each_picture_of_the_package_appears(tmp_path):
+    cells = (
+        "import torch\nimport hvpkit as hk\n"
+        "ex = hk.extreme_eigenvalues(hk.aslinearoperator(torch.diag(torch.arange(9.0))))",
+        "from hvpkit import plots\nax = plots.convergence(ex)",
+        "ax = plots.convergence(ex)",
+    )
+    book = execute(written(tmp_path, "\n\n".join(f"# %%\n{cell}" for cell in cells)))
+    assert [["image/png" in output.get("data", ()) for output in cell.outputs] for cell in book.cells] == [
+        [],
+        [True],
+        [True],
+    ]

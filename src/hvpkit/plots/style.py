@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
+from matplotlib import pyplot as plt
 
 from hvpkit.results import Eigenpair
 
@@ -45,7 +46,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
-        matplotlib.get_backend()  # resolved now: the context would undo that a notebook's is interactive
+        plt.draw_if_interactive()  # type: ignore[no-untyped-call] # loads a backend: not inside, or a notebook's is undone
         with matplotlib.rc_context(STYLE):
             return draw(*args, **kwargs)
 
