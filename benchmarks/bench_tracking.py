@@ -107,8 +107,10 @@ def main() -> None:
     )
     parser.add_argument("--cache", type=Path, required=True)
     cache = parser.parse_args().cache
-    found = {name: measure(name, cache) for name in NAMES}
-    (RESULTS / "tracking.json").write_text(json.dumps({"tol": TOL, "problems": found}, indent=1) + "\n")
+    found = {}
+    for name in NAMES:
+        found[name] = measure(name, cache)
+        (RESULTS / "tracking.json").write_text(json.dumps({"tol": TOL, "problems": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

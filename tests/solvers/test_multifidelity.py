@@ -197,6 +197,12 @@ def test_basis_that_is_full_is_cut_and_the_solve_goes_on() -> None:
     check(multifidelity([near(A, 0.3), hk.aslinearoperator(A)], tol=1e-4, ncv=10), A, 1e-4)
 
 
+def test_message_says_that_the_bound_is_an_estimate() -> None:
+    A = matrix(SPECTRA["indefinite"])
+    assert "estimate" in multifidelity([near(A, 1e-3), hk.aslinearoperator(A)]).message
+    assert "estimate" not in multifidelity([hk.aslinearoperator(A)]).message
+
+
 def test_same_seed_gives_the_same_bits() -> None:
     A = matrix(SPECTRA["indefinite"])
     levels = [near(A, 0.1), hk.aslinearoperator(A)]

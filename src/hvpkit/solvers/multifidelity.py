@@ -90,6 +90,12 @@ direction is enough if it gained very little."""
 LEFT = Status.MAX_MATVECS
 """How the loop ends once all cheap levels were left: what they may do is done."""
 
+ESTIMATED = (
+    "every error is at most tol * |value| by a sample's estimate; that the values are the extreme ones is likely, not "
+    'certain: method="lanczos" says how likely'
+)
+"""What convergence means here."""
+
 ENDS = {"BE": (0, -1), "SA": (0,), "LA": (-1,)}
 
 
@@ -412,7 +418,7 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
     where = intervals(found, goal.which, goal.k, rounding(op, state.norm) * unit, kind)
     errors = [state.errors[end] for end in goal.ends[: len(found.values)]]
     bounds = (torch.tensor(errors, dtype=torch.float64) + rounding(op, state.norm)) * unit
-    return eigen_result(
+    result = eigen_result(
         found,
         where,
         status,
@@ -421,6 +427,7 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
         history=(),
         error_bounds=bounds,
     )
+    return replace(result, message=ESTIMATED) if status is Status.CONVERGED else result
 
 
 def multifidelity(
