@@ -238,7 +238,18 @@ def test_bad_levels_are_named(levels: object, error: type[Exception]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"ncv": 2}, {"num_inner": 0}, {"tol": -1.0}, {"v0": torch.ones(2)}], ids=str
+    "arguments",
+    [
+        {"ncv": 2},
+        {"num_inner": 0},
+        {"tol": -1.0},
+        {"v0": torch.ones(2)},
+        {"confidence": 7.0},
+        {"spent": -1.0},
+        {"spent": 1.0},
+        {"which": "LM"},
+    ],
+    ids=str,
 )
 def test_bad_argument_is_named(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"^{next(iter(arguments))}"):

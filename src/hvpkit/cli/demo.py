@@ -76,4 +76,4 @@ def _show(console: Console, ex: ExtremeResult, problem: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(COMPUTED.format(**problem) + ", " + BATCHNORM[problem["batchnorm"]])
-    console.print(f"Both ends from one Krylov space. {ex.status}: {ex.message}.")
+    console.print(f"{ex.status}: {ex.message}.")

@@ -91,6 +91,13 @@ def check_arguments(
     )
 
 
+def check_confidence(confidence: float) -> float:
+    """Returns ``confidence`` if it is one; a ValueError if not."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    return confidence
+
+
 def check_start(op: LinearOperator, v0: Start | None) -> Tensor | None:
     """The start of the caller's as columns ``[n, p]``; of an earlier result, its vectors.
 

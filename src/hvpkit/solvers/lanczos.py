@@ -38,7 +38,7 @@ from hvpkit.iterate import Look, Monitor, full_precision, iterate
 from hvpkit.operators import LinearOperator
 from hvpkit.results import EigenResult, Status
 from hvpkit.solvers import finish
-from hvpkit.solvers.arguments import Start, check_arguments
+from hvpkit.solvers.arguments import Start, check_arguments, check_confidence
 from hvpkit.solvers.bounds import kato_temple, uniform_distance
 from hvpkit.solvers.krylov import (
     State,
@@ -353,8 +353,7 @@ def lanczos(
         block_size=block_size,
         num_checks=1,
     )
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    check_confidence(confidence)
     goal = Goal(k, asked.which, asked.tol, block_size, asked.seed, check_copies, confidence, certify)
     least = 2 * k + block_size + 2
     if ncv is None:

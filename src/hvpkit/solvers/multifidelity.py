@@ -42,7 +42,7 @@ from hvpkit.iterate import Look, Monitor, full_precision, iterate
 from hvpkit.operators import LinearOperator
 from hvpkit.probes import normal_vector
 from hvpkit.results import EigenResult, Progress, Status
-from hvpkit.solvers.arguments import Request, Start, check_arguments
+from hvpkit.solvers.arguments import Request, Start, check_arguments, check_confidence
 from hvpkit.solvers.basis import orthonormalise_
 from hvpkit.solvers.block import mixed_start, power_of_two, residuals_of, row_norms, turn_
 from hvpkit.solvers.bounds import kato_temple
@@ -467,7 +467,7 @@ def multifidelity(
         num_inner: the most Lanczos steps on a cheap level for each direction; by default as many as cost one product,
             but from 6 to 30. They end when what they predict has settled.
         confidence: of intervals, where these come from :func:`hvpkit.lanczos`.
-        spent: what making the levels has cost, as a pass for scores; counted in with the rest.
+        spent: what making the levels has cost, as a pass for scores; counted in with the rest; 0 if there is one level.
         max_matvecs: products of the last level, the others counted at their cost; by default 1,000.
         time_limit: seconds.
         seed: of the start vector.
@@ -547,6 +547,11 @@ def _solve(
 ) -> EigenResult:
     begin = time.perf_counter()
     check_count("ncv", ncv, 8)
+    check_confidence(confidence)
+    if not 0 <= spent < math.inf or (spent and len(levels) == 1):
+        raise ValueError(
+            f"spent must be finite and not negative, and 0 where there is one level; got {spent}"
+        )
     if num_inner is not None:
         check_count("num_inner", num_inner, 1)
     k = min(2, op.n) if which == "BE" else 1
