@@ -96,12 +96,45 @@ def test_records_are_flat_and_go_into_a_frame() -> None:
     assert frame["largest"].tolist() == [entry["largest"] for entry in tracker.records]
 
 
-def test_a_restart_goes_on_to_the_same_bits(tmp_path) -> None:
-    whole = SpectrumTracker.for_module(F.cross_entropy, data(), every=2, path=tmp_path / "whole.jsonl")
+@pytest.mark.parametrize(
+    ("method", "num_examples", "hidden", "warm"),
+    [
+        ("lanczos", 1500, 200, False),
+        ("multifidelity", 120, 6, True),
+        ("auto", 1500, 200, True),
+        ("auto", 120, 200, False),
+        ("auto", 1500, 6, False),
+    ],
+)
+def test_only_solves_on_samples_start_from_the_vectors_before(
+    method: str, num_examples: int, hidden: int, warm: bool
+) -> None:
+    g = torch.Generator().manual_seed(2)
+    shapes = {"0.weight": (hidden, 4), "2.weight": (3, hidden), "2.bias": (3,)}
+    params = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    model = nn.Sequential(nn.Linear(4, hidden, bias=False), nn.Tanh(), nn.Linear(hidden, 3))
+    (objective, _), examples = hk.from_module(model, F.cross_entropy), data(num_examples)
+    tracker = SpectrumTracker(objective, examples, method=method, mode="reverse-over-reverse", seed=7)
+    first = tracker(params)
+    moved = {name: 0.99 * value for name, value in params.items()}
+    second = tracker(moved)
+    H = hk.hessian(objective, moved, examples, mode="reverse-over-reverse")
+    by_hand = {
+        start is not None: hk.extreme_eigenvalues(H, method=method, v0=start, seed=8)
+        for start in (None, first)
+    }
+    assert torch.equal(second.vectors, by_hand[warm].vectors)
+    assert not torch.equal(second.vectors, by_hand[not warm].vectors)
+
+
+@pytest.mark.parametrize("method", ["lanczos", "multifidelity"])
+def test_a_restart_goes_on_to_the_same_bits(tmp_path, method: str) -> None:
+    options = {"every": 2, "method": method}
+    whole = SpectrumTracker.for_module(F.cross_entropy, data(), **options, path=tmp_path / "whole.jsonl")
     train(module(), range(10), whole)
     path, model = tmp_path / "parts.jsonl", module()
-    train(model, range(5), SpectrumTracker.for_module(F.cross_entropy, data(), every=2, path=path))
-    again = SpectrumTracker.for_module(F.cross_entropy, data(), every=2, path=path)
+    train(model, range(5), SpectrumTracker.for_module(F.cross_entropy, data(), **options, path=path))
+    again = SpectrumTracker.for_module(F.cross_entropy, data(), **options, path=path)
     assert [step for step, _ in again.results] == [0, 2, 4]
     train(model, range(5, 10), again, count=False)
     strip = [{k: v for k, v in entry.items() if k != "seconds"} for entry in again.records]
