@@ -6,16 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hvpkit._typing import LossFn, Seed, Tree
+from hvpkit.batch_sizes import best_size
 from hvpkit.data import Data, as_data, whole_batch
 from hvpkit.errors import NonFiniteError, check_choice, check_count
 from hvpkit.fisher import LIKELIHOODS, empirical_terms, find_likelihood, fisher_terms
 from hvpkit.gauss_newton import check_objective, ggn_terms
+from hvpkit.kept import Budget
+from hvpkit.memory import free_memory
 from hvpkit.modes import Recipe, check_arithmetic, lower_precision, settle
 from hvpkit.objective import Objective, check_batches, goes_by_batches
 from hvpkit.operators import LinearOperator, Origin
@@ -31,10 +34,12 @@ from hvpkit.products import (
     exact_derivatives,
     hessian_terms,
     parts,
-    sum_parts,
 )
 from hvpkit.selection import Selection, restrict
-from hvpkit.trees import check_params, join, snapshot
+from hvpkit.trees import check_params, snapshot
+
+FREE_SHARE = 0.25
+"""Of the memory that is free, what an operator may hold between products by default."""
 
 TRIAL_EXAMPLES = 32
 """Examples of the first batch, at most, on which modes are tried and errors measured."""
@@ -46,9 +51,10 @@ def hessian(
     data: object,
     *,
     wrt: Selection = None,
-    batch_size: int | None = None,
+    batch_size: int | str | None = None,
     mode: str = "auto",
     arithmetic: str = "native",
+    memory_limit: float | None = None,
     progress: bool = False,
 ) -> LinearOperator:
     r"""The Hessian of the mean loss over all examples, :math:`H = \frac1N \sum_i \nabla^2 \ell_i(p)`.
@@ -60,11 +66,16 @@ def hessian(
         wrt: glob or globs over dotted parameter names, or a predicate of a name: the block of the matrix
             that belongs to those parameters, the others held constant.
         batch_size: the most examples put through at once; memory grows with it, the product does not
-            change beyond rounding. By default the loader's own, else 256.
+            change beyond rounding. By default the loader's own, else 256. ``"auto"``: the fastest within
+            ``memory_limit``, by trials with 16, 32, 64 ... examples.
         mode: how a product is made: one of :func:`hvpkit.hvp`, or ``"auto"``: the exact one that is the faster
             on the first examples, if both agree; ``H.mode`` is which, ``H.mode_reason`` why.
         arithmetic: ``"native"``, the parameters' dtype; ``"bf16"`` or ``"tf32"`` (CUDA only): matrix products and
             convolutions of float32 networks in fewer digits.
+        memory_limit: bytes to hold between products, by the operator and its samples: the graph of the gradient of as
+            many batches as fit, made in the second product and passed through again in those after, which takes two
+            thirds of the work; in the mode ``"reverse-over-reverse"``. Given back when the operator is no longer
+            used. By default a quarter of the memory that is free; 0: nothing is held.
         progress: show a bar over the batches of each product.
 
     Returns:
@@ -97,7 +108,7 @@ def hessian(
         {'w': 8.0, 'b': 2.0}
     """
     origin, first = _origin("hessian", loss_fn, params, data, wrt, batch_size, mode)
-    return _operator(origin, first, hessian_terms, arithmetic, progress)
+    return _operator(origin, first, hessian_terms, batch_size, arithmetic, memory_limit, progress)
 
 
 def ggn(
@@ -106,9 +117,10 @@ def ggn(
     data: object,
     *,
     wrt: Selection = None,
-    batch_size: int | None = None,
+    batch_size: int | str | None = None,
     mode: str = "auto",
     arithmetic: str = "native",
+    memory_limit: float | None = None,
     progress: bool = False,
 ) -> LinearOperator:
     r"""The generalised Gauss-Newton matrix of the mean loss, :math:`G = \frac1N \sum_i J_i^\top H_i J_i`.
@@ -123,6 +135,7 @@ def ggn(
         wrt: as in :func:`hessian`.
         batch_size: as in :func:`hessian`.
         arithmetic: as in :func:`hessian`.
+        memory_limit: as in :func:`hessian`.
         progress: as in :func:`hessian`.
         mode: how J is multiplied with: one of :func:`hvpkit.ggnvp`, or ``"auto"`` as in :func:`hessian`.
 
@@ -147,7 +160,7 @@ def ggn(
         tensor([2., 4.])
     """
     origin, first = _origin("ggn", check_objective(objective), params, data, wrt, batch_size, mode)
-    return _operator(origin, first, ggn_terms, arithmetic, progress)
+    return _operator(origin, first, ggn_terms, batch_size, arithmetic, memory_limit, progress)
 
 
 def empirical_fisher(
@@ -156,9 +169,10 @@ def empirical_fisher(
     data: object,
     *,
     wrt: Selection = None,
-    batch_size: int | None = None,
+    batch_size: int | str | None = None,
     mode: str = "auto",
     arithmetic: str = "native",
+    memory_limit: float | None = None,
     progress: bool = False,
 ) -> LinearOperator:
     r"""The second moment of the gradients of single examples, :math:`\frac1N \sum_i g_i g_i^\top`.
@@ -170,6 +184,7 @@ def empirical_fisher(
         wrt: as in :func:`hessian`.
         batch_size: as in :func:`hessian`.
         arithmetic: as in :func:`hessian`.
+        memory_limit: as in :func:`hessian`.
         progress: as in :func:`hessian`.
         mode: how inner products with gradients are made: see :func:`hvpkit.ggnvp`; or ``"auto"``.
 
@@ -190,7 +205,7 @@ def empirical_fisher(
         tensor([2., 3.])
     """
     origin, first = _origin("empirical-fisher", loss_fn, params, data, wrt, batch_size, mode)
-    return _operator(origin, first, empirical_terms, arithmetic, progress)
+    return _operator(origin, first, empirical_terms, batch_size, arithmetic, memory_limit, progress)
 
 
 def fisher(
@@ -202,9 +217,10 @@ def fisher(
     num_samples: int | None = None,
     seed: Seed = 0,
     wrt: Selection = None,
-    batch_size: int | None = None,
+    batch_size: int | str | None = None,
     mode: str = "auto",
     arithmetic: str = "native",
+    memory_limit: float | None = None,
     progress: bool = False,
 ) -> LinearOperator:
     r"""The Fisher matrix of the model's own predictions, :math:`\frac1N \sum_i \mathbf E_{y \sim p(y|x_i)}\, g g^\top`.
@@ -220,6 +236,7 @@ def fisher(
         wrt: as in :func:`hessian`.
         batch_size: as in :func:`hessian`.
         arithmetic: as in :func:`hessian`.
+        memory_limit: as in :func:`hessian`.
         progress: as in :func:`hessian`.
         likelihood: of targets given the outputs: ``"categorical"`` (cross entropy of logits, their classes along the
             dimension 1 or the last), ``"bernoulli"`` (binary cross entropy of logits), ``"gaussian"`` (squared error);
@@ -261,14 +278,22 @@ def fisher(
     terms: Terms[Any] = ggn_terms
     if num_samples is not None:
         terms = partial(fisher_terms, likelihood=found, num_samples=num_samples, seed=seed)
-    return _operator(origin, first, terms, arithmetic, progress)
+    return _operator(origin, first, terms, batch_size, arithmetic, memory_limit, progress)
 
+
+R = TypeVar("R")
 
 NAMES = {"hessian": "Hessian", "ggn": "GGN", "empirical-fisher": "empirical Fisher", "fisher": "Fisher"}
 
 
 def _origin(
-    kind: str, loss_fn: LossFn, params: Tree, data: object, wrt: Selection, batch_size: int | None, mode: str
+    kind: str,
+    loss_fn: LossFn,
+    params: Tree,
+    data: object,
+    wrt: Selection,
+    batch_size: int | str | None,
+    mode: str,
 ) -> tuple[Origin, Data]:
     """What an operator is made of, looked at, and the first few examples to try it on."""
     check_choice("mode", mode, ("auto", *MODES))
@@ -276,7 +301,16 @@ def _origin(
     layout, leaves = check_params(params)
     leaves = [snapshot(leaf) for leaf in leaves]  # the point stays, whatever training does to params
     device = leaves[0].device
-    examples = as_data(data, batch_size=batch_size, device=device)
+    given = None
+    if isinstance(batch_size, str):
+        check_choice("batch_size", batch_size, ("auto",))
+        if goes_by_batches(loss_fn):
+            raise ValueError(
+                "batch_size='auto': batchnorm=\"batch\" makes the Hessian depend on the batches; name their size"
+            )
+    else:
+        given = batch_size
+    examples = as_data(data, batch_size=given, device=device)
     check_batches(loss_fn, examples)
     batch, weights = next(examples.weighted())
     first = whole_batch(batch, weights)
@@ -290,57 +324,90 @@ def _origin(
 
 
 def _operator(
-    origin: Origin, first: Data, terms: Terms[Any], arithmetic: str, progress: bool
+    origin: Origin,
+    first: Data,
+    terms: Terms[Any],
+    batch_size: int | str | None,
+    arithmetic: str,
+    memory_limit: float | None,
+    progress: bool,
 ) -> LinearOperator:
     """The operator, after trials on its first examples of how to make products."""
     layout, leaves = origin.layout, origin.leaves
+    device = leaves[0].device
     check_arithmetic(arithmetic, leaves[0])
+    if memory_limit is None:
+        memory_limit = FREE_SHARE * free_memory(device)
+    elif not memory_limit >= 0:
+        raise ValueError(f"memory_limit must be a number of bytes, at least 0, got {memory_limit}")
 
     def draw(stream: int) -> Leaves:
-        dtype, device = leaves[0].dtype, leaves[0].device
-        return layout.split(normal_vector(layout.n, dtype=dtype, device=device, seed=0, stream=stream))
+        return layout.split(
+            normal_vector(layout.n, dtype=leaves[0].dtype, device=device, seed=0, stream=stream)
+        )
 
-    with exact_derivatives(leaves[0].device):
-        trial = next(terms(origin.loss_fn, layout, leaves, first))
-        recipe = settle(trial, draw, origin.mode, arithmetic)
-    return _over(replace(origin, mode=recipe.mode), terms, recipe, progress)
+    def first_term(data: Data) -> Term:
+        return next(terms(origin.loss_fn, layout, leaves, data))
+
+    with exact_derivatives(device):
+        recipe = settle(first_term(first), draw, origin.mode, arithmetic)
+        if batch_size == "auto":
+            with lower_precision(arithmetic, device):
+                size = best_size(
+                    lambda size: first_term(as_data(origin.data, batch_size=size)),
+                    draw(0),
+                    recipe.mode,
+                    origin.data.longest_batch,
+                    memory_limit,
+                )
+            origin = replace(origin, data=as_data(origin.data, batch_size=size))
+    origin = replace(origin, mode=recipe.mode)
+    return _over(origin, terms, recipe, progress, Budget(memory_limit))
 
 
 def _over(
-    origin: Origin, terms: Terms[Any], recipe: Recipe, progress: bool, cost: float = 1.0
+    origin: Origin, terms: Terms[Any], recipe: Recipe, progress: bool, budget: Budget, cost: float = 1.0
 ) -> LinearOperator:
     """The operator over the examples of ``origin``, whose products cost ``cost`` full-data products."""
     layout, leaves, data, mode = origin.layout, origin.leaves, origin.data, recipe.mode
-    device, name = leaves[0].device, NAMES[origin.kind]
+    device, name, kept = leaves[0].device, NAMES[origin.kind], budget.holder()
     batch_statistics = goes_by_batches(origin.loss_fn)
     if batch_statistics:
         name = f"{name} of fixed batches"
 
     @contextmanager
-    def batches() -> Iterator[Iterator[Term]]:
+    def settings() -> Iterator[None]:
         with exact_derivatives(device), lower_precision(recipe.arithmetic, device):
-            yield terms(origin.loss_fn, layout, leaves, data)
+            yield
+
+    def batches() -> Iterator[Term]:
+        return terms(origin.loss_fn, layout, leaves, data)
 
     def product(vectors: Tensor) -> Tensor:
         columns = [layout.split(vector) for vector in vectors.mT.contiguous()]
-
-        def share(term: Term) -> Leaves:
-            return [join(column) for column in term(columns, mode)]
-
-        with batches() as parts:
-            return torch.stack(sum_parts(_with_bar(parts) if progress else parts, share), dim=1)
+        with settings():
+            rows = vectors.new_zeros(len(columns), layout.n)
+            sums = [layout.split(row) for row in rows]
+            linears = kept.linears(batches, mode)
+            for linear, again in _with_bar(linears) if progress else linears:
+                for total, share in zip(sums, linear(columns, again=again), strict=True):
+                    torch._foreach_add_(total, share)
+        return rows.mT
 
     def explain(vector: Tensor) -> str:
-        with batches() as parts:
-            return blame(f"{name} product", parts, lambda term: term([layout.split(vector)], mode)[0])
+        def once(term: Term) -> Leaves:
+            return term(mode)([layout.split(vector)])[0]
+
+        with settings():
+            return blame(f"{name} product", batches(), once)
 
     def sample(num_examples: int, seed: int) -> LinearOperator:
         chosen = replace(origin, data=_subset(data, num_examples, seed))
-        return _over(chosen, terms, recipe, progress, cost * num_examples / data.num_examples)
+        return _over(chosen, terms, recipe, progress, budget, cost * num_examples / data.num_examples)
 
     def subset(indices: Tensor, weights: Tensor) -> LinearOperator:
         chosen = replace(origin, data=data.subset(indices, weights.to(device, leaves[0].dtype)))
-        return _over(chosen, terms, recipe, progress, cost * len(indices) / data.num_examples)
+        return _over(chosen, terms, recipe, progress, budget, cost * len(indices) / data.num_examples)
 
     return LinearOperator(
         product,
@@ -350,6 +417,7 @@ def _over(
         name=name if recipe.arithmetic == "native" else f"{name} in {recipe.arithmetic}",
         layout=layout,
         num_examples=data.num_examples,
+        batch_size=data.batch_size,
         cost=cost,
         mode=mode,
         mode_reason=recipe.reason,
@@ -372,7 +440,7 @@ def _subset(examples: Data, num_examples: int, seed: int) -> Data:
     return examples.subset(chosen, weights)
 
 
-def _with_bar(batches: Iterator[Term]) -> Iterator[Term]:
+def _with_bar(batches: Iterator[R]) -> Iterator[R]:
     from tqdm.auto import tqdm
 
     yield from tqdm(batches, desc="product", unit="batch", leave=False)

@@ -90,6 +90,10 @@ class DatasetBatches:
         assert self.loader.batch_size is not None
         return _smallest_slice(len(self), self.loader.batch_size)
 
+    @property
+    def batch_size(self) -> int | None:
+        return self.loader.batch_size
+
     def __iter__(self) -> Iterator[Batch]:
         return _isolated(self.loader)
 
@@ -162,6 +166,18 @@ class Data:
     def smallest_batch(self) -> int | None:
         """Examples in the smallest batch, or None where only a pass would tell."""
         return self.source.smallest_batch
+
+    @property
+    def batch_size(self) -> int | None:
+        """The most examples in a batch, or None: they are as they come."""
+        return self.source.batch_size
+
+    @property
+    def longest_batch(self) -> int:
+        """How many examples a batch could have, whatever size is asked for; by the first one where they come so."""
+        if isinstance(self.source, IterableBatches):
+            return count_examples(next(iter(replace(self.source, batch_size=None))))
+        return self.num_examples
 
     def __iter__(self) -> Iterator[Batch]:
         return (batch for batch, _ in self.weighted())

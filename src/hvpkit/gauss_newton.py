@@ -19,13 +19,14 @@ from hvpkit.definitions import WrittenOut
 from hvpkit.objective import Objective
 from hvpkit.products import (
     Leaves,
+    Linear,
     Part,
     Term,
     batch_product,
     central_difference,
     dependent,
-    naming_modes,
-    part_products,
+    linearise,
+    named,
     share,
 )
 from hvpkit.trees import Layout, batch_size, unflatten
@@ -119,34 +120,22 @@ def ggn_term(
         output_loss = loss_at(outputs, batch)
         return lambda tree: share(output_loss(tree, batch), batch_size(batch), weights, num_examples)
 
-    return partial(_products, outputs, share_at, leaves)
+    return lambda mode: named("Gauss-Newton", mode, lambda: _linear(outputs, share_at, leaves, mode))
 
 
-def _products(
+def _linear(
     forward: Callable[[Leaves], Tree],
     loss_at: Callable[[Tree], Callable[[Tree], Tensor]],
     leaves: Leaves,
-    vectors: Sequence[Leaves],
     mode: str,
-) -> list[Leaves]:
-    """J' H J times each vector, with J of ``forward`` at ``leaves`` and H of the loss at the outputs."""
-    with naming_modes("Gauss-Newton", mode):
-        return _in_mode(forward, loss_at, leaves, vectors, mode)
-
-
-def _in_mode(
-    forward: Callable[[Leaves], Tree],
-    loss_at: Callable[[Tree], Callable[[Tree], Tensor]],
-    leaves: Leaves,
-    vectors: Sequence[Leaves],
-    mode: str,
-) -> list[Leaves]:
+) -> Linear:
+    """J' H J, with J of ``forward`` at ``leaves`` and H of the loss at the outputs."""
     with torch.enable_grad():
         points = [leaf.detach().requires_grad_() for leaf in leaves]
         tree, spec = _pytree.tree_flatten(forward(points))
     variable = _variable(tree)
     if not variable:
-        return [[torch.zeros_like(leaf) for leaf in leaves] for _ in vectors]
+        return lambda vectors, *, again=False: [[torch.zeros_like(p) for p in leaves] for _ in vectors]  # noqa: ARG005
     constants: list[Any] = [None if i in variable else leaf for i, leaf in enumerate(tree)]
     outputs = [tree[i] for i in variable]
     ends = [torch.autograd.graph.get_gradient_edge(output) for output in outputs]
@@ -168,8 +157,9 @@ def _in_mode(
     push = _linearised(outputs_at, leaves, points, outputs, mode)
     del tree, outputs  # forward mode makes them again, and two of them would be much
     loss: Part | None = None
-    products = []
-    for column, vector in enumerate(vectors):
+
+    def product(vector: Leaves, again: bool) -> Leaves:
+        nonlocal loss
         values, tangents = (_cast(found, wide) for found in push(vector))
         loss = loss or loss_near(values)
         cotangents = loss_product(loss, values, tangents, mode)
@@ -178,11 +168,15 @@ def _in_mode(
             ends,
             points,
             _cast(cotangents, narrow),
-            retain_graph=column + 1 < len(vectors),
+            retain_graph=again,
             allow_unused=True,
             materialize_grads=True,
         )
-        products.append(list(pulled))
+        return list(pulled)
+
+    def products(vectors: Sequence[Leaves], *, again: bool = False) -> list[Leaves]:
+        return [product(vector, again or column + 1 < len(vectors)) for column, vector in enumerate(vectors)]
+
     return products
 
 
@@ -257,4 +251,4 @@ def loss_product(loss: Part, values: Leaves, tangents: Leaves, mode: str = "reve
         mode = "reverse-over-reverse"  # outputs are no long chain: it needs the least memory
     lean = WrittenOut({F.cross_entropy: cross_entropy})
     with lean, torch.autocast(values[0].device.type, enabled=False):
-        return part_products(loss, values, [tangents], mode)[0]
+        return linearise(loss, values, mode)([tangents])[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvpkit.errors import check_choice
 from hvpkit.precision import KINDS
-from hvpkit.products import Leaves, Term
+from hvpkit.products import Leaves, Linear, Term
 from hvpkit.trees import join
 
 ARITHMETICS = ("native", "bf16", "tf32")
@@ -77,9 +77,9 @@ def _choose_mode(term: Term, draw: Draw, arithmetic: str) -> tuple[str, str]:
     failed: dict[str, str] = {}
     for mode in (usual, other):
         try:
-            found[mode] = join(term([v], mode)[0])
+            found[mode] = join(term(mode)([v])[0])
             if made is not term:
-                made([v], mode)
+                made(mode)([v])
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
@@ -95,7 +95,7 @@ def _choose_mode(term: Term, draw: Draw, arithmetic: str) -> tuple[str, str]:
     for _ in range(ROUNDS):
         for mode in found:
             begin = time.perf_counter()
-            float(made([v], mode)[0][0].sum())  # waits for the device
+            float(made(mode)([v])[0][0].sum())  # waits for the device
             seconds[mode] = min(seconds[mode], time.perf_counter() - begin)
         if seconds[usual] <= CLEARLY_FASTER * seconds[other]:
             chosen, rest = usual, other
@@ -125,7 +125,7 @@ def _differences(term: Term, draw: Draw) -> tuple[Tensor, float]:
     """The product with ``draw(0)`` by finite differences, and its error: what they lack in being linear."""
     v, w = draw(0), draw(1)
     total = [a + b for a, b in zip(v, w, strict=True)]
-    first, second, both = (join(leaves) for leaves in term([v, w, total], "finite-difference"))
+    first, second, both = (join(leaves) for leaves in term("finite-difference")([v, w, total]))
     return first, float(torch.linalg.vector_norm(both - first - second))
 
 
@@ -137,19 +137,22 @@ def _error_of_differences(term: Term, draw: Draw) -> float:
 
 def _error_of_arithmetic(term: Term, v: Leaves, mode: str, arithmetic: str) -> float:
     try:
-        product = join(_lowered(term, arithmetic)([v], mode)[0])
+        product = join(_lowered(term, arithmetic)(mode)([v])[0])
     except RuntimeError as error:
         error.add_note(
             f"hvpkit: arithmetic={arithmetic!r} with mode={mode!r}; another mode may do, or 'native'"
         )
         raise
-    return _apart(product, join(term([v], mode)[0]))
+    return _apart(product, join(term(mode)([v])[0]))
 
 
 def _lowered(term: Term, arithmetic: str) -> Term:
-    def made(vectors: Sequence[Leaves], mode: str) -> list[Leaves]:
-        with lower_precision(arithmetic, vectors[0][0].device):
-            return term(vectors, mode)
+    def made(mode: str) -> Linear:
+        def products(vectors: Sequence[Leaves], *, again: bool = False) -> list[Leaves]:
+            with lower_precision(arithmetic, vectors[0][0].device):
+                return term(mode)(vectors, again=again)
+
+        return products
 
     return made
 

@@ -63,6 +63,7 @@ class LinearOperator:
         name: what it is, for ``repr`` and results.
         layout: how trees of parameters lie in vectors, or None.
         num_examples: examples that one product passes over, or None.
+        batch_size: the most of them that are put through at once, or None: as they come, or there are none.
         cost: full-data products that one product costs.
         mode: how products are made, or None.
         mode_reason: the mode and why it was taken, where ``mode="auto"`` took it, or None.
@@ -89,6 +90,7 @@ class LinearOperator:
     name: str = "operator"
     layout: Layout | None = None
     num_examples: int | None = None
+    batch_size: int | None = None
     cost: float = 1.0
     mode: str | None = None
     mode_reason: str | None = None
@@ -190,6 +192,7 @@ class LinearOperator:
             name=f"({self.name} {'+' if sign > 0 else '-'} {other.name})",
             layout=self.layout or other.layout,
             num_examples=self.num_examples or other.num_examples,
+            batch_size=self.batch_size or other.batch_size,
             cost=self.cost + other.cost,
             precision=max(self.precision, other.precision),
             space=self.space,

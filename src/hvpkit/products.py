@@ -30,8 +30,15 @@ Leaves: TypeAlias = list[Tensor]
 Part: TypeAlias = Callable[[Leaves], Tensor]
 """What one batch adds to the mean, as a function of the parameters' leaves."""
 
-Term: TypeAlias = Callable[[Sequence[Leaves], str], list[Leaves]]
-"""What one batch adds to the products with several vectors, made in a mode."""
+
+class Linear(Protocol):
+    """What one batch adds to products with several vectors; ``again``: more will be asked for, of the same graph."""
+
+    def __call__(self, vectors: Sequence[Leaves], *, again: bool = False) -> list[Leaves]: ...
+
+
+Term: TypeAlias = Callable[[str], Linear]
+"""One batch, to be linearised at the point in a mode; this is the work that products can share."""
 
 F = TypeVar("F", contravariant=True)
 R = TypeVar("R")
@@ -92,7 +99,7 @@ def batch_product(terms: Terms[F], function: F, params: Tree, batch: Batch, v: T
     direction = [check_like(leaf, leaves[0]) for leaf in layout.leaves(v)]
     with exact_derivatives(leaves[0].device):
         term = next(terms(function, layout, leaves, whole_batch(batch)))
-        return unflatten(term([direction], mode)[0], layout.spec)
+        return unflatten(term(mode)([direction])[0], layout.spec)
 
 
 def grad(loss_fn: LossFn, params: Tree, data: object) -> Tree:
@@ -259,7 +266,7 @@ def check_like(leaf: Tensor, reference: Tensor, *, name: str = "v") -> Tensor:
     return leaf.detach()
 
 
-# Products of one part with several vectors: each a list of leaves.
+# The derivatives of one part; each vector a list of leaves.
 
 
 def part_gradient(part: Part, leaves: Leaves) -> Leaves:
@@ -282,13 +289,24 @@ def _check_dependent(slopes: Sequence[Tensor | None]) -> None:
 
 def hessian_terms(loss_fn: LossFn, layout: Layout, leaves: Leaves, data: Data) -> Iterator[Term]:
     """What each batch adds to products with the Hessian at ``leaves``."""
-    return (partial(part_products, part, leaves) for part in parts(loss_fn, layout, data))
+    return (partial(linearise, part, leaves) for part in parts(loss_fn, layout, data))
 
 
-def part_products(part: Part, leaves: Leaves, vectors: Sequence[Leaves], mode: str) -> list[Leaves]:
-    """Hessian of a part times each of several vectors."""
-    with naming_modes("Hessian", mode):
-        return _PRODUCTS[mode](part, leaves, vectors)
+def linearise(part: Part, leaves: Leaves, mode: str) -> Linear:
+    """The Hessian of a part, to be multiplied with vectors."""
+    return named("Hessian", mode, lambda: _HESSIANS[mode](part, leaves))
+
+
+def named(what: str, mode: str, make: Callable[[], Linear]) -> Linear:
+    """What ``make`` makes; torch's own errors, then and in products, say which other modes may do without."""
+    with naming_modes(what, mode):
+        linear = make()
+
+    def products(vectors: Sequence[Leaves], *, again: bool = False) -> list[Leaves]:
+        with naming_modes(what, mode):
+            return linear(vectors, again=again)
+
+    return products
 
 
 @contextmanager
@@ -302,14 +320,18 @@ def naming_modes(what: str, mode: str) -> Iterator[None]:
         raise
 
 
-def _forward_over_reverse(part: Part, leaves: Leaves, vectors: Sequence[Leaves]) -> list[Leaves]:
+def _forward_over_reverse(part: Part, leaves: Leaves) -> Linear:
     # The order matters: jvp(grad) is exact where jvp(jacrev) and grad(jvp) are wrong through LayerNorm.
     gradient = torch.func.grad(part)
-    with torch.no_grad():  # nothing is recorded for what loss_fn closes over
-        return [list(torch.func.jvp(gradient, (leaves,), (vector,))[1]) for vector in vectors]
+
+    def products(vectors: Sequence[Leaves], *, again: bool = False) -> list[Leaves]:  # noqa: ARG001
+        with torch.no_grad():  # nothing is recorded for what loss_fn closes over
+            return [list(torch.func.jvp(gradient, (leaves,), (vector,))[1]) for vector in vectors]
+
+    return products
 
 
-def _reverse_over_reverse(part: Part, leaves: Leaves, vectors: Sequence[Leaves]) -> list[Leaves]:
+def _reverse_over_reverse(part: Part, leaves: Leaves) -> Linear:
     with torch.enable_grad():
         points = [leaf.detach().requires_grad_() for leaf in leaves]
         value = part(points)
@@ -318,27 +340,35 @@ def _reverse_over_reverse(part: Part, leaves: Leaves, vectors: Sequence[Leaves])
             slopes = torch.autograd.grad(value, points, create_graph=True, allow_unused=True)
             _check_dependent(slopes)
     curved = [(i, slope) for i, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
-    if not curved:  # the loss is linear in the parameters
-        return [[torch.zeros_like(leaf) for leaf in leaves] for _ in vectors]
     outputs = [slope for _, slope in curved]
-    return [
-        list(
-            torch.autograd.grad(
-                outputs,
-                points,
-                [vector[i] for i, _ in curved],
-                retain_graph=column + 1 < len(vectors),
-                allow_unused=True,
-                materialize_grads=True,
+
+    def products(vectors: Sequence[Leaves], *, again: bool = False) -> list[Leaves]:
+        if not curved:  # the loss is linear in the parameters
+            return [[torch.zeros_like(leaf) for leaf in leaves] for _ in vectors]
+        return [
+            list(
+                torch.autograd.grad(
+                    outputs,
+                    points,
+                    [vector[i] for i, _ in curved],
+                    retain_graph=again or column + 1 < len(vectors),
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
             )
-        )
-        for column, vector in enumerate(vectors)
-    ]
+            for column, vector in enumerate(vectors)
+        ]
+
+    return products
 
 
-def _finite_difference(part: Part, leaves: Leaves, vectors: Sequence[Leaves]) -> list[Leaves]:
+def _finite_difference(part: Part, leaves: Leaves) -> Linear:
     gradient = partial(part_gradient, part)
-    return [central_difference(gradient, leaves, vector) for vector in vectors]
+
+    def products(vectors: Sequence[Leaves], *, again: bool = False) -> list[Leaves]:  # noqa: ARG001
+        return [central_difference(gradient, leaves, vector) for vector in vectors]
+
+    return products
 
 
 def central_difference(function: Callable[[Leaves], Leaves], leaves: Leaves, vector: Leaves) -> Leaves:
@@ -360,7 +390,7 @@ def _tree_norm(leaves: Leaves) -> Tensor:
     return total
 
 
-_PRODUCTS: dict[str, Callable[[Part, Leaves, Sequence[Leaves]], list[Leaves]]] = {
+_HESSIANS: dict[str, Callable[[Part, Leaves], Linear]] = {
     "forward-over-reverse": _forward_over_reverse,
     "reverse-over-reverse": _reverse_over_reverse,
     "finite-difference": _finite_difference,

@@ -45,6 +45,25 @@ def test_new_row_is_orthonormal_to_rounding_however_little_is_new(dtype: torch.d
 
 
 @each_dtype
+@pytest.mark.parametrize("share", [1.0, 1e-3])
+def test_one_pass_is_enough_for_rows_to_which_the_vector_is_orthogonal_but_for_rounding(
+    dtype: torch.dtype, share: float
+) -> None:
+    n, rows, eps = 60, 12, torch.finfo(dtype).eps
+    basis = orthonormal_rows(rows, n, dtype, rows + 1)
+    new = random_vector(n, dtype)
+    new -= basis[:rows].mT @ (basis[:rows] @ new)
+    rounding = 4 * eps * basis[:rows].mT @ random_vector(rows, dtype, 3)
+    vector = basis[10:rows].mT @ random_vector(2, dtype, 2) + rounding + share * new
+    norm = torch.linalg.vector_norm(vector)
+    coefficients, length, _ = orthonormalise_(LOCAL, basis, rows, vector, norm, 10)
+    gram = basis.double() @ basis.double().mT
+    assert float((gram - torch.eye(rows + 1)).abs().max()) <= 10 * eps
+    rebuilt = basis[:rows].mT @ coefficients + length * basis[rows]
+    assert float((rebuilt - vector).abs().max()) <= 10 * eps * float(norm)
+
+
+@each_dtype
 def test_only_its_row_is_written(dtype: torch.dtype) -> None:
     basis = orthonormal_rows(3, 10, dtype, 6)
     vector, norm = random_vector(10, dtype), ONE.to(dtype)

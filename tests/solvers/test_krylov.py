@@ -149,3 +149,15 @@ def test_steps_work_where_no_number_can_be_read(block_size: int) -> None:
         state = step(op, state, block_size)
     assert state.num_multiplied == 5 * block_size
     assert state.basis.device.type == state.norm.device.type == state.scale.device.type == "meta"
+
+
+def test_a_step_reads_its_basis_once_for_each_row_and_twice_for_the_last_two() -> None:
+    num_dots = []
+    space = hk.space.Space(lambda partial: num_dots.append(partial.numel()) or partial)
+    op = replace(hk.aslinearoperator(matrix(SPECTRA["indefinite"])), space=space)
+    state = start(op, 20, 1, seed=0)
+    for row in range(1, 12):
+        num_dots.clear()
+        state = step(op, state)
+        near = min(3, row) if row > 2 else row
+        assert sorted(num for num in num_dots if num > 1) == sorted(num for num in (row, near) if num > 1)

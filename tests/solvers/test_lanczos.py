@@ -340,7 +340,7 @@ def test_not_finite_product_with_a_hessian_names_the_batch() -> None:
         calls["num"] += 1
         return problem.objective(params, batch) / (0.0 if calls["num"] > 12 else 1.0)
 
-    H = hk.hessian(loss_fn, problem.params, problem.data, batch_size=5)
+    H = hk.hessian(loss_fn, problem.params, problem.data, batch_size=5, memory_limit=0)
     found = hk.lanczos(H)
     assert found.status is hk.Status.NON_FINITE
     assert len(found.values) == 1

@@ -12,7 +12,7 @@ BREAKDOWN = 16.0
 
 
 def orthonormalise_(
-    space: Space, basis: Tensor, row: int, vector: Tensor, norm: Tensor
+    space: Space, basis: Tensor, row: int, vector: Tensor, norm: Tensor, first: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Writes what of ``vector`` ``[n]`` is orthogonal to the rows above ``row``, at unit length, to that row.
 
@@ -25,18 +25,20 @@ def orthonormalise_(
         row: where the new vector goes.
         vector: ``[n]``.
         norm: 0-d; less than rounding of it counts as nothing.
+        first: the vector is orthogonal to the rows above this one, but for rounding: one pass is enough for them.
 
     Returns:
         Coefficients ``[row]`` of ``vector`` on the rows above, length of the rest, and 1, or 0 where that rest
         counts as nothing; the row is then zero. NaN and infinity stay in the coefficients.
     """
-    rows = basis[:row]
+    rows, near = basis[:row], basis[first:row]
+    found = space.dots(near, vector)
+    vector = torch.addmv(vector, near.mT, found, alpha=-1.0)
     coefficients = space.dots(rows, vector)
     vector = torch.addmv(vector, rows.mT, coefficients, alpha=-1.0)
-    correction = space.dots(rows, vector)
-    vector = torch.addmv(vector, rows.mT, correction, alpha=-1.0)
     length = space.norm(vector)
     left = length > BREAKDOWN * torch.finfo(basis.dtype).eps * norm
     alive = left.to(basis.dtype)
     torch.mul(vector, alive / torch.where(left, length, torch.ones_like(length)), out=basis[row])
-    return coefficients + correction, length, alive
+    coefficients[first:] += found
+    return coefficients, length, alive

@@ -132,7 +132,10 @@ def _absorb(op: LinearOperator, state: State, column: int, vector: Tensor) -> St
     """Files the product with basis row ``column``: its coefficients, and what is new in it."""
     row, norm = state.num_rows, torch.maximum(state.norm, op.space.norm(vector))
     if row < op.n:
-        coefficients, length, alive = orthonormalise_(op.space, state.basis, row, vector, norm)
+        # From one start, a product has parts along the last two vectors only, but for the first after a restart.
+        near = column - 2 if state.num_frontier == 1 and state.num_random <= 1 else 0
+        first = near if near >= state.num_kept else 0
+        coefficients, length, alive = orthonormalise_(op.space, state.basis, row, vector, norm, first)
         state.projected[row, column], state.alive[row] = length * alive, alive
         state = replace(state, dropped=torch.hypot(state.dropped, length * (1 - alive)))
     else:  # the basis spans the space

@@ -6,8 +6,8 @@ spectrum inwards. When the basis is full it is replaced by some of its Ritz vect
 the relation holds as before. One start vector gives the classical method; several, a block method; a random
 vector added to the frontier later finds further copies of a multiple eigenvalue.
 
-Cost: one product a step for each vector of a block; beside it, orthogonalisation reads the basis four
-times (two passes of classical Gram-Schmidt, two matrix-vector products each).
+Cost: one product a step for each vector of a block; beside it, orthogonalisation reads the basis twice where
+one start vector is all there is, else four times (passes of classical Gram-Schmidt, two reads each).
 Memory: ``ncv + block_size`` vectors and two to work with.
 Source: Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602-616, doi:10.1137/S0895479898334605.
 
@@ -218,7 +218,7 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
     m, f = state.num_multiplied, state.num_frontier
     wanted = select(pairs.values, goal.k, goal.which)
     coefficients = pairs.coefficients[:, wanted].to(state.basis)
-    vectors = state.basis[:m].mT @ coefficients
+    vectors = (coefficients.mT @ state.basis[:m]).mT
     values, norms, noise = pairs.values[wanted], pairs.residual_norms[wanted], _noise(op, state, pairs)
     bounds, num_matvecs = _error_bounds(goal, state, pairs)[wanted], state.num_matvecs
     if wanted and status is not Status.NON_FINITE:
