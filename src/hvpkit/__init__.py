@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from hvpkit.curvature import empirical_fisher, fisher, ggn, hessian
 from hvpkit.data import Data, as_data
-from hvpkit.errors import AsymmetryWarning, NonFiniteError, NotSymmetricError, UnstableDataError
+from hvpkit.errors import (
+    AsymmetryWarning,
+    CompileWarning,
+    NonFiniteError,
+    NotSymmetricError,
+    UnstableDataError,
+)
 from hvpkit.estimators.density import Density
 from hvpkit.estimators.diagonal import diagonal
 from hvpkit.estimators.estimate import Estimate
@@ -46,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsymmetryWarning",
+    "CompileWarning",
     "Data",
     "Density",
     "EigenResult",

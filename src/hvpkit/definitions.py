@@ -1,6 +1,7 @@
 """Functions whose second derivatives torch gets wrong or lacks, written out from their definitions.
 
-They are called as ``torch.overrides`` hands calls on: what is optional in torch's functions comes by name.
+They are called as ``torch.overrides`` hands calls on, where what is optional in torch's functions comes by name, or,
+while torch compiles, as the module wrote it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ class WrittenOut(TorchFunctionMode):
 
 
 def embedding(
-    input: Tensor, weight: Tensor, *, padding_idx: int | None, max_norm: float | None, **_: Any
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
     """Rows of ``weight``, the one for padding a constant: torch's forward mode takes it for a variable."""
     check_max_norm(max_norm)
@@ -92,14 +98,18 @@ def weight_norm(v: Tensor, g: Tensor, _: int) -> Tensor:
     return v * (g / v.square().sum_to_size(g.shape).sqrt())
 
 
-def hardsigmoid(input: Tensor, *, inplace: bool) -> Tensor:
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """A ramp from 0 at -3 to 1 at 3, of which torch has no second derivative."""
     ramp = F.relu6(input + 3) / 6
     return input.copy_(ramp) if inplace else ramp
 
 
 def huber_loss(
-    input: Tensor, target: Tensor, *, reduction: str, delta: float, weight: Tensor | None = None
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Quadratic up to ``delta`` and linear beyond, of which torch has no forward mode."""
     losses = delta * F.smooth_l1_loss(input, target, reduction="none", beta=delta)

@@ -18,6 +18,10 @@ class AsymmetryWarning(UserWarning):
     """A solver saw an asymmetry that rounding does not explain, though it is less than what ends a solve."""
 
 
+class CompileWarning(UserWarning):
+    """``compile=True`` was asked for, and torch cannot compile the product, or compiles another one."""
+
+
 class UnstableDataError(RuntimeError):
     """The data gave another number of examples in a later pass than in the first one."""
 

@@ -199,7 +199,7 @@ class Attention(nn.Module):
         self.join = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.project(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, size]
+        heads = self.project(x).view(*x.shape[:2], 3, self.num_heads, -1)  # [B, T, 3, heads, size]
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         joined: Tensor = self.join(mixed.transpose(1, 2).flatten(2))
