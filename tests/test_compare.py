@@ -212,6 +212,19 @@ def test_wrong_answer_is_marked_with_its_error_and_not_timed(bench, monkeypatch)
     assert cells["hvpkit"]["rounds"] == 4
 
 
+def test_answer_that_is_not_finite_is_wrong_in_valid_json(bench, monkeypatch, tmp_path, capsys):
+    bench(libraries=library(monkeypatch, extremes=lambda *_: [math.nan, 1.0]))
+
+    def refuse(word):
+        raise ValueError(word)
+
+    whole = json.loads((tmp_path / "found.json").read_text(), parse_constant=refuse)
+    cell = whole["problems"][NAME]["tasks"]["extremes"]["fake"]
+    assert cell["status"] == "wrong"
+    assert not {"error", "seconds"} & set(cell)
+    assert "| **wrong** |" in capsys.readouterr().out
+
+
 def test_choice_that_is_first_right_is_the_one_that_counts(bench, monkeypatch):
     def by_effort(self, seed, effort):
         return [value * (1 if effort > 1 else 3) for value in peers.Plain.extremes(self, seed, 1e-6)]

@@ -12,7 +12,7 @@ from hvpkit.products import Leaves, Term
 
 SMALLEST = 16
 CLEARLY_SLOWER, NEARLY_BEST = 1.3, 1.03
-LEAST_SECONDS, MOST_REPEATS = 0.05, 5
+LEAST_SECONDS, LEAST_REPEATS, MOST_REPEATS = 0.3, 2, 6
 """A trial is repeated until it took so long, or so many times; the fastest counts."""
 
 
@@ -53,15 +53,14 @@ def best_size(term_of: Callable[[int], Term], vector: Leaves, mode: str, largest
 def _try(term: Term, vector: Leaves, mode: str, size: int) -> Trial:
     with Allocations() as made:
         term(mode)([vector])
-    fastest = total = math.inf
+    fastest, total = math.inf, 0.0
     for repeat in range(MOST_REPEATS):
         begin = time.perf_counter()
         linear = term(mode)
         linear([vector], again=True)  # kept graphs are used more often than they are made
         float(linear([vector])[0][0].sum())  # waits for the device
         seconds = time.perf_counter() - begin
-        fastest = min(fastest, seconds)
-        total = seconds if repeat == 0 else total + seconds
-        if total > LEAST_SECONDS:
+        fastest, total = min(fastest, seconds), total + seconds
+        if total > LEAST_SECONDS and repeat + 1 >= LEAST_REPEATS:
             break
     return Trial(size, fastest / size, made.most)

@@ -6,6 +6,7 @@ what the batch adds to the mean. Everything here is a sum over those.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -130,8 +131,16 @@ def grad(loss_fn: LossFn, params: Tree, data: object) -> Tree:
         return part_gradient(part, leaves)
 
     with exact_derivatives(leaves[0].device):
-        check_loss(next(parts(loss_fn, layout, examples)), leaves)
-        total = sum_parts(parts(loss_fn, layout, examples), gradient)
+        batches = parts(loss_fn, layout, examples)
+        first = next(batches)
+
+        def checked(points: Leaves) -> Tensor:
+            value = check_repeatable(lambda: first(points), points[0].device)
+            if not value.requires_grad:
+                raise ValueError(INDEPENDENT)
+            return value
+
+        total = sum_parts(itertools.chain([checked], batches), gradient)
         if not all_finite(total):
             raise NonFiniteError(blame("gradient", parts(loss_fn, layout, examples), gradient))
         return unflatten(total, layout.spec)

@@ -1,0 +1,323 @@
+"""One adapter for each library: what it offers of the tasks, by its public functions.
+
+An adapter's method is a task; one that it lacks the library does not offer. It gets a seed and an ``effort``: what the
+user of that function has to choose (a tolerance, a number of steps or of products). ``EFFORT`` lists the choices, which
+are tried in turn until one is right, and only that one counts; ``"steps"`` is what a plain Lanczos recurrence needs,
+known from the reference: no search is charged to a library without a stopping rule. ``HOW`` says what is called.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from scipy.linalg import eigh_tridiagonal
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import hvpkit as hk
+from compare_references import Problem, gradients, join, plain_product
+
+Spectrum = tuple[Any, Any]
+Effort = float | str
+
+
+class OutOfPasses(RuntimeError):
+    """More of the data was read than a run may."""
+
+
+class Counted:
+    """A problem's batches, counted: re-iterable, as peers take their data."""
+
+    def __init__(self, problem: Problem, limit: float = math.inf) -> None:
+        self.problem, self.limit, self.num_read = problem, limit, 0
+
+    @property
+    def num_examples(self) -> int:
+        return self.problem.num_examples
+
+    @property
+    def passes(self) -> float:
+        return self.num_read / self.num_examples
+
+    def __len__(self) -> int:
+        return self.num_examples // self.problem.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in self.problem:
+            if self.passes >= self.limit:
+                raise OutOfPasses(f"stopped after {self.passes:.0f} passes")
+            yield x, y
+            self.num_read += len(y)
+
+
+@contextmanager
+def derivable() -> Iterator[None]:
+    """Settings that a peer's user has to know of: attention's backend with a second derivative."""
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Library:
+    """What adapters share: a copy of the network, counted data, passes by them or as the library says."""
+
+    NAME: ClassVar[str]
+    PACKAGE: ClassVar[str]
+    MODULE: ClassVar[str]
+    EFFORT: ClassVar[dict[str, tuple[Effort, ...]]] = {}
+    HOW: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, problem: Problem, limit: float = math.inf) -> None:
+        self.problem = problem
+        self.model: nn.Module = deepcopy(problem.model)
+        self.data = Counted(problem, limit)
+        self.build()
+
+    def build(self) -> None:
+        """Makes the library's operator."""
+
+    @property
+    def passes(self) -> float:
+        return self.data.passes
+
+    @classmethod
+    def missing(cls) -> bool:
+        return importlib.util.find_spec(cls.MODULE) is None
+
+    @classmethod
+    def version(cls) -> str:
+        return importlib.metadata.version(cls.PACKAGE)
+
+
+class HvpKit(Library):
+    NAME, PACKAGE, MODULE = "hvpkit", "hvpkit", "hvpkit"
+    EFFORT: ClassVar = {"trace": (0.025,)}
+    HOW: ClassVar = {
+        "gradient": "hk.grad",
+        "product": "hk.hessian(...) @ v",
+        "extremes": "hk.extreme_eigenvalues(tol=1e-2)",
+        "top5": 'hk.lanczos(5, which="LM", tol=1e-2, check_copies=False): no peer searches for copies',
+        "trace": 'hk.trace(method="xtrace", tol={effort}), stops by its standard error',
+        "density": "hk.spectral_density(num_steps=80)",
+    }
+
+    def build(self) -> None:
+        self.objective, self.params = hk.from_module(self.model, F.cross_entropy)
+        self.examples, self.spent = (self.problem.x, self.problem.y), 0.0
+        self.H = hk.hessian(self.objective, self.params, self.examples, batch_size=self.problem.batch_size)
+
+    @property
+    def passes(self) -> float:
+        return self.spent
+
+    def gradient(self, _seed: int, _effort: Effort) -> Tensor:
+        data = hk.as_data(self.examples, batch_size=self.problem.batch_size)
+        self.spent += 1
+        return self.H.flatten(hk.grad(self.objective, self.params, data))
+
+    def product(self, v: Tensor, _effort: Effort) -> Tensor:
+        self.spent += 1
+        return self.H @ v
+
+    def extremes(self, seed: int, _effort: Effort) -> list[float]:
+        found = hk.extreme_eigenvalues(self.H, tol=1e-2, seed=seed)
+        self.spent = found.num_matvecs
+        return [found.smallest.value, found.largest.value]
+
+    def top5(self, seed: int, _effort: Effort) -> list[float]:
+        found = hk.lanczos(self.H, 5, which="LM", tol=1e-2, check_copies=False, seed=seed)
+        self.spent = found.num_matvecs
+        return found.values.tolist()
+
+    def trace(self, seed: int, effort: Effort) -> float:
+        found = hk.trace(self.H, method="xtrace", tol=float(effort), num_matvecs=400, seed=seed)
+        self.spent = found.num_matvecs
+        return found.value
+
+    def density(self, seed: int, _effort: Effort) -> Spectrum:
+        found = hk.spectral_density(self.H, num_steps=80, seed=seed)
+        self.spent = found.num_matvecs
+        return found.nodes, found.weights
+
+
+class ArpackTasks(Library):
+    """Eigenvalues by SciPy's ARPACK, for adapters with a SciPy operator."""
+
+    EFFORT: ClassVar = {"extremes": (1e-2, 1e-3), "top5": (1e-2, 1e-3)}
+
+    def scipy_operator(self) -> LinearOperator:
+        raise NotImplementedError
+
+    def _eigsh(self, k: int, which: str, seed: int, effort: Effort) -> list[float]:
+        v0 = np.random.default_rng(seed).standard_normal(self.problem.n).astype(np.float32)
+        found = eigsh(
+            self.scipy_operator(), k, which=which, tol=float(effort), v0=v0, return_eigenvectors=False
+        )
+        return [float(value) for value in found]
+
+    def extremes(self, seed: int, effort: Effort) -> list[float]:
+        return self._eigsh(2, "BE", seed, effort)
+
+    def top5(self, seed: int, effort: Effort) -> list[float]:
+        return self._eigsh(5, "LM", seed, effort)
+
+
+class Plain(ArpackTasks):
+    """What is written in an afternoon: double backward, and SciPy on top."""
+
+    NAME, PACKAGE, MODULE = "torch + SciPy", "scipy", "scipy"
+    HOW: ClassVar = {
+        "gradient": "torch.autograd.grad over the batches",
+        "product": "torch.autograd.grad twice over the batches",
+        "extremes": 'scipy.sparse.linalg.eigsh(2, which="BE", tol={effort}) on double backward',
+        "top5": 'scipy.sparse.linalg.eigsh(5, which="LM", tol={effort}) on double backward',
+    }
+
+    def scipy_operator(self) -> LinearOperator:
+        def matvec(v: Any) -> Any:
+            return self.product(torch.from_numpy(np.array(v, np.float32).reshape(-1)), "").numpy()
+
+        return LinearOperator((self.problem.n, self.problem.n), matvec=matvec, dtype=np.float32)
+
+    def gradient(self, _seed: int, _effort: Effort) -> Tensor:
+        return sum(gradients(self.model, self.data), torch.zeros(self.problem.n))
+
+    def product(self, v: Tensor, _effort: Effort) -> Tensor:
+        return plain_product(self.model, self.data, v)
+
+
+class PyHessian(Library):
+    NAME, PACKAGE, MODULE = "PyHessian", "PyHessian", "pyhessian"
+    EFFORT: ClassVar = {"top5": (1e-3, 1e-4), "trace": (1e-3, 1e-4)}
+    HOW: ClassVar = {
+        "product": "hessian(dataloader=...).dataloader_hv_product(v)",
+        "extremes": "eigenvalues() finds what is largest in magnitude, and cannot be shifted",
+        "top5": "eigenvalues(maxIter=100, tol={effort}, top_n=5)",
+        "trace": "trace(maxIter=400, tol={effort}), mean of its samples",
+        "density": "density(iter=80, n_v=1)",
+    }
+
+    def build(self) -> None:
+        from pyhessian import hessian
+
+        self.H = hessian(self.model, nn.CrossEntropyLoss(), dataloader=self.data, cuda=False)
+
+    def product(self, v: Tensor, _effort: Effort) -> Tensor:
+        pieces = v.split([p.numel() for p in self.H.params])
+        leaves = [piece.view_as(p) for piece, p in zip(pieces, self.H.params, strict=True)]
+        return join(self.H.dataloader_hv_product(leaves)[1])
+
+    def top5(self, _seed: int, effort: Effort) -> list[float]:
+        return [float(value) for value in self.H.eigenvalues(maxIter=100, tol=float(effort), top_n=5)[0]]
+
+    def trace(self, _seed: int, effort: Effort) -> float:
+        return float(np.mean(self.H.trace(maxIter=400, tol=float(effort))))
+
+    def density(self, _seed: int, _effort: Effort) -> Spectrum:
+        nodes, weights = self.H.density(iter=80, n_v=1)
+        return np.ravel(nodes), np.ravel(weights)
+
+
+class EigenThings(Library):
+    NAME, PACKAGE, MODULE = "hessian-eigenthings", "hessian-eigenthings", "hessian_eigenthings"
+    EFFORT: ClassVar = {"extremes": ("steps",), "top5": ("steps",), "trace": (30, 60, 120, 240)}
+    HOW: ClassVar = {
+        "product": "HessianOperator(...).matvec(v)",
+        "extremes": "the ends of the Ritz values of lanczos_tridiagonal(max_iter={effort})",
+        "top5": 'lanczos(k=5, which="LM", max_iter={effort}, reorthogonalize=True)',
+        "trace": 'trace(num_matvecs={effort}, method="hutch++")',
+        "density": "spectral_density(num_runs=1, lanczos_steps=80), its raw nodes and weights",
+    }
+
+    def build(self) -> None:
+        import hessian_eigenthings as he
+
+        self.he = he
+        self.H = he.HessianOperator(self.model, self.data, he.supervised_loss(nn.CrossEntropyLoss()))
+
+    def product(self, v: Tensor, _effort: Effort) -> Tensor:
+        return self.H.matvec(v)
+
+    def extremes(self, seed: int, effort: Effort) -> list[float]:
+        v0 = torch.randn(self.problem.n, generator=torch.Generator().manual_seed(seed))
+        found = self.he.lanczos_tridiagonal(self.H, v0 / v0.norm(), int(effort))
+        alphas, betas = np.array(found.alphas, float), np.array(found.betas, float)
+        ritz = eigh_tridiagonal(alphas, betas[: len(alphas) - 1], eigvals_only=True)
+        return [float(ritz[0]), float(ritz[-1])]
+
+    def top5(self, seed: int, effort: Effort) -> list[float]:
+        found = self.he.lanczos(
+            self.H, k=5, which="LM", max_iter=int(effort), reorthogonalize=True, seed=seed
+        )
+        return found.eigenvalues.tolist()
+
+    def trace(self, seed: int, effort: Effort) -> float:
+        return float(self.he.trace(self.H, num_matvecs=int(effort), method="hutch++", seed=seed).estimate)
+
+    def density(self, seed: int, _effort: Effort) -> Spectrum:
+        found = self.he.spectral_density(self.H, num_runs=1, lanczos_steps=80, seed=seed)
+        return found.raw_eigenvalues.flatten(), found.raw_weights.flatten()
+
+
+class CurvLinOps(ArpackTasks):
+    NAME, PACKAGE, MODULE = "curvlinops", "curvlinops-for-pytorch", "curvlinops"
+    EFFORT: ClassVar = ArpackTasks.EFFORT | {"trace": (30, 60, 120, 240)}
+    HOW: ClassVar = {
+        "gradient": "HessianLinearOperator(...).gradient_and_loss()",
+        "product": "HessianLinearOperator(..., check_deterministic=False) @ v",
+        "extremes": 'scipy.sparse.linalg.eigsh(H.to_scipy(), 2, which="BE", tol={effort})',
+        "top5": 'scipy.sparse.linalg.eigsh(H.to_scipy(), 5, which="LM", tol={effort})',
+        "trace": "hutchpp_trace(num_matvecs={effort})",
+        "density": "lanczos_approximate_spectrum(ncv=80), smoothed, as it gives no nodes",
+    }
+
+    def build(self) -> None:
+        import curvlinops
+
+        self.library, self.columns = curvlinops, 0.0
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        self.H = curvlinops.HessianLinearOperator(
+            self.model,
+            nn.CrossEntropyLoss(),
+            params,
+            self.data,
+            check_deterministic=False,  # a safeguard that costs passes, which no other library is charged with
+            num_data=self.problem.num_examples,
+        )
+
+    @property
+    def passes(self) -> float:
+        return max(self.data.passes, self.columns)
+
+    def scipy_operator(self) -> LinearOperator:
+        return self.H.to_scipy()
+
+    def gradient(self, _seed: int, _effort: Effort) -> Tensor:
+        return join(self.H.gradient_and_loss()[0])
+
+    def product(self, v: Tensor, _effort: Effort) -> Tensor:
+        return self.H @ v
+
+    def trace(self, _seed: int, effort: Effort) -> float:
+        found = float(self.library.hutchpp_trace(self.H, int(effort)))
+        self.columns = float(effort)  # which share reads of the data
+        return found
+
+    def density(self, _seed: int, _effort: Effort) -> Spectrum:
+        return self.library.lanczos_approximate_spectrum(self.H, 80)
+
+
+LIBRARIES: dict[str, type[Library]] = {
+    library.NAME: library for library in (HvpKit, Plain, PyHessian, EigenThings, CurvLinOps)
+}
