@@ -8,10 +8,11 @@ Every answer is judged by a stored reference. The first that is wrong beyond the
 its error, and its library is not timed at that task. Memory is that of a product, in a process of its own each time.
 
 Seconds include what a library needs to make its operator, but for products, gradients and memory, which are of an
-operator that is there; the product is the third with the same operator. A run ends at twenty times hvpkit's passes, at least 100 and at most 400: "not converged". After
-``--seconds`` no further round of a task begins. Trace, density and top-5 are of the problems with cheap products;
-``--tasks`` runs what it names on any. Results are merged into ``--out`` by problem and task; ``--report`` makes the
-tables and the picture anew, ``--readme FILE`` puts the tables between the markers in it.
+operator that is there; the product is the third with the same operator. A run ends at twenty times hvpkit's passes, at
+least 100 and at most 400: "not converged". After ``--seconds`` no further round of a task begins. Trace, density and
+top-5 are of the problems with cheap products; ``--tasks`` runs what it names on any. Results are merged into ``--out``
+by problem and task; ``--report`` makes the tables and the picture anew, ``--readme FILE`` puts the tables between the
+markers in it.
 """
 
 from __future__ import annotations

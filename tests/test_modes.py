@@ -241,6 +241,43 @@ def test_products_in_bf16_carry_the_error_that_was_measured(
     assert relative_error(exact @ V, constructor(*arguments, mode=mode) @ V) == 0.0
 
 
+@pytest.mark.parametrize("solver", ["lanczos", "lobpcg", "chebyshev", "power", "eigsh", "multifidelity"])
+def test_what_is_reported_of_a_solve_in_bf16_is_of_native_products(solver: str) -> None:
+    arguments = in_float32("encoder_layer")
+    exact = hk.hessian(*arguments, mode=REVERSE)
+    H = hk.hessian(*arguments, mode=REVERSE, arithmetic="bf16")
+    if solver == "multifidelity":
+        found = hk.multifidelity([H.sample(7, 0), H], which="LA", tol=1e-2)
+    else:
+        found = getattr(hk, solver)(H, 1, tol=1e-2, max_matvecs=60)
+    vector, value = found.vectors[:, 0], float(found.values[0])
+    image = exact @ vector
+    assert value == pytest.approx(float(vector @ image), rel=1e-5)
+    assert abs(value - float(vector @ (H @ vector))) > 1e-5 * abs(value), (
+        "products in bf16 would be told apart"
+    )
+    residual = float(torch.linalg.vector_norm(image - value * vector))
+    assert float(found.residual_norms[0]) == pytest.approx(residual, rel=1e-2, abs=1e-5)
+    top = float(torch.linalg.eigvalsh((exact @ torch.eye(H.n)).double()).abs().max())
+    assert abs(value) == pytest.approx(top, rel=1e-2)
+
+
+def test_the_algebra_knows_native_arithmetic() -> None:
+    arguments = in_float32("mlp")
+    plain, H = (hk.hessian(*arguments, mode=REVERSE, arithmetic=kind) for kind in ("native", "bf16"))
+    v = normal(H.n).float()
+    for made in (
+        lambda A: 3.0 * A,
+        lambda A: A.shift(2.0),
+        lambda A: A + A,
+        lambda A: A - plain,
+        lambda A: -A,
+    ):
+        torch.testing.assert_close(made(H).exact @ v, made(plain) @ v)
+        assert made(plain).exact is None
+    torch.testing.assert_close(H.sample(5, 0).exact @ v, plain.sample(5, 0) @ v)
+
+
 def test_arithmetic_that_a_mode_lacks_leaves_auto_another() -> None:
     # torch's CPU convolutions have no forward mode under autocast
     arguments = in_float32("conv_batchnorm")

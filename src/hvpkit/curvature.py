@@ -73,7 +73,8 @@ def hessian(
         mode: how a product is made: one of :func:`hvpkit.hvp`, or ``"auto"``: the exact one that is the faster
             on the first examples, if both agree; ``H.mode`` is which, ``H.mode_reason`` why.
         arithmetic: ``"native"``, the parameters' dtype; ``"bf16"`` or ``"tf32"`` (CUDA only): matrix products and
-            convolutions of float32 networks in fewer digits.
+            convolutions of float32 networks in fewer digits. The last products of a solve, and the values and
+            residuals that it reports, are in native arithmetic all the same.
         memory_limit: bytes to hold between products, by the operator and its samples: the graph of the gradient of as
             many batches as fit, made in the second product and passed through again in those after, which takes two
             thirds of the work; in the mode ``"reverse-over-reverse"``. Given back when the operator is no longer
@@ -422,6 +423,11 @@ def _over(
         chosen = replace(origin, data=data.subset(indices, weights.to(device, leaves[0].dtype)))
         return _over(chosen, terms, recipe, progress, budget, cost * len(indices) / data.num_examples)
 
+    exact = None
+    if recipe.arithmetic != "native":
+        native = replace(recipe, arithmetic="native", precision=0.0)
+        exact = _over(origin, terms, native, progress, budget, cost)
+
     return LinearOperator(
         product,
         layout.n,
@@ -435,6 +441,7 @@ def _over(
         mode=mode,
         mode_reason=recipe.reason,
         precision=recipe.precision,
+        exact=exact,
         explain=explain,
         sample=None if batch_statistics else sample,  # another batch has other statistics
         subset=None if batch_statistics else subset,

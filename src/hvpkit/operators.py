@@ -68,6 +68,8 @@ class LinearOperator:
         mode: how products are made, or None.
         mode_reason: the mode and why it was taken, where ``mode="auto"`` took it, or None.
         precision: relative error of products, as it was measured where it is more than rounding.
+        exact: where products are in less than native arithmetic, the same operator in that; solvers take the last
+            products, and what they report, from it.
         space: inner products of its vectors.
         explain: given a vector ``[n]`` whose product is not finite, says where that comes from.
         sample: given a number of examples and a seed, the same operator over a uniform random subset of that
@@ -95,6 +97,7 @@ class LinearOperator:
     mode: str | None = None
     mode_reason: str | None = None
     precision: float = 0.0
+    exact: LinearOperator | None = None
     space: Space = LOCAL
     explain: Callable[[Tensor], str] | None = None
     sample: Callable[[int, int], LinearOperator] | None = None
@@ -195,6 +198,9 @@ class LinearOperator:
             batch_size=self.batch_size or other.batch_size,
             cost=self.cost + other.cost,
             precision=max(self.precision, other.precision),
+            exact=(self.exact or self)._combine(other.exact or other, sign)
+            if self.exact or other.exact
+            else None,
             space=self.space,
         )
 
@@ -206,6 +212,7 @@ class LinearOperator:
             self,
             product=lambda v: scale * self.product(v),
             name=f"{scale:g} * {self.name}",
+            exact=None if self.exact is None else self.exact * scale,
             sample=self._samples(lambda part: part * scale),
             subset=None,
             origin=None,
@@ -227,6 +234,7 @@ class LinearOperator:
             self,
             product=lambda v: torch.add(self.product(v), v, alpha=sigma),
             name=f"({self.name} {'+' if sigma >= 0 else '-'} {abs(sigma):g} I)",
+            exact=None if self.exact is None else self.exact.shift(sigma),
             sample=self._samples(lambda part: part.shift(sigma)),
             subset=None,
             origin=None,

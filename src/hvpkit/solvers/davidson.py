@@ -62,7 +62,7 @@ CLAMP = 0.05
 NEAR = 10.0
 """In units of ``tol * |value|``: eigenvalues nearer to an end than that count as this far away in what bounds it."""
 
-SAFETY = 3.0
+SAFETY = 10.0
 """What a predicted error is multiplied by."""
 
 POOR, PATIENCE = 0.5, 3

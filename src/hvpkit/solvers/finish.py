@@ -167,7 +167,7 @@ def check_pairs(
     """The result of a solve that found these pairs, after a product with each of them.
 
     Args:
-        op: the operator.
+        op: the operator; its products are taken in native arithmetic.
         found: vectors that are orthonormal up to rounding; values and norms over ``scale``. What stays if the
             products are not finite, or were not before.
         scale: what products are divided by, 0-d.
@@ -178,6 +178,7 @@ def check_pairs(
         status: why the solve stopped.
         num_matvecs: full-data products before.
     """
+    op = op.exact or op
     if len(found.values) and status is not Status.NON_FINITE:
         num_matvecs += len(found.values) * op.cost
         vectors = found.vectors / op.space.reduce(found.vectors.square().sum(dim=0)).sqrt()

@@ -221,6 +221,18 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
     vectors = (coefficients.mT @ state.basis[:m]).mT
     values, norms, noise = pairs.values[wanted], pairs.residual_norms[wanted], _noise(op, state, pairs)
     bounds, num_matvecs = _error_bounds(goal, state, pairs)[wanted], state.num_matvecs
+    if op.exact is not None:
+        return finish.check_pairs(
+            op,
+            finish.Checked(values, vectors, norms),
+            state.scale,
+            pairs.norm,
+            k=goal.k,
+            which=goal.which,
+            tol=goal.tol,
+            status=status,
+            num_matvecs=num_matvecs,
+        )
     if wanted and status is not Status.NON_FINITE:
         residuals = state.basis[m : m + f].mT @ (state.projected[m : m + f, :m] @ coefficients)
         image = op.product(vectors.sum(dim=1, keepdim=True)) / state.scale
@@ -351,7 +363,7 @@ def lanczos(
         time_limit=time_limit,
         seed=seed,
         block_size=block_size,
-        num_checks=1,
+        num_checks=1 if op.exact is None else k,
     )
     check_confidence(confidence)
     goal = Goal(k, asked.which, asked.tol, block_size, asked.seed, check_copies, confidence, certify)

@@ -90,7 +90,8 @@ def multifidelity(
         >>> found.values.round(decimals=2).tolist(), found.num_matvecs < 8
         ([-1.0, 30.0], True)
     """
-    op = _checked_levels(levels)[-1]
+    levels = _checked_levels(levels)
+    op = levels[-1]
     check_count("ncv", ncv, 8)
     check_confidence(confidence)
     if not 0 <= spent < math.inf or (spent and len(levels) == 1):
@@ -129,7 +130,7 @@ def _checked_levels(levels: Sequence[LinearOperator]) -> Sequence[LinearOperator
     costs = [level.cost for level in levels]
     if sorted(costs) != costs:
         raise ValueError(f"levels must be of rising cost, got {costs}")
-    return levels
+    return [*levels[:-1], last.exact or last]  # less arithmetic is for cheap levels
 
 
 @full_precision
