@@ -404,8 +404,7 @@ def _over(
             sums = [layout.split(row) for row in rows]
             linears = kept.linears(batches, mode)
             for linear, again in _with_bar(linears) if progress else linears:
-                for total, share in zip(sums, linear(columns, again=again), strict=True):
-                    torch._foreach_add_(total, share)
+                _add_(sums, linear(columns, again=again))
         return rows.mT
 
     def explain(vector: Tensor) -> str:
@@ -447,6 +446,11 @@ def _over(
         subset=None if batch_statistics else subset,
         origin=origin,
     )
+
+
+def _add_(sums: list[Leaves], shares: list[Leaves]) -> None:
+    for total, share in zip(sums, shares, strict=True):
+        torch._foreach_add_(total, share)
 
 
 def _subset(examples: Data, num_examples: int, seed: int) -> Data:

@@ -348,18 +348,23 @@ def _reverse_over_reverse(part: Part, leaves: Leaves) -> Linear:
         if value.requires_grad:
             slopes = torch.autograd.grad(value, points, create_graph=True, allow_unused=True)
             _check_dependent(slopes)
-    curved = [(i, slope) for i, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
-    outputs = [slope for _, slope in curved]
+    # The ends of the graph, and not the slopes: a graph that is kept would hold a gradient for each batch.
+    ends = {
+        i: torch.autograd.graph.get_gradient_edge(slope)
+        for i, slope in enumerate(slopes)
+        if slope is not None and slope.requires_grad
+    }
+    del value, slopes
 
     def products(vectors: Sequence[Leaves], *, again: bool = False) -> list[Leaves]:
-        if not curved:  # the loss is linear in the parameters
+        if not ends:  # the loss is linear in the parameters
             return [[torch.zeros_like(leaf) for leaf in leaves] for _ in vectors]
         return [
             list(
                 torch.autograd.grad(
-                    outputs,
+                    list(ends.values()),
                     points,
-                    [vector[i] for i, _ in curved],
+                    [vector[i] for i in ends],
                     retain_graph=again or column + 1 < len(vectors),
                     allow_unused=True,
                     materialize_grads=True,

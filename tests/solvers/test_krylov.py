@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hvpkit as hk
 from hvpkit.iterate import Look
+from hvpkit.memory import Allocations
 from hvpkit.solvers.krylov import State, start, step
 from hvpkit.solvers.lanczos import Goal, look
 from problems import SPECTRA, matrix
@@ -161,3 +162,14 @@ def test_a_step_reads_its_basis_once_for_each_row_and_twice_for_the_last_two() -
         state = step(op, state)
         near = min(3, row) if row > 2 else row
         assert sorted(num for num in num_dots if num > 1) == sorted(num for num in (row, near) if num > 1)
+
+
+def test_a_step_works_with_three_vectors_and_holds_none() -> None:
+    n = 10_000
+    op = hk.LinearOperator(lambda v: 2 * v, n, torch.float32, torch.device("cpu"))
+    state = start(op, 20, 1, seed=0)
+    for _ in range(6):
+        with Allocations() as made:
+            state = step(op, state)
+        assert made.most < 3.1 * 4 * n, "the product among them"
+        assert made.now < 0.1 * 4 * n
