@@ -94,16 +94,19 @@ def tasks_in(found: Entry) -> list[str]:
 
 def notes(found: Entry) -> str:
     """What was called, and why there is no number where a library failed."""
-    how: dict[tuple[str, str], None] = {}
+    how: dict[tuple[str, str, str], list[str]] = {}
     failed: dict[tuple[str, str], list[str]] = {}
     for problem, entry in found["problems"].items():
         for task, cells in entry["tasks"].items():
             for name, cell in cells.items():
                 if "how" in cell:
-                    how[name, f"{TITLES[task]}, {problem}: {cell['how']}"] = None
+                    how.setdefault((name, TITLES[task], cell["how"]), []).append(problem)
                 if "message" in cell:
                     failed.setdefault((name, cell["message"]), []).append(f"{problem} ({task})")
-    lines = [f"- {name}. {text}." for name, text in sorted(how)]
+    lines = [
+        f"- {name}. {title}: {text} ({'; '.join(where)})."
+        for (name, title, text), where in sorted(how.items())
+    ]
     lines += [f"- {name}. On {', '.join(where)}: `{message}`" for (name, message), where in failed.items()]
     return "\n".join(lines)
 
@@ -120,7 +123,8 @@ def table(found: Entry, tasks: Collection[str] = tuple(TITLES)) -> str:
         f"{machine['cpu']}, {machine['threads']} threads, Python {machine['python']}, torch {machine['torch']}; "
         f"{versions}."
     )
-    return "\n\n".join([*("\n".join(task_table(found, task, names)) for task in present), note])
+    told = "hessian-eigenthings has no stopping rule for Lanczos: it is given the number of steps that is enough."
+    return "\n\n".join([*("\n".join(task_table(found, task, names)) for task in present), f"{note} {told}"])
 
 
 def write_readme(file: Path, found: Entry) -> None:

@@ -326,7 +326,7 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
     unit, best = float(state.scale), state.best
     found = Checked(best.values * unit, best.vectors, best.residual_norms * unit)
     kind = "exact" if status is Status.INVARIANT_SUBSPACE else "residual"
-    where = intervals(found, goal.which, goal.k, rounding(op, state.norm) * unit, kind)
+    where = intervals(found, goal.which, goal.k, floor(op, state.norm) * unit, kind)
     errors = [state.errors[end] for end in goal.ends[: len(found.values)]]
     bounds = (torch.tensor(errors, dtype=torch.float64) + rounding(op, state.norm)) * unit
     return eigen_result(
