@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from hvpkit._typing import LossFn, Seed, Tree
-from hvpkit.batch_sizes import best_size
-from hvpkit.compiled import MODE, compiled_terms
-from hvpkit.data import Data, as_data, whole_batch
-from hvpkit.errors import NonFiniteError, check_choice, check_count
+from hvpkit.errors import check_choice, check_count
 from hvpkit.fisher import LIKELIHOODS, empirical_terms, find_likelihood, fisher_terms
 from hvpkit.gauss_newton import check_objective, ggn_terms
-from hvpkit.kept import Budget
-from hvpkit.memory import free_memory
-from hvpkit.modes import Recipe, check_arithmetic, lower_precision, settle
-from hvpkit.objective import Objective, check_batches, goes_by_batches
-from hvpkit.operators import LinearOperator, Origin
-from hvpkit.probes import generator, normal_vector, resolve_seed
-from hvpkit.products import (
-    MODES,
-    Leaves,
-    Term,
-    Terms,
-    all_finite,
-    blame,
-    check_loss,
-    exact_derivatives,
-    hessian_terms,
-    parts,
-)
-from hvpkit.selection import Selection, restrict
-from hvpkit.trees import check_params, snapshot
-
-FREE_SHARE = 0.25
-"""Of the memory that is free, what an operator may hold between products by default."""
-
-TRIAL_EXAMPLES = 32
-"""Examples of the first batch, at most, on which modes are tried and errors measured."""
+from hvpkit.objective import Objective
+from hvpkit.operators import LinearOperator
+from hvpkit.over_data import operator, origin_of
+from hvpkit.probes import resolve_seed
+from hvpkit.products import Terms, hessian_terms
+from hvpkit.selection import Selection
+from hvpkit.settings import exact_derivatives
 
 
 def hessian(
@@ -113,8 +85,8 @@ def hessian(
         >>> {name: round(ex.largest.value, 3) for name, ex in ends.items()}
         {'w': 8.0, 'b': 2.0}
     """
-    origin, first = _origin("hessian", loss_fn, params, data, wrt, batch_size, mode)
-    return _operator(origin, first, hessian_terms, batch_size, arithmetic, memory_limit, progress, compile)
+    origin, first = origin_of("hessian", loss_fn, params, data, wrt, batch_size, mode)
+    return operator(origin, first, hessian_terms, batch_size, arithmetic, memory_limit, progress, compile)
 
 
 def ggn(
@@ -165,8 +137,8 @@ def ggn(
         >>> G @ torch.tensor([1.0, 0.0])
         tensor([2., 4.])
     """
-    origin, first = _origin("ggn", check_objective(objective), params, data, wrt, batch_size, mode)
-    return _operator(origin, first, ggn_terms, batch_size, arithmetic, memory_limit, progress)
+    origin, first = origin_of("ggn", check_objective(objective), params, data, wrt, batch_size, mode)
+    return operator(origin, first, ggn_terms, batch_size, arithmetic, memory_limit, progress)
 
 
 def empirical_fisher(
@@ -210,8 +182,8 @@ def empirical_fisher(
         >>> F @ torch.ones(2)
         tensor([2., 3.])
     """
-    origin, first = _origin("empirical-fisher", loss_fn, params, data, wrt, batch_size, mode)
-    return _operator(origin, first, empirical_terms, batch_size, arithmetic, memory_limit, progress)
+    origin, first = origin_of("empirical-fisher", loss_fn, params, data, wrt, batch_size, mode)
+    return operator(origin, first, empirical_terms, batch_size, arithmetic, memory_limit, progress)
 
 
 def fisher(
@@ -277,194 +249,11 @@ def fisher(
     if num_samples is not None:
         check_count("num_samples", num_samples, 1)
     seed = resolve_seed(seed)
-    origin, first = _origin("fisher", objective, params, data, wrt, batch_size, mode)
+    origin, first = origin_of("fisher", objective, params, data, wrt, batch_size, mode)
     with exact_derivatives(origin.leaves[0].device):
         whole = check_objective(origin.loss_fn)
         found = find_likelihood(whole, origin.layout, origin.leaves, first, likelihood)
     terms: Terms[Any] = ggn_terms
     if num_samples is not None:
         terms = partial(fisher_terms, likelihood=found, num_samples=num_samples, seed=seed)
-    return _operator(origin, first, terms, batch_size, arithmetic, memory_limit, progress)
-
-
-R = TypeVar("R")
-
-NAMES = {"hessian": "Hessian", "ggn": "GGN", "empirical-fisher": "empirical Fisher", "fisher": "Fisher"}
-
-
-def _origin(
-    kind: str,
-    loss_fn: LossFn,
-    params: Tree,
-    data: object,
-    wrt: Selection,
-    batch_size: int | str | None,
-    mode: str,
-) -> tuple[Origin, Data]:
-    """What an operator is made of, looked at, and the first few examples to try it on."""
-    check_choice("mode", mode, ("auto", *MODES))
-    function, params = restrict(loss_fn, params, wrt)
-    layout, leaves = check_params(params)
-    leaves = [snapshot(leaf) for leaf in leaves]  # the point stays, whatever training does to params
-    device = leaves[0].device
-    given = None
-    if isinstance(batch_size, str):
-        check_choice("batch_size", batch_size, ("auto",))
-        if goes_by_batches(loss_fn):
-            raise ValueError(
-                "batch_size='auto': batchnorm=\"batch\" makes the Hessian depend on the batches; name their size"
-            )
-    else:
-        given = batch_size
-    examples = as_data(data, batch_size=given, device=device)
-    check_batches(loss_fn, examples)
-    batch, weights = next(examples.weighted())
-    first = whole_batch(batch, weights)
-    with exact_derivatives(device):
-        value = check_loss(next(parts(function, layout, first)), leaves)
-    if not all_finite([value]):
-        raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
-    few = torch.arange(min(first.num_examples, TRIAL_EXAMPLES))
-    first = first.subset(few, None if weights is None else weights[: len(few)])
-    return Origin(kind, function, layout, leaves, examples, mode), first
-
-
-def _operator(
-    origin: Origin,
-    first: Data,
-    terms: Terms[Any],
-    batch_size: int | str | None,
-    arithmetic: str,
-    memory_limit: float | None,
-    progress: bool,
-    compile: bool = False,
-) -> LinearOperator:
-    """The operator, after trials on its first examples of how to make products."""
-    layout, leaves = origin.layout, origin.leaves
-    device = leaves[0].device
-    check_arithmetic(arithmetic, leaves[0])
-    if memory_limit is None:
-        memory_limit = FREE_SHARE * free_memory(device)
-    elif not memory_limit >= 0:
-        raise ValueError(f"memory_limit must be a number of bytes, at least 0, got {memory_limit}")
-
-    def draw(stream: int) -> Leaves:
-        return layout.split(
-            normal_vector(layout.n, dtype=leaves[0].dtype, device=device, seed=0, stream=stream)
-        )
-
-    def first_term(data: Data) -> Term:
-        return next(terms(origin.loss_fn, layout, leaves, data))
-
-    with exact_derivatives(device):
-        recipe = settle(first_term(first), draw, origin.mode, arithmetic)
-        if batch_size == "auto":
-            with lower_precision(arithmetic, device):
-                size = best_size(
-                    lambda size: first_term(as_data(origin.data, batch_size=size)),
-                    draw(0),
-                    recipe.mode,
-                    origin.data.longest_batch,
-                    memory_limit,
-                )
-            origin = replace(origin, data=as_data(origin.data, batch_size=size))
-        if compile:
-            if origin.mode not in ("auto", MODE):
-                raise ValueError(f"compile=True makes products {MODE}; leave mode={origin.mode!r} out")
-            with lower_precision(arithmetic, device):
-                faster = compiled_terms(terms, origin.loss_fn, layout, leaves, origin.data)
-            if faster is not None:
-                terms, recipe = faster, replace(recipe, mode=MODE, reason=f"{MODE}: compiled")
-    origin = replace(origin, mode=recipe.mode)
-    return _over(origin, terms, recipe, progress, Budget(memory_limit))
-
-
-def _over(
-    origin: Origin, terms: Terms[Any], recipe: Recipe, progress: bool, budget: Budget, cost: float = 1.0
-) -> LinearOperator:
-    """The operator over the examples of ``origin``, whose products cost ``cost`` full-data products."""
-    layout, leaves, data, mode = origin.layout, origin.leaves, origin.data, recipe.mode
-    device, name, kept = leaves[0].device, NAMES[origin.kind], budget.holder()
-    batch_statistics = goes_by_batches(origin.loss_fn)
-    if batch_statistics:
-        name = f"{name} of fixed batches"
-
-    @contextmanager
-    def settings() -> Iterator[None]:
-        with exact_derivatives(device), lower_precision(recipe.arithmetic, device):
-            yield
-
-    def batches() -> Iterator[Term]:
-        return terms(origin.loss_fn, layout, leaves, data)
-
-    def product(vectors: Tensor) -> Tensor:
-        columns = [layout.split(vector) for vector in vectors.mT.contiguous()]
-        with settings():
-            rows = vectors.new_zeros(len(columns), layout.n)
-            sums = [layout.split(row) for row in rows]
-            linears = kept.linears(batches, mode)
-            for linear, again in _with_bar(linears) if progress else linears:
-                _add_(sums, linear(columns, again=again))
-        return rows.mT
-
-    def explain(vector: Tensor) -> str:
-        def once(term: Term) -> Leaves:
-            return term(mode)([layout.split(vector)])[0]
-
-        with settings():
-            return blame(f"{name} product", batches(), once)
-
-    def sample(num_examples: int, seed: int) -> LinearOperator:
-        chosen = replace(origin, data=_subset(data, num_examples, seed))
-        return _over(chosen, terms, recipe, progress, budget, cost * num_examples / data.num_examples)
-
-    def subset(indices: Tensor, weights: Tensor) -> LinearOperator:
-        chosen = replace(origin, data=data.subset(indices, weights.to(device, leaves[0].dtype)))
-        return _over(chosen, terms, recipe, progress, budget, cost * len(indices) / data.num_examples)
-
-    exact = None
-    if recipe.arithmetic != "native":
-        native = replace(recipe, arithmetic="native", precision=0.0)
-        exact = _over(origin, terms, native, progress, budget, cost)
-
-    return LinearOperator(
-        product,
-        layout.n,
-        leaves[0].dtype,
-        device,
-        name=name if recipe.arithmetic == "native" else f"{name} in {recipe.arithmetic}",
-        layout=layout,
-        num_examples=data.num_examples,
-        batch_size=data.batch_size,
-        cost=cost,
-        mode=mode,
-        mode_reason=recipe.reason,
-        precision=recipe.precision,
-        exact=exact,
-        explain=explain,
-        sample=None if batch_statistics else sample,  # another batch has other statistics
-        subset=None if batch_statistics else subset,
-        origin=origin,
-    )
-
-
-def _add_(sums: list[Leaves], shares: list[Leaves]) -> None:
-    for total, share in zip(sums, shares, strict=True):
-        torch._foreach_add_(total, share)
-
-
-def _subset(examples: Data, num_examples: int, seed: int) -> Data:
-    """A uniform random subset without replacement, whose mean is unbiased for that of all examples."""
-    total = examples.num_examples
-    check_count("num_examples", num_examples, 1, total)
-    chosen = torch.randperm(total, generator=generator(resolve_seed(seed)))[:num_examples]
-    weights = examples.weights
-    if weights is not None:
-        weights = weights[chosen.to(weights.device)] * (total / num_examples)
-    return examples.subset(chosen, weights)
-
-
-def _with_bar(batches: Iterator[R]) -> Iterator[R]:
-    from tqdm.auto import tqdm
-
-    yield from tqdm(batches, desc="product", unit="batch", leave=False)
+    return operator(origin, first, terms, batch_size, arithmetic, memory_limit, progress)

@@ -16,7 +16,8 @@ from hvpkit._typing import Batch, LossFn
 from hvpkit.data import Data
 from hvpkit.objective import Objective
 from hvpkit.probes import generator
-from hvpkit.products import Leaves, check_per_example, exact_derivatives
+from hvpkit.products import Leaves, check_per_example
+from hvpkit.settings import exact_derivatives
 from hvpkit.trees import Layout, batch_size, unflatten
 
 Importance = str | Callable[[object, Batch], Tensor] | None

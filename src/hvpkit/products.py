@@ -7,24 +7,21 @@ what the batch adds to the mean. Everything here is a sum over those.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import disable_saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree
 
 from hvpkit._typing import Batch, LossFn, Tree
 from hvpkit.data import Data, as_data, whole_batch
-from hvpkit.definitions import DEFINITIONS, WrittenOut, padding_held
+from hvpkit.definitions import padding_held
 from hvpkit.errors import NonFiniteError, check_choice
-from hvpkit.precision import full_float32
 from hvpkit.randomness import check_repeatable
+from hvpkit.settings import exact_derivatives
 from hvpkit.trees import Layout, batch_size, check_params, unflatten
 
 Leaves: TypeAlias = list[Tensor]
@@ -443,33 +440,3 @@ def blame(what: str, terms: Iterator[R], term: Callable[[R], Leaves]) -> str:
     return (
         f"the {what} is not finite (NaN or infinity), though no batch alone is, as an overflow of their sum"
     )
-
-
-_TURN = threading.RLock()
-
-_CHECKPOINTED = (
-    "loss_fn saves its activations by hooks (activation checkpointing, offloading), which second derivatives do not "
-    "go through; switch that off, and save memory by a smaller batch_size"
-)
-
-
-@contextmanager
-def exact_derivatives(device: torch.device) -> Iterator[None]:
-    """The settings under which second derivatives exist and have full precision; restored after.
-
-    Attention runs on its MATH backend and without the fused encoder path, whose kernels have no second
-    derivative; the functions of :mod:`hvpkit.definitions` are written out; float32 is not rounded to TF32 or
-    bfloat16; a caller's autocast and inference mode do not reach inside. Threads take turns, as some of the
-    settings belong to the process.
-    """
-    with _TURN, ExitStack() as stack:
-        fused = torch.backends.mha.get_fastpath_enabled()
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(disable_saved_tensors_hooks(_CHECKPOINTED))
-        stack.enter_context(full_float32(device))
-        stack.enter_context(WrittenOut(DEFINITIONS))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from hvpkit._typing import Batch, LossFn, Tree
 from hvpkit.data import prepare
 from hvpkit.definitions import Table, WrittenOut
-from hvpkit.products import INDEPENDENT, Leaves, check_like, check_losses, exact_derivatives
+from hvpkit.products import INDEPENDENT, Leaves, check_like, check_losses
+from hvpkit.settings import exact_derivatives
 from hvpkit.trees import batch_size, check_params, unflatten
 
 

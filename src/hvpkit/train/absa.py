@@ -34,17 +34,9 @@ from hvpkit.data import Data, IterableBatches, as_data
 from hvpkit.errors import NonFiniteError, check_choice, check_count, check_positive
 from hvpkit.operators import LinearOperator
 from hvpkit.probes import generator, resolve_seed
-from hvpkit.products import (
-    MODES,
-    all_finite,
-    check_loss,
-    exact_derivatives,
-    loss,
-    part_gradient,
-    parts,
-    sum_parts,
-)
+from hvpkit.products import MODES, all_finite, check_loss, loss, part_gradient, parts, sum_parts
 from hvpkit.results import Status
+from hvpkit.settings import exact_derivatives
 from hvpkit.solvers.lanczos import lanczos
 from hvpkit.trees import Layout, check_params, flatten, snapshot, unflatten
 from hvpkit.trees import batch_size as count_examples

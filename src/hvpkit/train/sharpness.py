@@ -27,17 +27,8 @@ from hvpkit._typing import LossFn, Seed, Tree
 from hvpkit.data import Data, as_data
 from hvpkit.errors import NonFiniteError, check_choice, check_count, check_positive
 from hvpkit.probes import generator, normal_vector, resolve_seed
-from hvpkit.products import (
-    Leaves,
-    Part,
-    all_finite,
-    blame,
-    check_loss,
-    exact_derivatives,
-    part_gradient,
-    parts,
-    sum_parts,
-)
+from hvpkit.products import Leaves, Part, all_finite, blame, check_loss, part_gradient, parts, sum_parts
+from hvpkit.settings import exact_derivatives
 from hvpkit.trees import Layout, check_params, join
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
