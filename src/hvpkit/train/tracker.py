@@ -60,7 +60,7 @@ class SpectrumTracker:
 
     Cost:
         Of a measurement what :func:`hvpkit.extreme_eigenvalues` costs. Vectors of the measurement before save little,
-        as they turn in training: 4 % of the passes on samples of a small network, an epoch apart. Lanczos has to
+        as they turn in training: 7 and 17 % of the passes on samples of two networks, an epoch apart. Lanczos has to
         exclude all the same what they may lack, and took 38 passes for 29 with them.
 
     Example:
