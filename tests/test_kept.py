@@ -141,7 +141,7 @@ def test_graphs_go_with_the_operator() -> None:
     assert made.now < once
 
 
-@pytest.mark.parametrize("limit", [-1.0, float("nan")])
+@pytest.mark.parametrize("limit", [-1.0, float("nan"), "2 GB", True])
 def test_a_memory_limit_that_is_none_is_refused(limit: float) -> None:
     problem = network("mlp")
     with pytest.raises(ValueError, match="memory_limit must be"):

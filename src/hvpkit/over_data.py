@@ -91,8 +91,8 @@ def operator(
     check_arithmetic(arithmetic, leaves[0])
     if memory_limit is None:
         memory_limit = FREE_SHARE * free_memory(device)
-    elif not memory_limit >= 0:
-        raise ValueError(f"memory_limit must be a number of bytes, at least 0, got {memory_limit}")
+    elif isinstance(memory_limit, bool | str) or not memory_limit >= 0:
+        raise ValueError(f"memory_limit must be a number of bytes, at least 0, got {memory_limit!r}")
 
     def draw(stream: int) -> Leaves:
         return layout.split(

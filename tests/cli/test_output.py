@@ -98,6 +98,7 @@ def test_a_signal_from_the_keyboard_leaves_what_was_found(tmp_path: Path) -> Non
     (tmp_path / "slow.py").write_text("""
 import os, signal, torch
 from hvpkit import over_data
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 over_data.FREE_SHARE = 0.0  # no graph is kept, so that each product calls the loss
 calls = []
 
