@@ -157,7 +157,7 @@ def test_subspaces_differ_by_seed():
     H, g, w = random_problem(8, 5)
     loss_fn, params, x = quadratic(H, g, at=w)
     run = partial(keskar_sharpness, loss_fn, params, x, epsilon=0.1, lr=0.1, subspace_dim=2)
-    assert run(seed=0).value == run(seed=0).value != run(seed=1).value
+    assert {run(seed=0).value for _ in range(100)} == {run(seed=0).value} != {run(seed=1).value}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])

@@ -263,7 +263,8 @@ def _box(
         p = check_count("subspace_dim", subspace_dim, 1, n)
         basis = normal_vector(n * p, dtype=origin.dtype, device=origin.device, seed=seed).view(n, p)
         basis /= torch.linalg.vector_norm(basis, dim=0)
-        coordinates = torch.linalg.lstsq(basis, origin.unsqueeze(1)).solution.squeeze(1)
+        # of full rank, so "gels" will do; torch's default, gelsy, does not repeat its last digits
+        coordinates = torch.linalg.lstsq(basis, origin.unsqueeze(1), driver="gels").solution.squeeze(1)
     box = Box(loss_fn, layout, data, origin, basis, epsilon * (coordinates.abs() + 1))
     wanted = box.displacement(box.radius)
     lost = torch.linalg.vector_norm((origin + wanted) - origin - wanted, dtype=torch.float64)
