@@ -86,14 +86,19 @@ def attempt(
     return {"status": "right", "error": off, "passes": passes, "seconds": seconds}
 
 
+def lacking(library: type[Library], task: str) -> Entry | None:
+    """Why a library cannot be asked, if it cannot."""
+    if library.missing():
+        return {"status": "missing"}
+    return None if hasattr(library, task) else {"status": "not offered"}
+
+
 def first_right(
     task: str, library: type[Library], problem: Problem, truth: Entry, limit: float
 ) -> tuple[Entry, Any]:
     """The library's first run that is right, over what its user has to choose; else its last."""
-    if library.missing():
-        return {"status": "missing"}, None
-    if not hasattr(library, task):
-        return {"status": "not offered"}, None
+    if (reason := lacking(library, task)) is not None:
+        return reason, None
     for effort in efforts(library, task, truth):
         found = attempt(task, library, problem, truth, 0, effort, limit)
         if found["status"] != "wrong":
@@ -139,7 +144,7 @@ def measure(
 def warm_up(names: list[str], problem: Problem) -> None:
     """Imports and first calls, which no round is to pay for."""
     for name in names:
-        if not LIBRARIES[name].missing():
+        if lacking(LIBRARIES[name], "product") is None:
             attempt("product", LIBRARIES[name], problem, {"value": [1.0] * NUM_SKETCHES}, 0, "", math.inf)
 
 
@@ -171,8 +176,8 @@ def measure_memory(names: list[str], problem: Problem, cache: Path, repeats: int
     cells: Entry = {}
     for _ in range(repeats):
         for name in names:
-            if LIBRARIES[name].missing():
-                cells[name] = {"status": "missing"}
+            if (reason := lacking(LIBRARIES[name], "product")) is not None:
+                cells[name] = reason
                 continue
             options = ["--child", name, "--problems", problem.name, "--cache", str(cache)]
             done = subprocess.run(
@@ -227,7 +232,9 @@ def machine() -> Entry:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "versions": {name: library.version() for name, library in LIBRARIES.items() if not library.missing()},
+        "versions": {
+            library.PACKAGE: library.version() for library in LIBRARIES.values() if not library.missing()
+        },
     }
 
 

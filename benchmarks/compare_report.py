@@ -73,10 +73,12 @@ def mean_ratio(cells: list[Entry]) -> str:
 
 
 def task_table(found: Entry, task: str, names: list[str]) -> list[str]:
-    """A row for each problem, a column for each library."""
+    """A row for each problem, a column for each library that offers it."""
     cells = {
         name: entry["tasks"][task] for name, entry in found["problems"].items() if task in entry["tasks"]
     }
+    nothing = {None, "not offered"}
+    names = [name for name in names if {row.get(name, {}).get("status") for row in cells.values()} - nothing]
     rows = [f"| {TITLES[task]} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for problem, row in cells.items():
         columns = [shown(row.get(name), name == "hvpkit") for name in names]
@@ -117,13 +119,15 @@ def table(found: Entry, tasks: Collection[str] = tuple(TITLES)) -> str:
     present = [task for task in tasks_in(found) if task in tasks]
     machine = found["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    versions = versions.replace("torch + SciPy", "SciPy")
     note = (
         f"Seconds, passes over the data and ratios to hvpkit in the same round: medians, ranges over rounds. "
         f"{machine['cpu']}, {machine['threads']} threads, Python {machine['python']}, torch {machine['torch']}; "
         f"{versions}."
     )
-    told = "hessian-eigenthings has no stopping rule for Lanczos: it is given the number of steps that is enough."
+    told = (
+        "hessian-eigenthings' Lanczos runs for a given number of steps, and says afterwards whether they were enough: "
+        "here they are doubled until they are. Given the steps, it knows beforehand how many will do."
+    )
     return "\n\n".join([*("\n".join(task_table(found, task, names)) for task in present), f"{note} {told}"])
 
 

@@ -80,7 +80,7 @@ def test_auto_is_recorded_and_changes_no_product(form: str) -> None:
 
 def test_a_size_that_is_none_is_refused() -> None:
     problem = network("mlp")
-    with pytest.raises(ValueError, match="batch_size must be one of 'auto'"):
+    with pytest.raises(ValueError, match="batch_size must be a number of examples or 'auto', got "):
         hk.hessian(problem.objective, problem.params, problem.data, batch_size="big")
 
 

@@ -55,7 +55,8 @@ def origin_of(
     device = leaves[0].device
     given = None
     if isinstance(batch_size, str):
-        check_choice("batch_size", batch_size, ("auto",))
+        if batch_size != "auto":
+            raise ValueError(f"batch_size must be a number of examples or 'auto', got {batch_size!r}")
         if goes_by_batches(loss_fn):
             raise ValueError(
                 "batch_size='auto': batchnorm=\"batch\" makes the Hessian depend on the batches; name their size"

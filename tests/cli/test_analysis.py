@@ -119,6 +119,20 @@ def test_extremes_are_those_of_the_library_with_every_option(file: Path, tmp_pat
     assert drawn(tmp_path / "out" / "extremes.png")
 
 
+def test_how_products_are_made_can_be_said(file: Path) -> None:
+    plain = strict(call("extremes", f"{file}:make", "--json").stdout)
+    exact = ["--batch-size", "auto", "--mode", "forward-over-reverse", "--memory-limit", "0"]
+    reduced = ["--batch-size", 20, "--arithmetic", "bf16", "--dtype", "float32"]
+    for options, named in ((exact, ", forward-over-reverse"), (reduced, " in bf16")):
+        found = strict(call("extremes", f"{file}:make", *options, "--json").stdout)
+        assert named in found["operator"]
+        assert found["problem"]["batch_size"] <= 30
+        for end in ("smallest", "largest"):
+            assert found[end]["value"] == pytest.approx(plain[end]["value"], rel=0.03)
+    with pytest.warns(hk.CompileWarning, match="products are made without it"):  # as this loss prints
+        call("extremes", f"{file}:make", "--compile")
+
+
 def test_table_shows_both_ends_of_the_dense_hessian(file: Path) -> None:
     loss_fn, params, data = made(file)
     H = hk.hessian(loss_fn, params, data)
@@ -294,7 +308,11 @@ def test_a_bad_target_is_one_clear_line_and_exit_code_2(file: Path, target: str,
         (["--dtype", "int8"], "dtype must be float32 or float64"),
         (["--device", "nowhere"], "device: nowhere cannot be used here"),
         (["--wrt", "x*"], "matches no parameter; their names: w, v"),
-        (["--batch-size", "0"], "batch_size"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--batch-size", "some"], "batch_size must be a number of examples or 'auto', got 'some'"),
+        (["--mode", "exact"], "mode must be one of 'auto', "),
+        (["--arithmetic", "int8"], "arithmetic must be"),
+        (["--memory-limit", "-1"], "memory_limit must be"),
         (["--resume", "model.pt"], "--resume: only for digits and cifar10"),
         (["--nonsense"], "nonsense"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hvpkit as hk
 from hvpkit.cli.app import command
-from hvpkit.cli.options import Problem
+from hvpkit.cli.options import HessianProblem
 from hvpkit.cli.output import Output
 
 
@@ -12,7 +12,7 @@ from hvpkit.cli.output import Output
     "hvpkit check digits",
     "hvpkit check problem.py:make --dtype float64 --json",
 )
-def check(problem: Problem, output: Output) -> bool:
+def check(problem: HessianProblem, output: Output) -> bool:
     """Preflight: whether products repeat, are symmetric and agree with finite differences; what to mend."""
     output.prepare()
     target, H = problem.hessian()

@@ -9,7 +9,7 @@ import typer
 
 import hvpkit as hk
 from hvpkit.cli.app import command
-from hvpkit.cli.options import Problem
+from hvpkit.cli.options import HessianProblem
 from hvpkit.cli.output import Output, Watch, table
 from hvpkit.results import Status
 
@@ -22,7 +22,7 @@ NumProbes = Annotated[int, typer.Option(help="Random vectors; two or more give s
     "hvpkit density problem.py:make --method chebyshev --json",
 )
 def density(
-    problem: Problem,
+    problem: HessianProblem,
     output: Output,
     method: Annotated[str, typer.Option(help="lanczos or chebyshev.")] = "lanczos",
     num_steps: NumSteps = 100,

@@ -7,7 +7,7 @@ from typing import Any
 
 import hvpkit as hk
 from hvpkit.cli.app import command
-from hvpkit.cli.options import Problem, Solve
+from hvpkit.cli.options import HessianProblem, Solve
 from hvpkit.cli.output import Output, Watch, say, table
 from hvpkit.trees import unflatten
 
@@ -17,7 +17,7 @@ from hvpkit.trees import unflatten
     "hvpkit extremes problem.py:make --tol 1e-3 --method lanczos --json",
     "hvpkit extremes cifar10 --arch resnet20 --data-dir data --resume model.pt --out results",
 )
-def extremes(problem: Problem, solve: Solve, output: Output) -> bool:
+def extremes(problem: HessianProblem, solve: Solve, output: Output) -> bool:
     """The smallest and the largest eigenvalue of the full-data Hessian, with error intervals."""
     output.prepare()
     target, H = problem.hessian()

@@ -92,17 +92,12 @@ class Problem:
         Path | None, typer.Option(help="Checkpoint of a built-in's network; by default it is not trained.")
     ] = None
     num_examples: NumExamples = None
-    wrt: Annotated[
-        list[str] | None,
-        typer.Option(help="Glob over parameter names: the block of these alone. May be repeated."),
-    ] = None
-    batch_size: Annotated[int | None, typer.Option(help="The most examples put through at once.")] = None
     device: Device = None
     dtype: Dtype = None
     seed: Seed = 0
 
     def load(self) -> Target:
-        """The problem.
+        """Loss, parameters and data.
 
         Raises:
             ValueError: an option that is wrong, named.
@@ -125,11 +120,49 @@ class Problem:
         title = found.title + (f", {self.resume.name}" if self.resume else ", not trained")
         return Target(title, objective, params, found.data)
 
+
+@dataclass(frozen=True)
+class HessianProblem(Problem):
+    """Which Hessian, and how its products are made."""
+
+    wrt: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob over parameter names: the block of these alone. May be repeated."),
+    ] = None
+    batch_size: Annotated[
+        str | None, typer.Option(help="The most examples put through at once, or auto: the fastest.")
+    ] = None
+    mode: Annotated[
+        str, typer.Option(help="auto, forward-over-reverse, reverse-over-reverse or finite-difference.")
+    ] = "auto"
+    arithmetic: Annotated[str, typer.Option(help="native, bf16 or tf32.")] = "native"
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(help="Bytes to hold between products; by default a quarter of what is free."),
+    ] = None
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Products by compiled code: a minute first, for long runs.")
+    ] = False
+
     def hessian(self) -> tuple[Target, hk.LinearOperator]:
-        """The problem and its Hessian."""
-        target = self.load()
-        data = hk.as_data(target.data, batch_size=self.batch_size, device=check_device(self.device))
-        return target, hk.hessian(target.loss_fn, target.params, data, wrt=self.wrt or None)
+        """The problem and its Hessian.
+
+        Raises:
+            ValueError: an option that is wrong, named.
+        """
+        target, size = self.load(), self.batch_size
+        H = hk.hessian(
+            target.loss_fn,
+            target.params,
+            hk.as_data(target.data, device=check_device(self.device)),
+            wrt=self.wrt or None,
+            batch_size=int(size) if size is not None and size.lstrip("-").isdecimal() else size,
+            mode=self.mode,
+            arithmetic=self.arithmetic,
+            memory_limit=self.memory_limit,
+            compile=self.compile,
+        )
+        return target, H
 
     def describe(self, target: Target, H: hk.LinearOperator) -> dict[str, Any]:
         """What was computed on, for the record."""
@@ -138,6 +171,7 @@ class Problem:
             "title": target.title,
             "num_parameters": H.n,
             "num_examples": H.num_examples,
+            "batch_size": H.batch_size,
             "wrt": self.wrt or None,
             "dtype": str(H.dtype).removeprefix("torch."),
             "device": str(H.device),

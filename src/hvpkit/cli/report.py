@@ -12,7 +12,7 @@ import hvpkit as hk
 from hvpkit.cli.app import command
 from hvpkit.cli.density import NumProbes, NumSteps
 from hvpkit.cli.extremes import show
-from hvpkit.cli.options import Problem, Solve
+from hvpkit.cli.options import HessianProblem, Solve
 from hvpkit.cli.output import Output, Watch
 from hvpkit.report import report as write_report
 
@@ -22,7 +22,7 @@ from hvpkit.report import report as write_report
     "hvpkit report cifar10 --arch c1 --data-dir data --resume model.pt --landscape --out results",
 )
 def report(
-    problem: Problem,
+    problem: HessianProblem,
     solve: Solve,
     output: Output,
     num_steps: NumSteps = 40,

@@ -24,16 +24,15 @@ def sharpness(
     max_steps: Annotated[int, typer.Option(help="Steps of the ascent, at most.")] = 1000,
     optimizer: Annotated[str, typer.Option(help="adam or sgd.")] = "adam",
     lr: Annotated[float | None, typer.Option(help="The optimiser's rate; by default epsilon / 10.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="The most examples put through at once.")] = None,
     tol: Annotated[
         float, typer.Option(help="It ends where the rise can grow by no more than this share.")
     ] = 1e-2,
 ) -> bool:
     """Keskar's sharpness: the largest rise of the full-data loss in a box around the parameters, in percent."""
-    if problem.wrt:
-        raise ValueError("wrt: the box is around all parameters; leave --wrt out")
     output.prepare()
     target = problem.load()
-    data = hk.as_data(target.data, batch_size=problem.batch_size)
+    data = hk.as_data(target.data, batch_size=batch_size)
     found = keskar_sharpness(
         target.loss_fn,
         target.params,

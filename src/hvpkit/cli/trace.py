@@ -9,7 +9,7 @@ import typer
 
 import hvpkit as hk
 from hvpkit.cli.app import command
-from hvpkit.cli.options import Problem
+from hvpkit.cli.options import HessianProblem
 from hvpkit.cli.output import Output, Watch, table
 from hvpkit.results import Status
 
@@ -19,7 +19,7 @@ from hvpkit.results import Status
     "hvpkit trace problem.py:make --method xtrace --tol 0.01 --json",
 )
 def trace(
-    problem: Problem,
+    problem: HessianProblem,
     output: Output,
     method: Annotated[str, typer.Option(help="hutchinson, hutch++ or xtrace.")] = "hutch++",
     num_matvecs: Annotated[
