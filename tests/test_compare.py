@@ -1,8 +1,6 @@
-import importlib.util
 import json
 import math
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,25 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+import compare
+import compare_peers as peers
+import compare_references as refs
+import compare_report as report
+import fidelity_problems as fidelity
 import hvpkit as hk
 from oracles import hessian_by_double_backward, relative_error
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NAME = "two layers"
-
-
-def loaded(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-fidelity = loaded("fidelity_problems")
-refs, peers, report, compare = map(
-    loaded, ("compare_references", "compare_peers", "compare_report", "compare")
-)
 
 
 def examples():

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import math
 import subprocess
@@ -11,6 +10,8 @@ import torch
 from torch.nn import functional as F
 
 import hvpkit as hk
+import study_batchnorm_residual as residual
+import study_wide_minima as minima
 from oracles import hessian_by_double_backward
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -18,18 +19,6 @@ COMMON = ["--small", "--width", "2", "--examples", "60", "--tol", "0.01"]
 RESIDUAL = [*COMMON, "--epochs", "6", "--depths", "8", "--variants", "both", "no residual", "--seeds", "0"]
 RESIDUAL += ["--measurements", "1", "--products", "30", "--steps", "10", "--width", "1"]
 MINIMA = [*COMMON, "--epochs", "4", "--explore", "0", "2", "--seeds", "0", "1", "--ascent-steps", "5"]
-
-
-def loaded(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-residual = loaded("study_batchnorm_residual")
-minima = loaded("study_wide_minima")
 
 
 @pytest.fixture(autouse=True, scope="module")
