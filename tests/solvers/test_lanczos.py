@@ -338,9 +338,13 @@ def test_not_finite_product_with_a_hessian_names_the_batch() -> None:
 
     def loss_fn(params: Any, batch: Any) -> Tensor:
         calls["num"] += 1
-        return problem.objective(params, batch) / (0.0 if calls["num"] > 12 else 1.0)
+        return problem.objective(params, batch) / (0.0 if calls["num"] > allowed else 1.0)
 
+    allowed = 1000.0
     H = hk.hessian(loss_fn, problem.params, problem.data, batch_size=5, memory_limit=0)
+    before = calls["num"]  # which of the modes is the faster takes more trials or less
+    H @ torch.ones(H.n, dtype=H.dtype)
+    allowed = 2 * calls["num"] - before
     found = hk.lanczos(H)
     assert found.status is hk.Status.NON_FINITE
     assert len(found.values) == 1

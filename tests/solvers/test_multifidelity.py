@@ -153,11 +153,12 @@ def test_a_warm_start_takes_fewer_products() -> None:
     first = multifidelity([near(A, 1e-3, cost=0.5), hk.aslinearoperator(A)])
     moved = A + 1e-4 * near(A, 1.0, seed=2).product(torch.eye(len(A), dtype=A.dtype)) / 80
     again = [near(moved, 1e-3, cost=0.5), hk.aslinearoperator(moved)]
-    warm, cold = (multifidelity(again, v0=v0) for v0 in (first, None))
-    check(warm, moved, 1e-2)
-    assert warm.num_matvecs < cold.num_matvecs
+    warm, cold = ([multifidelity(again, v0=v0, seed=seed) for seed in range(8)] for v0 in (first, None))
+    for found in warm:
+        check(found, moved, 1e-2)
+    assert sum(found.num_matvecs for found in warm) < sum(found.num_matvecs for found in cold) - 8
     same = multifidelity(again, v0=first.vectors)
-    assert torch.equal(same.vectors, warm.vectors)
+    assert torch.equal(same.vectors, warm[0].vectors)
 
 
 def test_samples_of_a_network() -> None:

@@ -33,12 +33,12 @@ def orthonormalise_(
     """
     rows, near = basis[:row], basis[first:row]
     found = space.dots(near, vector)
-    vector = torch.addmv(vector, near.mT, found, alpha=-1.0)
-    coefficients = space.dots(rows, vector)
-    vector = torch.addmv(vector, rows.mT, coefficients, alpha=-1.0)
-    length = space.norm(vector)
+    rest = torch.addmv(vector, near.mT, found, alpha=-1.0, out=basis[row])
+    coefficients = space.dots(rows, rest)
+    rest.addmv_(rows.mT, coefficients, alpha=-1.0)
+    length = space.norm(rest)
     left = length > BREAKDOWN * torch.finfo(basis.dtype).eps * norm
     alive = left.to(basis.dtype)
-    torch.mul(vector, alive / torch.where(left, length, torch.ones_like(length)), out=basis[row])
+    rest.mul_(alive / torch.where(left, length, torch.ones_like(length)))
     coefficients[first:] += found
     return coefficients, length, alive

@@ -62,8 +62,9 @@ CLAMP = 0.05
 NEAR = 10.0
 """In units of ``tol * |value|``: eigenvalues nearer to an end than that count as this far away in what bounds it."""
 
-SAFETY = 10.0
-"""What a predicted error is multiplied by."""
+SAFETY, BEYOND = 10.0, 3.0
+"""What a predicted error is multiplied by: the first, or the second times what the last directions gained over what was
+predicted of them, if that is more."""
 
 POOR, PATIENCE = 0.5, 3
 """A level is left if its last directions gained less than this share of what they predicted, in geometric mean; one
@@ -192,7 +193,7 @@ def _directed(op: LinearOperator, goal: Goal, state: State) -> State:
     )
     if not math.isfinite(gain):
         return replace(state, direction=residual)
-    likely = SAFETY * max((1.0, *state.gains)) * most
+    likely = max([SAFETY, *(BEYOND * gain for gain in state.gains)]) * most
     return replace(
         state,
         direction=(found.coefficients @ weights(found, 1.0)).to(found.rows) @ found.rows,

@@ -122,7 +122,7 @@ def step(op: LinearOperator, state: State, block_size: int = 1) -> State:
     if state.num_products == 0:
         state = replace(state, scale=power_of_two(block.abs().max()))
     alive = state.alive[first : first + width] > 0  # a product with nothing is nothing, whatever came out
-    block = torch.where(alive, block / state.scale, 0.0)
+    block = torch.where(alive, block, 0.0).div_(state.scale)
     for column, vector in zip(range(first, first + width), block.unbind(1), strict=True):
         state = _absorb(op, state, column, vector)
     return state

@@ -44,8 +44,8 @@ def multifidelity(
     r"""Both ends of the last of several levels, with most of the work on cheaper ones.
 
     Stops when for each end asked for ``error_bound <= tol * |value|``. The bound is the residual's norm or, where a
-    cheap level was just asked, three times what it predicts, :math:`3\, r' f(A_S)\, r`, with a clamp of ten
-    times ``tol * |value|``, and more if the last directions gained more than was predicted of them. That is an
+    cheap level was just asked, ten times what it predicts, :math:`10\, r' f(A_S)\, r`, with a clamp of ten
+    times ``tol * |value|``, and more if the last directions gained much more than was predicted of them. That is an
     estimate; the interval of an end rests on the residual alone, and says that an eigenvalue is in it, not that it is
     the extreme one.
 
