@@ -4,8 +4,7 @@
 
 writes ``benchmarks/results/products.json`` and prints its table. In each round everything is measured once, in turn;
 ratios are medians over rounds of the ratio to the same round's gradient, a plain loop of ``torch.autograd.grad`` over
-batches of 256. Every product is compared with the others' first. The last column is a solve: the share of its time that
-is not products.
+batches of 256. Every product is compared with the others' first.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,27 +125,11 @@ def measure(name: str, compile: bool, repeats: int) -> dict[str, Any]:
         "peak_bytes_of_a_product": lean.most,
         "kept_bytes": held.now - before,
         "seconds_to_compile": seconds_to_compile,
-        "solve": solve(operators["kept"]),
     }
 
 
 def criterion_sum(criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda outputs, targets: criterion(outputs, targets).sum()
-
-
-def solve(H: hk.LinearOperator) -> dict[str, Any]:
-    """Both ends by Lanczos: seconds, products, and the share of the time that is not products."""
-    spent = 0.0
-
-    def product(vectors: Tensor) -> Tensor:
-        nonlocal spent
-        begin = time.perf_counter()
-        image = H.product(vectors)
-        spent += time.perf_counter() - begin
-        return image
-
-    ex = hk.extreme_eigenvalues(replace(H, product=product), method="lanczos")
-    return {"seconds": ex.seconds, "products": ex.num_matvecs, "beside_products": 1 - spent / ex.seconds}
 
 
 def table(results: dict[str, Any]) -> str:

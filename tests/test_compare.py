@@ -324,6 +324,24 @@ def test_tables_and_picture_come_from_the_file_alone(bench, pictures, tmp_path, 
     assert matplotlib.image.imread(tmp_path / "found.png").std() > 0.05
 
 
+def test_steps_are_doubled_until_they_are_enough():
+    asked = []
+
+    def run(steps):
+        asked.append(steps)
+        return [float(steps)], steps >= 50
+
+    assert peers.doubled(run, 10) == [80.0]
+    assert asked == [10, 20, 40, 80]
+
+
+def test_a_library_that_nobody_can_ask_has_no_column(bench):
+    cells = bench(tasks=("product",), libraries=("hvpkit", "torch + SciPy"))["product"]
+    cells["silent"] = {"status": "not offered"}
+    found = {"problems": {NAME: {"tasks": {"product": cells}}}}
+    assert "silent" not in report.task_table(found, "product", ["hvpkit", "torch + SciPy", "silent"])[0]
+
+
 def test_readme_without_markers_is_refused(bench, tmp_path):
     bench()
     (tmp_path / "README.md").write_text("nothing here")
