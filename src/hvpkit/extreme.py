@@ -51,8 +51,8 @@ def extreme_eigenvalues(
     The solve stops when for both ends ``error_bound <= tol * |value|``. By ``"lanczos"`` both come from one Krylov
     space, the bound is the residual's norm or its square over the gap, and it has to be unlikely (probability 0.3) that
     an eigenvalue hides further out than ``2 tol * |value|``. By ``"multifidelity"`` most of the work is done on samples
-    of the data, for a quarter to two thirds of the passes; the bound is an estimate of the error by a sample. Each
-    interval's ``kind`` says what it rests on. An end that is zero to rounding has no relative digits: see
+    of the data, usually for a quarter to two thirds of the passes; the bound is an estimate of the error by a sample.
+    Each interval's ``kind`` says what it rests on. An end that is zero to rounding has no relative digits: see
     :func:`hvpkit.lanczos`.
 
     Args:

@@ -32,7 +32,6 @@ FREE_SHARE = 0.25
 TRIAL_EXAMPLES = 32
 """Examples of the first batch, at most, on which modes are tried and errors measured."""
 
-
 R = TypeVar("R")
 
 NAMES = {"hessian": "Hessian", "ggn": "GGN", "empirical-fisher": "empirical Fisher", "fisher": "Fisher"}
@@ -53,7 +52,6 @@ def origin_of(
     layout, leaves = check_params(params)
     leaves = [snapshot(leaf) for leaf in leaves]  # the point stays, whatever training does to params
     device = leaves[0].device
-    given = None
     if isinstance(batch_size, str):
         if batch_size != "auto":
             raise ValueError(f"batch_size must be a number of examples or 'auto', got {batch_size!r}")
@@ -61,9 +59,8 @@ def origin_of(
             raise ValueError(
                 "batch_size='auto': batchnorm=\"batch\" makes the Hessian depend on the batches; name their size"
             )
-    else:
-        given = batch_size
-    examples = as_data(data, batch_size=given, device=device)
+        batch_size = None  # for now
+    examples = as_data(data, batch_size=batch_size, device=device)
     check_batches(loss_fn, examples)
     batch, weights = next(examples.weighted())
     first = whole_batch(batch, weights)

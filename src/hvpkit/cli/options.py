@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -150,13 +151,16 @@ class HessianProblem(Problem):
         Raises:
             ValueError: an option that is wrong, named.
         """
-        target, size = self.load(), self.batch_size
+        target = self.load()
+        size: int | str | None = self.batch_size
+        with suppress(ValueError):  # "auto", or what the library refuses by name
+            size = int(self.batch_size or "")
         H = hk.hessian(
             target.loss_fn,
             target.params,
-            hk.as_data(target.data, device=check_device(self.device)),
+            target.data,
             wrt=self.wrt or None,
-            batch_size=int(size) if size is not None and size.lstrip("-").isdecimal() else size,
+            batch_size=size,
             mode=self.mode,
             arithmetic=self.arithmetic,
             memory_limit=self.memory_limit,

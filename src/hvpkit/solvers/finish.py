@@ -196,9 +196,8 @@ def check_pairs(
     unit = float(scale)
     found = Checked(found.values * unit, found.vectors, found.residual_norms * unit)
     kind = "exact" if status is Status.INVARIANT_SUBSPACE else "residual"
-    where = intervals(
-        found, which, k, floor(op, norm) * unit, kind
-    )  # a statement wants more room than a stop
+    room = floor(op, norm) * unit  # a statement wants more of it than a stop
+    where = intervals(found, which, k, room, kind)
     return eigen_result(found, where, status, num_matvecs=num_matvecs, seconds=0.0, history=())
 
 
