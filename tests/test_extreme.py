@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import scipy.sparse.linalg
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 import hvpkit as hk
@@ -404,7 +405,7 @@ def single_layer(
 
 
 def test_auto_samples_the_hessian_of_an_objective_with_enough_parameters_over_enough_data() -> None:
-    objective, params, data = single_layer(2000)
+    objective, params, data = single_layer(10_000)
 
     def sampled(H: hk.LinearOperator, **options: object) -> bool:
         ex = hk.extreme_eigenvalues(H, **options)
@@ -419,8 +420,8 @@ def test_auto_samples_the_hessian_of_an_objective_with_enough_parameters_over_en
     assert sampled(whole)
     assert not sampled(whole, certify=True)
     assert not sampled(whole, method="lanczos")
-    assert not sampled(hk.hessian(objective, params, tuple(x[:1400] for x in data)))
-    assert not sampled(hk.hessian(*single_layer(2000, 900)))
+    assert not sampled(hk.hessian(objective, params, tuple(x[:9000] for x in data)))
+    assert not sampled(hk.hessian(*single_layer(10_000, 900)))
     plain = hk.hessian(lambda p, batch: objective(p, batch), params, data)
     assert not sampled(plain)
     assert sampled(plain, method="multifidelity")
@@ -429,6 +430,41 @@ def test_auto_samples_the_hessian_of_an_objective_with_enough_parameters_over_en
     with pytest.raises(ValueError, match="0-d"):
         hk.extreme_eigenvalues(hk.hessian(mean, params, data), method="multifidelity")
     assert not worth_sampling(hk.ggn(objective, params, data))
+
+
+def perceptron_after_30_steps(
+    seed: int,
+) -> tuple[hk.Objective, dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
+    """A 64-16-10 perceptron on 1,500 digits, early in training: extreme eigenvectors that a tenth does not contain."""
+    x, y = (torch.from_numpy(part[:1500]) for part in load_digits(return_X_y=True))
+    x = (x - x.mean(dim=0)) / (x.std(dim=0) + 1e-6)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(64, 16), torch.nn.Tanh(), torch.nn.Linear(16, 10)
+        ).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(30):
+            some = torch.randint(len(x), (64,))
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x[some]), y[some]).backward()
+            optimizer.step()
+    objective, params = hk.from_module(model, torch.nn.CrossEntropyLoss())
+    return objective, params, (x, y)
+
+
+@pytest.mark.parametrize("training_seed", [2, 6])
+def test_default_finds_the_smallest_eigenvalue_that_small_samples_do_not_contain(training_seed: int) -> None:
+    H = hk.hessian(*perceptron_after_30_steps(training_seed))
+    truth = torch.linalg.eigvalsh(H @ torch.eye(H.n, dtype=torch.float64))
+    assert float(truth[1] / truth[0]) < 0.95
+    for seed in range(20):
+        ex = hk.extreme_eigenvalues(H, seed=seed)
+        assert ex.converged
+        assert ex.smallest.value == pytest.approx(float(truth[0]), rel=2e-2)
+        assert ex.largest.value == pytest.approx(float(truth[-1]), rel=2e-2)
+        assert float(truth[0]) in ex.smallest.interval
+        assert float(truth[-1]) in ex.largest.interval
 
 
 def test_result_is_a_start() -> None:

@@ -18,8 +18,8 @@ from hvpkit.solvers.multifidelity import multifidelity
 
 METHODS = ("auto", "lanczos", "multifidelity")
 
-SMALLEST_DATA = 1500
-"""Examples: with fewer, samples that tell something cost too much of a pass."""
+SMALLEST_DATA = 10_000
+"""Examples: a tenth of fewer does not contain the extreme eigenvectors well enough to find the extreme eigenvalues."""
 
 SMALLEST_SIZE = 1000
 """Parameters: with fewer, Lanczos is soon through."""
@@ -61,14 +61,13 @@ def extreme_eigenvalues(
         method: ``"multifidelity"``, which turns to Lanczos where samples do not help; its intervals rest on residuals
             alone, without a confidence, and where the next eigenvalue is only a few tol away it may have that one:
             see :func:`hvpkit.multifidelity`. ``"lanczos"``: all of the work on all of the data. ``"auto"``: the first
-            for the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 1,500 examples,
-            if neither ``certify`` nor ``checkpoint`` is asked for; else the second.
+            for the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 10,000
+            examples, if neither ``certify`` nor ``checkpoint`` is asked for; else the second.
         confidence: of each interval by Lanczos, over random starts.
         certify: by Lanczos, and on until each interval is at most ``tol * |value|`` wide; about a third more passes.
         max_matvecs: full-data products, at most; 1,000 by default.
         time_limit: seconds.
-        v0: start ``[n]`` or ``[n, p]``, or an earlier result: consecutive checkpoints of a training run share most
-            of their work.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result.
         seed: of random vectors; the same seed gives the same bits.
         monitor: called with a :class:`hvpkit.Progress` after each look, as :func:`hvpkit.progress_bar` is.
         checkpoint: a file. The solve is saved there every minute, at a limit and when it is interrupted, and the

@@ -1,8 +1,9 @@
 r"""Both ends of an operator by Davidson's method, with cheaper operators for directions.
 
 Method: Rayleigh-Ritz on an orthonormal basis V, with products of the last level only: values are true ones, whatever
-the other levels are. V begins with the extreme Ritz vectors of a short Lanczos run on the first level and grows, for
-an end with Ritz value :math:`\theta` and residual r, by
+the other levels are. V begins with the extreme Ritz vectors of a rough Lanczos solve of the first level (tol 0.05, and
+a probability of at most 0.05 that an eigenvalue hides further out) and grows, for an end with Ritz value
+:math:`\theta` and residual r, by
 
 .. math:: t = f(A_S)\, r, \qquad f(x) = \frac{1}{\max(d(x), \delta)},
 
@@ -34,21 +35,18 @@ from torch import Tensor
 
 from hvpkit.iterate import Look
 from hvpkit.operators import LinearOperator
-from hvpkit.probes import normal_vector
 from hvpkit.results import EigenResult, Status
 from hvpkit.solvers.arguments import Request
-from hvpkit.solvers.block import mixed_start, residuals_of, row_norms
+from hvpkit.solvers.block import residuals_of, row_norms
 from hvpkit.solvers.bounds import kato_temple
 from hvpkit.solvers.finish import Checked, eigen_result, floor, intervals, rounding, verdict
+from hvpkit.solvers.lanczos import rough_vectors
 from hvpkit.solvers.matrix_function import Krylov, krylov_space
 from hvpkit.solvers.rayleigh_ritz import select
 from hvpkit.solvers.subspace import Subspace, drop_non_finite, extend, multiply, rayleigh_ritz, start, turn
 
-START_STEPS = 30
-"""Lanczos steps on the first level for the first vectors, at most."""
-
-START_ACCURACY = 0.03
-"""These end early if residuals on the first level are at most this share of their values."""
+START_STEPS, START_SHARE = 80, 0.5
+"""Lanczos steps on the first level for the first vectors, at most, and their share of what may be spent, at most."""
 
 INNER_STEPS = 6, 30
 """Lanczos steps on a level for a direction: by default as many as cost a product, but at least and at most these."""
@@ -147,23 +145,21 @@ def step(op: LinearOperator, goal: Goal, state: State) -> State:
 
 def _started(op: LinearOperator, goal: Goal, state: State) -> State:
     """The extreme Ritz vectors of the first level as new rows, from the caller's start or a random one."""
-    level, ends = goal.levels[0], list(goal.ends)
-    if goal.start is None:
-        vector = normal_vector(op.n, dtype=op.dtype, device=op.device, seed=goal.seed, stream=1)
-    else:
-        vector = mixed_start(goal.start, 1, goal.seed)[0]
-
-    def close(found: Krylov) -> bool:
-        residuals = found.tail * found.coefficients[-1, ends].abs()
-        return bool((residuals <= START_ACCURACY * found.values[ends].abs()).all())
-
-    found = krylov_space(level, vector, min(START_STEPS, op.n), None, close)
+    level = goal.levels[0]
+    affordable = START_SHARE * goal.left(goal.spent) / level.cost if level.cost else START_STEPS
     # also for the low end alone: the high one is not far, and would else be in every residual
-    kept = [-1] if goal.which == "LA" else [0, -1]
-    new = found.coefficients[:, kept[: len(found.values)]].mT.to(found.rows) @ found.rows
+    k, which = (1, "LA") if goal.which == "LA" else (min(2, op.n), "BE")
+    found, new = rough_vectors(
+        level,
+        k,
+        which,
+        v0=goal.start,
+        num_steps=min(START_STEPS, int(affordable), op.n),
+        seed=goal.seed,
+    )
     if not bool(torch.isfinite(new).all()):
-        new = vector[None]
-    spent = goal.spent + len(found.rows) * level.cost
+        new = found.basis[:1]
+    spent = goal.spent + found.num_matvecs
     return extend(op, goal, replace(state, num_matvecs=spent, scale=found.scale), new)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from hvpkit._typing import Seed
 from hvpkit.checkpoint import Checkpoint
 from hvpkit.errors import check_count
-from hvpkit.iterate import Look, Monitor, full_precision, iterate
+from hvpkit.iterate import Limits, Look, Monitor, full_precision, iterate
 from hvpkit.operators import LinearOperator
 from hvpkit.results import EigenResult, Status
 from hvpkit.solvers import finish
@@ -65,6 +65,10 @@ HIDDEN_BEYOND, HIDDEN_PROBABILITY, HIDDEN_EARLY = 2.0, 0.3, 0.05
 before ``DEPTH`` steps, for n beyond ``SMALL``."""
 
 
+ROUGH_TOL = 0.05
+"""Relative error of the values that rough vectors belong to."""
+
+
 @dataclass(frozen=True)
 class Goal:
     """What is asked for: the arguments of :func:`lanczos` that the steps need."""
@@ -77,6 +81,7 @@ class Goal:
     check_copies: bool
     confidence: float
     certify: bool
+    hidden_probability: float = HIDDEN_PROBABILITY
 
     @property
     def least_products(self) -> int:
@@ -163,7 +168,7 @@ def _hidden(goal: Goal, state: State, pairs: Ritz, lengths: Tensor, wanted: list
     if goal.which == "LM":  # it may hide at the other end
         ends = {0: -abs(next(iter(ends.values()))), -1: abs(next(iter(ends.values())))}
     early = state.num_products < goal.least_products
-    multiple, most = HIDDEN_BEYOND, HIDDEN_EARLY if early else HIDDEN_PROBABILITY
+    multiple, most = HIDDEN_BEYOND, HIDDEN_EARLY if early else goal.hidden_probability
     if goal.certify:
         multiple, most = 1.0, 1 - goal.confidence
     for place, value in ends.items():
@@ -392,6 +397,29 @@ def lanczos(
         message += "; " + op.blame(run.state.basis[run.state.num_multiplied].unsqueeze(1))
     seconds = run.seconds_before + time.perf_counter() - begin
     return replace(found, history=run.history, message=message, seconds=seconds)
+
+
+def rough_vectors(
+    op: LinearOperator, k: int, which: str, *, v0: Tensor | None, num_steps: int, seed: int
+) -> tuple[State, Tensor]:
+    """Rough Ritz vectors as rows ``[k, n]``, to start another solver from, and the state that they come from.
+
+    The error bounds are at most ``ROUGH_TOL * |value|`` and the probability that an eigenvalue hides is at most
+    ``HIDDEN_EARLY``, unless ``num_steps`` end it before. No matvec verifies them; NaN if a product was not finite.
+    """
+    goal = Goal(k, which, ROUGH_TOL, 1, seed, False, 0.99, False, HIDDEN_EARLY)
+    most = max(num_steps, k) * op.cost
+    run = iterate(
+        start(op, max(num_steps, k) + 2, 1, seed, v0),  # never full
+        lambda state: step(op, state),
+        lambda state: look(op, goal, state),
+        step_cost=op.cost,
+        limits=Limits(most, None, reserve=0.0, minimum=k * op.cost),
+    )
+    pairs, _ = project(op, run.state)
+    wanted = select(pairs.values, k, which)
+    rows = pairs.coefficients[:, wanted].mT.to(run.state.basis) @ run.state.basis[: run.state.num_multiplied]
+    return run.state, rows if run.status is not Status.NON_FINITE else rows * math.nan
 
 
 def _solve(op: LinearOperator, goal: Goal, ncv: int) -> dict[str, Any]:

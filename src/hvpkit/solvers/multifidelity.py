@@ -21,7 +21,7 @@ from hvpkit.iterate import Monitor, full_precision, iterate
 from hvpkit.operators import LinearOperator
 from hvpkit.results import EigenResult, Progress
 from hvpkit.solvers.arguments import Start, check_arguments, check_confidence
-from hvpkit.solvers.davidson import ENDS, LEFT, START_STEPS, Goal, finalize, init, look, step
+from hvpkit.solvers.davidson import ENDS, LEFT, Goal, finalize, init, look, step
 from hvpkit.solvers.finish import concluded
 from hvpkit.solvers.lanczos import lanczos
 
@@ -150,7 +150,7 @@ def _solve(
         init(op, goal, ncv),
         lambda state: step(op, goal, state),
         lambda state: look(op, goal, state),
-        step_cost=max(op.cost, *(max(START_STEPS, goal.inner_steps(x)) * x.cost for x in goal.levels[:-1])),
+        step_cost=max(op.cost, *(goal.inner_steps(x) * x.cost for x in goal.levels[:-1])),
         limits=limits,
         monitor=monitor,
     )

@@ -9,14 +9,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from hvpkit._typing import LossFn, Seed, Tree
 from hvpkit.curvature import hessian
 from hvpkit.data import as_data
 from hvpkit.errors import check_choice, check_count, check_positive
-from hvpkit.extreme import METHODS, extreme_eigenvalues, worth_sampling
+from hvpkit.extreme import METHODS, extreme_eigenvalues
 from hvpkit.files import written_whole
 from hvpkit.iterate import Monitor
 from hvpkit.objective import from_module
@@ -33,9 +32,9 @@ MakeObjective = Callable[[Any], tuple[LossFn, Tree]]
 class SpectrumTracker:
     """Both extreme eigenvalues of the full-data Hessian, every few calls in a training loop.
 
-    A solve on samples of the data starts from the vectors of the one before; one by Lanczos does not, as it takes more
-    passes with them. Nothing of the training is touched: not the parameters, nor ``.grad``, ``train()/eval()`` or the
-    global generator.
+    Every measurement starts from random vectors: those of the measurement before save no passes, as what they may lack
+    has to be excluded all the same. Nothing of the training is touched: not the parameters, nor ``.grad``,
+    ``train()/eval()`` or the global generator.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``, or an :class:`hvpkit.Objective`; the tracker is called with ``params``.
@@ -49,7 +48,7 @@ class SpectrumTracker:
         batch_size, wrt, mode: of :func:`hvpkit.hessian`.
         seed: of random vectors and samples; the measurement at a step takes its own from it.
         path: a file of JSON lines, one a measurement, written as soon as it is made. If it is there, the tracker goes
-            on after what it holds. Beside it, under its name with ``.pt`` added, lie the vectors of the last one.
+            on after what it holds.
         monitor: called while a solve runs, as of :func:`hvpkit.extreme_eigenvalues`.
 
     Attributes:
@@ -59,11 +58,7 @@ class SpectrumTracker:
         TypeError, ValueError: an argument of another type or out of its range, named; a file that no tracker wrote.
 
     Cost:
-        Of a measurement what :func:`hvpkit.extreme_eigenvalues` costs. Vectors of the measurement before save little,
-        as they turn in training: 7 and 13 % of the passes on samples of two networks, an epoch apart, and one in twenty
-        measurements of each was off by more than 1 %, by 10 and 2 %: an inner eigenvalue. Where that matters, take
-        ``method="lanczos"``. It has to exclude all the same what old vectors may lack (38 passes for 29 with them), and
-        begins anew.
+        Of a measurement what :func:`hvpkit.extreme_eigenvalues` costs.
 
     Example:
         >>> import torch
@@ -115,7 +110,7 @@ class SpectrumTracker:
         self._solve: dict[str, Any] = {"tol": tol, "method": method, "monitor": monitor}
         self._solve |= {"max_matvecs": max_matvecs, "time_limit": time_limit}
         self._path = None if path is None else Path(path)
-        self._vectors: Tensor | None = None
+        self._num_parameters: int | None = None
         self.results: list[tuple[int, ExtremeResult]] = []
         if self._path is not None:
             self._read(self._path)
@@ -153,19 +148,15 @@ class SpectrumTracker:
             return None
         loss_fn, values = self._objective(params)
         H = hessian(loss_fn, values, self._data, **self._hessian)
-        before = self._vectors
-        if before is not None and len(before) != H.n:
+        if self._num_parameters not in (None, H.n):
             raise ValueError(
-                f"params has {H.n} parameters in all, and {len(before)} in the last measurement; make another tracker"
+                f"params has {H.n} parameters in all, and {self._num_parameters} in the last measurement; "
+                "make another tracker"
             )
+        self._num_parameters = H.n
         kept = [pair for pair in self.results if pair[0] < step]
-        method = self._solve["method"]
-        sampled = method == "multifidelity" or (method == "auto" and worth_sampling(H))
-        v0 = before.to(H.device, H.dtype) if sampled and before is not None else None
-        ex = extreme_eigenvalues(H, v0=v0, seed=self._seed + len(kept), **self._solve)
+        ex = extreme_eigenvalues(H, seed=self._seed + len(kept), **self._solve)
         self.results = [*kept, (step, ex)]
-        if bool(torch.isfinite(ex.vectors).all()):
-            self._vectors = ex.vectors
         if self._path is not None:
             self._write(self._path)
         return ex
@@ -199,9 +190,6 @@ class SpectrumTracker:
         lines = [json.dumps({"step": step, **ex.to_dict()}) + "\n" for step, ex in self.results]
         with written_whole(path) as draft:
             draft.write_text("".join(lines), encoding="utf-8")
-        if self._vectors is not None:
-            with written_whole(_beside(path)) as draft:
-                torch.save({"step": self.results[-1][0], "vectors": self._vectors}, draft)
 
     def _read(self, path: Path) -> None:
         if not path.parent.is_dir():
@@ -215,18 +203,11 @@ class SpectrumTracker:
             raise ValueError(f"path: {path} is not a file that SpectrumTracker wrote ({error})") from error
         if self.results:
             self._num_calls = self.results[-1][0] + 1
-        if self.results and _beside(path).exists():
-            found = torch.load(_beside(path), map_location="cpu", weights_only=True)
-            self._vectors = found["vectors"] if found["step"] == self.results[-1][0] else None
 
 
 def _unused(_params: Tree, _batch: Any) -> Tensor:
     """In the place of a loss function, where a module and a criterion make one for each call."""
     raise AssertionError
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.pt")
 
 
 def _flat(ex: ExtremeResult) -> dict[str, Any]:
