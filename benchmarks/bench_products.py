@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import hvpkit as hk
 from fidelity_problems import Transformer, characters, dense, digits, digits_cnn, mnist, resnet, shifted_mnist
-from hvpkit.memory import Allocations
+from hvpkit._utils.memory import Allocations
 from hvpkit.zoo import cifar_resnet, tiny_gpt, tiny_vit
 
 RESULTS = Path(__file__).parent / "results" / "products.json"

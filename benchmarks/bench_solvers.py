@@ -122,7 +122,7 @@ def floor(problem: Problem, seed: int) -> Row:
     low, high = [], []
     while state.num_frontier and state.num_products < min(op.n, MAX_MATVECS):
         state = krylov.step(op, state)
-        state, _ = krylov.in_order(state)
+        state, _ = krylov.compact(state)
         values = krylov.project(op, state)[0].values * float(state.scale)
         low.append((state.num_matvecs, float(values[0])))
         high.append((state.num_matvecs, float(values[-1])))

@@ -34,8 +34,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit.files import written_whole
-from hvpkit.modes import ARITHMETICS, check_arithmetic
+from hvpkit._utils.files import written_whole
+from hvpkit.curvature.mode_selection import ARITHMETICS, check_arithmetic
 from study_batchnorm_residual import Data, accuracy, read_data, save, train_epoch, with_statistics_of
 
 TRAINING: dict[str, dict[str, Any]] = {

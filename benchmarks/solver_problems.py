@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit.demo import train
+from hvpkit.cli.demonstration import train
 from hvpkit.zoo import digits, digits_cnn
 
 cross_entropy = partial(F.cross_entropy, reduction="none")

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit.files import written_whole
+from hvpkit._utils.files import written_whole
 
 FULL: dict[str, Any] = {
     "depths": [20, 32, 38, 56],

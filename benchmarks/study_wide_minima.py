@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit.files import written_whole
+from hvpkit._utils.files import written_whole
 from study_batchnorm_residual import (
     Data,
     accuracy,

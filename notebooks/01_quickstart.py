@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import hvpkit as hk
 from hvpkit import plots
-from hvpkit.demo import train
+from hvpkit.cli.demonstration import train
 from hvpkit.zoo import digits, digits_cnn
 
 # %% [markdown]

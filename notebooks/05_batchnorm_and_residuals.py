@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit.demo import train
+from hvpkit.cli.demonstration import train
 from hvpkit.plots.style import STYLE
 from hvpkit.zoo import cifar_resnet, digits
 

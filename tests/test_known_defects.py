@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hvpkit as hk
-from hvpkit.products import MODES
+from hvpkit.curvature.products import MODES
 from oracles import hessian_by_double_backward, relative_error
 from problems import cross_entropy, matrix, network
 
@@ -21,9 +21,9 @@ SOURCES = sorted((TESTS.parent / "src" / "hvpkit").rglob("*.py"))
 COVERED = {
     # Wrong without an error
     "jvp(jacrev) through LayerNorm and BatchNorm, off by 4 to 9 %": (
-        "test_products.py::test_a_product_with_one_batch_equals_both_oracles",
+        "curvature/test_products.py::test_a_product_with_one_batch_equals_both_oracles",
         "test_objective.py::test_batch_batchnorm_has_the_hessian_of_the_mean_over_batches",
-        "test_preflight.py::test_jvp_of_jacrev_through_a_normalisation_is_asymmetric",
+        "diagnostics/test_check.py::test_jvp_of_jacrev_through_a_normalisation_is_asymmetric",
     ),
     "torch.func.hessian as an oracle": (
         "test_known_defects.py::test_nothing_uses_what_torch_func_gets_wrong",
@@ -44,7 +44,7 @@ COVERED = {
     "spectral_norm changes buffers": ("test_objective.py::test_spectral_normalisation_keeps_its_vectors",),
     "ragged last batch averaged by batches (hessian-eigenthings, spectral-density)": (
         "test_known_defects.py::test_the_last_of_65_examples_counts_as_one_of_65",
-        "test_products.py::test_a_product_over_ragged_batches_equals_both_oracles",
+        "curvature/test_products.py::test_a_product_over_ragged_batches_equals_both_oracles",
     ),
     "power iteration that stops at once where a negative value dominates (CoLA)": (
         "contracts/test_solver_contract.py::test_finds_the_wanted_pairs_of_every_spectrum",
@@ -55,20 +55,20 @@ COVERED = {
     "ARPACK skips one of clustered eigenvalues (scipy#26112)": (
         "test_known_defects.py::test_clustered_end_is_not_skipped_as_arpack_does",
         "solvers/test_lanczos.py::test_no_member_of_a_cluster_is_skipped",
-        "solvers/test_arpack.py::test_an_eigenvalue_that_arpack_left_out_is_found_in_another_call_and_said",
+        "solvers/baselines/test_scipy_eigs.py::test_an_eigenvalue_that_arpack_left_out_is_found_in_another_call_and_said",
     ),
     "ARPACK of SciPy >= 1.17 loses an end that is zero": (
-        "solvers/test_arpack.py::test_end_that_is_zero_is_found",
+        "solvers/baselines/test_scipy_eigs.py::test_end_that_is_zero_is_found",
     ),
     "float32 products behind a float64 operator, tol=0": (
         "solvers/test_lanczos.py::test_tol_below_eps_stops_at_rounding_and_says_so",
-        "solvers/test_arpack.py::test_single_precision_with_tiny_tol_ends_at_rounding",
-        "solvers/test_arpack.py::test_arpack_sees_the_operators_dtype_half_of_tol_and_no_less_than_eps",
+        "solvers/baselines/test_scipy_eigs.py::test_single_precision_with_tiny_tol_ends_at_rounding",
+        "solvers/baselines/test_scipy_eigs.py::test_arpack_sees_the_operators_dtype_half_of_tol_and_no_less_than_eps",
         "contracts/test_operator_contract.py::test_scipy_sees_the_same_operator_in_the_same_dtype",
     ),
     # Fails loudly
     "attention on the default backend": (
-        "test_products.py::test_a_product_with_one_batch_equals_both_oracles",
+        "curvature/test_products.py::test_a_product_with_one_batch_equals_both_oracles",
         "test_purity.py::test_losses_run_where_second_derivatives_exist_in_full_precision",
     ),
     "BatchNorm in train mode with tracked statistics": (
@@ -82,10 +82,10 @@ COVERED = {
         "test_objective.py::test_wrapped_modules_are_taken_out_of_their_wrappers",
     ),
     "compiled modules": ("test_objective.py::test_compiled_modules_inside_a_module_are_taken_out_too",),
-    "unused parameters": ("test_products.py::test_unused_parameters_have_zeros",),
+    "unused parameters": ("curvature/test_products.py::test_unused_parameters_have_zeros",),
     "state_dict() as parameters": (
         "test_known_defects.py::test_a_state_dict_with_buffers_or_copies_is_refused",
-        "test_products.py::test_tied_weights_are_one_parameter",
+        "curvature/test_products.py::test_tied_weights_are_one_parameter",
     ),
 }
 

@@ -7,8 +7,15 @@ From a pure loss function, parameters and data, :func:`hessian` makes a symmetri
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hvpkit.curvature import empirical_fisher, fisher, ggn, hessian
+from hvpkit.curvature.constructors import empirical_fisher, fisher, ggn, hessian
+from hvpkit.curvature.fisher import fisher_vp
+from hvpkit.curvature.forward_over_forward import quadratic_form
+from hvpkit.curvature.ggn import ggnvp
+from hvpkit.curvature.products import grad, hvp, loss
+from hvpkit.curvature.sampling_error import sampling_error
 from hvpkit.data import Data, as_data
+from hvpkit.diagnostics.check import Finding, Report, check
+from hvpkit.diagnostics.report_html import report
 from hvpkit.errors import (
     AsymmetryWarning,
     CompileWarning,
@@ -16,33 +23,26 @@ from hvpkit.errors import (
     NotSymmetricError,
     UnstableDataError,
 )
-from hvpkit.estimators.density import Density
 from hvpkit.estimators.diagonal import diagonal
 from hvpkit.estimators.estimate import Estimate
 from hvpkit.estimators.norm import frobenius_norm
 from hvpkit.estimators.spectral_density import moments, spectral_density
 from hvpkit.estimators.trace import trace
 from hvpkit.extreme import extreme_eigenvalues
-from hvpkit.fisher import fisher_vp
-from hvpkit.foreign import aslinearoperator
-from hvpkit.gauss_newton import ggnvp
 from hvpkit.objective import Objective, from_module
-from hvpkit.operators import LinearOperator
-from hvpkit.preflight import Finding, Report, check
-from hvpkit.products import grad, hvp, loss
-from hvpkit.progress import progress_bar
-from hvpkit.quadratic_form import quadratic_form
-from hvpkit.report import report
-from hvpkit.results import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
-from hvpkit.sampling_error import sampling_error
-from hvpkit.solvers.arpack import eigsh, scipy_lobpcg
+from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.interop import aslinearoperator
+from hvpkit.results.density import Density
+from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
+from hvpkit.solvers.baselines.oja import oja
+from hvpkit.solvers.baselines.power import accelerated_power, power
+from hvpkit.solvers.baselines.scipy_eigs import eigsh, scipy_lobpcg
+from hvpkit.solvers.baselines.stochastic_power import stochastic_power
 from hvpkit.solvers.chebyshev import chebyshev
 from hvpkit.solvers.lanczos import lanczos
 from hvpkit.solvers.lobpcg import lobpcg
 from hvpkit.solvers.multifidelity import multifidelity
-from hvpkit.solvers.oja import oja
-from hvpkit.solvers.power import accelerated_power, power
-from hvpkit.solvers.stochastic import stochastic_power
+from hvpkit.solvers.progress import progress_bar
 
 if TYPE_CHECKING:
     from hvpkit import plots as plots

@@ -25,10 +25,11 @@ from torch.utils.data import (
     Subset,
 )
 
-from hvpkit._typing import Batch
-from hvpkit.errors import UnstableDataError, check_count
-from hvpkit.trees import batch_size as count_examples
-from hvpkit.trees import flatten, unflatten, usable
+from hvpkit._utils.typing import Batch
+from hvpkit._utils.validation import check_count
+from hvpkit.autodiff.pytree import batch_size as count_examples
+from hvpkit.autodiff.pytree import flatten, unflatten, usable
+from hvpkit.errors import UnstableDataError
 
 DEFAULT_BATCH_SIZE = 256
 """Examples in a batch, where neither the caller nor the caller's loader says."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 
-from hvpkit._typing import Seed
-from hvpkit.errors import check_choice
-from hvpkit.iterate import Monitor, full_precision
+from hvpkit._utils.random import resolve_seed
+from hvpkit._utils.typing import Seed
+from hvpkit._utils.validation import check_choice
 from hvpkit.objective import Objective
-from hvpkit.operators import LinearOperator
-from hvpkit.probes import resolve_seed
-from hvpkit.results import Eigenpair, EigenResult, ExtremeResult, Interval
-from hvpkit.solvers.arguments import Start
+from hvpkit.operators.base import LinearOperator
+from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval
+from hvpkit.solvers.common.request import Start
+from hvpkit.solvers.driver import Monitor, full_precision
 from hvpkit.solvers.lanczos import lanczos
 from hvpkit.solvers.multifidelity import multifidelity
 
@@ -74,9 +74,9 @@ def extreme_eigenvalues(
             same call goes on from it; deleted once the solve has converged. See :func:`hvpkit.lanczos`.
 
     Returns:
-        The two pairs, and how it went. The interval of an end reaches from the Ritz value, which never lies
-        outside of the spectrum, out to where, of kind ``"random-start"``, with probability ``confidence`` no eigenvalue
-        is: see :mod:`hvpkit.solvers.bounds`; of kind ``"residual"``, as far as the residual's norm. Without ``certify``
+        The two pairs, and how it went. The interval of an end reaches from the Ritz value, which never lies outside of
+        the spectrum, out to where, of kind ``"random-start"``, with probability ``confidence`` no eigenvalue is: see
+        :mod:`hvpkit.solvers.common.bounds`; of kind ``"residual"``, as far as the residual's norm. Without ``certify``
         it may be wider than ``tol``. A limit that is reached, or a product that is not finite, is a status, with what
         was found until then.
 

@@ -18,12 +18,12 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils import _pytree
 
-from hvpkit._typing import Batch, LossFn, Tree
+from hvpkit._utils.typing import Batch, LossFn, Tree
+from hvpkit._utils.validation import check_choice, check_count
+from hvpkit.autodiff.overrides import check_max_norm
+from hvpkit.autodiff.pytree import batch_size, snapshot
+from hvpkit.autodiff.randomness import fixed_dropout
 from hvpkit.data import Data
-from hvpkit.definitions import check_max_norm
-from hvpkit.errors import check_choice, check_count
-from hvpkit.randomness import fixed_dropout
-from hvpkit.trees import batch_size, snapshot
 
 TARGET_KEYS = ("targets", "target", "labels", "label")
 """Under which key a batch that is a dict holds its targets."""

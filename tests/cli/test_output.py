@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hvpkit.cli.output import Output, Watch, as_json
-from hvpkit.results import Progress, Status
+from hvpkit.results.eigen import Progress, Status
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
 def test_a_terminal_shows_progress_and_keeps_what_is_printed_between_two_solves() -> None:
     script = """
 from hvpkit.cli.output import Output, Watch
-from hvpkit.results import Progress
+from hvpkit.results.eigen import Progress
 watch, output = Watch("Both ends"), Output()
 for number in range(2):
     with watch:
@@ -97,7 +97,7 @@ def test_a_watch_keeps_the_last_entry() -> None:
 def test_a_signal_from_the_keyboard_leaves_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("""
 import os, signal, torch
-from hvpkit import over_data
+from hvpkit.curvature import operator as over_data
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 over_data.FREE_SHARE = 0.0  # no graph is kept, so that each product calls the loss
 calls = []

@@ -215,7 +215,9 @@ def test_sgd_is_the_plain_loop() -> None:
     optimizer = torch.optim.SGD(mine.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
     for epoch in range(1, 5):
         optimizer.param_groups[0]["lr"] = 0.05 if epoch <= 2 else 0.005
-        order = torch.randperm(90, generator=importlib.import_module("hvpkit.probes").generator(3, epoch))
+        order = torch.randperm(
+            90, generator=importlib.import_module("hvpkit._utils.random").generator(3, epoch)
+        )
         for chosen in order.split(30):
             optimizer.zero_grad()
             F.cross_entropy(mine(x[chosen]), y[chosen]).backward()

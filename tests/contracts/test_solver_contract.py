@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
-from hvpkit.solvers.arpack import eigsh, scipy_lobpcg
+from hvpkit.solvers.baselines.power import accelerated_power, power
+from hvpkit.solvers.baselines.scipy_eigs import eigsh, scipy_lobpcg
 from hvpkit.solvers.chebyshev import chebyshev
 from hvpkit.solvers.lobpcg import lobpcg
-from hvpkit.solvers.power import accelerated_power, power
 from problems import SPECTRA, matrix
 
 ENDS = ("LA", "SA", "LM", "BE")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import hvpkit as hk
 from finite_sums import Tally, mean_of, scattered
-from hvpkit.solvers.oja import oja
-from hvpkit.solvers.power import accelerated_power
-from hvpkit.solvers.stochastic import stochastic_power
+from hvpkit.solvers.baselines.oja import oja
+from hvpkit.solvers.baselines.power import accelerated_power
+from hvpkit.solvers.baselines.stochastic_power import stochastic_power
 from problems import SPECTRA
 
 ENDS = ("LA", "SA", "LM", "BE")

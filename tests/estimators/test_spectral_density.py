@@ -13,9 +13,9 @@ from torch import Tensor
 import hvpkit as hk
 from estimators.spread import SPREAD, Counting, calibration, diagonal_operator, z_score
 from hvpkit.estimators import kernel_polynomials, quadrature
-from hvpkit.estimators.density import Density
 from hvpkit.estimators.spectral_density import moments, spectral_density
 from hvpkit.estimators.trace import trace
+from hvpkit.results.density import Density
 from oracles import relative_error
 from problems import SPECTRA, matrix
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import hvpkit as hk
-from hvpkit.preflight import check
+from hvpkit.diagnostics.check import check
 from oracles import hessian_by_double_backward, relative_error
 
 CRITERION = nn.CrossEntropyLoss()

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import hvpkit as hk
 from hvpkit.solvers import chebyshev as module
-from hvpkit.solvers.arguments import check_arguments
 from hvpkit.solvers.chebyshev import chebyshev
 from hvpkit.solvers.chebyshev_filter import MAX_DEGREE, Plan
+from hvpkit.solvers.common.request import check_arguments
 from problems import SPECTRA, matrix, network
 
 EACH_END = pytest.mark.parametrize("which", ["LA", "SA", "BE"])
@@ -313,7 +313,7 @@ def test_state_continues_to_the_bit(place: int) -> None:
     filtering = set()
 
     def onwards(state: module.State) -> module.State:
-        found = module.look(op, goal, state)
+        found = module.assess(op, goal, state)
         state = found.state
         for _ in range(found.num_steps):
             state = module.step(op, goal, state)

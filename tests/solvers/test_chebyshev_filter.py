@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
-from hvpkit.solvers.arguments import check_arguments
 from hvpkit.solvers.chebyshev_filter import MAX_DEGREE, Filter, Plan, make_plan, next_term
+from hvpkit.solvers.common.request import check_arguments
 from problems import matrix
 
 VALUES = [-4.0, -2.5, *torch.linspace(-1, 1, 20, dtype=torch.float64).tolist(), 3.0]

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hvpkit as hk
-from hvpkit.iterate import Look
-from hvpkit.memory import Allocations
+from hvpkit._utils.memory import Allocations
+from hvpkit.solvers.driver import Assessment
 from hvpkit.solvers.krylov import State, start, step
-from hvpkit.solvers.lanczos import Goal, look
+from hvpkit.solvers.lanczos import Goal, assess
 from problems import SPECTRA, matrix
 
 GOAL = Goal(
@@ -29,12 +29,12 @@ def begin(op: hk.LinearOperator, goal: Goal, ncv: int) -> State:
 def looks(A: Tensor, goal: Goal, ncv: int, count: int) -> Iterator[State]:
     """States after each of ``count`` looks, with one step in between."""
     op = hk.aslinearoperator(A)
-    found: Look[State] = look(op, goal, begin(op, goal, ncv))
+    found: Assessment[State] = assess(op, goal, begin(op, goal, ncv))
     for _ in range(count):
         if found.status is not None:
             return
         yield found.state
-        found = look(op, goal, step(op, found.state, goal.block_size))
+        found = assess(op, goal, step(op, found.state, goal.block_size))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -85,12 +85,12 @@ def test_resumed_from_a_copied_state_gives_the_same_bits(block_size: int) -> Non
     A = matrix(SPECTRA["multiple"])
     op, goal = hk.aslinearoperator(A), replace(GOAL, k=3, block_size=block_size, tol=1e-8)
 
-    def run(state: State, num_looks: int) -> Look[State]:
-        found = look(op, goal, state)
+    def run(state: State, num_looks: int) -> Assessment[State]:
+        found = assess(op, goal, state)
         for _ in range(num_looks):
             if found.status is not None:
                 break
-            found = look(op, goal, step(op, found.state, block_size))
+            found = assess(op, goal, step(op, found.state, block_size))
         return found
 
     for pause in (1, 7, 15, 30):
@@ -133,12 +133,12 @@ def test_the_guard_against_host_synchronisation_sees_it(wait: str) -> None:
 def test_steps_do_not_wait_for_the_device(block_size: int, spectrum: str) -> None:
     A = matrix(SPECTRA[spectrum])
     op, goal = hk.aslinearoperator(A), replace(GOAL, k=2, block_size=block_size)
-    state = look(op, goal, begin(op, goal, 20)).state
+    state = assess(op, goal, begin(op, goal, 20)).state
     for _ in range(2):
         with NoHostSynchronisation():
             for _ in range(3):
                 state = step(op, state, block_size)
-        state = look(op, goal, state).state
+        state = assess(op, goal, state).state
     assert state.num_products >= 3 * block_size
 
 

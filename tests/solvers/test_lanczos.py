@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
-from hvpkit.iterate import Look
 from hvpkit.solvers import lanczos as module
+from hvpkit.solvers.driver import Assessment
 from hvpkit.solvers.krylov import State
 from hvpkit.solvers.lanczos import Goal
 from problems import SPECTRA, matrix, network
@@ -29,7 +29,7 @@ def watch_looks(monkeypatch: pytest.MonkeyPatch) -> list[State]:
     seen: list[State] = []
     original = module.look
 
-    def watched(op: hk.LinearOperator, goal: Goal, state: State) -> Look[State]:
+    def watched(op: hk.LinearOperator, goal: Goal, state: State) -> Assessment[State]:
         seen.append(state)
         return original(op, goal, state)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
-from hvpkit.iterate import Look
 from hvpkit.solvers import lobpcg as module
-from hvpkit.solvers.arguments import check_arguments
-from hvpkit.solvers.finish import Checked
+from hvpkit.solvers.common.convergence import Checked
+from hvpkit.solvers.common.request import check_arguments
+from hvpkit.solvers.driver import Assessment
 from hvpkit.solvers.lobpcg import Goal, State, lobpcg
 from problems import SPECTRA, matrix, network
 
@@ -47,7 +47,7 @@ def recorded(A: Tensor, blocks: list[Tensor], good: float = float("inf")) -> hk.
 def watch_looks(monkeypatch: pytest.MonkeyPatch, see: Callable[[State], None]) -> None:
     original = module.look
 
-    def watched(op: hk.LinearOperator, goal: Goal, state: State) -> Look[State]:
+    def watched(op: hk.LinearOperator, goal: Goal, state: State) -> Assessment[State]:
         found = original(op, goal, state)
         see(found.state)
         return found
@@ -289,12 +289,12 @@ def test_state_continues_to_the_bit(place: int) -> None:
     goal = Goal(**vars(asked), width=4, preconditioner=None)
     state, kept = module.init(op, goal), None
     for count in range(25):
-        state = module.step(op, goal, module.look(op, goal, state).state)
+        state = module.step(op, goal, module.assess(op, goal, state).state)
         if count == place:
             kept = deepcopy(state)
     assert kept is not None
     for _ in range(24 - place):
-        kept = module.step(op, goal, module.look(op, goal, kept).state)
+        kept = module.step(op, goal, module.assess(op, goal, kept).state)
     assert torch.equal(kept.rows[: kept.num_rows], state.rows[: state.num_rows])
     assert torch.equal(kept.best.values, state.best.values)
 

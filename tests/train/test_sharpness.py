@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 import hvpkit as hk
-from hvpkit.probes import normal_vector
+from hvpkit._utils.random import normal_vector
 from hvpkit.train.sharpness import keskar_sharpness
 from oracles import scalar_loss
 from problems import network

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hvpkit.cli.app import command
-from hvpkit.results import ExtremeResult, Progress
+from hvpkit.results.eigen import ExtremeResult, Progress
 
 COMPUTED = "{num_parameters:,} parameters, {num_examples:,} examples (all of {data}), {loss} {mean_loss:.4g}"
 BATCHNORM = {
@@ -31,7 +31,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the network, its training and the solver.")] = 0,
 ) -> bool:
     """Train a small network on scikit-learn's digits and find both ends of its Hessian's spectrum."""
-    from hvpkit.demo import run
+    from hvpkit.cli.demonstration import run
 
     console = Console()
     missing = [module for module in ("sklearn", "matplotlib") if find_spec(module) is None]

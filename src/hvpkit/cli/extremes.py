@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 import hvpkit as hk
+from hvpkit.autodiff.pytree import unflatten
 from hvpkit.cli.app import command
 from hvpkit.cli.options import HessianProblem, Solve
 from hvpkit.cli.output import Output, Watch, say, table
-from hvpkit.trees import unflatten
 
 
 @command(

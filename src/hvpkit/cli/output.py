@@ -20,8 +20,8 @@ from rich.status import Status
 from rich.table import Table
 from torch import Tensor
 
-from hvpkit.files import written_whole
-from hvpkit.results import ExtremeResult, Progress
+from hvpkit._utils.files import written_whole
+from hvpkit.results.eigen import ExtremeResult, Progress
 
 
 def say(text: str) -> None:

@@ -14,7 +14,7 @@ from hvpkit.cli.density import NumProbes, NumSteps
 from hvpkit.cli.extremes import show
 from hvpkit.cli.options import HessianProblem, Solve
 from hvpkit.cli.output import Output, Watch
-from hvpkit.report import report as write_report
+from hvpkit.diagnostics.report_html import report as write_report
 
 
 @command(

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvpkit.autodiff.pytree import flatten, unflatten
 from hvpkit.cli.networks import NAMES
-from hvpkit.trees import flatten, unflatten
 
 FORMS = f"{' or '.join(NAMES)}, file.py:function, or package.module:function"
 

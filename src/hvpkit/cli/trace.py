@@ -11,7 +11,7 @@ import hvpkit as hk
 from hvpkit.cli.app import command
 from hvpkit.cli.options import HessianProblem
 from hvpkit.cli.output import Output, Watch, table
-from hvpkit.results import Status
+from hvpkit.results.eigen import Status
 
 
 @command(

@@ -11,12 +11,12 @@ from typing import Annotated
 import typer
 from torch.nn import functional as F
 
+from hvpkit._utils.files import written_whole
 from hvpkit.cli.app import command
 from hvpkit.cli.checkpoints import load_into
 from hvpkit.cli.options import Model, Solve
 from hvpkit.cli.output import Output, Watch, as_json, draw, ends
 from hvpkit.cli.train import SPECTRUM, plotted
-from hvpkit.files import written_whole
 from hvpkit.train import SpectrumTracker
 
 

@@ -10,13 +10,13 @@ import torch
 import typer
 from torch.nn import functional as F
 
+from hvpkit._utils.files import written_whole
 from hvpkit.cli.app import command
 from hvpkit.cli.checkpoints import load
 from hvpkit.cli.options import Model
 from hvpkit.cli.output import Output, Watch, draw, ends
 from hvpkit.cli.training import LR, Plan, State
 from hvpkit.cli.training import train as train_epochs
-from hvpkit.files import written_whole
 from hvpkit.train import SpectrumTracker
 
 CHECKPOINT, MODEL, SPECTRUM = "checkpoint.pt", "model.pt", "spectrum.jsonl"

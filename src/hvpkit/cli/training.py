@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 import hvpkit as hk
-from hvpkit.errors import NonFiniteError, check_choice, check_count, check_positive
-from hvpkit.probes import generator
+from hvpkit._utils.random import generator
+from hvpkit._utils.validation import check_choice, check_count, check_positive
+from hvpkit.errors import NonFiniteError
 from hvpkit.train import AbsaEpoch, AbsaResult, AbsaState, AdaHessian, KneeLR, absa, absa_init
 
 LR = {"sgd": 0.1, "knee": 0.1, "adahessian": 0.15, "absa": 0.1}

@@ -20,14 +20,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hvpkit._typing import Seed
+from hvpkit._utils.typing import Seed
 from hvpkit.estimators import sketch
 from hvpkit.estimators.estimate import Estimate, Mean, Plan, estimate, make_plan
 from hvpkit.estimators.leave_one_out import angles, left_out
 from hvpkit.estimators.probe import draw, unit_order
-from hvpkit.iterate import Monitor, full_precision
-from hvpkit.operators import LinearOperator
-from hvpkit.solvers.block import CHUNK, power_of_two
+from hvpkit.operators.base import LinearOperator
+from hvpkit.solvers.common.block import CHUNK, power_of_two
+from hvpkit.solvers.driver import Monitor, full_precision
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hvpkit._typing import Seed
-from hvpkit.errors import check_choice, check_count, check_positive
+from hvpkit._utils.random import resolve_seed
+from hvpkit._utils.typing import Seed
+from hvpkit._utils.validation import check_choice, check_count, check_positive
 from hvpkit.estimators.probe import KINDS, UNIT, draw
-from hvpkit.iterate import Limits, Look, Monitor, iterate
-from hvpkit.operators import LinearOperator
-from hvpkit.probes import resolve_seed
-from hvpkit.results import Progress, Status
+from hvpkit.operators.base import LinearOperator
+from hvpkit.results.eigen import Progress, Status
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, run_solver
 
 MIN_SAMPLES = 10
 """Samples before a standard error may end a run: of fewer it is itself too uncertain."""
@@ -214,11 +214,11 @@ def estimate(
             known[k] = evaluate(state, k)
         return known[k]
 
-    def look(state: S) -> Look[S]:
+    def assess(state: S) -> Assessment[S]:
         found, scale = mean(state), float(state.scale)
         values, errors = found.value.flatten(), found.stderr.flatten()
         low, high = int(values.argmin()), int(values.argmax())
-        return Look(
+        return Assessment(
             state,
             smallest=float(values[low]) * scale,
             largest=float(values[high]) * scale,
@@ -230,21 +230,21 @@ def estimate(
 
     step_cost = plan.block_size * plan.num_products * op.cost
     limits = Limits(plan.num_probes * plan.num_products * op.cost, time_limit, 0.0, step_cost)
-    run = iterate(state, step, look, step_cost=step_cost, limits=limits, monitor=monitor)
-    k, scale, message = int(run.state.num_good), float(run.state.scale), MESSAGES[run.status]
-    if run.status is Status.NON_FINITE:
+    ended = run_solver(state, step, assess, step_cost=step_cost, limits=limits, monitor=monitor)
+    k, scale, message = int(ended.state.num_good), float(ended.state.scale), MESSAGES[ended.status]
+    if ended.status is Status.NON_FINITE:
         message += "; " + op.blame(draw(op, plan.probe, plan.seed, plan.next_block(k)).mT)
-    found = mean(run.state)
+    found = mean(ended.state)
     return Estimate(
         found.value * scale,
         found.stderr * scale,
         found.samples * scale,
         k,
-        run.state.num_matvecs,
+        ended.state.num_matvecs,
         time.perf_counter() - begin,
-        run.status,
+        ended.status,
         message,
-        run.history,
+        ended.history,
     )
 
 

@@ -24,12 +24,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hvpkit.estimators.measure import Measure, Measured
 from hvpkit.estimators.quadrature import Goal
-from hvpkit.iterate import Limits, Look, Monitor, iterate
-from hvpkit.operators import LinearOperator
-from hvpkit.results import EigenResult, Status
+from hvpkit.operators.base import LinearOperator
+from hvpkit.results.eigen import EigenResult, Status
+from hvpkit.results.spectral_measure import Measure, Measured
 from hvpkit.solvers import krylov
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, run_solver
 from hvpkit.solvers.lanczos import lanczos
 
 MARGIN, WIDER = 1.01, 1.5
@@ -129,7 +129,7 @@ def measure(band: Band, moments: Tensor) -> Measure:
     return Measure(nodes.flip(0), weights.flip(1), masses.clamp(min=0).flip(1), unknown)
 
 
-def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
+def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
     """Whether moments are what they can be; the next group if this one is done."""
     status, group = None, len(state.finished)
     moments = known_moments(state)
@@ -148,7 +148,7 @@ def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
             state = replace(fresh, finished=finished, num_matvecs=state.num_matvecs)
     low, high = state.band.center - state.band.half_width, state.band.center + state.band.half_width
     num_steps = max(1, min(goal.num_steps - state.degree, state.degree // 4))
-    return Look(state, low, high, math.nan, math.nan, status, num_steps)
+    return Assessment(state, low, high, math.nan, math.nan, status, num_steps)
 
 
 def known_moments(state: State) -> Tensor:
@@ -187,13 +187,13 @@ def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: 
     if time_limit is not None:
         time_limit = max(time_limit - (time.perf_counter() - begin), 1e-9)
     spent, step_cost = ends.num_matvecs, max(goal.sizes) * op.cost
-    run = iterate(
+    ended = run_solver(
         replace(init(op, goal, Band.around(ends, op.dtype)), num_matvecs=spent),
         lambda state: step(op, state),
-        lambda state: look(op, goal, state),
+        lambda state: assess(op, goal, state),
         step_cost=step_cost,
         limits=Limits(spent + sum(goal.sizes) * goal.num_steps * op.cost, time_limit, 0.0, spent + step_cost),
         monitor=monitor,
     )
-    history, blame = ends.history + run.history, run.state.previous.mT
-    return Measured(measures(run.state), run.status, history, run.state.num_matvecs, blame)
+    history, blame = ends.history + ended.history, ended.state.previous.mT
+    return Measured(measures(ended.state), ended.status, history, ended.state.num_matvecs, blame)

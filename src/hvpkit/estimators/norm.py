@@ -17,12 +17,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hvpkit._typing import Seed
+from hvpkit._utils.typing import Seed
 from hvpkit.estimators.estimate import Estimate, Mean, Plan, as_floats, estimate, make_plan, mean_of
 from hvpkit.estimators.leave_one_out import leave_one_out, left_out
 from hvpkit.estimators.sketch import PRODUCTS, Small, State, init, small, step
-from hvpkit.iterate import Monitor, full_precision
-from hvpkit.operators import LinearOperator
+from hvpkit.operators.base import LinearOperator
+from hvpkit.solvers.driver import Monitor, full_precision
 
 
 def evaluate(op: LinearOperator, plan: Plan, state: State, k: int) -> Mean:

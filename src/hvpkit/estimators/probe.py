@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvpkit.operators import LinearOperator
-from hvpkit.probes import generator, normal_vector
+from hvpkit._utils.random import generator, normal_vector
+from hvpkit.operators.base import LinearOperator
 
 KINDS = ("rademacher", "gaussian", "sphere")
 

@@ -25,13 +25,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hvpkit.estimators.measure import Measure, Measured
-from hvpkit.iterate import Limits, Look, Monitor, iterate
-from hvpkit.operators import LinearOperator
-from hvpkit.probes import generator
-from hvpkit.results import Status
+from hvpkit._utils.random import generator
+from hvpkit.operators.base import LinearOperator
+from hvpkit.results.eigen import Status
+from hvpkit.results.spectral_measure import Measure, Measured
 from hvpkit.solvers import krylov
-from hvpkit.solvers.rayleigh_ritz import Ritz
+from hvpkit.solvers.common.rayleigh_ritz import Ritz
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, run_solver
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def measure(krylov_state: krylov.State, pairs: Ritz, size: int) -> Measure:
     return Measure(pairs.values * scale, weights, weights, pairs.residual_norms * scale)
 
 
-def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
+def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
     """Ritz values so far; the next group if this one is done."""
-    space, poisoned = krylov.in_order(state.krylov)
+    space, poisoned = krylov.compact(state.krylov)
     pairs, _ = krylov.project(op, space)
     state, status, scale = replace(state, krylov=space), None, float(space.scale)
     if poisoned:
@@ -122,7 +122,7 @@ def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
             status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.MAX_MATVECS
     some = len(pairs.values) > 0
     done, left = state.krylov.num_products, 0 if status else products_left(goal, state)
-    return Look(
+    return Assessment(
         state,
         smallest=float(pairs.values[0]) * scale if some else math.nan,
         largest=float(pairs.values[-1]) * scale if some else math.nan,
@@ -137,21 +137,23 @@ def measures(op: LinearOperator, goal: Goal, state: State) -> list[Measure]:
     """What the groups gave; a group that a limit cut off only if there is no other."""
     if state.finished or not state.krylov.num_multiplied:
         return list(state.finished)
-    space, _ = krylov.in_order(state.krylov)
+    space, _ = krylov.compact(state.krylov)
     return [measure(space, krylov.project(op, space)[0], goal.sizes[0])]
 
 
 def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: Monitor | None) -> Measured:
     """The measures of all groups, or of as many as the time allows for."""
     products, step_cost = sum(goal.sizes) * goal.num_steps, goal.width * op.cost  # looks keep to the products
-    run = iterate(
+    ended = run_solver(
         init(op, goal),
         lambda state: step(op, goal, state),
-        lambda state: look(op, goal, state),
+        lambda state: assess(op, goal, state),
         step_cost=step_cost,
         limits=Limits(products * op.cost + step_cost, time_limit, 0.0, step_cost),
         monitor=monitor,
     )
-    space = run.state.krylov
+    space = ended.state.krylov
     blame = space.basis[space.num_multiplied : space.num_multiplied + 1].mT
-    return Measured(measures(op, goal, run.state), run.status, run.history, run.state.num_matvecs, blame)
+    return Measured(
+        measures(op, goal, ended.state), ended.status, ended.history, ended.state.num_matvecs, blame
+    )

@@ -8,15 +8,15 @@ import time
 import torch
 from torch import Tensor
 
-from hvpkit._typing import Seed
-from hvpkit.errors import check_choice, check_count, check_positive
+from hvpkit._utils.random import resolve_seed
+from hvpkit._utils.typing import Seed
+from hvpkit._utils.validation import check_choice, check_count, check_positive
 from hvpkit.estimators import kernel_polynomials, quadrature
-from hvpkit.estimators.density import Density, density
 from hvpkit.estimators.estimate import Estimate, mean_of
 from hvpkit.estimators.quadrature import Goal
-from hvpkit.iterate import Monitor, full_precision
-from hvpkit.operators import LinearOperator
-from hvpkit.probes import resolve_seed
+from hvpkit.operators.base import LinearOperator
+from hvpkit.results.density import Density, density
+from hvpkit.solvers.driver import Monitor, full_precision
 from hvpkit.solvers.lanczos import BASIS_BYTES
 
 METHODS = ("lanczos", "chebyshev")

@@ -8,15 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 
-from hvpkit._typing import LossFn, Tree
+from hvpkit._utils.typing import LossFn, Tree
+from hvpkit._utils.validation import check_count
+from hvpkit.autodiff.pytree import Layout
+from hvpkit.curvature.products import grad, loss
 from hvpkit.data import as_data
-from hvpkit.errors import check_count
-from hvpkit.landscape import loss_along, loss_on_plane
+from hvpkit.plots.landscape import loss_along, loss_on_plane
 from hvpkit.plots.spectrum import convergence
 from hvpkit.plots.style import COLORS, ENDS, INK, styled
-from hvpkit.products import grad, loss
-from hvpkit.results import Eigenpair, ExtremeResult
-from hvpkit.trees import Layout
+from hvpkit.results.eigen import Eigenpair, ExtremeResult
 
 
 @styled

@@ -9,11 +9,11 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 
-from hvpkit.errors import check_choice
-from hvpkit.estimators.density import Density
+from hvpkit._utils.validation import check_choice
 from hvpkit.estimators.estimate import Estimate
 from hvpkit.plots.style import BELOW, COLORS, ENDS, HEIGHT, WIDTH, in_words, styled
-from hvpkit.results import Eigenpair, ExtremeResult
+from hvpkit.results.density import Density
+from hvpkit.results.eigen import Eigenpair, ExtremeResult
 
 
 @styled

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 import matplotlib
 from matplotlib import pyplot as plt
 
-from hvpkit.results import Eigenpair
+from hvpkit.results.eigen import Eigenpair
 
 ENDS = ("smallest", "largest")
 COLORS = {

@@ -38,17 +38,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hvpkit._typing import Seed
-from hvpkit.errors import check_count
-from hvpkit.iterate import Look, Monitor, full_precision, iterate
-from hvpkit.operators import LinearOperator
-from hvpkit.results import EigenResult, Status
-from hvpkit.solvers.arguments import Request, Start, check_arguments
-from hvpkit.solvers.block import residuals_of, row_norms
+from hvpkit._utils.typing import Seed
+from hvpkit._utils.validation import check_count
+from hvpkit.operators.base import LinearOperator
+from hvpkit.results.eigen import EigenResult, Status
 from hvpkit.solvers.chebyshev_filter import Filter, make_plan, next_term
-from hvpkit.solvers.finish import Checked, concluded, judge
-from hvpkit.solvers.rayleigh_ritz import num_at_low_end, select
-from hvpkit.solvers.subspace import (
+from hvpkit.solvers.common.block import residuals_of, row_norms
+from hvpkit.solvers.common.block_subspace import (
     Subspace,
     drop_non_finite,
     extend,
@@ -59,6 +55,10 @@ from hvpkit.solvers.subspace import (
     start,
     turn,
 )
+from hvpkit.solvers.common.convergence import Checked, concluded, is_converged
+from hvpkit.solvers.common.rayleigh_ritz import num_at_low_end, select
+from hvpkit.solvers.common.request import Request, Start, check_arguments
+from hvpkit.solvers.driver import Assessment, Monitor, full_precision, run_solver
 
 WHICH = ("LA", "SA", "BE")
 
@@ -108,7 +108,7 @@ def step(op: LinearOperator, goal: Goal, state: State) -> State:
     return replace(state, filter=next_term(op, state.filter, state.scale, locked), num_matvecs=spent)
 
 
-def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
+def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
     """What a filter gave as new rows; Rayleigh-Ritz where these are multiplied; and what comes next."""
     status = None
     if state.filter is not None:
@@ -120,7 +120,7 @@ def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
     num_steps = math.ceil(state.num_new / goal.width)
     if state.filter is not None:
         num_steps = min(state.filter.num_left, PACE)
-    return Look(state, smallest, largest, low, high, status, num_steps)
+    return Assessment(state, smallest, largest, low, high, status, num_steps)
 
 
 def _filtered(op: LinearOperator, goal: Goal, state: State, filtered: Filter) -> tuple[State, Status | None]:
@@ -147,7 +147,7 @@ def _judged(op: LinearOperator, goal: Goal, state: State) -> tuple[State, Status
     ends = float(values[0]), float(values[-1]), float(norms[0]), float(norms[-1])
     state = replace(state, ends=ends, best=found)
     early = m < op.n and state.num_matvecs < DEPTH * op.cost
-    done = judge(op, 0.0 if early else goal.tol, state.norm, found.values, found.residual_norms)
+    done = is_converged(op, 0.0 if early else goal.tol, state.norm, found.values, found.residual_norms)
     status = outcome(op, goal, state, found, done, whole=m == op.n)
     if status is not None:
         return state, status
@@ -259,13 +259,13 @@ def chebyshev(
     width = k + guards if block_size is None else check_count("block_size", block_size, k, op.n)
     width = min(width, op.n, int(asked.left(0.0) / op.cost))
     goal = Goal(**vars(asked), width=width, max_rows=max(MAX_ROWS, 4 * width))
-    run = iterate(
+    ended = run_solver(
         init(op, goal),
         lambda state: step(op, goal, state),
-        lambda state: look(op, goal, state),
+        lambda state: assess(op, goal, state),
         step_cost=width * op.cost,
         limits=goal.limits,
         monitor=monitor,
     )
-    found = finalize(op, goal, run.state, run.status)
-    return concluded(op, found, run.history, begin, run.state.suspect)
+    found = finalize(op, goal, ended.state, ended.status)
+    return concluded(op, found, ended.history, begin, ended.state.suspect)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hvpkit.operators import LinearOperator
-from hvpkit.solvers.arguments import Request
-from hvpkit.solvers.block import row_norms
-from hvpkit.solvers.finish import floor, judge, rounding
-from hvpkit.solvers.rayleigh_ritz import num_at_low_end, select
+from hvpkit.operators.base import LinearOperator
+from hvpkit.solvers.common.block import row_norms
+from hvpkit.solvers.common.convergence import floor, is_converged, rounding
+from hvpkit.solvers.common.rayleigh_ritz import num_at_low_end, select
+from hvpkit.solvers.common.request import Request
 
 MAX_DEGREE = 20
 """The interval is known better after so many products with a vector."""
@@ -69,7 +69,7 @@ def make_plan(
     places, num_low = torch.arange(len(values)), num_at_low_end(asked.k, asked.which)
     wanted = torch.isin(places, torch.tensor(select(values, asked.k, asked.which)))
     block = torch.isin(places, torch.tensor(select(values, width, asked.which)))
-    needed = wanted & ~judge(op, asked.tol, norm, values, norms)
+    needed = wanted & ~is_converged(op, asked.tol, norm, values, norms)
     gaps = (values[:, None] - values[needed]).abs().amin(dim=1)
     aims = (asked.tol * values.abs()).clamp(min=floor(op, norm)) - rounding(op, norm)
     allowed = SAFETY * aims[needed].min()

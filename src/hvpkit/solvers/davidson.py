@@ -33,17 +33,25 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hvpkit.iterate import Look
-from hvpkit.operators import LinearOperator
-from hvpkit.results import EigenResult, Status
-from hvpkit.solvers.arguments import Request
-from hvpkit.solvers.block import residuals_of, row_norms
-from hvpkit.solvers.bounds import kato_temple
-from hvpkit.solvers.finish import Checked, eigen_result, floor, intervals, rounding, verdict
+from hvpkit.operators.base import LinearOperator
+from hvpkit.results.eigen import EigenResult, Status
+from hvpkit.solvers.common.block import residuals_of, row_norms
+from hvpkit.solvers.common.block_subspace import (
+    Subspace,
+    drop_non_finite,
+    extend,
+    multiply,
+    rayleigh_ritz,
+    start,
+    turn,
+)
+from hvpkit.solvers.common.bounds import kato_temple
+from hvpkit.solvers.common.convergence import Checked, eigen_result, final_status, floor, intervals, rounding
+from hvpkit.solvers.common.rayleigh_ritz import select
+from hvpkit.solvers.common.request import Request
+from hvpkit.solvers.driver import Assessment
 from hvpkit.solvers.lanczos import rough_vectors
 from hvpkit.solvers.matrix_function import Krylov, krylov_space
-from hvpkit.solvers.rayleigh_ritz import select
-from hvpkit.solvers.subspace import Subspace, drop_non_finite, extend, multiply, rayleigh_ritz, start, turn
 
 START_STEPS, START_SHARE = 80, 0.5
 """Lanczos steps on the first level for the first vectors, at most, and their share of what may be spent, at most."""
@@ -198,21 +206,21 @@ def _directed(op: LinearOperator, goal: Goal, state: State) -> State:
     )
 
 
-def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
+def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
     """The ends so far, whether they are good enough, and what to do next."""
     if state.num_fresh:
         state = _seen(op, goal, drop_non_finite(state))
     if not state.num_rows:
         nothing = math.nan, math.nan, math.inf, math.inf
         status = None if state.suspect is None else Status.NON_FINITE
-        return Look(state, *nothing, status=status, num_steps=3)
-    place = _neediest(op, goal, state)
+        return Assessment(state, *nothing, status=status, num_steps=3)
+    place = _select_target(op, goal, state)
     status = _status(op, goal, state, place is None)
     if status is None and place is not None:
         state = _aimed(op, goal, state, place)
     scale = float(state.scale)
     errors = [max(state.errors[end], rounding(op, state.norm)) * scale for end in (0, -1)]
-    return Look(
+    return Assessment(
         state,
         smallest=state.values[0] * scale,
         largest=state.values[-1] * scale,
@@ -276,7 +284,7 @@ def _seen(op: LinearOperator, goal: Goal, state: State) -> State:
     )
 
 
-def _neediest(op: LinearOperator, goal: Goal, state: State) -> int | None:
+def _select_target(op: LinearOperator, goal: Goal, state: State) -> int | None:
     """The pair to grow by, if any: the high end while it is not good enough, then the low one, then those next to them.
 
     Such a pair is good enough where what it may still gain does not take it past its end: else it may turn out to be
@@ -306,7 +314,7 @@ def _status(op: LinearOperator, goal: Goal, state: State, done: bool) -> Status 
     values = torch.tensor([state.values[end] for end in goal.ends], dtype=torch.float64)
     bounds = torch.tensor([state.errors[end] for end in goal.ends], dtype=torch.float64)
     best = Status.INVARIANT_SUBSPACE if whole else Status.CONVERGED
-    return verdict(best, goal.tol, least, values, bounds + rounding(op, state.norm))
+    return final_status(best, goal.tol, least, values, bounds + rounding(op, state.norm))
 
 
 def _with_room(op: LinearOperator, state: State) -> State:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hvpkit.operators import LinearOperator
-from hvpkit.probes import normal_vector
-from hvpkit.solvers.basis import orthonormalise_
-from hvpkit.solvers.block import RANDOM_SHARE, mixed_start, power_of_two
-from hvpkit.solvers.bounds import Filter
-from hvpkit.solvers.finish import check_symmetric
-from hvpkit.solvers.rayleigh_ritz import Ritz, ritz
+from hvpkit._utils.random import normal_vector
+from hvpkit.operators.base import LinearOperator
+from hvpkit.solvers.common.block import RANDOM_SHARE, mixed_start, power_of_two
+from hvpkit.solvers.common.bounds import Filter
+from hvpkit.solvers.common.convergence import check_symmetric
+from hvpkit.solvers.common.orthogonalize import orthonormalise_
+from hvpkit.solvers.common.rayleigh_ritz import Ritz, ritz
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class State:
 def start(op: LinearOperator, capacity: int, width: int, seed: int, v0: Tensor | None = None) -> State:
     """A state with ``width`` vectors at its frontier: from ``v0`` ``[n, p]``, else random ones.
 
-    Of v0 as :func:`hvpkit.solvers.block.mixed_start` mixes it.
+    Of v0 as :func:`hvpkit.solvers.common.block.mixed_start` mixes it.
     """
     capacity = min(capacity, op.n)
 
@@ -188,7 +188,7 @@ def verified(op: LinearOperator, state: State) -> State:
     return replace(state, num_verified=state.num_verified + 1, num_matvecs=state.num_matvecs + op.cost)
 
 
-def in_order(state: State) -> tuple[State, bool]:
+def compact(state: State) -> tuple[State, bool]:
     """The state without rows that vanished, and cut before a product that was not finite (True then)."""
     state = _compacted(state)
     rows = state.num_rows

@@ -31,19 +31,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvpkit._typing import Seed
-from hvpkit.checkpoint import Checkpoint
-from hvpkit.errors import check_count
-from hvpkit.iterate import Limits, Look, Monitor, full_precision, iterate
-from hvpkit.operators import LinearOperator
-from hvpkit.results import EigenResult, Status
-from hvpkit.solvers import finish
-from hvpkit.solvers.arguments import Start, check_arguments, check_confidence
-from hvpkit.solvers.bounds import kato_temple, uniform_distance
+from hvpkit._utils.typing import Seed
+from hvpkit._utils.validation import check_count
+from hvpkit.operators.base import LinearOperator
+from hvpkit.results.eigen import EigenResult, Status
+from hvpkit.solvers.checkpoint import Checkpoint
+from hvpkit.solvers.common import convergence
+from hvpkit.solvers.common.bounds import kato_temple, uniform_distance
+from hvpkit.solvers.common.rayleigh_ritz import Ritz, most_at_one_end, select
+from hvpkit.solvers.common.request import Start, check_arguments, check_confidence
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, full_precision, run_solver
 from hvpkit.solvers.krylov import (
     State,
     append_random,
-    in_order,
+    compact,
     project,
     restart,
     start,
@@ -51,7 +52,6 @@ from hvpkit.solvers.krylov import (
     trimmed,
     verified,
 )
-from hvpkit.solvers.rayleigh_ritz import Ritz, most_at_one_end, select
 
 BASIS_BYTES = 4 * 2**30
 """What the default ``ncv`` lets the basis take."""
@@ -89,9 +89,9 @@ class Goal:
         return self.k + DEPTH * self.block_size
 
 
-def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
+def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
     """The ends so far, whether they are good enough, and the state to go on from."""
-    state, poisoned = in_order(state)
+    state, poisoned = compact(state)
     pairs, lengths = project(op, state)
     m, scale, noise = state.num_multiplied, float(state.scale), _noise(op, state, pairs)
     status, wants_random = (Status.NON_FINITE, False) if poisoned else (None, False)
@@ -105,7 +105,7 @@ def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
             state = append_random(op, state, goal.seed)
     room = (len(state.basis) - state.num_rows) // goal.block_size
     pace = m // (32 if op.device.type == "cpu" else 8)  # steps past the end cost at most so much
-    return Look(
+    return Assessment(
         state,
         smallest=float(pairs.values[0]) * scale if m else math.nan,
         largest=float(pairs.values[-1]) * scale if m else math.nan,
@@ -147,7 +147,7 @@ def _judge(
         if searching:
             return None, state.search_until == state.num_products + state.search_length, state
     best = Status.INVARIANT_SUBSPACE if exhausted else Status.CONVERGED
-    return finish.verdict(best, goal.tol, floor, values, bounds), False, state
+    return convergence.final_status(best, goal.tol, floor, values, bounds), False, state
 
 
 def _by_filter(goal: Goal, state: State) -> bool:
@@ -204,12 +204,12 @@ def _search_copies(goal: Goal, state: State, values: Tensor, bounds: Tensor) -> 
 
 def _noise(op: LinearOperator, state: State, pairs: Ritz) -> float:
     """What rounding may add to an error bound: by the dtype, or as far as it was seen."""
-    return max(finish.rounding(op, pairs.norm), pairs.asymmetry, float(state.dropped))
+    return max(convergence.rounding(op, pairs.norm), pairs.asymmetry, float(state.dropped))
 
 
 def _floor(op: LinearOperator, state: State, pairs: Ritz) -> float:
     """The error bound that counts as none: it does not fall with further products."""
-    return max(finish.floor(op, pairs.norm), 2 * _noise(op, state, pairs))
+    return max(convergence.floor(op, pairs.norm), 2 * _noise(op, state, pairs))
 
 
 def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> EigenResult:
@@ -219,7 +219,7 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
     ones differs from theirs shows how large that is, or that the operator does not repeat itself.
     """
     pairs, lengths = project(op, state)
-    finish.warn_asymmetric(op, pairs.asymmetry, max(pairs.norm, float(state.norm)))
+    convergence.warn_asymmetric(op, pairs.asymmetry, max(pairs.norm, float(state.norm)))
     m, f = state.num_multiplied, state.num_frontier
     wanted = select(pairs.values, goal.k, goal.which)
     coefficients = pairs.coefficients[:, wanted].to(state.basis)
@@ -227,9 +227,9 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
     values, norms, noise = pairs.values[wanted], pairs.residual_norms[wanted], _noise(op, state, pairs)
     bounds, num_matvecs = _error_bounds(goal, state, pairs)[wanted], state.num_matvecs
     if op.exact is not None:
-        return finish.check_pairs(
+        return convergence.check_pairs(
             op,
-            finish.Checked(values, vectors, norms),
+            convergence.Checked(values, vectors, norms),
             state.scale,
             pairs.norm,
             k=goal.k,
@@ -251,19 +251,21 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
             bounds, noise = bounds + difference, max(noise, difference)
             if status not in (Status.MAX_MATVECS, Status.TIME_LIMIT):
                 floor = max(_floor(op, state, pairs), 4 * difference)
-                status = finish.verdict(status, goal.tol, floor, values, bounds)
+                status = convergence.final_status(status, goal.tol, floor, values, bounds)
     scale = float(state.scale)
-    found = finish.Checked(values * scale, vectors / torch.linalg.vector_norm(vectors, dim=0), norms * scale)
+    found = convergence.Checked(
+        values * scale, vectors / torch.linalg.vector_norm(vectors, dim=0), norms * scale
+    )
     kind = "exact" if status is Status.INVARIANT_SUBSPACE else "residual"
     outer = None if kind == "exact" else _outer(goal, state, pairs, lengths)
-    slack = max(noise, finish.floor(op, pairs.norm)) * scale  # a statement wants more room than a stop
-    where = finish.intervals(found, goal.which, goal.k, slack, kind, outer)
-    return finish.eigen_result(
+    slack = max(noise, convergence.floor(op, pairs.norm)) * scale  # a statement wants more room than a stop
+    where = convergence.intervals(found, goal.which, goal.k, slack, kind, outer)
+    return convergence.eigen_result(
         found, where, status, num_matvecs=num_matvecs, seconds=0.0, history=(), error_bounds=bounds * scale
     )
 
 
-def _outer(goal: Goal, state: State, pairs: Ritz, lengths: Tensor) -> finish.Outer | None:
+def _outer(goal: Goal, state: State, pairs: Ritz, lengths: Tensor) -> convergence.Outer | None:
     """How far beyond the Ritz values the spectrum may reach."""
     if not len(pairs.values):
         return None
@@ -274,12 +276,12 @@ def _outer(goal: Goal, state: State, pairs: Ritz, lengths: Tensor) -> finish.Out
             max(state.filter.distance(end, goal.confidence, *arguments), float(bounds[end])) * scale
             for end in (0, -1)
         )
-        return finish.Outer(low, high, "random-start", goal.confidence)
+        return convergence.Outer(low, high, "random-start", goal.confidence)
     num_steps = state.num_products // goal.block_size
     if state.num_random == goal.block_size and not state.num_kept and num_steps:  # random, not restarted
         spread = float(pairs.values[-1] - pairs.values[0])
         reach = uniform_distance(spread, state.filter.n, num_steps, goal.confidence) * scale
-        return finish.Outer(reach, reach, "random-block", goal.confidence)
+        return convergence.Outer(reach, reach, "random-block", goal.confidence)
     return None
 
 
@@ -379,24 +381,24 @@ def lanczos(
     elif check_count("ncv", ncv, 1) < min(least, op.n):
         raise ValueError(f"ncv must be at least 2 k + block_size + 2 = {least} or n, got {ncv}")
     file = None if checkpoint is None else Checkpoint(checkpoint, _solve(op, goal, ncv), trimmed)
-    run = iterate(
+    ended = run_solver(
         start(op, ncv + block_size, min(block_size, op.n), goal.seed, asked.start),
         lambda state: step(op, state, block_size),
-        lambda state: look(op, goal, state),
+        lambda state: assess(op, goal, state),
         step_cost=block_size * op.cost,
         limits=asked.limits,
         monitor=monitor,
         checkpoint=file,
         verified=lambda state: verified(op, state),
     )
-    found = finalize(op, goal, run.state, run.status)
+    found = finalize(op, goal, ended.state, ended.status)
     if file is not None and found.converged:
         file.clear()
     message = found.status.advice
-    if run.status is Status.NON_FINITE:
-        message += "; " + op.blame(run.state.basis[run.state.num_multiplied].unsqueeze(1))
-    seconds = run.seconds_before + time.perf_counter() - begin
-    return replace(found, history=run.history, message=message, seconds=seconds)
+    if ended.status is Status.NON_FINITE:
+        message += "; " + op.blame(ended.state.basis[ended.state.num_multiplied].unsqueeze(1))
+    seconds = ended.seconds_before + time.perf_counter() - begin
+    return replace(found, history=ended.history, message=message, seconds=seconds)
 
 
 def rough_vectors(
@@ -409,17 +411,20 @@ def rough_vectors(
     """
     goal = Goal(k, which, ROUGH_TOL, 1, seed, False, 0.99, False, HIDDEN_EARLY)
     most = max(num_steps, k) * op.cost
-    run = iterate(
+    ended = run_solver(
         start(op, max(num_steps, k) + 2, 1, seed, v0),  # never full
         lambda state: step(op, state),
-        lambda state: look(op, goal, state),
+        lambda state: assess(op, goal, state),
         step_cost=op.cost,
         limits=Limits(most, None, reserve=0.0, minimum=k * op.cost),
     )
-    pairs, _ = project(op, run.state)
+    pairs, _ = project(op, ended.state)
     wanted = select(pairs.values, k, which)
-    rows = pairs.coefficients[:, wanted].mT.to(run.state.basis) @ run.state.basis[: run.state.num_multiplied]
-    return run.state, rows if run.status is not Status.NON_FINITE else rows * math.nan
+    rows = (
+        pairs.coefficients[:, wanted].mT.to(ended.state.basis)
+        @ ended.state.basis[: ended.state.num_multiplied]
+    )
+    return ended.state, rows if ended.status is not Status.NON_FINITE else rows * math.nan
 
 
 def _solve(op: LinearOperator, goal: Goal, ncv: int) -> dict[str, Any]:

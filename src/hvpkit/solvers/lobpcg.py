@@ -33,15 +33,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hvpkit._typing import Seed
-from hvpkit.iterate import Look, Monitor, full_precision, iterate
-from hvpkit.operators import LinearOperator
-from hvpkit.results import EigenResult, Status
-from hvpkit.solvers.arguments import Request, Start, check_arguments
-from hvpkit.solvers.block import residuals_of, row_norms
-from hvpkit.solvers.finish import Checked, concluded, judge, rounding
-from hvpkit.solvers.rayleigh_ritz import num_at_low_end, select
-from hvpkit.solvers.subspace import (
+from hvpkit._utils.typing import Seed
+from hvpkit.operators.base import LinearOperator
+from hvpkit.results.eigen import EigenResult, Status
+from hvpkit.solvers.common.block import residuals_of, row_norms
+from hvpkit.solvers.common.block_subspace import (
     RitzBlock,
     Subspace,
     drop_non_finite,
@@ -53,6 +49,10 @@ from hvpkit.solvers.subspace import (
     start,
     turn,
 )
+from hvpkit.solvers.common.convergence import Checked, concluded, is_converged, rounding
+from hvpkit.solvers.common.rayleigh_ritz import num_at_low_end, select
+from hvpkit.solvers.common.request import Request, Start, check_arguments
+from hvpkit.solvers.driver import Assessment, Monitor, full_precision, run_solver
 
 WHICH = ("LA", "SA", "BE")
 
@@ -94,15 +94,15 @@ def step(op: LinearOperator, goal: Goal, state: State) -> State:
     return multiply(op, state, goal.width)
 
 
-def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
+def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
     """The best X in the span of X, P and W, whether it is good enough, and the P and W to go on with."""
     nothing = math.nan, math.nan, math.inf, math.inf
     if not state.num_fresh:
-        return Look(state, *nothing, status=None, num_steps=1)
+        return Assessment(state, *nothing, status=None, num_steps=1)
     state = drop_non_finite(state)
     m = state.num_rows
     if not m:
-        return Look(state, *nothing, status=Status.NON_FINITE, num_steps=1)
+        return Assessment(state, *nothing, status=Status.NON_FINITE, num_steps=1)
     pairs = rayleigh_ritz(op, state.rows[:m], state.images[:m])
     state, values = _turned(goal, state, pairs)
     rows, images = state.rows[: state.num_block], state.images[: state.num_block]
@@ -110,7 +110,7 @@ def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
     norms = row_norms(op.space, residuals).to("cpu", torch.float64)
     wanted = select(values, goal.k, goal.which)
     early = m < op.n and state.num_matvecs < DEPTH * goal.width * op.cost
-    done = judge(op, 0.0 if early else goal.tol, state.norm, values, norms)
+    done = is_converged(op, 0.0 if early else goal.tol, state.norm, values, norms)
     found = Checked(values[wanted], rows[wanted].mT, norms[wanted])
     status = outcome(op, goal, state, found, done[wanted], whole=m == op.n)
     state = _keep_best(op, goal, state, found)
@@ -120,7 +120,7 @@ def look(op: LinearOperator, goal: Goal, state: State) -> Look[State]:
             directions = _preconditioned(goal.preconditioner, directions)
         state = extend(op, goal, state, directions)
     scale = float(state.scale)
-    return Look(
+    return Assessment(
         state,
         smallest=float(pairs.values[0]) * scale,
         largest=float(pairs.values[-1]) * scale,
@@ -252,13 +252,13 @@ def lobpcg(
     num_ends = 1 if num_at_low_end(k, asked.which) in (0, k) else 2
     width = min(k + num_ends * NUM_GUARDS, op.n, int(asked.left(0.0) / op.cost))
     goal = Goal(**vars(asked), width=width, preconditioner=preconditioner)
-    run = iterate(
+    ended = run_solver(
         init(op, goal),
         lambda state: step(op, goal, state),
-        lambda state: look(op, goal, state),
+        lambda state: assess(op, goal, state),
         step_cost=width * op.cost,
         limits=goal.limits,
         monitor=monitor,
     )
-    found = finalize(op, goal, run.state, run.status)
-    return concluded(op, found, run.history, begin, run.state.suspect)
+    found = finalize(op, goal, ended.state, ended.status)
+    return concluded(op, found, ended.history, begin, ended.state.suspect)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvpkit.operators import LinearOperator
-from hvpkit.solvers.basis import orthonormalise_
-from hvpkit.solvers.block import power_of_two
+from hvpkit.operators.base import LinearOperator
+from hvpkit.solvers.common.block import power_of_two
+from hvpkit.solvers.common.orthogonalize import orthonormalise_
 
 STRIDE = 3
 """Steps from one look at them to the next."""

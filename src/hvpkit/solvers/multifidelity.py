@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from hvpkit._typing import Seed
-from hvpkit.errors import check_count
-from hvpkit.iterate import Monitor, full_precision, iterate
-from hvpkit.operators import LinearOperator
-from hvpkit.results import EigenResult, Progress
-from hvpkit.solvers.arguments import Start, check_arguments, check_confidence
-from hvpkit.solvers.davidson import ENDS, LEFT, Goal, finalize, init, look, step
-from hvpkit.solvers.finish import concluded
+from hvpkit._utils.typing import Seed
+from hvpkit._utils.validation import check_count
+from hvpkit.operators.base import LinearOperator
+from hvpkit.results.eigen import EigenResult, Progress
+from hvpkit.solvers.common.convergence import concluded
+from hvpkit.solvers.common.request import Start, check_arguments, check_confidence
+from hvpkit.solvers.davidson import ENDS, LEFT, Goal, assess, finalize, init, step
+from hvpkit.solvers.driver import Monitor, full_precision, run_solver
 from hvpkit.solvers.lanczos import lanczos
 
 
@@ -146,25 +146,25 @@ def _solve(
         return by_lanczos(
             v0=goal.start, max_matvecs=limits.max_matvecs, time_limit=limits.time_limit, monitor=monitor
         )
-    run = iterate(
+    ended = run_solver(
         init(op, goal, ncv),
         lambda state: step(op, goal, state),
-        lambda state: look(op, goal, state),
+        lambda state: assess(op, goal, state),
         step_cost=max(op.cost, *(goal.inner_steps(x) * x.cost for x in goal.levels[:-1])),
         limits=limits,
         monitor=monitor,
     )
-    cheap = finalize(op, goal, run.state, run.status)
-    cheap = concluded(op, cheap, run.history, begin, run.state.suspect)
+    cheap = finalize(op, goal, ended.state, ended.status)
+    cheap = concluded(op, cheap, ended.history, begin, ended.state.suspect)
     products = goal.left(cheap.num_matvecs)
     time_left = None if limits.time_limit is None else limits.time_limit - cheap.seconds
-    over = run.status is not LEFT or goal.levels[run.state.level] is not op
+    over = ended.status is not LEFT or goal.levels[ended.state.level] is not op
     if over or products < (2 * goal.k + 1) * op.cost or (time_left is not None and time_left <= 0):
         return cheap
 
     def later(entry: Progress) -> Progress:
         spent, seconds = entry.num_matvecs + cheap.num_matvecs, entry.seconds + cheap.seconds
-        return replace(entry, num_matvecs=spent, seconds=seconds, level=run.state.level)
+        return replace(entry, num_matvecs=spent, seconds=seconds, level=ended.state.level)
 
     found = by_lanczos(
         max_matvecs=products,

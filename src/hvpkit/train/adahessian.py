@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.optimizer import ParamsT
 
-from hvpkit._typing import Seed
-from hvpkit.errors import check_count, check_positive
-from hvpkit.probes import generator, resolve_seed
+from hvpkit._utils.random import generator, resolve_seed
+from hvpkit._utils.typing import Seed
+from hvpkit._utils.validation import check_count, check_positive
 
 Diagonal: TypeAlias = Callable[[list[Tensor], int], Sequence[Tensor]]
 """``diagonal(params, step)``: an estimate of the Hessian's diagonal for each of these parameters, in their shapes."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from hvpkit.errors import check_count, check_positive
+from hvpkit._utils.validation import check_count, check_positive
 
 
 def knee_lr(

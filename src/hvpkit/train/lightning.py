@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hvpkit.errors import check_choice
+from hvpkit._utils.validation import check_choice
 from hvpkit.train.tensorboard import scalars
 from hvpkit.train.tracker import SpectrumTracker
 

@@ -23,13 +23,23 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hvpkit._typing import LossFn, Seed, Tree
+from hvpkit._utils.random import generator, normal_vector, resolve_seed
+from hvpkit._utils.typing import LossFn, Seed, Tree
+from hvpkit._utils.validation import check_choice, check_count, check_positive
+from hvpkit.autodiff.exact import exact_derivatives
+from hvpkit.autodiff.pytree import Layout, check_params, join
+from hvpkit.curvature.products import (
+    Leaves,
+    Part,
+    all_finite,
+    blame,
+    check_loss,
+    part_gradient,
+    parts,
+    sum_parts,
+)
 from hvpkit.data import Data, as_data
-from hvpkit.errors import NonFiniteError, check_choice, check_count, check_positive
-from hvpkit.probes import generator, normal_vector, resolve_seed
-from hvpkit.products import Leaves, Part, all_finite, blame, check_loss, part_gradient, parts, sum_parts
-from hvpkit.settings import exact_derivatives
-from hvpkit.trees import Layout, check_params, join
+from hvpkit.errors import NonFiniteError
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hvpkit._typing import LossFn, Seed, Tree
-from hvpkit.curvature import hessian
+from hvpkit._utils.files import written_whole
+from hvpkit._utils.random import resolve_seed
+from hvpkit._utils.typing import LossFn, Seed, Tree
+from hvpkit._utils.validation import check_choice, check_count, check_positive
+from hvpkit.curvature.constructors import hessian
 from hvpkit.data import as_data
-from hvpkit.errors import check_choice, check_count, check_positive
 from hvpkit.extreme import METHODS, extreme_eigenvalues
-from hvpkit.files import written_whole
-from hvpkit.iterate import Monitor
 from hvpkit.objective import from_module
-from hvpkit.probes import resolve_seed
-from hvpkit.results import ExtremeResult
+from hvpkit.results.eigen import ExtremeResult
+from hvpkit.solvers.driver import Monitor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

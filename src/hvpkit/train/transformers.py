@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from hvpkit.errors import check_choice
+from hvpkit._utils.validation import check_choice
 from hvpkit.train.tensorboard import scalars
 from hvpkit.train.tracker import SpectrumTracker
 

@@ -2,8 +2,8 @@
 
 from hvpkit.zoo.absa_nets import c1, c2
 from hvpkit.zoo.cifar import cifar10, cifar100
-from hvpkit.zoo.digits import digits, digits_cnn
-from hvpkit.zoo.mlp import mlp
+from hvpkit.zoo.digits_problem import digits, digits_cnn
+from hvpkit.zoo.perceptron import mlp
 from hvpkit.zoo.resnet import cifar_resnet, resnet18_cifar
 from hvpkit.zoo.transformer import tiny_gpt, tiny_vit
 

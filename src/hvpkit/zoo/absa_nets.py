@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from hvpkit._typing import Seed
-from hvpkit.errors import check_count
-from hvpkit.zoo.mlp import linear_layers
+from hvpkit._utils.typing import Seed
+from hvpkit._utils.validation import check_count
+from hvpkit.zoo.perceptron import linear_layers
 from hvpkit.zoo.seeding import seeded
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hvpkit._typing import Seed
-from hvpkit.errors import check_choice, check_count
+from hvpkit._utils.typing import Seed
+from hvpkit._utils.validation import check_choice, check_count
 from hvpkit.zoo.seeding import seeded
 
 

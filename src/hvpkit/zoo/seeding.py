@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from hvpkit._typing import Seed
-from hvpkit.probes import resolve_seed
+from hvpkit._utils.random import resolve_seed
+from hvpkit._utils.typing import Seed
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hvpkit._typing import Seed
-from hvpkit.errors import check_count
+from hvpkit._utils.typing import Seed
+from hvpkit._utils.validation import check_count
 from hvpkit.zoo.seeding import seeded
 
 
@@ -100,7 +100,7 @@ def tiny_vit(
         Kolesnikov, arXiv 2205.01580.
 
     Example:
-        >>> model = tiny_vit(image_size=8, channels=1, patch_size=2)  # for hvpkit.zoo.digits
+        >>> model = tiny_vit(image_size=8, channels=1, patch_size=2)  # for hvpkit.zoo.digits_problem
         >>> model(torch.zeros(3, 1, 8, 8)).shape
         torch.Size([3, 10])
     """

@@ -1,0 +1,1 @@
+"""Helpers that belong to no subject: checks of arguments, files, memory, random vectors."""

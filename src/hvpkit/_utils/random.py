@@ -1,0 +1,45 @@
+"""Random vectors, each a pure function of a seed and a stream number."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvpkit._utils.typing import Seed
+
+
+def resolve_seed(seed: Seed) -> int:
+    """An integer seed: the one given, or one number drawn from the generator given.
+
+    Raises:
+        TypeError: ``seed`` is neither an int nor a ``torch.Generator``.
+        ValueError: ``seed`` is negative.
+    """
+    if isinstance(seed, torch.Generator):
+        return int(torch.randint(2**62, (), generator=seed, device=seed.device).item())
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed must be an int or a torch.Generator, got {seed!r}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    return int(seed)
+
+
+def generator(seed: int, stream: int = 0) -> torch.Generator:
+    """A CPU generator for stream number ``stream`` of ``seed``; streams are independent of each other."""
+    word = int(np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(word)
+
+
+def normal_vector(n: int, *, dtype: torch.dtype, device: torch.device, seed: int, stream: int = 0) -> Tensor:
+    """A standard normal vector ``[n]``, the same on every device: drawn on the CPU, then moved.
+
+    Example:
+        >>> import torch
+        >>> normal_vector(3, dtype=torch.float64, device=torch.device("cpu"), seed=0).shape
+        torch.Size([3])
+    """
+    sample_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    return torch.randn(n, generator=generator(seed, stream), dtype=sample_dtype).to(device, dtype)

@@ -1,0 +1,44 @@
+"""Checks of arguments that every front door shares."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+from torch import Tensor
+
+
+def check_count(name: str, value: int, low: int, high: int | None = None) -> int:
+    """Returns ``value`` if it is a whole number in ``[low, high]``; a ValueError naming it if not."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {span}, got {value}")
+    return int(value)
+
+
+def check_positive(name: str, value: float) -> float:
+    """Returns ``value`` if it is a positive finite number; a ValueError naming it if not."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a positive finite number, got {value}")
+    return float(value)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Returns ``value`` if it is one of ``choices``; a ValueError that lists them if not."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+    return value
+
+
+def check_like(leaf: Tensor, reference: Tensor, *, name: str = "v") -> Tensor:
+    """The leaf, detached; a ValueError if its dtype or device is not the reference's."""
+    for what in ("dtype", "device"):
+        found, expected = getattr(leaf, what), getattr(reference, what)
+        if found != expected:
+            raise ValueError(f"{name} has {what} {found}, expected {expected}: use {name}.to({expected!r})")
+    return leaf.detach()

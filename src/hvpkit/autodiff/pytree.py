@@ -1,0 +1,193 @@
+"""Trees of tensors and their flat vectors.
+
+The order of the leaves is the order in which containers hold them (dict keys are not sorted), so that
+for ``dict(model.named_parameters())`` a flat vector is that of
+``torch.nn.utils.parameters_to_vector(model.parameters())``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from hvpkit._utils.typing import Tree
+
+
+def flatten(tree: Tree, *, name: str = "tree") -> tuple[list[Tensor], _pytree.TreeSpec]:
+    """The leaves of ``tree`` and its structure.
+
+    Raises:
+        TypeError: a leaf is not a tensor.
+    """
+    leaves, spec = _pytree.tree_flatten(_plain(tree))
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{name} must be a tree of tensors, but has a leaf of type {type(leaf).__name__}: "
+                f"{leaf!r:.80}; turn it into a tensor (torch.as_tensor) or leave it out"
+            )
+    return leaves, spec
+
+
+def _plain(tree: Tree) -> Tree:
+    """The tree with mappings that are leaves to torch (a UserDict, as tokenizers return) as dicts."""
+    return _pytree.tree_map(lambda leaf: _plain(dict(leaf)) if isinstance(leaf, Mapping) else leaf, tree)
+
+
+def unflatten(leaves: Sequence[Tensor], spec: _pytree.TreeSpec) -> Tree:
+    """The tree of structure ``spec`` with these leaves."""
+    return _pytree.tree_unflatten(leaves, spec)
+
+
+def leaf_names(tree: Tree) -> list[str]:
+    """Dotted names of the leaves: keys and indices from the root, joined by dots.
+
+    Example:
+        >>> import torch
+        >>> leaf_names({"conv.weight": torch.ones(2), "head": [torch.ones(1), torch.ones(1)]})
+        ['conv.weight', 'head.0', 'head.1']
+    """
+    paths, _ = _pytree.tree_flatten_with_path(_plain(tree))
+    return [".".join(_key_name(key) for key in path) for path, _ in paths]
+
+
+def _key_name(key: object) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def batch_size(batch: Tree) -> int:
+    """The common leading dimension of the leaves of ``batch``.
+
+    Raises:
+        ValueError: the tree has no leaves, a leaf is 0-d, or leading dimensions disagree.
+    """
+    leaves, _ = flatten(batch, name="data")
+    if not leaves:
+        raise ValueError("data holds a batch without any tensor")
+    sizes = [leaf.shape[0] if leaf.ndim else None for leaf in leaves]
+    if None in sizes or len(set(sizes)) > 1:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+        raise ValueError(
+            "data: the tensors of a batch must share their first dimension, the examples; "
+            f"got shapes {shapes}"
+        )
+    return leaves[0].shape[0]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tree of parameters lies in a flat vector ``[n]``."""
+
+    spec: _pytree.TreeSpec
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    numels: tuple[int, ...] = field(init=False)
+    n: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numels", tuple(prod(shape) for shape in self.shapes))
+        object.__setattr__(self, "n", sum(self.numels))
+
+    @classmethod
+    def of(cls, tree: Tree) -> Layout:
+        """The layout of ``tree``."""
+        leaves, spec = flatten(tree, name="params")
+        return cls(spec, tuple(leaf_names(tree)), tuple(leaf.shape for leaf in leaves))
+
+    def leaves(self, tree: Tree, *, name: str = "v") -> list[Tensor]:
+        """The leaves of a tree that must have this layout, but for the order of keys.
+
+        Raises:
+            ValueError: ``tree`` has another structure or other shapes.
+        """
+        leaves, spec = flatten(tree, name=name)
+        if spec != self.spec:
+            named = dict(zip(leaf_names(tree), leaves, strict=True))
+            if sorted(named) != sorted(self.names):
+                raise ValueError(
+                    f"{name} must be a tree shaped like the parameters ({len(self.names)} leaves: "
+                    f"{', '.join(self.names[:4])}{', ...' if len(self.names) > 4 else ''}); "
+                    f"got another structure with {len(leaves)} leaves"
+                )
+            leaves = [named[key] for key in self.names]
+        for leaf, shape, leaf_name in zip(leaves, self.shapes, self.names, strict=True):
+            if leaf.shape != shape:
+                raise ValueError(
+                    f"{name} must be shaped like the parameters: leaf {leaf_name!r} has shape "
+                    f"{tuple(leaf.shape)}, expected {tuple(shape)}"
+                )
+        return leaves
+
+    def flatten(self, tree: Tree, *, name: str = "v") -> Tensor:
+        """The flat vector ``[n]`` of a tree of this layout: a copy."""
+        return join(self.leaves(tree, name=name))
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Views of ``vector [n]`` in the shapes of the leaves."""
+        pieces = vector.split(self.numels)
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    def unflatten(self, vector: Tensor) -> Tree:
+        """The tree whose flat vector is ``vector [n]``: its leaves are views of the vector."""
+        if vector.shape != (self.n,):
+            raise ValueError(f"vector must have shape [{self.n}], got {list(vector.shape)}")
+        return unflatten(self.split(vector), self.spec)
+
+
+def join(leaves: Sequence[Tensor]) -> Tensor:
+    """The flat vector of these leaves, in order: a copy."""
+    return torch.cat([leaf.reshape(-1) for leaf in leaves])
+
+
+def snapshot(leaf: Tensor) -> Tensor:
+    """A copy that nobody else writes to, and that autograd can use even if made in inference mode."""
+    with torch.inference_mode(False):
+        return leaf.detach().clone()
+
+
+def usable(leaf: Tensor) -> Tensor:
+    """The tensor, as a copy if it was made in inference mode, where autograd cannot use it."""
+    return snapshot(leaf) if leaf.is_inference() else leaf
+
+
+def check_params(params: Tree, *, finite: bool = True) -> tuple[Layout, list[Tensor]]:
+    """The layout and the detached leaves of a tree of parameters.
+
+    Raises:
+        TypeError: a leaf is not a tensor of floating dtype (integers, complex numbers).
+        ValueError: no leaves at all, several dtypes or devices, or (unless ``finite=False``) NaN or infinity.
+    """
+    layout = Layout.of(params)
+    leaves = [usable(leaf.detach()) for leaf in layout.leaves(params, name="params")]
+    labels = [f"params[{name!r}]" if name else "params" for name in layout.names]
+    if layout.n == 0:
+        raise ValueError("params holds no parameters: nothing to differentiate (is everything frozen?)")
+    for label, leaf in zip(labels, leaves, strict=True):
+        if not leaf.dtype.is_floating_point:
+            raise TypeError(
+                f"{label} has dtype {leaf.dtype}; parameters must be real floating point "
+                "(pass anything else as part of the batch, or close over it)"
+            )
+    for what, values in (
+        ("dtype", [leaf.dtype for leaf in leaves]),
+        ("device", [leaf.device for leaf in leaves]),
+    ):
+        for label, value in zip(labels, values, strict=True):
+            if value != values[0]:
+                raise ValueError(
+                    f"params must share one {what}: {labels[0]} has {values[0]}, {label} has {value}; "
+                    f"convert them first, as by model.to({value!r})"
+                )
+    if finite:
+        for label, leaf in zip(labels, leaves, strict=True):
+            if not bool(torch.isfinite(leaf).all()):
+                raise ValueError(f"{label} contains NaN or infinity")
+    return layout, leaves

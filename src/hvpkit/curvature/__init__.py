@@ -1,0 +1,1 @@
+"""The curvature of a loss over data: operators and functions of it."""

@@ -1,0 +1,254 @@
+"""Gauss-Newton products: the curvature of a loss of outputs, seen through a linearised network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils import _pytree
+
+from hvpkit._utils.typing import Batch, LossFn, Tree
+from hvpkit.autodiff.cross_entropy import cross_entropy
+from hvpkit.autodiff.overrides import WrittenOut
+from hvpkit.autodiff.pytree import Layout, batch_size, unflatten
+from hvpkit.curvature.products import (
+    Leaves,
+    Linear,
+    Part,
+    Term,
+    batch_product,
+    central_difference,
+    dependent,
+    linearise,
+    named,
+    share,
+)
+from hvpkit.data import Data
+from hvpkit.objective import Objective
+
+
+def ggnvp(
+    objective: Objective, params: Tree, batch: Batch, v: Tree, *, mode: str = "forward-over-reverse"
+) -> Tree:
+    r"""Product with the generalised Gauss-Newton matrix of the mean loss over one batch, :math:`J^\top H J v`.
+
+    J is the Jacobian of the outputs ``objective.forward(p, batch)``, H the Hessian of their mean loss by
+    ``objective.output_loss``. Neither is formed.
+
+    Args:
+        objective: a :class:`hvpkit.Objective`, as :func:`hvpkit.from_module` gives one.
+        params: tree of floating tensors, the point.
+        batch: tree of tensors with a common first dimension.
+        v: tree shaped like ``params``, of its dtype and device.
+        mode: how J v is made: ``"forward-over-reverse"``: forward; ``"reverse-over-reverse"``: as the
+            derivative of :math:`J^\top u` by u; ``"finite-difference"``: by central differences of the
+            outputs, and H by those of the loss's gradient. H is exact in the other two: by double backward.
+
+    Returns:
+        A tree shaped like ``params``. Nothing of the caller's is written to.
+
+    Raises:
+        TypeError: ``objective`` is no Objective, outputs that are no tree of real tensors; and as :func:`hvpkit.hvp`.
+        ValueError: as :func:`hvpkit.hvp`.
+
+    Cost:
+        About 6 forward passes, and the loss of the outputs twice. In memory the activations of one backward pass and
+        nine times the outputs: four, for cross entropy with class indices, where a training step takes three.
+
+    Source:
+        Schraudolph, Neural Computation 14 (2002) 1723-1738, doi:10.1162/08997660260028683.
+
+    Example:
+        >>> import torch
+        >>> objective = Objective(lambda p, batch: (batch @ p).exp(), lambda z, batch: z**2)
+        >>> ggnvp(objective, torch.zeros(2), torch.tensor([[1.0, 2.0]]), torch.tensor([1.0, 0.0]))
+        tensor([2., 4.])
+    """
+    check_objective(objective)
+    checked = replace(objective, forward=dependent(objective.forward))
+    return batch_product(ggn_terms, checked, params, batch, v, mode)
+
+
+def check_objective(objective: object) -> Objective:
+    """The objective; a TypeError if it is no :class:`hvpkit.Objective`."""
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective must be a hvpkit.Objective, whose outputs and loss are known apart, got "
+            f"{type(objective).__name__}; use hvpkit.from_module or hvpkit.Objective(forward, output_loss)"
+        )
+    return objective
+
+
+LossAt: TypeAlias = Callable[[Tree, Batch], LossFn]
+"""From the outputs of a batch to the loss of outputs whose Hessian is taken there."""
+
+
+def ggn_terms(objective: Objective, layout: Layout, leaves: Leaves, data: Data) -> Iterator[Term]:
+    """What each batch adds to products with the generalised Gauss-Newton matrix at ``leaves``."""
+    for batch, weights in data.weighted():
+        yield ggn_term(
+            objective.forward,
+            lambda *_: objective.output_loss,
+            layout,
+            leaves,
+            batch,
+            weights,
+            data.num_examples,
+        )
+
+
+def ggn_term(
+    forward: Callable[[Tree, Batch], Tree],
+    loss_at: LossAt,
+    layout: Layout,
+    leaves: Leaves,
+    batch: Batch,
+    weights: Tensor | None,
+    num_examples: int,
+) -> Term:
+    """What one batch adds."""
+
+    def outputs(leaves: Leaves) -> Tree:
+        return forward(unflatten(leaves, layout.spec), batch)
+
+    def share_at(outputs: Tree) -> Callable[[Tree], Tensor]:
+        output_loss = loss_at(outputs, batch)
+        return lambda tree: share(output_loss(tree, batch), batch_size(batch), weights, num_examples)
+
+    return lambda mode: named("Gauss-Newton", mode, lambda: _linear(outputs, share_at, leaves, mode))
+
+
+def _linear(
+    forward: Callable[[Leaves], Tree],
+    loss_at: Callable[[Tree], Callable[[Tree], Tensor]],
+    leaves: Leaves,
+    mode: str,
+) -> Linear:
+    """J' H J, with J of ``forward`` at ``leaves`` and H of the loss at the outputs."""
+    with torch.enable_grad():
+        points = [leaf.detach().requires_grad_() for leaf in leaves]
+        tree, spec = _pytree.tree_flatten(forward(points))
+    variable = _variable(tree)
+    if not variable:
+        return lambda vectors, *, again=False: [[torch.zeros_like(p) for p in leaves] for _ in vectors]  # noqa: ARG005
+    constants: list[Any] = [None if i in variable else leaf for i, leaf in enumerate(tree)]
+    outputs = [tree[i] for i in variable]
+    ends = [torch.autograd.graph.get_gradient_edge(output) for output in outputs]
+    narrow = [output.dtype for output in outputs]  # narrower than the parameters under autocast
+    wide = [torch.promote_types(dtype, leaves[0].dtype) for dtype in narrow]
+
+    def outputs_at(leaves: Leaves) -> Leaves:
+        found = _pytree.tree_leaves(forward(leaves))
+        return [found[i] for i in variable]
+
+    def rebuilt(outputs: Leaves) -> Tree:
+        given = dict(zip(variable, outputs, strict=True))
+        return unflatten([given.get(i, leaf) for i, leaf in enumerate(constants)], spec)
+
+    def loss_near(outputs: Leaves) -> Part:
+        loss = loss_at(rebuilt(outputs))
+        return lambda outputs: loss(rebuilt(outputs))
+
+    push = _linearised(outputs_at, leaves, points, outputs, mode)
+    del tree, outputs  # forward mode makes them again, and two of them would be much
+    loss: Part | None = None
+
+    def product(vector: Leaves, again: bool) -> Leaves:
+        nonlocal loss
+        values, tangents = (_cast(found, wide) for found in push(vector))
+        loss = loss or loss_near(values)
+        cotangents = loss_product(loss, values, tangents, mode)
+        del values, tangents
+        pulled = torch.autograd.grad(
+            ends,
+            points,
+            _cast(cotangents, narrow),
+            retain_graph=again,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return list(pulled)
+
+    def products(vectors: Sequence[Leaves], *, again: bool = False) -> list[Leaves]:
+        return [product(vector, again or column + 1 < len(vectors)) for column, vector in enumerate(vectors)]
+
+    return products
+
+
+def _cast(leaves: Leaves, dtypes: list[torch.dtype]) -> Leaves:
+    return [leaf.to(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+
+
+def _variable(tree: list[object]) -> list[int]:
+    """Which leaves of the outputs depend on the parameters."""
+    for leaf in tree:
+        if isinstance(leaf, Tensor) and leaf.is_complex() and leaf.requires_grad:
+            raise TypeError(f"objective.forward gave outputs of dtype {leaf.dtype}; they must be real")
+        if not isinstance(leaf, Tensor | int | float | str | None):
+            raise TypeError(
+                f"objective.forward must return a tree of tensors, got a {type(leaf).__name__} in it; "
+                "return the tensors that output_loss needs"
+            )
+    return [i for i, leaf in enumerate(tree) if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+
+def _linearised(
+    outputs_at: Callable[[Leaves], Leaves], leaves: Leaves, points: Leaves, outputs: Leaves, mode: str
+) -> Callable[[Leaves], tuple[Leaves, Leaves]]:
+    """The function from a vector to the outputs and J times it."""
+    if mode == "forward-over-reverse":
+        return partial(_push_forward, outputs_at, leaves)
+    values = [output.detach() for output in outputs]
+    if mode == "reverse-over-reverse":
+        return _transposed_twice(points, outputs, values)
+
+    def constant_outputs(leaves: Leaves) -> Leaves:
+        with torch.enable_grad():  # by which constants are known, as padding
+            return [o.detach() for o in outputs_at([leaf.detach().requires_grad_() for leaf in leaves])]
+
+    return lambda vector: (values, central_difference(constant_outputs, leaves, vector))
+
+
+def _push_forward(
+    outputs_at: Callable[[Leaves], Leaves], leaves: Leaves, vector: Leaves
+) -> tuple[Leaves, Leaves]:
+    with torch.no_grad():
+        values, tangents, *_ = torch.func.jvp(outputs_at, (leaves,), (vector,))
+    return values, tangents
+
+
+def _transposed_twice(
+    points: Leaves, outputs: Leaves, values: Leaves
+) -> Callable[[Leaves], tuple[Leaves, Leaves]]:
+    """J times a vector as the derivative by u of J'u, which is linear in u: any u will do, as one zero."""
+    dual = [value.new_zeros(()).expand_as(value).requires_grad_() for value in values]
+    with torch.enable_grad():
+        pulled = torch.autograd.grad(outputs, points, dual, create_graph=True, allow_unused=True)
+
+    def push(vector: Leaves) -> tuple[Leaves, Leaves]:
+        used = [(p, v) for p, v in zip(pulled, vector, strict=True) if p is not None]
+        tangents = torch.autograd.grad(
+            [p for p, _ in used],
+            dual,
+            [v for _, v in used],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return values, list(tangents)
+
+    return push
+
+
+def loss_product(loss: Part, values: Leaves, tangents: Leaves, mode: str = "reverse-over-reverse") -> Leaves:
+    """Hessian of a loss of outputs times the tangents, in the full precision of the outputs' own dtype."""
+    if mode != "finite-difference":
+        mode = "reverse-over-reverse"  # outputs are no long chain: it needs the least memory
+    lean = WrittenOut({F.cross_entropy: cross_entropy})
+    with lean, torch.autocast(values[0].device.type, enabled=False):
+        return linearise(loss, values, mode)([tangents])[0]

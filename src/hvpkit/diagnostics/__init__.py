@@ -1,0 +1,1 @@
+"""Checks of an operator before it is trusted."""

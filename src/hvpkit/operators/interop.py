@@ -1,0 +1,117 @@
+"""Matrices, functions and operators of other libraries as linear operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvpkit._utils.validation import check_count
+from hvpkit.operators.base import LinearOperator
+
+
+def aslinearoperator(A: Any, *, device: torch.device | str | None = None) -> LinearOperator:
+    """A symmetric matrix or foreign operator as a :class:`LinearOperator`.
+
+    Args:
+        A: a dense tensor or NumPy array ``[n, n]``; a SciPy sparse matrix or operator; an object of
+            another library with ``shape``, ``dtype`` and ``@``; or a tuple ``(matvec, n, dtype)`` with
+            ``matvec`` on tensors ``[n]``. Symmetry is the caller's word; solvers test it as they go.
+        device: where vectors live; by default the tensor's own, else the CPU.
+
+    Raises:
+        TypeError: ``A`` is none of these, or its dtype is not real floating point.
+        ValueError: ``A`` is not square, or holds NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> A = aslinearoperator((lambda v: 3.0 * v, 4, torch.float64))
+        >>> A @ torch.ones(4, dtype=torch.float64)
+        tensor([3., 3., 3., 3.], dtype=torch.float64)
+    """
+    import numpy as np
+
+    if isinstance(A, LinearOperator):
+        return A
+    if isinstance(A, tuple):
+        return _from_matvec(A, torch.device(device or "cpu"))
+    if isinstance(A, np.ndarray):
+        A = torch.tensor(np.ascontiguousarray(A))
+    if isinstance(A, Tensor):
+        return _from_dense(A.detach() if device is None else A.detach().to(device))
+    if hasattr(A, "dtype") and hasattr(A, "__matmul__"):
+        size = getattr(A, "size", None)  # hessian-eigenthings has this instead of a shape
+        shape = getattr(A, "shape", (size, size) if isinstance(size, int) else None)
+        if shape is not None:
+            return _from_foreign(A, _check_square(shape), device)
+    raise TypeError(
+        "A must be a tensor, a SciPy matrix or operator, an object with shape, dtype and @, or a tuple "
+        f"(matvec, n, dtype); got {type(A).__name__}"
+    )
+
+
+def _check_square(shape: Sequence[int]) -> int:
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1:
+        raise ValueError(f"A must be square, [n, n] with n >= 1; got shape {list(shape)}")
+    return int(shape[0])
+
+
+def _check_real(dtype: object) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"A must have a real floating dtype, got {dtype}; convert it first")
+    return dtype
+
+
+def _from_dense(matrix: Tensor) -> LinearOperator:
+    if matrix.layout != torch.strided:
+        raise TypeError(
+            f"A is a sparse tensor ({matrix.layout}); pass (matvec, n, dtype): (lambda v: A @ v, n, A.dtype)"
+        )
+    n, dtype = _check_square(matrix.shape), _check_real(matrix.dtype)
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError("A contains NaN or infinity")
+    return LinearOperator(lambda v: matrix @ v, n, dtype, matrix.device, name="dense matrix")
+
+
+def _from_matvec(parts: tuple[Any, ...], device: torch.device) -> LinearOperator:
+    if len(parts) != 3 or not callable(parts[0]):
+        raise TypeError("A: a tuple must be (matvec, n, dtype) with a function, an int and a torch.dtype")
+    matvec, n, dtype = parts[0], check_count("n of A", parts[1], 1), parts[2]
+
+    def product(vectors: Tensor) -> Tensor:
+        with torch.enable_grad():  # it may differentiate
+            return torch.stack([_checked(matvec(column), n) for column in vectors.unbind(1)], dim=1)
+
+    return LinearOperator(product, n, _check_real(dtype), device, name="matvec")
+
+
+def _checked(result: object, n: int) -> Tensor:
+    if not isinstance(result, Tensor) or result.shape != (n,):
+        found = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"A: matvec must return a tensor of shape [{n}], got {found}")
+    return result.detach()
+
+
+def _from_foreign(A: Any, n: int, device: torch.device | str | None) -> LinearOperator:
+    """An operator of SciPy, or of a library whose operators multiply tensors."""
+    import numpy as np
+
+    if isinstance(A.dtype, torch.dtype):
+        own: torch.device | str = getattr(A, "device", "cpu")
+        target = torch.device(own if device is None else device)
+
+        def product(vectors: Tensor) -> Tensor:
+            with torch.enable_grad():  # it may differentiate
+                return torch.stack([_checked(A @ v.contiguous(), n) for v in vectors.unbind(1)], dim=1)
+
+        return LinearOperator(product, n, _check_real(A.dtype), target, name=type(A).__name__)
+
+    dtype = _check_real(getattr(torch, np.dtype(A.dtype).name, A.dtype))
+    target = torch.device(device or "cpu")
+
+    def numpy_product(vectors: Tensor) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(A @ vectors.cpu().numpy())).to(target, dtype)
+
+    return LinearOperator(numpy_product, n, dtype, target, name=type(A).__name__)

@@ -1,0 +1,1 @@
+"""Methods that serve as baselines, and those of SciPy."""

@@ -1,0 +1,151 @@
+"""A solve on disk: saved now and then and when it is interrupted, continued to the bit."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from hvpkit._utils.files import written_whole
+from hvpkit.results.eigen import Progress
+
+FORMAT = 1
+
+SECONDS = 60.0
+"""Between two saves, at least."""
+
+SHARE = 20.0
+"""Times as long as a save took, before the next one."""
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Saved(Generic[S]):
+    """Where a solve stands between two steps.
+
+    Attributes:
+        state: of the solver.
+        num_steps: steps until the next look.
+        history: so far.
+        seconds: so far.
+    """
+
+    state: S
+    num_steps: int
+    history: tuple[Progress, ...]
+    seconds: float
+
+
+def _as_is(state: S) -> S:
+    return state
+
+
+class Checkpoint(Generic[S]):
+    """A file that holds a solve.
+
+    Args:
+        path: of the file; its folder must exist.
+        solve: what has to be the same when it is continued: the solver, the operator's size, the arguments.
+        trimmed: a state without what need not be kept.
+
+    Raises:
+        TypeError: ``path`` is no path.
+        ValueError: its folder does not exist.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], solve: dict[str, Any], trimmed: Callable[[S], S] = _as_is
+    ) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"checkpoint must be a path of a file, got {type(path).__name__}")
+        self.path, self.solve, self.trimmed = Path(path), solve, trimmed
+        if not self.path.parent.is_dir():
+            raise ValueError(f"checkpoint: there is no folder {self.path.parent}; make it first")
+        self._next = time.monotonic() + SECONDS
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() >= self._next
+
+    def save(self, saved: Saved[S]) -> None:
+        """Replaces the file by what is saved now; a failure leaves the old file as it was."""
+        begin = time.monotonic()
+        content = {
+            "format": FORMAT,
+            "solve": self.solve,
+            "state": _plain(self.trimmed(saved.state)),
+            "num_steps": saved.num_steps,
+            "history": [asdict(entry) for entry in saved.history],
+            "seconds": saved.seconds,
+        }
+        with written_whole(self.path) as draft:
+            torch.save(content, draft)
+        now = time.monotonic()
+        self._next = now + max(SECONDS, SHARE * (now - begin))
+
+    def load(self, like: S) -> Saved[S] | None:
+        """What the file holds, in the buffers of a state ``like`` it; None if there is no file.
+
+        Raises:
+            ValueError: the file is no checkpoint, or one of another solve.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            known = content["format"] == FORMAT
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint: {self.path} is not a checkpoint of hvpkit ({type(error).__name__}); delete it or name "
+                "another file"
+            ) from error
+        if not known:
+            raise ValueError(f"checkpoint: {self.path} is of another version of hvpkit; delete it")
+        theirs = content["solve"]
+        differences = [
+            f"{key} was {theirs.get(key)!r} and is {value!r}"
+            for key, value in self.solve.items()
+            if theirs.get(key) != value
+        ]
+        if differences:
+            raise ValueError(
+                f"checkpoint: {self.path} holds another solve ({', '.join(differences)}); pass the same arguments to "
+                "continue it, or delete it to begin anew"
+            )
+        history = tuple(Progress(**entry) for entry in content["history"])
+        return Saved(_restored(like, content["state"]), content["num_steps"], history, content["seconds"])
+
+    def clear(self) -> None:
+        """Deletes the file, if there is one: nothing is left to be done."""
+        self.path.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts, tensors on the CPU without the rest of their storage."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True).contiguous()
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return value
+
+
+def _restored(like: Any, plain: Any) -> Any:
+    """The dataclasses of ``like``, with the values of ``plain``, in buffers of ``like`` where these are longer."""
+    if isinstance(like, Tensor):
+        tensor: Tensor = plain.to(like.device, like.dtype)
+        if like.ndim and like.shape[1:] == tensor.shape[1:] and len(like) > len(tensor):
+            like[: len(tensor)] = tensor
+            return like
+        return tensor
+    if is_dataclass(like) and not isinstance(like, type):
+        return type(like)(
+            **{field.name: _restored(getattr(like, field.name), plain[field.name]) for field in fields(like)}
+        )
+    return plain

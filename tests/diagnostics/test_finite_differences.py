@@ -1,0 +1,109 @@
+"""Products from first derivatives, against dense oracles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd.functional import jacobian
+
+import hvpkit as hk
+from hvpkit.autodiff.pytree import Layout
+from hvpkit.data import as_data
+from hvpkit.diagnostics.finite_differences import in_float64, product_by_differences
+from hvpkit.operators.base import Origin
+from oracles import _split, hessian_by_double_backward, relative_error
+from problems import network
+
+
+def origin_of(kind: str, given, *, mean: bool = False, weights: torch.Tensor | None = None) -> Origin:
+    loss_fn = given.objective
+    if mean:
+        loss_fn = hk.Objective(loss_fn.forward, lambda z, batch: given.objective.output_loss(z, batch).mean())
+    data = as_data(given.data, batch_size=5)
+    if weights is not None:
+        data = data.subset(torch.arange(13), weights)
+    return Origin(
+        kind, loss_fn, Layout.of(given.params), list(given.params.values()), data, "reverse-over-reverse"
+    )
+
+
+def dense(kind: str, given, weights: torch.Tensor) -> torch.Tensor:
+    """The mean, by weights of examples, of each example's own matrix."""
+    point = torch.cat([p.flatten() for p in given.params.values()])
+    total = torch.zeros(len(point), len(point), dtype=torch.float64)
+    for index, weight in enumerate(weights):
+        example = tuple(part[index : index + 1] for part in given.data)
+
+        def outputs(flat, example=example):
+            return given.objective.forward(_split(flat, given.params), example)[0]
+
+        if kind == "hessian":
+            matrix = hessian_by_double_backward(given.objective, given.params, example)
+        else:
+            jac, z = jacobian(outputs, point), outputs(point)
+            p = torch.softmax(z, 0)
+            slope = p - torch.nn.functional.one_hot(example[1][0], len(z))
+            inner = torch.diag(p) - torch.outer(p, p) if kind == "ggn" else torch.outer(slope, slope)
+            matrix = jac.mT @ inner @ jac
+        total += weight * matrix
+    return total
+
+
+KINDS = [(kind, w) for kind in ("hessian", "ggn", "empirical-fisher") for w in ("uniform", "weights", "mean")]
+
+
+@pytest.mark.parametrize(("kind", "weighing"), KINDS[:-1])  # a mean has no gradients of single examples
+@pytest.mark.parametrize("name", ["mlp", "tied_weights"])
+def test_each_kind_is_its_dense_matrix_times_the_vector(name, kind, weighing):
+    given = network(name)
+    weights = torch.linspace(0.01, 0.3, 13, dtype=torch.float64)
+    origin = origin_of(
+        kind, given, mean=weighing == "mean", weights=weights if weighing == "weights" else None
+    )
+    v = torch.randn(origin.layout.n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found, unsettled = product_by_differences(origin, 100 * v)
+    expected = 100 * dense(kind, given, weights if weighing == "weights" else torch.full((13,), 1 / 13)) @ v
+    assert relative_error(found, expected) < 1e-6
+    assert unsettled < 1e-5 * expected.norm()
+
+
+def test_a_kink_within_the_step_shows_as_unsettled():
+    step = torch.finfo(torch.float64).eps ** 0.5
+    for distance, settled in ((0.5, False), (1.5, False), (2.5, True)):  # in steps, on one side
+        data = as_data(torch.tensor([[distance * step]], dtype=torch.float64))
+        leaf = torch.zeros(1, dtype=torch.float64)
+        origin = Origin(
+            "hessian",
+            lambda p, x: ((p - x[:, 0]).relu() + p**2).expand(1),
+            Layout.of(leaf),
+            [leaf],
+            data,
+            "reverse-over-reverse",
+        )
+        found, unsettled = product_by_differences(origin, torch.ones(1, dtype=torch.float64))
+        assert (unsettled < 1e-6) == settled
+        assert abs(float(found) - 2) <= 4 * unsettled + 1e-6
+
+
+def test_float64_reaches_constants_casts_and_what_modules_hold():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)).eval()
+    constant = torch.rand(2)
+
+    def loss(params, batch):
+        z = torch.func.functional_call(model, params, (batch,))
+        return (z.float() * constant).to(torch.float16).sum(1)
+
+    params = {name: p.detach().double() for name, p in model.named_parameters()}
+    x = torch.randn(4, 3)
+    found = in_float64(loss)(params, x)
+    wide = torch.func.functional_call(model.double(), params, (x.double(),)) * constant.double()
+    assert found.dtype == torch.float64
+    assert torch.equal(found, wide.sum(1))
+
+
+def test_both_halves_of_an_objective_run_in_float64():
+    objective, params = hk.from_module(torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss())
+    batch = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    wide = in_float64(objective)
+    outputs = wide.forward({name: p.double() for name, p in params.items()}, batch)
+    assert wide.output_loss(outputs, batch).dtype == outputs.dtype == torch.float64

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hvpkit as hk
+from hvpkit.estimators.spectral_density import spectral_density
+from hvpkit.results.density import Density
+from hvpkit.results.spectral_measure import Measure, grid_around, join, smoothed, smoothing_width
+from problems import SPECTRA, matrix
+
+
+@pytest.fixture(scope="module")
+def density() -> Density:
+    return spectral_density(
+        hk.aslinearoperator(matrix(SPECTRA["bulk_with_outliers"])), num_steps=20, num_probes=3
+    )
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_saved_density_comes_back_whole(density: Density, tmp_path: Path, exists: bool) -> None:
+    path = tmp_path / "density.npz"
+    if exists:
+        path.write_bytes(b"an older file")
+        with open(path, "rb") as older:
+            density.save(path)
+            assert older.read() == b"an older file"  # replaced, not written over
+    density.save(path)
+    loaded = Density.load(path)
+    for field in fields(Density):
+        mine, theirs = getattr(density, field.name), getattr(loaded, field.name)
+        assert type(mine) is type(theirs)
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+    assert os.listdir(tmp_path) == ["density.npz"]
+
+
+def test_density_of_nothing_comes_back_too(tmp_path: Path) -> None:
+    op = hk.aslinearoperator((lambda v: v * torch.nan, 2000, torch.float64))
+    spectral_density(op, num_steps=3).save(str(tmp_path / "nothing"))
+    loaded = Density.load(tmp_path / "nothing")
+    assert len(loaded.nodes) == 0
+    assert loaded.status is hk.Status.NON_FINITE
+    assert repr(loaded).startswith("<Density: nothing")
+
+
+def test_failure_while_saving_leaves_the_old_file(
+    density: Density, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "density.npz"
+    path.write_bytes(b"an older file")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="disk full"):
+        density.save(path)
+    assert path.read_bytes() == b"an older file"
+    assert os.listdir(tmp_path) == ["density.npz"]
+
+
+def test_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.npz"
+    np.savez(path, grid=np.zeros(3))
+    with pytest.raises(ValueError, match=r"^path"):
+        Density.load(path)
+
+
+def test_cdf_steps_by_the_mass_of_each_node(density: Density) -> None:
+    for place in (0, 7, len(density.nodes) - 1):
+        node = density.nodes[place]
+        step = density.cdf(node) - density.cdf(torch.nextafter(node, torch.tensor(-torch.inf)))
+        assert float(step) == pytest.approx(float(density.masses[place]), rel=1e-9)
+    assert density.cdf(torch.tensor([-100.0, 100.0])).tolist() == pytest.approx([0, 1])
+
+
+def test_curve_is_a_gaussian_at_each_node_wherever_there_is_one() -> None:
+    nodes = torch.tensor([0.0, 1.0, 1000.0], dtype=torch.float64)
+    grid = grid_around(nodes, 0.1)
+    curve = smoothed(nodes, torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64), 0.1, grid)[0]
+    normal = torch.distributions.Normal(nodes, 0.1)
+    expected = (normal.log_prob(grid[:, None]).exp() * torch.tensor([0.5, 0.25, 0.25])).sum(dim=1)
+    assert torch.allclose(curve, expected, atol=1e-12)
+    assert float(torch.trapezoid(curve, grid)) == pytest.approx(1, abs=1e-6)
+    assert len(grid) < 200
+    assert float(grid.diff().min()) == pytest.approx(0.025)
+
+
+def test_width_follows_the_bulk_and_not_outliers_or_rounding() -> None:
+    bulk = torch.linspace(0, 1, 101, dtype=torch.float64)
+    assert smoothing_width(bulk, 0.0, 1) == pytest.approx(0.015)
+    assert smoothing_width(torch.cat([bulk, torch.tensor([1e5])]), 0.0, 1) == pytest.approx(0.015)
+    copies = torch.cat([bulk, bulk + 1e-14]).sort().values
+    assert smoothing_width(copies, 1e-12, 2) == pytest.approx(0.03)
+    assert smoothing_width(torch.tensor([2.0, 2.0 + 1e-14], dtype=torch.float64), 1e-12, 2) == pytest.approx(
+        0.02
+    )
+
+
+def test_measures_of_groups_join_without_mixing_their_probes() -> None:
+    first = Measure(
+        *(torch.tensor(t, dtype=torch.float64) for t in ([1.0, 3.0], [[0.5, 0.5]], [[0.5, 0.5]], [0.0, 0.1]))
+    )
+    second = Measure(
+        *(torch.tensor(t, dtype=torch.float64) for t in ([2.0], [[1.0], [1.0]], [[1.0], [1.0]], [0.2]))
+    )
+    both = join([first, second])
+    assert both.nodes.tolist() == [1, 2, 3]
+    assert both.weights.tolist() == [[0.5, 0, 0.5], [0, 1, 0], [0, 1, 0]]
+    assert both.residual_norms.tolist() == pytest.approx([0, 0.2, 0.1])
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_picture_shows_the_curve_outliers_and_both_ends(density: Density, log: bool) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ax = density.plot(log=log)
+    curve, low, high = ax.get_lines()
+    assert torch.equal(torch.from_numpy(curve.get_xdata()), density.grid)
+    assert torch.equal(torch.from_numpy(curve.get_ydata()), density.values)
+    assert [line.get_xdata()[0] for line in (low, high)] == density.nodes[[0, -1]].tolist()
+    spikes = ax.collections[-1].get_segments()
+    assert [segment[0][0] for segment in spikes] == pytest.approx(density.outliers()[0].tolist())
+    assert ax.get_yscale() == ("log" if log else "linear")
+    assert density.plot(ax, log=log) is ax
+    ax.figure.canvas.draw()
+    plt.close(ax.figure)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hvpkit as hk
+from hvpkit.operators.space import Space
+from hvpkit.solvers.common.convergence import Checked, check_pairs, concluded, floor, is_converged, rounding
+from problems import matrix
+
+EPS = torch.finfo(torch.float64).eps
+VALUES = [-3.0, -1.0, 0.0, 0.5, 2.0, 7.0]
+A = matrix(VALUES)
+OP = hk.aslinearoperator(A)
+ONE = torch.ones((), dtype=torch.float64)
+
+
+def checked(
+    places: list[int],
+    *,
+    op: hk.LinearOperator = OP,
+    shift: float = 0.0,
+    status: hk.Status = hk.Status.CONVERGED,
+) -> hk.EigenResult:
+    """The result for eigenvectors, or for such that are ``shift`` away from them, with what was believed wrong."""
+    vectors = torch.linalg.eigh(A).eigenvectors
+    vectors = torch.linalg.qr(vectors[:, places] + shift * vectors[:, [2]]).Q
+    found = Checked(torch.full((len(places),), 5.0), vectors, torch.full((len(places),), 9.0))
+    return check_pairs(
+        op, found, ONE, 7.0, k=len(places), which="LA", tol=1e-3, status=status, num_matvecs=4.0
+    )
+
+
+def test_done_is_what_is_within_tol_or_within_rounding() -> None:
+    values = torch.tensor([1.0, -1.0, 1.0, 0.0, 0.0, 1e-13], dtype=torch.float64)
+    norms = torch.tensor([0.9e-3, 0.9e-3, 1.1e-3, 1e-15, 1e-3, 1e-15], dtype=torch.float64)
+    assert is_converged(OP, 1e-3, 1.0, values, norms).tolist() == [True, True, False, True, False, True]
+    assert is_converged(OP, 1e-3, 1e11, values, norms).tolist() == [False, False, False, True, False, True]
+    assert floor(OP, 2.0) == 64 * EPS
+    assert rounding(OP, 2.0) == 16 * EPS
+
+
+def test_checked_pairs_are_ascending_with_true_residuals() -> None:
+    found = checked([5, 0, 4])
+    assert found.values.tolist() == pytest.approx([-3.0, 2.0, 7.0], rel=1e-14)
+    residuals = torch.linalg.vector_norm(A @ found.vectors - found.vectors * found.values, dim=0)
+    assert torch.allclose(found.residual_norms, residuals, rtol=0, atol=1e-14)
+    assert found.num_matvecs == 7.0
+    assert found.status is hk.Status.CONVERGED
+
+
+def test_pairs_that_the_check_finds_less_accurate_are_not_converged() -> None:
+    found = checked([5], shift=1e-2)
+    assert float(found.residual_norms[0]) == pytest.approx(7e-2, rel=1e-3)
+    assert found.status is hk.Status.ROUNDING_LIMITED
+    assert not found.converged
+    assert checked([5], shift=1e-2, status=hk.Status.TIME_LIMIT).status is hk.Status.TIME_LIMIT
+
+
+def test_sums_go_through_the_space() -> None:
+    calls: list[torch.Size] = []
+
+    def doubled(partial: torch.Tensor) -> torch.Tensor:
+        calls.append(partial.shape)
+        return 2 * partial
+
+    found = checked([5], op=replace(OP, space=Space(doubled)))  # as if two ranks held the same half
+    assert len(calls) == 3
+    assert found.values.tolist() == pytest.approx([7.0], rel=1e-14)
+    assert float(torch.linalg.vector_norm(found.vectors)) == pytest.approx(0.5**0.5)
+
+
+def test_check_that_is_not_finite_leaves_what_was_believed() -> None:
+    bad = replace(OP, product=lambda v: torch.full_like(v, torch.nan))
+    found = checked([4, 5], op=bad)
+    assert found.status is hk.Status.NON_FINITE
+    assert found.values.tolist() == [5.0, 5.0]
+    assert found.num_matvecs == 6.0
+    assert checked([4, 5], op=bad, status=hk.Status.NON_FINITE).num_matvecs == 4.0
+
+
+def test_conclusion_has_history_time_and_the_vector_at_fault() -> None:
+    blamed: list[torch.Tensor] = []
+
+    def explain(vector: torch.Tensor) -> str:
+        blamed.append(vector)
+        return "batch 3 is at fault"
+
+    op = replace(OP, product=lambda v: v * torch.nan, explain=explain)
+    history = (hk.Progress(1.0, 0.5, -1.0, 1.0, 0.1, 0.1),)
+    begin = time.perf_counter() - 100.0
+    for suspect in (None, A[3]):
+        found = concluded(op, checked([5], op=op), history, begin, suspect)
+        assert found.message.endswith("; batch 3 is at fault")
+        assert torch.equal(blamed[-1], checked([5], op=op).vectors[:, 0] if suspect is None else suspect)
+        assert found.history == history
+        assert 100.0 <= found.seconds < 130.0
+    assert concluded(OP, checked([5]), history, begin).message == hk.Status.CONVERGED.advice
