@@ -35,7 +35,7 @@ CASES: dict[str, tuple[Tensor, Tensor, dict]] = {
 
 
 def derivatives(function: Callable, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, gradient and Hessian product of a function that is not linear in the losses."""
+    """Compute value, gradient and Hessian-vector product of a function that is not linear in the losses."""
     point = z.detach().requires_grad_()
     losses = function(point)
     (slope,) = torch.autograd.grad(losses.sin().sum(), point, create_graph=True)

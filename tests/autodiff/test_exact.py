@@ -7,9 +7,9 @@ import torch
 from torch.backends import cudnn, mkldnn
 
 import hvpkit as hk
-from hvpkit.autodiff.precision import KINDS, full_float32
+from hvpkit.autodiff.exact import FLOAT32_BACKENDS, full_float32
 
-ALL = [kind for kinds in KINDS.values() for kind in kinds]
+ALL = [kind for kinds in FLOAT32_BACKENDS.values() for kind in kinds]
 
 
 def read(setting: Callable[[], object]) -> object:
@@ -66,7 +66,7 @@ def _as_it_was() -> Iterator[None]:
     cudnn.allow_tf32 = True
     for kind in ALL:
         kind.fp32_precision = "none"
-    for kind in KINDS["cuda"][1:]:
+    for kind in FLOAT32_BACKENDS["cuda"][1:]:
         kind.fp32_precision = "tf32"
     assert settings() == before
 
@@ -78,7 +78,7 @@ def test_float32_is_whole_inside_and_the_callers_after(caller: str, device: str)
     before = settings()
     for _ in range(2):
         with full_float32(torch.device(device)):
-            assert {kind.fp32_precision for kind in KINDS.get(device, ())} <= {"none", "ieee"}
+            assert {kind.fp32_precision for kind in FLOAT32_BACKENDS.get(device, ())} <= {"none", "ieee"}
         assert settings() == before
     with pytest.raises(KeyError), full_float32(torch.device(device)):
         raise KeyError
