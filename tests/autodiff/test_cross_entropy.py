@@ -44,7 +44,7 @@ def derivatives(function: Callable, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_torchs_own_with_both_derivatives(case: str) -> None:
+def test_value_and_both_derivatives_are_those_of_torch(case: str) -> None:
     z, target, options = CASES[case]
     found = derivatives(lambda z: cross_entropy(z, target, **options), z)
     expected = derivatives(lambda z: F.cross_entropy(z, target, **options), z)

@@ -58,7 +58,7 @@ CALLERS: dict[str, Callable[[], None]] = {
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
+def _settings_are_restored() -> Iterator[None]:
     before = settings()
     yield
     torch.backends.fp32_precision = "none"
@@ -73,7 +73,7 @@ def _as_it_was() -> Iterator[None]:
 
 @pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize("device", ["cuda", "cpu", "meta"])
-def test_float32_is_whole_inside_and_the_callers_after(caller: str, device: str) -> None:
+def test_float32_is_full_inside_and_the_callers_settings_are_restored(caller: str, device: str) -> None:
     CALLERS[caller]()
     before = settings()
     for _ in range(2):

@@ -74,7 +74,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_is_written_out_has_torchs_values(name: str) -> None:
+def test_overrides_have_the_values_of_torch(name: str) -> None:
     expected = CALLS[name]()
     with FunctionOverrides(OVERRIDES):
         found = CALLS[name]()
@@ -126,7 +126,7 @@ RAW: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", RAW)
-def test_losses_that_call_modules_by_themselves_have_right_products_too(name: str, mode: str) -> None:
+def test_matvecs_are_right_without_from_module(name: str, mode: str) -> None:
     make, inputs = RAW[name]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -187,7 +187,7 @@ def test_embeddings_that_change_their_weight_are_refused_before_they_do(loss_fn:
     assert torch.equal(w, reals(4, 3))
 
 
-def test_forms_that_are_not_written_out_say_which_is() -> None:
+def test_forms_without_an_override_are_refused_with_the_form_that_has_one() -> None:
     flat, offsets = TOKENS.flatten(), torch.arange(0, 12, 3)
     with pytest.raises(ValueError, match=r"model: an EmbeddingBag with offsets .* pass a matrix of indices"):
         hk.hvp(
