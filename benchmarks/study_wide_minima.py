@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from study_batchnorm_residual import (
     Data,
     accuracy,
@@ -138,7 +138,7 @@ def run(
             return {**record, "status": "diverged"}
         schedule.step()
     model = with_statistics_of(model, train[0], settings["hessian_batch_size"])
-    with written_whole(place.with_suffix(".pt")) as draft:
+    with atomic_write(place.with_suffix(".pt")) as draft:
         torch.save(model.state_dict(), draft)
     return {**record, "status": "trained", **measure(model, train, test, settings)}
 

@@ -108,7 +108,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Packages that take time to import, or extras, at first use."""
+    """Import, at first use, the subpackages that are slow to import or need optional packages."""
     if name in ("plots", "train", "zoo"):
         return import_module(f"hvpkit.{name}")
     raise AttributeError(f"module 'hvpkit' has no attribute {name!r}")

@@ -171,5 +171,5 @@ def test_a_step_works_with_three_vectors_and_holds_none() -> None:
     for _ in range(6):
         with Allocations() as made:
             state = step(op, state)
-        assert made.most < 3.1 * 4 * n, "the product among them"
+        assert made.peak < 3.1 * 4 * n, "the product among them"
         assert made.now < 0.1 * 4 * n

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 
 Report = Callable[[int, float], object]
 """Called after each epoch with its number and its mean loss."""
@@ -99,10 +99,10 @@ def run(
         "dtype": str(H.dtype).removeprefix("torch."),
         "seed": seed,
     }
-    with written_whole(out / "extremes.json") as draft:
+    with atomic_write(out / "extremes.json") as draft:
         draft.write_text(json.dumps({**ex.to_dict(), "problem": problem}, indent=2))
     title = f"Hessian of the mean loss over all {H.num_examples:,} digits, {H.n:,} parameters"
     figure = plots.extremes(ex, objective, params, data, title=title)
-    with written_whole(out / "extremes.png") as draft:
+    with atomic_write(out / "extremes.png") as draft:
         figure.savefig(draft, dpi=150, format="png")
     return ex, problem

@@ -20,7 +20,7 @@ from rich.status import Status
 from rich.table import Table
 from torch import Tensor
 
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from hvpkit.results.eigen import ExtremeResult, Progress
 
 
@@ -78,7 +78,7 @@ def draw(path: Path, picture: Callable[[], Any]) -> None:
     drawn = picture()
     figure = getattr(drawn, "figure", None) or drawn
     try:
-        with written_whole(path) as draft:
+        with atomic_write(path) as draft:
             figure.savefig(draft, dpi=150, format="png")
     finally:
         pyplot.close(figure)
@@ -112,7 +112,7 @@ class Output:
     ) -> None:
         """Prints a record or what is shown of it, and writes ``name.json`` and ``name.png``."""
         if self.out is not None:
-            with written_whole(self.out / f"{name}.json") as draft:
+            with atomic_write(self.out / f"{name}.json") as draft:
                 draft.write_text(as_json(record, indent=2) + "\n", encoding="utf-8")
         self.print(record, *shown)
         if self.out is not None and picture is not None:

@@ -63,4 +63,4 @@ def _try(term: Term, vector: Leaves, mode: str, size: int) -> Trial:
         fastest, total = min(fastest, seconds), total + seconds
         if total > LEAST_SECONDS and repeat + 1 >= LEAST_REPEATS:
             break
-    return Trial(size, fastest / size, made.most)
+    return Trial(size, fastest / size, made.peak)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit._utils.validation import check_like
 from hvpkit.autodiff.exact import exact_derivatives
-from hvpkit.autodiff.overrides import Table, WrittenOut
+from hvpkit.autodiff.overrides import FunctionOverrides, Table
 from hvpkit.autodiff.pytree import batch_size, check_params, unflatten
 from hvpkit.curvature.products import INDEPENDENT, Leaves, check_losses
 from hvpkit.data import prepare
@@ -58,7 +58,7 @@ def quadratic_form(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree) -> Tens
     def slopes(leaves: Leaves) -> Tensor:
         return _along(losses, leaves, direction, strict=True)
 
-    with exact_derivatives(leaves[0].device), WrittenOut(FORWARD_TWICE), torch.no_grad():
+    with exact_derivatives(leaves[0].device), FunctionOverrides(FORWARD_TWICE), torch.no_grad():
         try:
             return _along(slopes, leaves, direction)
         except NotImplementedError as error:

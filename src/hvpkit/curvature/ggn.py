@@ -14,7 +14,7 @@ from torch.utils import _pytree
 
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit.autodiff.cross_entropy import cross_entropy
-from hvpkit.autodiff.overrides import WrittenOut
+from hvpkit.autodiff.overrides import FunctionOverrides
 from hvpkit.autodiff.pytree import Layout, batch_size, unflatten
 from hvpkit.curvature.products import (
     Leaves,
@@ -249,6 +249,6 @@ def loss_product(loss: Part, values: Leaves, tangents: Leaves, mode: str = "reve
     """Hessian of a loss of outputs times the tangents, in the full precision of the outputs' own dtype."""
     if mode != "finite-difference":
         mode = "reverse-over-reverse"  # outputs are no long chain: it needs the least memory
-    lean = WrittenOut({F.cross_entropy: cross_entropy})
+    lean = FunctionOverrides({F.cross_entropy: cross_entropy})
     with lean, torch.autocast(values[0].device.type, enabled=False):
         return linearise(loss, values, mode)([tangents])[0]

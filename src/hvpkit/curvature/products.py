@@ -19,7 +19,7 @@ from torch.utils import _pytree
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit._utils.validation import check_choice, check_like
 from hvpkit.autodiff.exact import exact_derivatives
-from hvpkit.autodiff.overrides import padding_held
+from hvpkit.autodiff.overrides import fixed_padding
 from hvpkit.autodiff.pytree import Layout, batch_size, check_params, unflatten
 from hvpkit.autodiff.randomness import check_repeatable
 from hvpkit.data import Data, as_data, whole_batch
@@ -382,7 +382,7 @@ def central_difference(function: Callable[[Leaves], Leaves], leaves: Leaves, vec
     # A zero vector has no direction: divide by one instead, and the difference is zero.
     step = step / torch.where(length > 0, length, torch.ones_like(length))
     moved = [[p + h * d for p, d in zip(leaves, vector, strict=True)] for h in (step, -step)]
-    with padding_held([*moved[0], *moved[1]], [*leaves, *leaves]):
+    with fixed_padding([*moved[0], *moved[1]], [*leaves, *leaves]):
         ahead, behind = map(function, moved)
     return [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
 

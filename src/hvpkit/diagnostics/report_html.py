@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from hvpkit.autodiff.pytree import unflatten
 from hvpkit.estimators.estimate import Estimate
 from hvpkit.operators.base import LinearOperator
@@ -111,7 +111,7 @@ def report(
         parts.append(_table("Layers", *_layers(layers)))
     pictures = _pictures(H, ex, density, layers, training, landscape)
     parts.append(f'<h2>Pictures</h2>\n<div class="pictures">\n{"".join(pictures)}</div>')
-    with written_whole(target) as draft:
+    with atomic_write(target) as draft:
         draft.write_text(PAGE.format(title=escape(title), body="\n".join(parts)), encoding="utf-8")
     return target
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from hvpkit.estimators.estimate import Estimate, Mean, mean_of
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
@@ -210,7 +210,7 @@ class Density:
         arrays["history"] = np.array([astuple(entry) for entry in self.history]).reshape(
             -1, len(fields(Progress))
         )
-        with written_whole(target) as draft, open(draft, "wb") as file:
+        with atomic_write(target) as draft, open(draft, "wb") as file:
             np.savez(file, **arrays)
 
     @classmethod

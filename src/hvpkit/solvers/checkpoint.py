@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from hvpkit.results.eigen import Progress
 
 FORMAT = 1
@@ -85,7 +85,7 @@ class Checkpoint(Generic[S]):
             "history": [asdict(entry) for entry in saved.history],
             "seconds": saved.seconds,
         }
-        with written_whole(self.path) as draft:
+        with atomic_write(self.path) as draft:
             torch.save(content, draft)
         now = time.monotonic()
         self._next = now + max(SECONDS, SHARE * (now - begin))

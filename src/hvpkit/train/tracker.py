@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count, check_positive
@@ -188,7 +188,7 @@ class SpectrumTracker:
 
     def _write(self, path: Path) -> None:
         lines = [json.dumps({"step": step, **ex.to_dict()}) + "\n" for step, ex in self.results]
-        with written_whole(path) as draft:
+        with atomic_write(path) as draft:
             draft.write_text("".join(lines), encoding="utf-8")
 
     def _read(self, path: Path) -> None:
