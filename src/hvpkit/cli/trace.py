@@ -33,7 +33,7 @@ def trace(
 ) -> bool:
     """The trace of the full-data Hessian, with its standard error.
 
-    Without --tol it has converged when its passes are spent.
+    Without --tol it is complete when its passes are spent.
     """
     output.prepare()
     target, H = problem.hessian()
@@ -57,4 +57,4 @@ def trace(
     }
     shown = [table(target.title, header, [("trace", *row)]), f"{found.status}: {found.message}."]
     output.give("trace", record, shown)
-    return found.converged or (tol is None and found.status is Status.MAX_MATVECS)
+    return found.converged or found.status is Status.COMPLETED

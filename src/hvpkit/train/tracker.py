@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,9 +181,9 @@ class SpectrumTracker:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws both ends over training, with their intervals; needs ``hvpkit[plots]``."""
-        plots: Any = import_module("hvpkit.plots")  # by name: it is an extra
-        axes: Axes = plots.training(self.results, ax=ax)
-        return axes
+        from hvpkit import plots  # matplotlib is an extra
+
+        return plots.training(self.results, ax=ax)
 
     def _write(self, path: Path) -> None:
         lines = [json.dumps({"step": step, **ex.to_dict()}) + "\n" for step, ex in self.results]
