@@ -1,4 +1,4 @@
-"""Which of the parameters an operator is about."""
+"""Selection of the parameters that an operator differentiates by: ``wrt``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hvpkit.autodiff.pytree import Layout, flatten, snapshot, unflatten
 from hvpkit.objective import Objective
 
 Selection = str | Sequence[str] | Callable[[str], bool] | None
-"""Globs over dotted parameter names, or a predicate of a name; None: all."""
+"""Names or globs over dotted parameter names, or a predicate of a name; None: all parameters."""
 
 
 def restrict(loss_fn: LossFn, params: Tree, wrt: Selection) -> tuple[LossFn, Tree]:
-    """The loss as a function of the chosen parameters, a dict by name; the others are constants.
+    """Return the loss as a function of the selected parameters, a dict by name; the others are constants.
 
     Raises:
         ValueError: ``wrt`` matches nothing.
