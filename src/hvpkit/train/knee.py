@@ -23,21 +23,22 @@ def knee_lr(
 ) -> float:
     r"""Return the learning rate of the Knee schedule at a step.
 
-    With w warm-up, e explore and T total steps, and the peak rate :math:`\eta`:
+    With w warm-up, e explore and T total steps, and the peak rate :math:`\eta`, the t-th step, t = ``step`` + 1, has
+    the rate
 
     .. math::
-        \eta(s) = \begin{cases}
-            \eta \, s / w & s < w \\
-            \eta & w \le s \le w + e \\
-            \eta \, (T - s) / (T - w - e) & w + e < s < T \\
-            0 & \text{beyond}
+        \eta(t) = \begin{cases}
+            \eta \, t / w & t \le w \\
+            \eta & w < t \le w + e \\
+            \eta \, (T - t) / (T - w - e) & w + e < t \le T \\
+            0 & t > T
         \end{cases}
 
-    So the rate is the peak at ``warmup_steps``, zero at ``total_steps`` and after. With warm-up it is zero at step 0;
-    without, the peak. Without decay (w + e = T) it is the peak at ``total_steps`` and zero after.
+    So warm-up starts at the peak over w, and a decay ends with the rate zero in the last step, as in the published
+    scheduler, whose count of steps also starts from 1.
 
     Args:
-        step: steps (or epochs, if the others count those) done so far, from 0; may lie between whole ones.
+        step: number of steps done so far, from 0; with one call per epoch, of epochs. Need not be whole.
         peak_lr: the highest rate.
         warmup_steps: w.
         explore_steps: e. The paper takes about half of the total.
@@ -50,8 +51,8 @@ def knee_lr(
         Iyer et al., JMLR 24(65), 2023, arXiv:2003.03977.
 
     Example:
-        >>> [knee_lr(step, peak_lr=1.0, warmup_steps=2, explore_steps=2, total_steps=8) for step in range(9)]
-        [0.0, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+        >>> [knee_lr(step, peak_lr=1.0, warmup_steps=2, explore_steps=2, total_steps=8) for step in range(8)]
+        [0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if isinstance(step, bool) or not isinstance(step, Real):
         raise TypeError(f"step must be a number, got {step!r} of type {type(step).__name__}")
@@ -63,19 +64,20 @@ def knee_lr(
         raise ValueError(
             f"total_steps must be at least warmup_steps + explore_steps = {knee}, got {total_steps}"
         )
-    if step < warmup_steps:
-        return peak_lr * step / warmup_steps
-    if step <= knee:
+    number = step + 1
+    if number <= warmup_steps:
+        return peak_lr * number / warmup_steps
+    if number <= knee:
         return peak_lr
-    return peak_lr * max(total_steps - step, 0.0) / max(total_steps - knee, 1)
+    return peak_lr * max(total_steps - number, 0.0) / max(total_steps - knee, 1)
 
 
 class KneeLR(LRScheduler):
     r"""The Knee schedule as a PyTorch scheduler.
 
-    After t calls of ``step()`` each group has the rate ``knee_lr(t, ...)`` of its own peak. What other schedulers of
-    a chain, or the caller, multiply a rate by meanwhile stays: the new rate is the old one times what the schedule
-    changes by. Only a rate of zero keeps no factor (as at step 0 with warm-up): from there it is the schedule's own.
+    After s calls of ``step()`` each group has the rate ``knee_lr(s, ...)`` with its own peak. Factors that other
+    schedulers of a chain, or the caller, apply to a rate are kept: the schedule multiplies the current rate by its own
+    ratio of new to old.
 
     Args:
         optimizer: whose groups' rates are set.
@@ -102,8 +104,8 @@ class KneeLR(LRScheduler):
         ...     scheduler.step()
         ...     print(rate)
         [1.0]
-        [1.0]
         [0.5]
+        [0.0]
     """
 
     def __init__(
