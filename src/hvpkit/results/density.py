@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hvpkit._utils.files import atomic_write
 from hvpkit.results.drawing import BELOW, COLORS, ENDS, in_words, styled
 from hvpkit.results.eigen import Eigenpair, ExtremeResult, Progress, Status
 from hvpkit.results.estimate import Estimate, as_floats, mean_of
