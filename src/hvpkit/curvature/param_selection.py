@@ -1,4 +1,4 @@
-"""Which of the parameters an operator is about."""
+"""Blocks of parameters: ``wrt``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Selection = str | Sequence[str] | Callable[[str], bool] | None
 
 
 def restrict(loss_fn: LossFn, params: Tree, wrt: Selection) -> tuple[LossFn, Tree]:
-    """The loss as a function of the chosen parameters, a dict by name; the others are constants.
+    """Return the loss as a function of the chosen parameters, and those as a dict by name; the others are constants.
 
     Raises:
         ValueError: ``wrt`` matches nothing.
