@@ -91,7 +91,7 @@ class WeightedBatch:
         return batch_size(self.batch)
 
     def share_of_mean(self, losses: Tensor) -> Tensor:
-        """Return what the losses of this batch add to the mean: 0-d."""
+        """Return the contribution of this batch's losses to the mean, 0-d."""
         size = self.size
         check_losses(losses, size)
         if self.weights is None:
