@@ -155,7 +155,7 @@ class HessianProblem(Problem):
         typer.Option("--compile", help="Compile matvecs: takes up to a minute at first, pays in long runs."),
     ] = False
 
-    def hessian(self) -> tuple[Target, hk.LinearOperator]:
+    def hessian(self) -> tuple[Target, hk.CurvatureOperator]:
         """Return the problem and its Hessian.
 
         Raises:
@@ -178,7 +178,7 @@ class HessianProblem(Problem):
         )
         return target, H
 
-    def describe(self, target: Target, H: hk.LinearOperator) -> dict[str, Any]:
+    def describe(self, target: Target, H: hk.CurvatureOperator) -> dict[str, Any]:
         """Return a record of the problem."""
         return {
             "target": self.target,

@@ -34,8 +34,9 @@ from hvpkit._utils.validation import check_choice, check_count, check_positive
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import Layout, check_params, flatten, snapshot, unflatten
 from hvpkit.autodiff.pytree import batch_size as count_examples
+from hvpkit.curvature.batches import MODES, all_finite, check_loss, gradient_of, loss_shares, sum_over
 from hvpkit.curvature.constructors import hessian
-from hvpkit.curvature.products import MODES, all_finite, check_loss, loss, part_gradient, parts, sum_parts
+from hvpkit.curvature.functional import loss
 from hvpkit.data import Data, IterableBatches, as_data
 from hvpkit.errors import NonFiniteError
 from hvpkit.operators.base import LinearOperator
@@ -172,7 +173,7 @@ def absa(
     if state.batch_size > N:
         raise ValueError(f"state.batch_size must be at most the {N} examples of data, got {state.batch_size}")
     with exact_derivatives(device):
-        check_loss(next(parts(loss_fn, layout, examples)), leaves)
+        check_loss(next(loss_shares(loss_fn, layout, examples)), leaves)
     if resume is not None:
         layout.leaves(resume.params, name="resume.params")
         run = resume
@@ -226,7 +227,7 @@ def _train_epoch(
     """Return the run with parameters and velocity after a step for each batch."""
     leaves, velocity = layout.leaves(run.params), layout.leaves(run.velocity)
     for batch in batches:
-        gradients = sum_parts(parts(loss_fn, layout, batch), partial(part_gradient, leaves=leaves))
+        gradients = sum_over(loss_shares(loss_fn, layout, batch), partial(gradient_of, leaves=leaves))
         old = zip(leaves, velocity, gradients, strict=True)
         velocity = [momentum * v + g + weight_decay * p for p, v, g in old]
         leaves = [p - run.state.lr * v for p, v in zip(leaves, velocity, strict=True)]
