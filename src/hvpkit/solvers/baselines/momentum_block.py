@@ -52,6 +52,7 @@ class Goal(Request):
 
     Attributes:
         momentum: beta, in units of eigenvalues squared; None: chosen by looks.
+        num_examples: examples that minibatches are drawn from.
         schedule: sizes of minibatches; None: all data always.
         period: full-data products that minibatches may cost, for each vector, between two looks.
         anchored: whether minibatches only correct the products of the best vectors so far.
@@ -59,6 +60,7 @@ class Goal(Request):
     """
 
     momentum: float | None = 0.0
+    num_examples: int = 0
     schedule: Schedule | None = None
     period: float = 1.0
     anchored: bool = False
@@ -191,12 +193,11 @@ def _anchored(op: LinearOperator, sample: LinearOperator, state: State, anchor: 
 
 def next_size(op: LinearOperator, goal: Goal, state: State) -> int | None:
     """Examples of the next minibatch; None for all: where no product is known, after a period, and at that size."""
-    total = op.num_examples
-    if goal.schedule is None or total is None or state.images is None:
+    if goal.schedule is None or state.images is None:
         return None
     size = examples_of(goal.schedule, state.num_drawn) * state.growth
-    spent = state.unchecked + goal.k * op.cost * size / total
-    return size if size < total and spent <= goal.period * goal.k * op.cost * (1 + 1e-9) else None
+    spent = state.unchecked + goal.k * op.cost * size / goal.num_examples
+    return size if size < goal.num_examples and spent <= goal.period * goal.k * op.cost * (1 + 1e-9) else None
 
 
 def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
@@ -225,7 +226,7 @@ def _num_steps(op: LinearOperator, goal: Goal, state: State) -> int:
         return max(1, state.num_steps // (32 if op.device.type == "cpu" else 8))
     count = 1
     while (size := next_size(op, goal, state)) is not None:
-        cost = goal.k * op.cost * size / (op.num_examples or size)
+        cost = goal.k * op.cost * size / goal.num_examples
         state = replace(state, num_drawn=state.num_drawn + 1, unchecked=state.unchecked + cost)
         count += 1
     return count
