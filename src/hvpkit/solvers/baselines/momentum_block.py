@@ -1,12 +1,12 @@
-r"""Power iteration with momentum on a block: what power, stochastic power and Oja's method have in common.
+r"""Power iteration with momentum on a block: the iteration of power, stochastic power and Oja's method.
 
 .. math:: W_{t+1} R_{t+1} = (A_t + \sigma_t I)\, W_t - \beta\, W_{t-1} R_t^{-1}
 
 with W orthonormal and R triangular, by Gram-Schmidt: each vector is deflated by those before it. :math:`A_t` is the
-operator, or that of a minibatch. Without a shift and momentum this is orthogonal iteration. Oja's rule is the same
-with one over the step size for a shift.
+operator, or that of a minibatch. Without a shift and momentum this is orthogonal iteration. In Oja's rule the shift is
+one over the step size.
 
-A look is Rayleigh-Ritz with a product of all data: results, the stop, shifts and a chosen momentum rest on looks.
+An assessment is Rayleigh-Ritz with full-data matvecs: results, the stop, shifts and a chosen momentum rest on it.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from hvpkit.solvers.common.request import Request
 from hvpkit.solvers.driver import Assessment, Monitor, run_solver
 
 MARGIN = 2.0
-"""Residuals in an error bound at the stop. In a dense spectrum the components fall exponentially from the edge, and
-their mean distance from it, the error, is as large as their standard deviation, the residual."""
+"""Error bound at the stop, in residual norms. In a dense spectrum the components decay exponentially from the edge, and
+their mean distance from it, the error, is as large as their standard deviation, the residual norm."""
 
 DEPTH = 12
-"""Steps without which neither a small residual nor the sign of a Ritz value says anything."""
+"""Minimum steps before a small residual or the sign of a Ritz value is accepted. Chosen by feel."""
 
 
 @dataclass(frozen=True)
 class Goal(Request):
-    """What is asked for.
+    """The checked arguments of a solver.
 
     Attributes:
-        momentum: beta, in units of eigenvalues squared; None: chosen by looks.
+        momentum: beta, in units of eigenvalues squared; None: chosen at assessments.
         num_examples: examples that minibatches are drawn from.
         schedule: sizes of minibatches; None: all data always.
-        period: full-data products that minibatches may cost, for each vector, between two looks.
-        anchored: whether minibatches only correct the products of the best vectors so far.
-        next_shift: the size of the next step's shift over scale, for Oja's rule; None: by looks.
+        period: full-data matvecs per vector that minibatches may cost between two assessments.
+        anchored: use minibatches only for the difference from the best vectors so far (variance reduction).
+        next_shift: magnitude of the next step's shift over scale, for Oja's rule; None: chosen at assessments.
     """
 
     momentum: float | None = 0.0
@@ -64,10 +64,10 @@ class Goal(Request):
     schedule: Schedule | None = None
     period: float = 1.0
     anchored: bool = False
-    next_shift: Callable[[State], Tensor] | None = None
+    next_shift: Callable[[MomentumBlockState], Tensor] | None = None
 
     def ends(self) -> list[tuple[float, slice]]:
-        """Each end (-1 low, 1 high, 0 the dominant one) with its rows, which are places of ascending values too."""
+        """Return each end (-1 low, 1 high, 0 the dominant one) with its rows, the indices of its ascending values."""
         low = num_at_low_end(self.k, self.which)
         parts = [(0.0 if self.which == "LM" else -1.0, slice(0, low)), (1.0, slice(low, self.k))]
         return [(end, rows) for end, rows in parts if rows.start < rows.stop]
@@ -75,7 +75,7 @@ class Goal(Request):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Ritz pairs over scale: ascending values ``[k]``, vectors and products in rows ``[k, n]``, residuals ``[k]``."""
+    """Ritz pairs over scale: ascending values ``[k]``, vectors and images in rows ``[k, n]``, residual norms ``[k]``."""
 
     values: Tensor
     rows: Tensor
@@ -84,26 +84,26 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class State:
-    """A block, its product, and the best pairs so far.
+class MomentumBlockState:
+    """A block, its image, and the best pairs so far.
 
     Attributes:
         rows: W, orthonormal ``[k, n]``.
-        images: its product over scale, of all data or of a minibatch ``[k, n]``; None: to be made of all data.
+        images: its image over scale, by all data or a minibatch ``[k, n]``; None: to be computed by all data.
         previous: the block before, in coordinates of this one ``[k, n]``; None without momentum.
-        scale: what products are divided by, 0-d.
+        scale: divisor of matvecs, 0-d.
         shift, momentum: sigma over scale and beta over scale squared, of each row ``[k, 1]``.
-        fresh: whether ``images`` is of all data, and no look has seen it.
-        best: the best pairs of all looks.
-        last: norms of the residuals at the last look; None if the shift is newer.
-        norm: largest norm of a full-data product with a unit vector, over scale.
+        fresh: True if ``images`` is by all data and not yet assessed.
+        best: the best pairs of all assessments.
+        last: residual norms at the last assessment; None if the shift is newer.
+        norm: largest norm of a full-data matvec with a unit vector, over scale.
         num_steps: so far.
-        num_before: those before the last look.
-        num_since: those before the shift was taken.
+        num_before: steps before the last assessment.
+        num_since: steps before the last change of the shift.
         num_drawn: minibatches so far.
         growth: factor of their sizes.
-        unchecked: what those since the last full-data product cost.
-        num_matvecs: full-data products so far, minibatches by their share.
+        unchecked: cost of the minibatches since the last full-data matvec.
+        num_matvecs: full-data matvecs so far, minibatches by their share.
     """
 
     rows: Tensor
@@ -125,16 +125,16 @@ class State:
     num_matvecs: float = 0.0
 
 
-def init(op: LinearOperator, goal: Goal) -> State:
-    """A state at the start."""
+def init(op: LinearOperator, goal: Goal) -> MomentumBlockState:
+    """Return the state before the first step."""
     rows = torch.empty(goal.k, op.n, dtype=op.dtype, device=op.device)
     start_(op, rows, goal.k, goal.start, goal.seed)
     nothing = rows.new_zeros(goal.k, 1)
-    return State(rows, None, None, rows.new_ones(()), nothing, nothing)
+    return MomentumBlockState(rows, None, None, rows.new_ones(()), nothing, nothing)
 
 
-def step(op: LinearOperator, goal: Goal, state: State) -> State:
-    """The next block and its product. Waits for nothing: on a GPU, scalars stay there."""
+def step(op: LinearOperator, goal: Goal, state: MomentumBlockState) -> MomentumBlockState:
+    """Compute the next block and its image. No host synchronisation."""
     moved = state if state.images is None else _moved(op, goal, state, state.images)
     size = next_size(op, goal, state)
     sample = op if size is None else draw(op, size, goal.seed, state.num_drawn)
@@ -145,7 +145,7 @@ def step(op: LinearOperator, goal: Goal, state: State) -> State:
         if state.num_steps == 0:
             moved = replace(moved, scale=power_of_two(images.abs().max()))
         images = images / moved.scale
-    if state.images is not None:  # what is not finite stays, for a look to see
+    if state.images is not None:  # keep an image that is not finite until the assessment
         finite = torch.isfinite(state.images).all()
         moved = replace(moved, rows=torch.where(finite, moved.rows, state.rows))
         images = torch.where(finite, images, state.images)
@@ -161,13 +161,13 @@ def step(op: LinearOperator, goal: Goal, state: State) -> State:
     )
 
 
-def _moved(op: LinearOperator, goal: Goal, state: State, images: Tensor) -> State:
-    """The state with the next block."""
+def _moved(op: LinearOperator, goal: Goal, state: MomentumBlockState, images: Tensor) -> MomentumBlockState:
+    """Return the state with the next block."""
     shift = state.shift
     if goal.next_shift is not None:
         size = goal.next_shift(state)
         shift = torch.cat([(end * size).expand(rows.stop - rows.start, 1) for end, rows in goal.ends()])
-    tiny = torch.finfo(op.dtype).eps  # keeps a vector that the operator makes zero
+    tiny = torch.finfo(op.dtype).eps  # keeps a vector that the operator maps to zero
     target = torch.addcmul(images, shift + tiny, state.rows)
     if state.previous is not None:
         target = torch.addcmul(target, state.momentum, state.previous, value=-1.0)
@@ -184,15 +184,15 @@ def _moved(op: LinearOperator, goal: Goal, state: State, images: Tensor) -> Stat
     return replace(state, rows=rows, shift=shift)
 
 
-def _anchored(op: LinearOperator, sample: LinearOperator, state: State, anchor: Pairs) -> Tensor:
-    r"""The product with W over scale by a minibatch: :math:`A_b (W - V V'W) + (A V) V'W`, with anchors V."""
+def _anchored(op: LinearOperator, sample: LinearOperator, state: MomentumBlockState, anchor: Pairs) -> Tensor:
+    r"""Multiply W by a minibatch, with variance reduction, over scale: :math:`A_b (W - V V'W) + (A V) V'W`, with anchors V."""
     overlaps = op.space.dots(state.rows, anchor.rows.mT)
     rest = state.rows - overlaps @ anchor.rows
     return sample.product(rest.mT.contiguous()).mT / state.scale + overlaps @ anchor.images
 
 
-def next_size(op: LinearOperator, goal: Goal, state: State) -> int | None:
-    """Examples of the next minibatch; None for all: where no product is known, after a period, and at that size."""
+def next_size(op: LinearOperator, goal: Goal, state: MomentumBlockState) -> int | None:
+    """Return the examples of the next minibatch; None for all: at the start, after a period, and at that size."""
     if goal.schedule is None or state.images is None:
         return None
     size = examples_of(goal.schedule, state.num_drawn) * state.growth
@@ -200,12 +200,12 @@ def next_size(op: LinearOperator, goal: Goal, state: State) -> int | None:
     return size if size < goal.num_examples and spent <= goal.period * goal.k * op.cost * (1 + 1e-9) else None
 
 
-def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
-    """The best pairs so far, whether they are good enough, and the state to go on from."""
+def assess(op: LinearOperator, goal: Goal, state: MomentumBlockState) -> Assessment[MomentumBlockState]:
+    """Return the best pairs so far, whether they suffice, and the state to continue from."""
     status = None
     if state.fresh and state.images is not None:
         if bool(torch.isfinite(state.images).all()):
-            state, status = _judged(op, goal, state, state.images)
+            state, status = _assessed(op, goal, state, state.images)
         else:
             status = Status.NON_FINITE
     best, unit = state.best, float(state.scale)
@@ -220,8 +220,8 @@ def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
     )
 
 
-def _num_steps(op: LinearOperator, goal: Goal, state: State) -> int:
-    """Steps until the next look: on to a full-data product, or a few that may be too many."""
+def _num_steps(op: LinearOperator, goal: Goal, state: MomentumBlockState) -> int:
+    """Return the steps until the next assessment: up to the next full-data matvec, or a small share of all."""
     if goal.schedule is None:
         return max(1, state.num_steps // (32 if op.device.type == "cpu" else 8))
     count = 1
@@ -232,8 +232,10 @@ def _num_steps(op: LinearOperator, goal: Goal, state: State) -> int:
     return count
 
 
-def _judged(op: LinearOperator, goal: Goal, state: State, images: Tensor) -> tuple[State, Status | None]:
-    """The state after a look at its Ritz pairs, and why it is over, if it is.
+def _assessed(
+    op: LinearOperator, goal: Goal, state: MomentumBlockState, images: Tensor
+) -> tuple[MomentumBlockState, Status | None]:
+    """Return the state with its Ritz pairs, and the status if the solve is over.
 
     Raises:
         NotSymmetricError: the operator is not symmetric beyond rounding.
@@ -245,8 +247,8 @@ def _judged(op: LinearOperator, goal: Goal, state: State, images: Tensor) -> tup
         difference = op.space.dots(best.rows, images.mT) - op.space.dots(best.images, state.rows.mT)
         asymmetry = max(asymmetry, float(difference.abs().max()))
     check_symmetric(op, asymmetry, norm)
-    turn = small.coefficients.mT.to(images)
-    rows, images = turn @ state.rows, turn @ images
+    rotation = small.coefficients.mT.to(images)
+    rows, images = rotation @ state.rows, rotation @ images
     norms = row_norms(op.space, residuals_of(rows, images, small.values)).to("cpu", torch.float64)
     pairs = Pairs(small.values, rows, images, norms)
     whole, least, bounds = goal.k == op.n, floor(op, norm), MARGIN * norms + rounding(op, norm)
@@ -265,7 +267,7 @@ def _judged(op: LinearOperator, goal: Goal, state: State, images: Tensor) -> tup
 
 
 def _gain(goal: Goal, best: Pairs, pairs: Pairs) -> float:
-    """How much further out these values are than the best ones, in all."""
+    """Return the sum of the distances by which these values lie further out than the best ones."""
     gain = 0.0
     for end, rows in goal.ends():
         new, old = pairs.values[rows], best.values[rows]
@@ -273,11 +275,11 @@ def _gain(goal: Goal, best: Pairs, pairs: Pairs) -> float:
     return gain
 
 
-def _sides(goal: Goal, state: State, pairs: Pairs, least: float) -> tuple[bool, Tensor]:
-    """Whether all shifted Ritz values are clearly on the side of their ends, and the shift that is better.
+def _sides(goal: Goal, state: MomentumBlockState, pairs: Pairs, least: float) -> tuple[bool, Tensor]:
+    """Return True if all shifted Ritz values are clearly on the side of their ends, and a better shift.
 
-    The first shift is for an end where one is not, or where its residual falls more slowly than one over the steps, as
-    between two ends of the same size; the next for one where an eigenvalue is clearly on the other side.
+    An end gets its first shift if a value is not, or if its residual falls more slowly than one over the steps, as
+    between two ends of the same magnitude; the next if an eigenvalue is clearly on the other side.
     """
     right_side, shift, values, norms = True, state.shift.clone(), pairs.values, pairs.residual_norms
     for end, rows in goal.ends():
@@ -293,8 +295,10 @@ def _sides(goal: Goal, state: State, pairs: Pairs, least: float) -> tuple[bool, 
     return right_side, shift
 
 
-def _restarted(op: LinearOperator, goal: Goal, state: State, shift: Tensor) -> State:
-    """The state with another shift, and random vectors added to W."""
+def _restarted(
+    op: LinearOperator, goal: Goal, state: MomentumBlockState, shift: Tensor
+) -> MomentumBlockState:
+    """Return the state with another shift, and random vectors added to W."""
     block = torch.empty_like(state.rows)
     start_(op, block, goal.k, state.rows.mT, goal.seed)
     return replace(
@@ -302,8 +306,8 @@ def _restarted(op: LinearOperator, goal: Goal, state: State, shift: Tensor) -> S
     )
 
 
-def _tuned(goal: Goal, state: State, pairs: Pairs) -> State:
-    r"""The state with its momentum, and the size of its minibatches, as the last two looks suggest.
+def _tuned(goal: Goal, state: MomentumBlockState, pairs: Pairs) -> MomentumBlockState:
+    r"""Return the state with momentum and minibatch sizes chosen from the last two assessments.
 
     If the last wanted pair's residual falls by :math:`\rho` a step under the best momentum, the ratio of the first
     unwanted eigenvalue to it is :math:`2 \rho / (1 + \rho^2)`; a smaller momentum gives a larger one, and so rises.
@@ -324,8 +328,8 @@ def _tuned(goal: Goal, state: State, pairs: Pairs) -> State:
     return replace(state, momentum=momentum, growth=growth, last=norms, num_before=state.num_steps)
 
 
-def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> EigenResult:
-    """The best pairs with true residuals, for one more product each."""
+def finalize(op: LinearOperator, goal: Goal, state: MomentumBlockState, status: Status) -> EigenResult:
+    """Return the best pairs with true residuals, for one more matvec each."""
     best, nothing = state.best, torch.zeros(0, dtype=torch.float64)
     found = Checked(nothing, state.rows[:0].mT, nothing)
     if best is not None:
@@ -350,14 +354,16 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
             message += (
                 f"; with a momentum above {shifted**2 / 4:.3g}, as far as is known, iterates rotate for ever"
             )
-    reach = torch.maximum(result.residual_norms, goal.tol * result.values.abs())  # what is not told apart
+    reach = torch.maximum(
+        result.residual_norms, goal.tol * result.values.abs()
+    )  # closer eigenvalues cannot be distinguished
     wide, noise = Checked(result.values, result.vectors, reach), rounding(op, state.norm) * unit
     where = intervals(wide, goal.which, goal.k, noise, "residual")
     return replace(result, intervals=where, message=message)
 
 
 def solve(op: LinearOperator, goal: Goal, monitor: Monitor | None) -> EigenResult:
-    """From the start to the result."""
+    """Run the solver from the start to the result."""
     begin = time.perf_counter()
     ended = run_solver(
         init(op, goal),

@@ -36,7 +36,7 @@ from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count, check_positive
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult
-from hvpkit.solvers.baselines.momentum_block import Goal, State, solve
+from hvpkit.solvers.baselines.momentum_block import Goal, MomentumBlockState, solve
 from hvpkit.solvers.baselines.sampling import check_samples
 from hvpkit.solvers.baselines.stochastic_power import PERIOD
 from hvpkit.solvers.common.request import Start, check_arguments
@@ -48,13 +48,13 @@ NUM_BATCHES = 16
 StepSize = float | Callable[[int], float]
 
 
-def adaptive(op: LinearOperator, state: State) -> Tensor:
+def adaptive(op: LinearOperator, state: MomentumBlockState) -> Tensor:
     """Return one over AdaOja's step size, over scale, from the one before."""
     assert state.images is not None
     return torch.hypot(state.shift[0, 0], op.space.norm(state.images.flatten()) / len(state.images) ** 0.5)
 
 
-def given(step_size: StepSize, state: State) -> Tensor:
+def given(step_size: StepSize, state: MomentumBlockState) -> Tensor:
     """Return one over the caller's step size, over scale."""
     number = state.num_steps - 1
     eta = step_size(number) if callable(step_size) else step_size
