@@ -75,7 +75,7 @@ class Goal(Request):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Ritz pairs over scale: ascending values ``[k]``, vectors and images in rows ``[k, n]``, residual norms ``[k]``."""
+    """Ritz pairs over scale: ascending values ``[k]``, vectors and images as rows ``[k, n]``, residual norms."""
 
     values: Tensor
     rows: Tensor
@@ -185,7 +185,7 @@ def _moved(op: LinearOperator, goal: Goal, state: MomentumBlockState, images: Te
 
 
 def _anchored(op: LinearOperator, sample: LinearOperator, state: MomentumBlockState, anchor: Pairs) -> Tensor:
-    r"""Multiply W by a minibatch, with variance reduction, over scale: :math:`A_b (W - V V'W) + (A V) V'W`, with anchors V."""
+    r"""Return :math:`A_b (W - V V'W) + (A V) V'W`, over scale, with anchors V: variance reduction."""
     overlaps = op.space.dots(state.rows, anchor.rows.mT)
     rest = state.rows - overlaps @ anchor.rows
     return sample.product(rest.mT.contiguous()).mT / state.scale + overlaps @ anchor.images
