@@ -39,10 +39,10 @@ from hvpkit.solvers.baselines.power import accelerated_power, power
 from hvpkit.solvers.baselines.scipy_eigs import eigsh, scipy_lobpcg
 from hvpkit.solvers.baselines.stochastic_power import stochastic_power
 from hvpkit.solvers.chebyshev import chebyshev
+from hvpkit.solvers.driver import progress_bar
 from hvpkit.solvers.lanczos import lanczos
 from hvpkit.solvers.lobpcg import lobpcg
 from hvpkit.solvers.multifidelity import multifidelity
-from hvpkit.solvers.progress import progress_bar
 
 if TYPE_CHECKING:
     from hvpkit import plots as plots

@@ -57,4 +57,4 @@ def trace(
     }
     shown = [table(target.title, header, [("trace", *row)]), f"{found.status}: {found.message}."]
     output.give("trace", record, shown)
-    return found.converged or (tol is None and found.status is Status.MAX_MATVECS)
+    return found.converged or found.status is Status.COMPLETED

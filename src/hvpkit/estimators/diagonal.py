@@ -22,12 +22,12 @@ from torch import Tensor
 
 from hvpkit._utils.typing import Seed
 from hvpkit.estimators import sketch
-from hvpkit.estimators.estimate import Estimate, Mean, Plan, estimate, make_plan
+from hvpkit.estimators.estimate import Estimate, Mean, Monitor, Plan, estimate, make_plan
 from hvpkit.estimators.leave_one_out import angles, left_out
 from hvpkit.estimators.probe import draw, unit_order
 from hvpkit.operators.base import LinearOperator
-from hvpkit.solvers.common.block import CHUNK, power_of_two
-from hvpkit.solvers.driver import Monitor, full_precision
+from hvpkit.solvers.common.orthogonalize import CHUNK, power_of_two
+from hvpkit.solvers.driver import full_precision
 
 
 @dataclass(frozen=True)

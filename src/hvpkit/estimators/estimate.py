@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -17,12 +16,36 @@ from hvpkit._utils.validation import check_choice, check_count, check_positive
 from hvpkit.estimators.probe import KINDS, UNIT, draw
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
-from hvpkit.solvers.driver import Assessment, Limits, Monitor, run_solver
+from hvpkit.solvers.driver import Assessment, Limits, run
 
 MIN_SAMPLES = 10
 """Samples before a standard error may end a run: of fewer it is itself too uncertain."""
 
 V = TypeVar("V", float, Tensor)
+
+
+@dataclass(frozen=True)
+class EstimateProgress:
+    """Progress of an estimator: what ``monitor`` is called with and ``history`` keeps.
+
+    Attributes:
+        num_matvecs: full-data matvecs so far.
+        seconds: since the start.
+        value: the estimate so far; of a diagonal, its Euclidean norm.
+        stderr: standard error of the value; of a diagonal, the Euclidean norm of those of its entries.
+    """
+
+    num_matvecs: float
+    seconds: float
+    value: float
+    stderr: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} ± {self.stderr:.1g}"
+
+
+Monitor = Callable[[EstimateProgress], object]
+"""Called with each entry of the history; its return value is ignored, an exception from it ends the run."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,8 +63,7 @@ class Estimate(Generic[V]):
         seconds: wall time.
         status: why it stopped.
         message: the status in words, with what to do.
-        history: one entry a look; its two ends are both the value, with the standard error as bound, and for a
-            diagonal the smallest and largest entry with theirs.
+        history: one entry for each assessment; of a function of a density, those of the density.
     """
 
     value: V
@@ -52,7 +74,7 @@ class Estimate(Generic[V]):
     seconds: float
     status: Status
     message: str
-    history: tuple[Progress, ...]
+    history: tuple[EstimateProgress, ...] | tuple[Progress, ...]
 
     @property
     def converged(self) -> bool:
@@ -72,7 +94,9 @@ class Estimate(Generic[V]):
 MESSAGES = {
     Status.CONVERGED: "the standard error is at most tol * |value|",
     Status.INVARIANT_SUBSPACE: "every column was multiplied: the value is exact to rounding",
-    Status.MAX_MATVECS: "the products asked for are spent; stderr says how well the value is known",
+    Status.COMPLETED: "all samples that were asked for are taken; stderr says how well the value is known",
+    Status.MAX_MATVECS: "the products asked for are spent; stderr says how well the value is known; raise num_matvecs "
+    "or tol",
     Status.TIME_LIMIT: "the time limit is reached; stderr says how well the value is known",
     Status.NON_FINITE: "a product gave NaN or infinity; the value is from the probes before it",
 }
@@ -192,6 +216,78 @@ def mean_of(samples: Tensor, share: float = 0.0) -> Mean:
     return Mean(value, samples.std(dim=0) * ((1 - share) / k) ** 0.5, samples)
 
 
+@dataclass(frozen=True)
+class Estimator(Generic[S]):
+    """Sampling until a plan is done, as a :class:`hvpkit.solvers.driver.Solver`.
+
+    Attributes:
+        op: the operator.
+        plan: what is asked for.
+        start: state without a sample.
+        step: takes the next block of samples.
+        evaluate: the mean over the first so many probes of a state.
+        time_limit: seconds, or None.
+    """
+
+    op: LinearOperator
+    plan: Plan
+    start: S
+    step: Callable[[S], S]
+    evaluate: Callable[[S, int], Mean]
+    time_limit: float | None
+    _known: dict[int, Mean] = field(default_factory=dict, init=False)
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        return self.plan.block_size * self.plan.num_products * self.op.cost
+
+    @property
+    def limits(self) -> Limits:
+        """What the plan costs, and the time limit."""
+        budget = self.plan.num_probes * self.plan.num_products * self.op.cost
+        return Limits(budget, self.time_limit, 0.0, self.step_cost)
+
+    def init(self) -> S:
+        return self.start
+
+    def assess(self, state: S) -> Assessment[S]:
+        found, scale = self._mean(state), float(state.scale)
+        value, stderr = (
+            float(x if x.ndim == 0 else torch.linalg.vector_norm(x)) * scale
+            for x in (found.value, found.stderr)
+        )
+        status, suspect = _judge(self.op, self.plan, state, found), None
+        if status is Status.NON_FINITE:
+            block = self.plan.next_block(int(state.num_good))
+            suspect = draw(self.op, self.plan.probe, self.plan.seed, block).mT
+        progress = EstimateProgress(0.0, 0.0, value, stderr)
+        return Assessment(
+            state, progress, 1 + state.num_probes // (8 * self.plan.block_size), status, suspect
+        )
+
+    def finalize(self, state: S, status: Status) -> Estimate[Tensor]:
+        found, k, scale = self._mean(state), int(state.num_good), float(state.scale)
+        return Estimate(
+            found.value * scale,
+            found.stderr * scale,
+            found.samples * scale,
+            k,
+            state.num_matvecs,
+            0.0,
+            status,
+            MESSAGES[status],
+            (),
+        )
+
+    def _mean(self, state: S) -> Mean:
+        k = int(state.num_good)
+        if k not in self._known:
+            self._known.clear()
+            self._known[k] = self.evaluate(state, k)
+        return self._known[k]
+
+
 def estimate(
     op: LinearOperator,
     plan: Plan,
@@ -202,50 +298,8 @@ def estimate(
     time_limit: float | None,
     monitor: Monitor | None,
 ) -> Estimate[Tensor]:
-    """Samples until the plan is done; ``evaluate`` says what a state and so many of its probes give."""
-    begin = time.perf_counter()
-
-    known: dict[int, Mean] = {}
-
-    def mean(state: S) -> Mean:
-        k = int(state.num_good)
-        if k not in known:
-            known.clear()
-            known[k] = evaluate(state, k)
-        return known[k]
-
-    def assess(state: S) -> Assessment[S]:
-        found, scale = mean(state), float(state.scale)
-        values, errors = found.value.flatten(), found.stderr.flatten()
-        low, high = int(values.argmin()), int(values.argmax())
-        return Assessment(
-            state,
-            smallest=float(values[low]) * scale,
-            largest=float(values[high]) * scale,
-            smallest_bound=float(errors[low]) * scale,
-            largest_bound=float(errors[high]) * scale,
-            status=_judge(op, plan, state, found),
-            num_steps=1 + state.num_probes // (8 * plan.block_size),
-        )
-
-    step_cost = plan.block_size * plan.num_products * op.cost
-    limits = Limits(plan.num_probes * plan.num_products * op.cost, time_limit, 0.0, step_cost)
-    ended = run_solver(state, step, assess, step_cost=step_cost, limits=limits, monitor=monitor)
-    k, scale, message = int(ended.state.num_good), float(ended.state.scale), MESSAGES[ended.status]
-    if ended.status is Status.NON_FINITE:
-        message += "; " + op.blame(draw(op, plan.probe, plan.seed, plan.next_block(k)).mT)
-    found = mean(ended.state)
-    return Estimate(
-        found.value * scale,
-        found.stderr * scale,
-        found.samples * scale,
-        k,
-        ended.state.num_matvecs,
-        time.perf_counter() - begin,
-        ended.status,
-        message,
-        ended.history,
-    )
+    """Sample until the plan is done; ``evaluate`` says what a state and so many of its probes give."""
+    return run(Estimator(op, plan, state, step, evaluate, time_limit), monitor=monitor)
 
 
 def _judge(op: LinearOperator, plan: Plan, state: Sampling, found: Mean) -> Status | None:
@@ -254,7 +308,9 @@ def _judge(op: LinearOperator, plan: Plan, state: Sampling, found: Mean) -> Stat
         return Status.NON_FINITE
     if plan.exact:
         return Status.INVARIANT_SUBSPACE if state.num_probes == op.n else None
-    if plan.tol is None or state.num_probes < min(MIN_SAMPLES, plan.num_probes):
+    if plan.tol is None:
+        return Status.COMPLETED if state.num_probes == plan.num_probes else None
+    if state.num_probes < min(MIN_SAMPLES, plan.num_probes):
         return None
     error, size = torch.linalg.vector_norm(found.stderr), torch.linalg.vector_norm(found.value)
     return Status.CONVERGED if bool(error <= plan.tol * size) else None

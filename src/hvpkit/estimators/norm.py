@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Seed
-from hvpkit.estimators.estimate import Estimate, Mean, Plan, as_floats, estimate, make_plan, mean_of
+from hvpkit.estimators.estimate import Estimate, Mean, Monitor, Plan, as_floats, estimate, make_plan, mean_of
 from hvpkit.estimators.leave_one_out import leave_one_out, left_out
 from hvpkit.estimators.sketch import PRODUCTS, Small, State, init, small, step
 from hvpkit.operators.base import LinearOperator
-from hvpkit.solvers.driver import Monitor, full_precision
+from hvpkit.solvers.driver import full_precision
 
 
 def evaluate(op: LinearOperator, plan: Plan, state: State, k: int) -> Mean:

@@ -27,11 +27,13 @@ import torch
 
 from hvpkit._utils.random import generator
 from hvpkit.operators.base import LinearOperator
+from hvpkit.results.density import MESSAGES
 from hvpkit.results.eigen import Status
 from hvpkit.results.spectral_measure import Measure, Measured
 from hvpkit.solvers import krylov
-from hvpkit.solvers.common.rayleigh_ritz import Ritz
-from hvpkit.solvers.driver import Assessment, Limits, Monitor, run_solver
+from hvpkit.solvers.common.convergence import progress_of
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, run
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class State:
         num_before: full-data products that they took.
     """
 
-    krylov: krylov.State
+    krylov: krylov.KrylovState
     finished: tuple[Measure, ...] = ()
     num_before: float = 0.0
 
@@ -100,9 +102,9 @@ def products_left(goal: Goal, state: State) -> int:
     return goal.sizes[len(state.finished)] * goal.num_steps - state.krylov.num_products
 
 
-def measure(krylov_state: krylov.State, pairs: Ritz, size: int) -> Measure:
+def measure(krylov_state: krylov.KrylovState, pairs: RitzPairs, size: int) -> Measure:
     """The rules of the start vectors, which are the first rows of the basis."""
-    scale, weights = float(krylov_state.scale), pairs.coefficients[:size] ** 2
+    scale, weights = float(krylov_state.scale), pairs.vectors[:size] ** 2
     return Measure(pairs.values * scale, weights, weights, pairs.residual_norms * scale)
 
 
@@ -110,27 +112,20 @@ def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
     """Ritz values so far; the next group if this one is done."""
     space, poisoned = krylov.compact(state.krylov)
     pairs, _ = krylov.project(op, space)
-    state, status, scale = replace(state, krylov=space), None, float(space.scale)
+    state, status, suspect, scale = replace(state, krylov=space), None, None, space.scale
     if poisoned:
-        status = Status.NON_FINITE
+        status, suspect = Status.NON_FINITE, space.basis[space.num_multiplied].unsqueeze(1)
     elif not (products_left(goal, state) and space.num_frontier):
         finished = (*state.finished, measure(space, pairs, goal.sizes[len(state.finished)]))
         if len(finished) < len(goal.sizes):
             state = replace(init(op, goal, len(finished)), finished=finished, num_before=state.num_matvecs)
         else:
             state = replace(state, finished=finished)
-            status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.MAX_MATVECS
-    some = len(pairs.values) > 0
+            status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.COMPLETED
+    progress = progress_of(pairs.values, pairs.residual_norms, scale)
     done, left = state.krylov.num_products, 0 if status else products_left(goal, state)
-    return Assessment(
-        state,
-        smallest=float(pairs.values[0]) * scale if some else math.nan,
-        largest=float(pairs.values[-1]) * scale if some else math.nan,
-        smallest_bound=float(pairs.residual_norms[0]) * scale if some else math.inf,
-        largest_bound=float(pairs.residual_norms[-1]) * scale if some else math.inf,
-        status=status,
-        num_steps=max(1, min(math.ceil(left / goal.width), done // goal.width // 4)),
-    )
+    num_steps = max(1, min(math.ceil(left / goal.width), done // goal.width // 4))
+    return Assessment(state, progress, num_steps, status, suspect)
 
 
 def measures(op: LinearOperator, goal: Goal, state: State) -> list[Measure]:
@@ -141,19 +136,39 @@ def measures(op: LinearOperator, goal: Goal, state: State) -> list[Measure]:
     return [measure(space, krylov.project(op, space)[0], goal.sizes[0])]
 
 
+@dataclass(frozen=True)
+class Quadrature:
+    """The functions of this file as a :class:`hvpkit.solvers.driver.Solver`."""
+
+    op: LinearOperator
+    goal: Goal
+    time_limit: float | None
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        return self.goal.width * self.op.cost
+
+    @property
+    def limits(self) -> Limits:
+        """The time limit, and a budget that is never reached: assessments keep to the matvecs of the goal."""
+        products = sum(self.goal.sizes) * self.goal.num_steps
+        return Limits(products * self.op.cost + self.step_cost, self.time_limit, 0.0, self.step_cost)
+
+    def init(self) -> State:
+        return init(self.op, self.goal)
+
+    def step(self, state: State) -> State:
+        return step(self.op, self.goal, state)
+
+    def assess(self, state: State) -> Assessment[State]:
+        return assess(self.op, self.goal, state)
+
+    def finalize(self, state: State, status: Status) -> Measured:
+        found = measures(self.op, self.goal, state)
+        return Measured(found, state.num_matvecs, status, MESSAGES[status])
+
+
 def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: Monitor | None) -> Measured:
-    """The measures of all groups, or of as many as the time allows for."""
-    products, step_cost = sum(goal.sizes) * goal.num_steps, goal.width * op.cost  # looks keep to the products
-    ended = run_solver(
-        init(op, goal),
-        lambda state: step(op, goal, state),
-        lambda state: assess(op, goal, state),
-        step_cost=step_cost,
-        limits=Limits(products * op.cost + step_cost, time_limit, 0.0, step_cost),
-        monitor=monitor,
-    )
-    space = ended.state.krylov
-    blame = space.basis[space.num_multiplied : space.num_multiplied + 1].mT
-    return Measured(
-        measures(op, goal, ended.state), ended.status, ended.history, ended.state.num_matvecs, blame
-    )
+    """Return the measures of all groups, or of as many as the time allows for."""
+    return run(Quadrature(op, goal, time_limit), monitor=monitor)

@@ -22,8 +22,7 @@ from torch import Tensor
 from hvpkit.estimators.estimate import Plan
 from hvpkit.estimators.probe import draw
 from hvpkit.operators.base import LinearOperator
-from hvpkit.solvers.common.block import power_of_two
-from hvpkit.solvers.common.orthogonalize import orthonormalise_
+from hvpkit.solvers.common.orthogonalize import orthonormalise_, power_of_two
 
 PRODUCTS = {"hutchinson": 1, "hutch++": 3, "xtrace": 2}
 """Products that a probe takes: its own; of a random vector, and of the basis row that comes of it."""

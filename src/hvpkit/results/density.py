@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MESSAGES = {
     Status.INVARIANT_SUBSPACE: "every column was multiplied: the spectrum is exact to rounding",
-    Status.MAX_MATVECS: "the products asked for are spent; the density has no accuracy to converge to",
+    Status.COMPLETED: "all samples that were asked for are taken; a density has no accuracy to converge to",
     Status.TIME_LIMIT: "the time limit is reached; the density is from the products before it",
     Status.NON_FINITE: "a product gave NaN or infinity; the density is from the products before it",
 }
@@ -236,11 +236,8 @@ class Density:
         return cls(**found)
 
 
-def density(op: LinearOperator, method: str, found: Measured, seconds: float) -> Density:
+def density(op: LinearOperator, method: str, found: Measured) -> Density:
     """The density of what was measured, with its curve."""
-    message = MESSAGES[found.status]
-    if found.status is Status.NON_FINITE:
-        message += "; " + op.blame(found.blame)
     measure = join(found.measures)
     sharing = max((len(m.weights) for m in found.measures), default=0)
     noise = 32 * op.precision * float(measure.nodes.abs().max()) if len(measure.nodes) else 0.0
@@ -263,8 +260,8 @@ def density(op: LinearOperator, method: str, found: Measured, seconds: float) ->
         share,
         method,
         found.num_matvecs,
-        seconds,
+        found.seconds,
         found.status,
-        message,
+        found.message,
         found.history,
     )

@@ -36,17 +36,19 @@ class Measured:
 
     Attributes:
         measures: of its groups of vectors.
+        num_matvecs: full-data matvecs spent.
         status: why it stopped.
-        history: one entry a look.
-        num_matvecs: full-data products spent.
-        blame: vectors ``[n, k]`` of which a product was the last.
+        message: the status in words.
+        seconds: wall time.
+        history: one entry for each assessment.
     """
 
     measures: list[Measure]
-    status: Status
-    history: tuple[Progress, ...]
     num_matvecs: float
-    blame: Tensor
+    status: Status
+    message: str
+    seconds: float = 0.0
+    history: tuple[Progress, ...] = ()
 
 
 def join(measures: list[Measure]) -> Measure:

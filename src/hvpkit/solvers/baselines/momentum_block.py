@@ -11,8 +11,6 @@ A look is Rayleigh-Ritz with a product of all data: results, the stop, shifts an
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,30 +18,33 @@ import torch
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
-from hvpkit.results.eigen import EigenResult, Status
+from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.solvers.baselines.sampling import Schedule, draw, examples_of
-from hvpkit.solvers.common.block import power_of_two, residuals_of, row_norms, start_
+from hvpkit.solvers.common.bounds import TINY
 from hvpkit.solvers.common.convergence import (
-    Checked,
+    MIN_STEPS,
+    attainable_accuracy,
     check_pairs,
     check_symmetric,
-    concluded,
     final_status,
-    floor,
     intervals,
+    progress_of,
     rounding,
 )
-from hvpkit.solvers.common.orthogonalize import orthonormalise_
-from hvpkit.solvers.common.rayleigh_ritz import num_at_low_end, ritz
+from hvpkit.solvers.common.orthogonalize import (
+    orthonormalise_,
+    power_of_two,
+    residuals_of,
+    row_norms,
+    start_,
+)
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, no_pairs, num_at_low_end, ritz
 from hvpkit.solvers.common.request import Request
-from hvpkit.solvers.driver import Assessment, Monitor, run_solver
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, assessment_interval, run
 
 MARGIN = 2.0
 """Residuals in an error bound at the stop. In a dense spectrum the components fall exponentially from the edge, and
 their mean distance from it, the error, is as large as their standard deviation, the residual."""
-
-DEPTH = 12
-"""Steps without which neither a small residual nor the sign of a Ritz value says anything."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,16 @@ class Goal(Request):
         return [(end, rows) for end, rows in parts if rows.start < rows.stop]
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Ritz pairs over scale: ascending values ``[k]``, vectors and products in rows ``[k, n]``, residuals ``[k]``."""
+@dataclass(frozen=True, kw_only=True)
+class Pairs(RitzPairs):
+    """Ritz pairs over scale, with their matvecs in rows ``[k, n]``."""
 
-    values: Tensor
-    rows: Tensor
     images: Tensor
-    residual_norms: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """The vectors as rows ``[k, n]``."""
+        return self.vectors.mT
 
 
 @dataclass(frozen=True)
@@ -201,28 +204,22 @@ def next_size(op: LinearOperator, goal: Goal, state: State) -> int | None:
 
 def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
     """The best pairs so far, whether they are good enough, and the state to go on from."""
-    status = None
+    status, suspect, progress = None, None, Progress()
     if state.fresh and state.images is not None:
-        if bool(torch.isfinite(state.images).all()):
+        finite = torch.isfinite(state.images).all(dim=1)
+        if bool(finite.all()):
             state, status = _judged(op, goal, state, state.images)
         else:
-            status = Status.NON_FINITE
-    best, unit = state.best, float(state.scale)
-    return Assessment(
-        state,
-        smallest=float(best.values[0]) * unit if best else math.nan,
-        largest=float(best.values[-1]) * unit if best else math.nan,
-        smallest_bound=float(best.residual_norms[0]) * unit if best else math.inf,
-        largest_bound=float(best.residual_norms[-1]) * unit if best else math.inf,
-        status=status,
-        num_steps=_num_steps(op, goal, state),
-    )
+            status, suspect = Status.NON_FINITE, state.rows[int(finite.int().argmin())].unsqueeze(1)
+    if state.best:
+        progress = progress_of(state.best.values, state.best.residual_norms, state.scale)
+    return Assessment(state, progress, _num_steps(op, goal, state), status, suspect)
 
 
 def _num_steps(op: LinearOperator, goal: Goal, state: State) -> int:
     """Steps until the next look: on to a full-data product, or a few that may be too many."""
     if goal.schedule is None:
-        return max(1, state.num_steps // (32 if op.device.type == "cpu" else 8))
+        return assessment_interval(op, state.num_steps)
     count = 1
     while (size := next_size(op, goal, state)) is not None:
         cost = goal.k * op.cost * size / (op.num_examples or size)
@@ -244,15 +241,15 @@ def _judged(op: LinearOperator, goal: Goal, state: State, images: Tensor) -> tup
         difference = op.space.dots(best.rows, images.mT) - op.space.dots(best.images, state.rows.mT)
         asymmetry = max(asymmetry, float(difference.abs().max()))
     check_symmetric(op, asymmetry, norm)
-    turn = small.coefficients.mT.to(images)
+    turn = small.vectors.mT.to(images)
     rows, images = turn @ state.rows, turn @ images
     norms = row_norms(op.space, residuals_of(rows, images, small.values)).to("cpu", torch.float64)
-    pairs = Pairs(small.values, rows, images, norms)
-    whole, least, bounds = goal.k == op.n, floor(op, norm), MARGIN * norms + rounding(op, norm)
+    pairs = Pairs(small.values, rows.mT, norms, images=images)
+    whole, least, bounds = goal.k == op.n, attainable_accuracy(op, norm), MARGIN * norms + rounding(op, norm)
     if best is None or _gain(goal, best, pairs) >= -least:
         best = pairs
     right_side, shift = _sides(goal, state, pairs, least)
-    deep = state.num_steps - state.num_since >= DEPTH
+    deep = state.num_steps - state.num_since >= MIN_STEPS
     good = (bounds <= least) | (bounds <= goal.tol * pairs.values.abs()) & deep
     state = replace(state, norm=norm, best=best, fresh=False)
     if whole or (bool(good.all()) and right_side):
@@ -315,7 +312,7 @@ def _tuned(goal: Goal, state: State, pairs: Pairs) -> State:
         for _, rows in goal.ends():
             shifted = (pairs.values[rows] + float(state.shift[rows.start])).abs()
             place = int(shifted.argmin())
-            fall = min(float(norms[rows][place] / last[rows][place].clamp(min=1e-300)), 1.0)
+            fall = min(float(norms[rows][place] / last[rows][place].clamp(min=TINY)), 1.0)
             rate = fall ** (1 / (state.num_steps - state.num_before))
             momentum[rows] = (float(shifted[place]) * rate / (1 + rate**2)) ** 2
     if goal.anchored and last is not None and bool(norms.max() >= last.max()):
@@ -325,20 +322,9 @@ def _tuned(goal: Goal, state: State, pairs: Pairs) -> State:
 
 def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> EigenResult:
     """The best pairs with true residuals, for one more product each."""
-    best, nothing = state.best, torch.zeros(0, dtype=torch.float64)
-    found = Checked(nothing, state.rows[:0].mT, nothing)
-    if best is not None:
-        found = Checked(best.values, best.rows.mT, best.residual_norms)
+    best, found = state.best, state.best or no_pairs(state.rows.mT)
     result = check_pairs(
-        op,
-        found,
-        state.scale,
-        state.norm,
-        k=goal.k,
-        which=goal.which,
-        tol=goal.tol,
-        status=status,
-        num_matvecs=state.num_matvecs,
+        op, goal, found, state.scale, state.norm, status=status, num_matvecs=state.num_matvecs
     )
     if result.status is Status.INVARIANT_SUBSPACE:
         return result
@@ -350,23 +336,41 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
                 f"; with a momentum above {shifted**2 / 4:.3g}, as far as is known, iterates rotate for ever"
             )
     reach = torch.maximum(result.residual_norms, goal.tol * result.values.abs())  # what is not told apart
-    wide, noise = Checked(result.values, result.vectors, reach), rounding(op, state.norm) * unit
-    where = intervals(wide, goal.which, goal.k, noise, "residual")
+    wide, noise = RitzPairs(result.values, result.vectors, reach), rounding(op, state.norm) * unit
+    where = intervals(wide, goal, noise, "residual")
     return replace(result, intervals=where, message=message)
 
 
+@dataclass(frozen=True)
+class MomentumBlock:
+    """The functions of this file as a :class:`hvpkit.solvers.driver.Solver`."""
+
+    op: LinearOperator
+    goal: Goal
+
+    @property
+    def limits(self) -> Limits:
+        """Of the goal."""
+        return self.goal.limits
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        return self.goal.k * self.op.cost
+
+    def init(self) -> State:
+        return init(self.op, self.goal)
+
+    def step(self, state: State) -> State:
+        return step(self.op, self.goal, state)
+
+    def assess(self, state: State) -> Assessment[State]:
+        return assess(self.op, self.goal, state)
+
+    def finalize(self, state: State, status: Status) -> EigenResult:
+        return finalize(self.op, self.goal, state, status)
+
+
 def solve(op: LinearOperator, goal: Goal, monitor: Monitor | None) -> EigenResult:
-    """From the start to the result."""
-    begin = time.perf_counter()
-    ended = run_solver(
-        init(op, goal),
-        lambda state: step(op, goal, state),
-        lambda state: assess(op, goal, state),
-        step_cost=goal.k * op.cost,
-        limits=goal.limits,
-        monitor=monitor,
-    )
-    state, suspect = ended.state, None
-    if ended.status is Status.NON_FINITE and state.images is not None:
-        suspect = state.rows[int(torch.isfinite(state.images).all(dim=1).int().argmin())]
-    return concluded(op, finalize(op, goal, state, ended.status), ended.history, begin, suspect)
+    """Run the solver from the start to the result."""
+    return run(MomentumBlock(op, goal), monitor=monitor)

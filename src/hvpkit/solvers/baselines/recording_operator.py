@@ -16,10 +16,9 @@ from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
-from hvpkit.solvers.common.block import power_of_two
-from hvpkit.solvers.common.convergence import Checked, check_symmetric, floor, is_converged, rounding
-from hvpkit.solvers.common.orthogonalize import orthonormalise_
-from hvpkit.solvers.common.rayleigh_ritz import num_at_low_end, select
+from hvpkit.solvers.common.convergence import attainable_accuracy, check_symmetric, is_converged, rounding
+from hvpkit.solvers.common.orthogonalize import orthonormalise_, power_of_two
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, num_at_low_end, select
 from hvpkit.solvers.common.request import Request
 from hvpkit.solvers.driver import Monitor
 
@@ -98,7 +97,7 @@ class Recorder:
 
     def _multiply(self, vector: Tensor) -> Tensor:
         seconds = time.perf_counter() - self.begin
-        limit = self.goal.limits.broken_by(self.op.cost, self.num_matvecs, seconds)
+        limit = self.goal.limits.exceeded_by(self.op.cost, self.num_matvecs, seconds)
         if limit is not None:
             raise Stop(limit)
         image = self.op.product(vector)
@@ -147,14 +146,14 @@ class Recorder:
         turn = coefficients.mT.to(self.rows)
         return turn @ self.rows[: self.num_rows], turn @ self.images[: self.num_rows]
 
-    def pairs(self, *first: int) -> Checked:
+    def pairs(self, *first: int) -> RitzPairs:
         """The Ritz pairs of these indices, and the wanted ones, over scale; fewer than k of a smaller basis."""
         values, coefficients = torch.linalg.eigh(self.projected[: self.num_rows, : self.num_rows])
         chosen = [*first, *select(values, self.goal.k, self.goal.which)]
         rows, images = self._turned(coefficients[:, chosen])
         residuals = images - rows * values[chosen].to(rows)[:, None]
         norms = self.op.space.reduce(residuals.square().sum(dim=1)).sqrt()
-        return Checked(values[chosen], rows.mT, norms.to("cpu", torch.float64))
+        return RitzPairs(values[chosen], rows.mT, norms.to("cpu", torch.float64))
 
     def _look(self) -> None:
         """Notes both ends, and ends the solve if the wanted pairs are good enough."""
@@ -168,13 +167,16 @@ class Recorder:
         if self.num_products >= self.depth and len(done) == self.goal.k and bool(done.all()):
             raise Stop(Status.CONVERGED)
 
-    def shows_beyond(self, found: Checked) -> bool:
+    def shows_beyond(self, found: RitzPairs) -> bool:
         """Whether pairs over scale, ``k`` and right to their residuals, leave out one that was recorded.
 
         By Cauchy, the j-th eigenvalue from an end lies no further in than the j-th Ritz value on any space.
         """
         recorded, num_low = self.pairs().values, num_at_low_end(self.goal.k, self.goal.which)
-        values, errors = found.values, found.residual_norms + MAX_GROWTH * floor(self.op, self.norm)
+        values, errors = (
+            found.values,
+            found.residual_norms + MAX_GROWTH * attainable_accuracy(self.op, self.norm),
+        )
         if self.goal.which == "LM":
             order, num_low = values.abs().argsort(), 0
             recorded, values, errors = recorded.abs().sort().values, values.abs()[order], errors[order]
