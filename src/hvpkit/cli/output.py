@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hvpkit._utils.files import written_whole
 from hvpkit.results.eigen import ExtremeResult, Progress
+from hvpkit.results.estimate import EstimateProgress
 
 
 def say(text: str) -> None:
@@ -155,15 +156,8 @@ class Watch:
         if self.status is not None:
             self.status.stop()
 
-    def __call__(self, entry: Progress) -> None:
-        """Called after each look of a solve."""
-        self.last = entry
+    def __call__(self, entry: Progress | EstimateProgress) -> None:
+        """Keep and show an entry of a history."""
+        self.last = entry if isinstance(entry, Progress) else None
         if self.status is not None:
-            low, high = (
-                f"{value:.4g} ± {bound:.1g}"
-                for value, bound in (
-                    (entry.smallest, entry.smallest_bound),
-                    (entry.largest, entry.largest_bound),
-                )
-            )
-            self.status.update(f"{self.text}: {low} and {high}, {entry.num_matvecs:g} passes")
+            self.status.update(f"{self.text}: {entry}, {entry.num_matvecs:g} passes")

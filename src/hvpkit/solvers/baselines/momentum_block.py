@@ -11,8 +11,6 @@ An assessment is Rayleigh-Ritz with full-data matvecs: results, the stop, shifts
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,30 +18,33 @@ import torch
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
-from hvpkit.results.eigen import EigenResult, Status
+from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.solvers.baselines.sampling import Schedule, draw, examples_of
-from hvpkit.solvers.common.block import power_of_two, residuals_of, row_norms, start_
+from hvpkit.solvers.common.bounds import TINY
 from hvpkit.solvers.common.convergence import (
-    Checked,
+    MIN_STEPS,
+    attainable_accuracy,
     check_pairs,
     check_symmetric,
-    concluded,
     final_status,
-    floor,
     intervals,
+    progress_of,
     rounding,
 )
-from hvpkit.solvers.common.orthogonalize import orthonormalise_
-from hvpkit.solvers.common.rayleigh_ritz import num_at_low_end, ritz
+from hvpkit.solvers.common.orthogonalize import (
+    orthonormalise_,
+    power_of_two,
+    residuals_of,
+    row_norms,
+    start_,
+)
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, no_pairs, num_at_low_end, ritz
 from hvpkit.solvers.common.request import Request
-from hvpkit.solvers.driver import Assessment, Monitor, run_solver
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, assessment_interval, run
 
 MARGIN = 2.0
 """Error bound at the stop, in residual norms. In a dense spectrum the components decay exponentially from the edge, and
 their mean distance from it, the error, is as large as their standard deviation, the residual norm."""
-
-DEPTH = 12
-"""Minimum steps before a small residual or the sign of a Ritz value is accepted. Chosen by feel."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,16 @@ class Goal(Request):
         return [(end, rows) for end, rows in parts if rows.start < rows.stop]
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Ritz pairs over scale: ascending values ``[k]``, vectors and images as rows ``[k, n]``, residual norms."""
+@dataclass(frozen=True, kw_only=True)
+class Pairs(RitzPairs):
+    """Ritz pairs over scale, with their images as rows ``[k, n]``."""
 
-    values: Tensor
-    rows: Tensor
     images: Tensor
-    residual_norms: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """The vectors as rows ``[k, n]``."""
+        return self.vectors.mT
 
 
 @dataclass(frozen=True)
@@ -202,28 +205,22 @@ def next_size(op: LinearOperator, goal: Goal, state: MomentumBlockState) -> int 
 
 def assess(op: LinearOperator, goal: Goal, state: MomentumBlockState) -> Assessment[MomentumBlockState]:
     """Return the best pairs so far, whether they suffice, and the state to continue from."""
-    status = None
+    status, suspect, progress = None, None, Progress()
     if state.fresh and state.images is not None:
-        if bool(torch.isfinite(state.images).all()):
+        finite = torch.isfinite(state.images).all(dim=1)
+        if bool(finite.all()):
             state, status = _assessed(op, goal, state, state.images)
         else:
-            status = Status.NON_FINITE
-    best, unit = state.best, float(state.scale)
-    return Assessment(
-        state,
-        smallest=float(best.values[0]) * unit if best else math.nan,
-        largest=float(best.values[-1]) * unit if best else math.nan,
-        smallest_bound=float(best.residual_norms[0]) * unit if best else math.inf,
-        largest_bound=float(best.residual_norms[-1]) * unit if best else math.inf,
-        status=status,
-        num_steps=_num_steps(op, goal, state),
-    )
+            status, suspect = Status.NON_FINITE, state.rows[int(finite.int().argmin())].unsqueeze(1)
+    if state.best:
+        progress = progress_of(state.best.values, state.best.residual_norms, state.scale)
+    return Assessment(state, progress, _num_steps(op, goal, state), status, suspect)
 
 
 def _num_steps(op: LinearOperator, goal: Goal, state: MomentumBlockState) -> int:
     """Return the steps until the next assessment: up to the next full-data matvec, or a small share of all."""
     if goal.schedule is None:
-        return max(1, state.num_steps // (32 if op.device.type == "cpu" else 8))
+        return assessment_interval(op, state.num_steps)
     count = 1
     while (size := next_size(op, goal, state)) is not None:
         cost = goal.k * op.cost * size / goal.num_examples
@@ -247,15 +244,15 @@ def _assessed(
         difference = op.space.dots(best.rows, images.mT) - op.space.dots(best.images, state.rows.mT)
         asymmetry = max(asymmetry, float(difference.abs().max()))
     check_symmetric(op, asymmetry, norm)
-    rotation = small.coefficients.mT.to(images)
+    rotation = small.vectors.mT.to(images)
     rows, images = rotation @ state.rows, rotation @ images
     norms = row_norms(op.space, residuals_of(rows, images, small.values)).to("cpu", torch.float64)
-    pairs = Pairs(small.values, rows, images, norms)
-    whole, least, bounds = goal.k == op.n, floor(op, norm), MARGIN * norms + rounding(op, norm)
+    pairs = Pairs(small.values, rows.mT, norms, images=images)
+    whole, least, bounds = goal.k == op.n, attainable_accuracy(op, norm), MARGIN * norms + rounding(op, norm)
     if best is None or _gain(goal, best, pairs) >= -least:
         best = pairs
     right_side, shift = _sides(goal, state, pairs, least)
-    deep = state.num_steps - state.num_since >= DEPTH
+    deep = state.num_steps - state.num_since >= MIN_STEPS
     good = (bounds <= least) | (bounds <= goal.tol * pairs.values.abs()) & deep
     state = replace(state, norm=norm, best=best, fresh=False)
     if whole or (bool(good.all()) and right_side):
@@ -320,7 +317,7 @@ def _tuned(goal: Goal, state: MomentumBlockState, pairs: Pairs) -> MomentumBlock
         for _, rows in goal.ends():
             shifted = (pairs.values[rows] + float(state.shift[rows.start])).abs()
             place = int(shifted.argmin())
-            fall = min(float(norms[rows][place] / last[rows][place].clamp(min=1e-300)), 1.0)
+            fall = min(float(norms[rows][place] / last[rows][place].clamp(min=TINY)), 1.0)
             rate = fall ** (1 / (state.num_steps - state.num_before))
             momentum[rows] = (float(shifted[place]) * rate / (1 + rate**2)) ** 2
     if goal.anchored and last is not None and bool(norms.max() >= last.max()):
@@ -330,20 +327,9 @@ def _tuned(goal: Goal, state: MomentumBlockState, pairs: Pairs) -> MomentumBlock
 
 def finalize(op: LinearOperator, goal: Goal, state: MomentumBlockState, status: Status) -> EigenResult:
     """Return the best pairs with true residuals, for one more matvec each."""
-    best, nothing = state.best, torch.zeros(0, dtype=torch.float64)
-    found = Checked(nothing, state.rows[:0].mT, nothing)
-    if best is not None:
-        found = Checked(best.values, best.rows.mT, best.residual_norms)
+    best, found = state.best, state.best or no_pairs(state.rows.mT)
     result = check_pairs(
-        op,
-        found,
-        state.scale,
-        state.norm,
-        k=goal.k,
-        which=goal.which,
-        tol=goal.tol,
-        status=status,
-        num_matvecs=state.num_matvecs,
+        op, goal, found, state.scale, state.norm, status=status, num_matvecs=state.num_matvecs
     )
     if result.status is Status.INVARIANT_SUBSPACE:
         return result
@@ -354,26 +340,43 @@ def finalize(op: LinearOperator, goal: Goal, state: MomentumBlockState, status: 
             message += (
                 f"; with a momentum above {shifted**2 / 4:.3g}, as far as is known, iterates rotate for ever"
             )
-    reach = torch.maximum(
-        result.residual_norms, goal.tol * result.values.abs()
-    )  # closer eigenvalues cannot be distinguished
-    wide, noise = Checked(result.values, result.vectors, reach), rounding(op, state.norm) * unit
-    where = intervals(wide, goal.which, goal.k, noise, "residual")
+    # eigenvalues closer than tol cannot be distinguished
+    reach = torch.maximum(result.residual_norms, goal.tol * result.values.abs())
+    wide, noise = RitzPairs(result.values, result.vectors, reach), rounding(op, state.norm) * unit
+    where = intervals(wide, goal, noise, "residual")
     return replace(result, intervals=where, message=message)
+
+
+@dataclass(frozen=True)
+class MomentumBlock:
+    """The functions of this file as a :class:`hvpkit.solvers.driver.Solver`."""
+
+    op: LinearOperator
+    goal: Goal
+
+    @property
+    def limits(self) -> Limits:
+        """Of the goal."""
+        return self.goal.limits
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        return self.goal.k * self.op.cost
+
+    def init(self) -> MomentumBlockState:
+        return init(self.op, self.goal)
+
+    def step(self, state: MomentumBlockState) -> MomentumBlockState:
+        return step(self.op, self.goal, state)
+
+    def assess(self, state: MomentumBlockState) -> Assessment[MomentumBlockState]:
+        return assess(self.op, self.goal, state)
+
+    def finalize(self, state: MomentumBlockState, status: Status) -> EigenResult:
+        return finalize(self.op, self.goal, state, status)
 
 
 def solve(op: LinearOperator, goal: Goal, monitor: Monitor | None) -> EigenResult:
     """Run the solver from the start to the result."""
-    begin = time.perf_counter()
-    ended = run_solver(
-        init(op, goal),
-        lambda state: step(op, goal, state),
-        lambda state: assess(op, goal, state),
-        step_cost=goal.k * op.cost,
-        limits=goal.limits,
-        monitor=monitor,
-    )
-    state, suspect = ended.state, None
-    if ended.status is Status.NON_FINITE and state.images is not None:
-        suspect = state.rows[int(torch.isfinite(state.images).all(dim=1).int().argmin())]
-    return concluded(op, finalize(op, goal, state, ended.status), ended.history, begin, suspect)
+    return run(MomentumBlock(op, goal), monitor=monitor)

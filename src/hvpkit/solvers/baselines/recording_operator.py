@@ -16,10 +16,9 @@ from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
-from hvpkit.solvers.common.block import power_of_two
-from hvpkit.solvers.common.convergence import Checked, check_symmetric, floor, is_converged, rounding
-from hvpkit.solvers.common.orthogonalize import orthonormalise_
-from hvpkit.solvers.common.rayleigh_ritz import num_at_low_end, select
+from hvpkit.solvers.common.convergence import attainable_accuracy, check_symmetric, is_converged, rounding
+from hvpkit.solvers.common.orthogonalize import orthonormalise_, power_of_two
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, num_at_low_end, select
 from hvpkit.solvers.common.request import Request
 from hvpkit.solvers.driver import Monitor
 
@@ -99,7 +98,7 @@ class Recorder:
 
     def _multiply(self, vector: Tensor) -> Tensor:
         seconds = time.perf_counter() - self.begin
-        limit = self.goal.limits.broken_by(self.op.cost, self.num_matvecs, seconds)
+        limit = self.goal.limits.exceeded_by(self.op.cost, self.num_matvecs, seconds)
         if limit is not None:
             raise Stop(limit)
         image = self.op.product(vector)
@@ -148,14 +147,14 @@ class Recorder:
         rotation = coefficients.mT.to(self.rows)
         return rotation @ self.rows[: self.num_rows], rotation @ self.images[: self.num_rows]
 
-    def pairs(self, *first: int) -> Checked:
+    def pairs(self, *first: int) -> RitzPairs:
         """Return the Ritz pairs of these indices, then the wanted ones, over scale; fewer than k of a smaller basis."""
         values, coefficients = torch.linalg.eigh(self.projected[: self.num_rows, : self.num_rows])
         chosen = [*first, *select(values, self.goal.k, self.goal.which)]
         rows, images = self._rotated(coefficients[:, chosen])
         residuals = images - rows * values[chosen].to(rows)[:, None]
         norms = self.op.space.reduce(residuals.square().sum(dim=1)).sqrt()
-        return Checked(values[chosen], rows.mT, norms.to("cpu", torch.float64))
+        return RitzPairs(values[chosen], rows.mT, norms.to("cpu", torch.float64))
 
     def _assess(self) -> None:
         """Record both ends, and end the solve if the wanted pairs satisfy the stop."""
@@ -169,13 +168,14 @@ class Recorder:
         if self.num_products >= self.depth and len(done) == self.goal.k and bool(done.all()):
             raise Stop(Status.CONVERGED)
 
-    def shows_beyond(self, found: Checked) -> bool:
+    def shows_beyond(self, found: RitzPairs) -> bool:
         """Return True if ``k`` pairs over scale, exact to their residuals, miss a recorded eigenvalue.
 
         By Cauchy interlacing, the j-th eigenvalue from an end lies no further in than the j-th Ritz value on any space.
         """
         recorded, num_low = self.pairs().values, num_at_low_end(self.goal.k, self.goal.which)
-        values, errors = found.values, found.residual_norms + MAX_GROWTH * floor(self.op, self.norm)
+        rounding_error = MAX_GROWTH * attainable_accuracy(self.op, self.norm)
+        values, errors = found.values, found.residual_norms + rounding_error
         if self.goal.which == "LM":
             order, num_low = values.abs().argsort(), 0
             recorded, values, errors = recorded.abs().sort().values, values.abs()[order], errors[order]

@@ -39,11 +39,11 @@ from hvpkit._utils.validation import check_count
 from hvpkit.operators.base import LinearOperator, Product
 from hvpkit.results.eigen import EigenResult, Status
 from hvpkit.solvers.baselines.recording_operator import Recorder, Stop
-from hvpkit.solvers.common.block import start_
-from hvpkit.solvers.common.convergence import Checked, check_pairs, concluded, floor
-from hvpkit.solvers.common.rayleigh_ritz import most_at_one_end
+from hvpkit.solvers.common.convergence import MIN_STEPS, attainable_accuracy, check_pairs
+from hvpkit.solvers.common.orthogonalize import start_
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, most_at_one_end
 from hvpkit.solvers.common.request import Start, check_arguments
-from hvpkit.solvers.driver import Monitor, full_precision
+from hvpkit.solvers.driver import Monitor, completed, full_precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,13 +63,10 @@ WARM_UP = 5
 NO_LIMIT = 10**5
 """Limit of iterations, never reached: the limit is that of matvecs."""
 
-DEPTH = 12
-"""Minimum matvecs of LOBPCG before a small residual is accepted: a start may happen to be near any eigenvector."""
-
 UNSURE = "; one of several close eigenvalues may still be missing: hvpkit.lanczos searches for them"
 SKIPPED = "; SciPy had reported convergence with an eigenvalue left out that its own products show"
 
-Call = Callable[[Recorder, Tensor], Checked | None]
+Call = Callable[[Recorder, Tensor], RitzPairs | None]
 """A call of SciPy from orthonormal columns ``[n, p]``: its pairs over scale, or None."""
 
 
@@ -87,11 +84,11 @@ def _solve(seen: Recorder, call: Call, width: int) -> EigenResult:
             v0 = seen.pairs().vectors
     except Stop as stop:
         status = stop.status
-    goals: dict[str, Any] = {"k": goal.k, "which": goal.which, "tol": goal.tol}
     result = check_pairs(
-        op, found or seen.pairs(), seen.scale, seen.norm, status=status, num_matvecs=seen.num_matvecs, **goals
+        op, goal, found or seen.pairs(), seen.scale, seen.norm, status=status, num_matvecs=seen.num_matvecs
     )
-    result = concluded(op, result, tuple(seen.history), seen.begin, seen.suspect)
+    suspect = None if seen.suspect is None else seen.suspect[:, None]
+    result = completed(result, op, tuple(seen.history), seen.begin, suspect)
     return replace(result, message=result.message + seen.remark)
 
 
@@ -111,7 +108,7 @@ def _to_scipy(op: LinearOperator, product: Product) -> scipy.sparse.linalg.Linea
     return ScipyOperator(op.shape, matvec=apply, matmat=apply, dtype=dtype)
 
 
-def _arpack(seen: Recorder, start: Tensor, *, ncv: int) -> Checked | None:
+def _arpack(seen: Recorder, start: Tensor, *, ncv: int) -> RitzPairs | None:
     """Return ARPACK's pairs; None if it broke down or missed one."""
     from scipy.sparse.linalg import ArpackError, eigsh
 
@@ -132,7 +129,7 @@ def _arpack(seen: Recorder, start: Tensor, *, ncv: int) -> Checked | None:
     return None if len(values) < goal.k else _answer(seen, values, vectors, tol * sizes)
 
 
-def _lobpcg(seen: Recorder, start: Tensor) -> Checked | None:
+def _lobpcg(seen: Recorder, start: Tensor) -> RitzPairs | None:
     """Return LOBPCG's pairs; None if it broke down, gave up, or has no tolerance yet."""
     import numpy as np
     from scipy.sparse.linalg import lobpcg
@@ -141,7 +138,7 @@ def _lobpcg(seen: Recorder, start: Tensor) -> Checked | None:
     operator, tol, maxiter = _to_scipy(op, seen.product), torch.finfo(torch.float32).tiny, WARM_UP
     if len(known.values) == goal.k:
         start, maxiter = known.vectors, NO_LIMIT
-        tol = max(goal.tol * float(known.values.abs().min()), floor(op, seen.norm), tol) / 2
+        tol = max(goal.tol * float(known.values.abs().min()), attainable_accuracy(op, seen.norm), tol) / 2
     columns = start.to("cpu", torch.float64).numpy().astype(operator.dtype)
     options: dict[str, Any] = {"tol": tol, "maxiter": maxiter, "largest": goal.which == "LA"}
     try:
@@ -156,11 +153,11 @@ def _lobpcg(seen: Recorder, start: Tensor) -> Checked | None:
     return None if float(claimed[0]) > tol else _answer(seen, values, vectors, claimed)
 
 
-def _answer(seen: Recorder, values: Array, vectors: Array, claimed: Tensor) -> Checked | None:
+def _answer(seen: Recorder, values: Array, vectors: Array, claimed: Tensor) -> RitzPairs | None:
     """Return SciPy's pairs with its claimed residual norms ``[k]``; None if the recorder shows a missing one."""
     ascending, order = torch.from_numpy(values).to(torch.float64).sort()
     columns = torch.linalg.qr(torch.from_numpy(vectors).to(torch.float64)[:, order]).Q
-    found = Checked(ascending, columns.to(seen.rows), claimed[order])
+    found = RitzPairs(ascending, columns.to(seen.rows), claimed[order])
     if not seen.shows_beyond(found):
         return found
     seen.remark = SKIPPED + UNSURE
@@ -317,5 +314,7 @@ def scipy_lobpcg(
         seed=seed,
         offered=("LA", "SA"),
     )
-    seen = Recorder(op, goal, begin, monitor, capacity=max(5 * k, LEAST_NCV), depth=k + DEPTH, tol=goal.tol)
+    seen = Recorder(
+        op, goal, begin, monitor, capacity=max(5 * k, LEAST_NCV), depth=k + MIN_STEPS, tol=goal.tol
+    )
     return _solve(seen, _lobpcg, k)
