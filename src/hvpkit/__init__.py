@@ -34,16 +34,16 @@ from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
-from hvpkit.results.estimate import Estimate
+from hvpkit.results.estimate import Estimate, EstimateProgress
 from hvpkit.solvers.baselines.oja import oja
 from hvpkit.solvers.baselines.power import accelerated_power, power
 from hvpkit.solvers.baselines.scipy_eigs import eigsh, scipy_lobpcg
 from hvpkit.solvers.baselines.stochastic_power import stochastic_power
 from hvpkit.solvers.chebyshev import chebyshev
+from hvpkit.solvers.driver import progress_bar
 from hvpkit.solvers.lanczos import lanczos
 from hvpkit.solvers.lobpcg import lobpcg
 from hvpkit.solvers.multifidelity import multifidelity
-from hvpkit.solvers.progress import progress_bar
 
 if TYPE_CHECKING:
     from hvpkit import plots as plots
@@ -60,6 +60,7 @@ __all__ = [
     "EigenResult",
     "Eigenpair",
     "Estimate",
+    "EstimateProgress",
     "ExtremeResult",
     "Finding",
     "Interval",

@@ -14,7 +14,7 @@ from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval
 from hvpkit.solvers.common.request import Start
 from hvpkit.solvers.driver import Monitor, full_precision
 from hvpkit.solvers.lanczos import lanczos
-from hvpkit.solvers.multifidelity import multifidelity
+from hvpkit.solvers.multifidelity import solve_levels
 
 METHODS = ("auto", "lanczos", "multifidelity")
 
@@ -106,7 +106,7 @@ def extreme_eigenvalues(
             if method == "multifidelity":
                 raise
         else:
-            found = multifidelity(
+            found = solve_levels(
                 levels,
                 v0=v0,
                 tol=tol,

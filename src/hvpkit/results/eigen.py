@@ -115,23 +115,29 @@ class Eigenpair:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a solve stands, as ``monitor`` sees it and ``history`` keeps it.
+    """Progress of an eigensolver: what ``monitor`` is called with and ``history`` keeps.
 
     Attributes:
-        num_matvecs: full-data products so far.
+        num_matvecs: full-data matvecs so far.
         seconds: since the start.
-        smallest, largest: the two ends so far, as Ritz values.
-        smallest_bound, largest_bound: what they may be off by: norms of residuals, from the recurrence, or better.
-        level: of several operators, the one that the solver draws on: see :func:`hvpkit.multifidelity`.
+        smallest, largest: both ends so far, as Ritz values; NaN before there are any.
+        smallest_bound, largest_bound: their error bounds: residual norms, from the recurrence, or better.
+        level: of several operators, the index of the one that is worked on: see :func:`hvpkit.multifidelity`.
     """
 
-    num_matvecs: float
-    seconds: float
-    smallest: float
-    largest: float
-    smallest_bound: float
-    largest_bound: float
+    num_matvecs: float = 0.0
+    seconds: float = 0.0
+    smallest: float = math.nan
+    largest: float = math.nan
+    smallest_bound: float = math.inf
+    largest_bound: float = math.inf
     level: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"smallest {self.smallest:.4g} ± {self.smallest_bound:.1g}, "
+            f"largest {self.largest:.4g} ± {self.largest_bound:.1g}"
+        )
 
 
 @dataclass(frozen=True, repr=False)

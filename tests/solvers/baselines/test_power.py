@@ -9,7 +9,7 @@ from torch import Tensor
 
 import hvpkit as hk
 from finite_sums import mean_of, scattered
-from hvpkit.solvers.baselines.momentum_block import Goal, State, assess, init, step
+from hvpkit.solvers.baselines.momentum_block import Goal, MomentumBlockState, assess, init, step
 from hvpkit.solvers.baselines.power import accelerated_power, power
 from hvpkit.solvers.common.request import check_arguments
 from problems import SPECTRA, matrix
@@ -33,7 +33,7 @@ def goal_of(op: hk.LinearOperator, k: int, which: str, **options: object) -> Goa
     return Goal(**vars(asked), **options)
 
 
-def after(op: hk.LinearOperator, goal: Goal, num_steps: int) -> State:
+def after(op: hk.LinearOperator, goal: Goal, num_steps: int) -> MomentumBlockState:
     state = init(op, goal)
     for _ in range(num_steps):
         state = assess(op, goal, step(op, goal, state)).state

@@ -5,14 +5,14 @@ import torch
 
 import hvpkit as hk
 from hvpkit.operators.space import LOCAL
-from hvpkit.solvers.common.block import (
+from hvpkit.solvers.common.orthogonalize import (
     complete_,
     extend_,
     power_of_two,
     residuals_of,
+    rotate_,
     row_norms,
     start_,
-    turn_,
 )
 from problems import matrix
 
@@ -61,12 +61,12 @@ def test_start_spans_the_callers_vectors_up_to_noise_of_a_tenth() -> None:
     assert 0.01 < float(lengths.max()) <= 0.1 + 1e-12
 
 
-def test_turning_is_a_matrix_product_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(turn_.__globals__, "CHUNK", 8)
+def test_rotation_is_a_matrix_product_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rotate_.__globals__, "CHUNK", 8)
     rows, C = random_rows(6), random_rows(4)[:, :3]
     expected = C.mT @ rows[:4]
     last = rows[3:].clone()
-    turn_(rows, C)
+    rotate_(rows, C)
     assert torch.allclose(rows[:3], expected, atol=1e-14)
     assert torch.equal(rows[3:], last)
 
