@@ -65,4 +65,4 @@ def density(
     }
     shown = [table(target.title, ("density", "value"), rows), f"{found.status}: {found.message}."]
     output.give("density", record, shown, found.plot)
-    return found.status in (Status.COMPLETED, Status.INVARIANT_SUBSPACE)
+    return found.status in (Status.COMPLETED, Status.MAX_MATVECS, Status.INVARIANT_SUBSPACE)

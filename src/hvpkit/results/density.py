@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MESSAGES = {
     Status.INVARIANT_SUBSPACE: "every column was multiplied: the spectrum is exact to rounding",
     Status.COMPLETED: "all samples that were asked for are taken; a density has no accuracy to converge to",
+    Status.MAX_MATVECS: "the budget ended before the last samples, as others had to be taken again on a wider interval",
     Status.TIME_LIMIT: "the time limit is reached; the density is from the products before it",
     Status.NON_FINITE: "a product gave NaN or infinity; the density is from the products before it",
 }
