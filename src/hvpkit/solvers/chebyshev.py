@@ -322,7 +322,7 @@ def chebyshev(
     seed: Seed = 0,
     monitor: Monitor | None = None,
 ) -> EigenResult:
-    r"""A few eigenpairs at the ends of the spectrum, by Chebyshev-filtered subspace iteration.
+    r"""Compute a few eigenpairs at the ends of the spectrum, by Chebyshev-filtered subspace iteration.
 
     Stops when for each wanted Ritz value :math:`\theta` with residual r,
 
@@ -331,36 +331,33 @@ def chebyshev(
     or, where a value is zero to rounding, when the left side is at most 32 eps times the operator's norm. A
     ``tol`` below rounding is taken as rounding.
 
-    Use it where products with many vectors at once are cheap, where many pairs are wanted, or where
-    orthogonalisation is what costs: a filter needs none, and a fixed number of vectors. Otherwise
-    :func:`hvpkit.lanczos` mostly takes fewer products.
+    Use it where matvecs with many vectors at once are cheap, where many pairs are wanted, or where
+    orthogonalisation is the largest cost: a filter needs none, and a fixed number of vectors. Otherwise
+    :func:`hvpkit.lanczos` mostly takes fewer matvecs.
 
     Args:
         op: symmetric operator.
-        k: how many pairs.
+        k: number of pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest, ``"BE"`` half from each end (the odd one from the
-            high end), by a filter that damps what lies between.
-        v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are dealt out to the vectors of the block,
-            each with a tenth of a random vector, so that nothing is missed.
+            high end), by a filter that damps the interval between.
+        v0: start vectors, used as by :func:`hvpkit.lanczos`.
         tol: relative error of the eigenvalues.
         block_size: vectors to filter, at least ``k``; by default one more for each end where several are wanted,
             without which one of them may be missed where many lie close together.
-        max_matvecs: full-data products, at most; by default 1,000, or ten for each pair if that is more.
+        max_matvecs: full-data matvecs, at most; the default is that of :func:`hvpkit.lanczos`.
         time_limit: seconds.
         seed: of random vectors.
-        monitor: called with a :class:`hvpkit.Progress` after each look.
+        monitor: called with a :class:`hvpkit.Progress` after each assessment.
 
     Returns:
-        Values ascending, with orthonormal vectors, true residuals, intervals and status. Running into a
-        limit or a product that is not finite is a status too, with what was found until then: fewer than
-        ``k`` pairs if that was so early.
+        As :func:`hvpkit.lanczos`.
 
     Raises:
         ValueError: an argument out of its range, named.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
 
     Cost:
-        Products as ``num_matvecs`` says, ``k`` of them for the true residuals; memory for 64 vectors and 8 for each
+        Matvecs as ``num_matvecs`` says, ``k`` of them for the true residuals; memory for 64 vectors and 8 for each
         of the block, for 16 of each where it is larger than 8.
 
     Source:

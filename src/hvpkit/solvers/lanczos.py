@@ -345,49 +345,49 @@ def lanczos(
     monitor: Monitor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> EigenResult:
-    r"""A few eigenpairs at the ends of the spectrum, by thick-restart Lanczos.
+    r"""Compute a few eigenpairs at the ends of the spectrum, by thick-restart Lanczos.
 
     Stops when for each wanted value ``error_bound <= tol * |value|``, or, where a value is zero to rounding,
-    when the bound is at most 32 eps times the operator's norm. The bound is the residual's norm, with rounding.
-    For one pair at an end, from one start vector, it is the residual squared over the gap where that is
+    when the bound is at most 32 eps times the operator's norm. The bound is the residual norm, with rounding.
+    For one pair at an end, from one start vector, it is the residual norm squared over the gap where that is
     smaller, on two more conditions: the gap is bounded by the other Ritz pairs' residuals, and it is unlikely
     (probability 0.3 over random starts) that an eigenvalue hides further out than ``2 tol * |value|``. A
     ``tol`` below rounding is taken as rounding.
 
     Args:
         op: symmetric operator.
-        k: how many pairs.
+        k: number of pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest, ``"LM"`` the largest in magnitude, ``"BE"`` half
             from each end (the odd one from the high end), all from one Krylov space.
-        v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are dealt out to the vectors of the block
-            (all to the one vector of a block of one), each with a tenth of a random vector, so that nothing is missed.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are assigned round-robin to the vectors of
+            the block and summed, each sum with a tenth of a random vector, so that no direction is missing.
         tol: relative error of the eigenvalues.
-        ncv: the most basis vectors before a restart, by default what fits into 4 GiB, at most 300 or 4 k.
-        block_size: vectors in one product. Operators share work among them; the count of products grows.
+        ncv: the most basis vectors before a restart, by default as many as 4 GiB hold, at most 300 or 4 k.
+        block_size: vectors in one matvec. Operators share work among them; the number of matvecs rises.
         check_copies: for two or more pairs at one end, make sure by a further random vector that no copy of
-            a multiple eigenvalue is missed; doubles the products.
+            a multiple eigenvalue is missed; doubles the matvecs.
         confidence: of intervals, over random starts.
-        certify: go on until the interval itself has a width of at most ``tol * |value|`` at this confidence,
-            for one pair at an end; about a third more products.
-        max_matvecs: full-data products, at most; by default 1,000, or ten for each pair if that is more.
+        certify: continue until the interval itself has a width of at most ``tol * |value|`` at this confidence,
+            for one pair at an end; about a third more matvecs.
+        max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
         time_limit: seconds.
         seed: of random vectors.
-        monitor: called with a :class:`hvpkit.Progress` after each look.
-        checkpoint: a file. The solve is saved there every minute, at a limit and when it is interrupted, and the
-            same call goes on from it, for one product that verifies the operator, to the same bits; ``tol`` and
-            limits may be changed. Deleted once the solve has converged.
+        monitor: called with a :class:`hvpkit.Progress` after each assessment.
+        checkpoint: a file. The solve is saved there every minute, at a limit and when it is interrupted. The same call
+            continues from it, for one matvec that verifies the operator, to the same bits; ``tol`` and limits may be
+            changed. Deleted on convergence.
 
     Returns:
-        Values ascending, with orthonormal vectors, true residuals, intervals and status. Running into a
-        limit or a product that is not finite is a status too, with what was found until then: fewer than
-        ``k`` pairs if that was so early.
+        Values ascending, with orthonormal vectors, true residuals, intervals and status. At a limit, or if a matvec
+        is not finite, the status says so, and the result holds the best pairs so far: fewer than ``k`` if that was
+        early.
 
     Raises:
         ValueError: an argument out of its range, named; a checkpoint of another solve.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
 
     Cost:
-        Products as ``num_matvecs`` says, the last of them to verify the residuals; ``ncv + block_size + 2`` vectors
+        Matvecs as ``num_matvecs`` says, the last of them to verify the residuals; ``ncv + block_size + 2`` vectors
         of memory.
 
     Source:

@@ -192,44 +192,37 @@ def lobpcg(
     seed: Seed = 0,
     monitor: Monitor | None = None,
 ) -> EigenResult:
-    r"""A few eigenpairs at the ends of the spectrum, by LOBPCG.
+    r"""Compute a few eigenpairs at the ends of the spectrum, by LOBPCG.
 
-    Stops when for each wanted Ritz value :math:`\theta` with residual r,
-
-    .. math:: \|r\| + \text{rounding} \le \text{tol} \cdot |\theta|,
-
-    or, where a value is zero to rounding, when the left side is at most 32 eps times the operator's norm. A
-    ``tol`` below rounding is taken as rounding.
+    Stops as :func:`hvpkit.chebyshev` does.
 
     Use it where a preconditioner is known, where memory is for a few vectors only, or to improve several
-    vectors of an earlier result. Without any of these :func:`hvpkit.lanczos` mostly takes fewer products.
+    vectors of an earlier result. Without any of these :func:`hvpkit.lanczos` mostly takes fewer matvecs.
 
     Args:
         op: symmetric operator.
-        k: how many pairs.
+        k: number of pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest, ``"BE"`` half from each end (the odd one from the
             high end), all in one block.
-        v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are dealt out to the vectors of the block,
-            each with a tenth of a random vector, so that nothing is missed.
+        v0: start vectors, used as by :func:`hvpkit.lanczos`.
         tol: relative error of the eigenvalues.
         preconditioner: ``[n, p]`` to ``[n, p]``, applied to residuals: for the low end an approximate inverse of
             the operator, positive definite, less a shift near the end.
-        max_matvecs: full-data products, at most; by default 1,000, or ten for each pair if that is more.
+        max_matvecs: full-data matvecs, at most; the default is that of :func:`hvpkit.lanczos`.
         time_limit: seconds.
         seed: of random vectors.
-        monitor: called with a :class:`hvpkit.Progress` after each look.
+        monitor: called with a :class:`hvpkit.Progress` after each assessment.
 
     Returns:
-        Values ascending, with orthonormal vectors, true residuals, intervals and status. Running into a
-        limit or a product that is not finite is a status too, with the best that was found until then.
+        As :func:`hvpkit.lanczos`.
 
     Raises:
         ValueError: an argument out of its range, named.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
 
     Cost:
-        Products as ``num_matvecs`` says, ``k`` of them for the true residuals; ``7 k + 6`` vectors of memory
-        (``7 k + 12`` for both ends), and half as many to work with.
+        Matvecs as ``num_matvecs`` says, ``k`` of them for the true residuals; ``7 k + 6`` vectors of memory
+        (``7 k + 12`` for both ends), and half as many for work.
 
     Source:
         Knyazev, SIAM J. Sci. Comput. 23 (2001) 517-541, doi:10.1137/S1064827500366124; Duersch, Shao, Yang, Gu,

@@ -37,36 +37,37 @@ def multifidelity(
     seed: Seed = 0,
     monitor: Monitor | None = None,
 ) -> EigenResult:
-    r"""Both ends of the last of several levels, with most of the work on cheaper ones.
+    r"""Compute both ends of the last of several levels, with most of the work on cheaper ones.
 
-    Stops when for each end asked for ``error_bound <= tol * |value|``. The bound is the residual's norm or, where a
-    cheap level was just asked, ten times what it predicts, :math:`10\, r' f(A_S)\, r`, with a clamp of ten
-    times ``tol * |value|``, and more if the last directions gained much more than was predicted of them. That is an
+    Stops when for each end asked for ``error_bound <= tol * |value|``. The bound is the residual norm or, where a
+    cheap level has just predicted the error, ten times the prediction, :math:`10\, r' f(A_S)\, r`, with a clamp of ten
+    times ``tol * |value|``, and more if the last directions gained much more than predicted. That is an
     estimate; the interval of an end rests on the residual alone, and says that an eigenvalue is in it, not that it is
     the extreme one.
 
     Use it for a Hessian over many examples: levels are ``H.coarsen(...)`` and H itself. For operators without a cheap
-    likeness, and where the interval must hold with a stated confidence, use :func:`hvpkit.lanczos`.
+    approximation, and where the interval must hold with a stated confidence, use :func:`hvpkit.lanczos`.
 
     Args:
         levels: operators of the same size and of rising ``cost``; the last is the one asked about. One alone is
-            solved by :func:`hvpkit.lanczos`, as is what is left once no cheap level helps.
+            solved by :func:`hvpkit.lanczos`, as is the rest of the solve once no cheap level helps. The cost of making
+            them, as of scores, is not counted.
         which: ``"BE"`` both ends, ``"LA"`` the largest alone, ``"SA"`` the smallest alone.
         v0: start ``[n]`` or ``[n, p]``, or an earlier result, for the steps on the first level: the sum of the unit
             columns and a tenth of a random vector.
         tol: relative error of the eigenvalues.
         ncv: the most basis vectors before half of them are dropped.
-        num_inner: the most Lanczos steps on a cheap level for each direction; by default as many as cost one product,
-            but from 6 to 30. They end when what they predict has settled.
+        num_inner: the most Lanczos steps on a cheap level for each direction; by default as many as cost one matvec,
+            but from 6 to 30. They end when their prediction has settled.
         confidence: of intervals, where these come from :func:`hvpkit.lanczos`.
-        max_matvecs: products of the last level, the others counted at their cost; by default 1,000.
+        max_matvecs: matvecs of the last level, the others counted at their cost; by default 1,000.
         time_limit: seconds.
         seed: of the start vector.
-        monitor: called with a :class:`hvpkit.Progress` after each look; its bounds are the error bounds.
+        monitor: called with a :class:`hvpkit.Progress` after each assessment; its bounds are the error bounds.
 
     Returns:
-        Two pairs (one for n = 1, or for one end), with true residuals. ``num_matvecs`` is in products of an operator
-        of cost 1; ``history`` also says which level was drawn on.
+        Two pairs (one for n = 1, or for one end), with true residuals. ``num_matvecs`` is in matvecs of an operator
+        of cost 1; ``history`` also says which level was worked on.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of its range, named.
