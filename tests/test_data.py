@@ -268,7 +268,7 @@ def test_a_sampler_of_its_own_gives_the_same_examples_in_every_pass(sampling: st
 
 
 class Noisy(Dataset):
-    """Examples that are drawn anew whenever they are read, from all three global generators."""
+    """Examples that draw from all three global generators whenever they are read."""
 
     def __len__(self) -> int:
         return 7
@@ -306,6 +306,182 @@ def test_random_examples_are_the_same_in_every_pass_and_leave_no_trace(
     assert len(first.unique()) > 7
     assert flat(ids(data)) == list(range(7))
     assert flat(ids(data.subset([5, 1]))) == [1, 5]
+    assert torch.equal(torch.cat([noise for noise, _ in data.subset([5, 1])]), first[[1, 5]])
+
+
+class Augmented(Dataset):
+    """Points that are flipped, scaled and shifted at random, each by another library's numbers."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x = X[index] * (1 if random.random() < 0.5 else -1) * np.random.uniform(0.5, 1.5)
+        return x + 0.3 * torch.randn(3, dtype=torch.float64), Y[index]
+
+
+class FromBatches(Augmented):
+    """As datasets that fetch a batch at once."""
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        return [self[index] for index in indices]
+
+
+def drawn(loss_of: Callable[[Tensor, Tensor], Tensor], batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return torch.autograd.functional.hessian(lambda p: loss_of(x @ p, y).mean(), P)
+
+
+AUGMENTED: dict[str, Callable[[], object]] = {
+    "dataset": Augmented,
+    "fetching batches": lambda: DataLoader(FromBatches(), batch_size=4),
+    "batches of 4": lambda: DataLoader(Augmented(), batch_size=4, shuffle=True),
+    "batches of 5": lambda: DataLoader(Augmented(), batch_size=5),
+    "two workers": lambda: DataLoader(Augmented(), batch_size=3, num_workers=2, persistent_workers=True),
+    "own sampler": lambda: DataLoader(Augmented(), batch_sampler=TwoByTwo()),
+    "subset": lambda: DataLoader(torch.utils.data.Subset(Augmented(), range(N)), batch_size=2),
+}
+
+
+@pytest.mark.parametrize("source", AUGMENTED)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_augmentation_is_one_draw_of_each_example_whatever_reads_it(source: str) -> None:
+    def quartic(z: Tensor, y: Tensor) -> Tensor:
+        return (z - y) ** 4
+
+    def loss_fn(params: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return quartic(batch[0] @ params, batch[1])
+
+    def dense(H: hk.LinearOperator) -> Tensor:
+        return H @ torch.eye(3, dtype=torch.float64)
+
+    stated = list(hk.as_data(Augmented()))
+    assert not torch.allclose(stated[0][0], X, atol=0.1)
+    before = global_states()
+    data = hk.as_data(AUGMENTED[source]())
+    H = hk.hessian(loss_fn, P, data)
+    assert torch.allclose(dense(H), drawn(quartic, stated), rtol=1e-12, atol=0.0)
+    assert hk.check(H).ok
+    disturb()
+    few = data.subset([7, 2, 3])
+    chosen = [(x[[2, 3, 7]], y[[2, 3, 7]]) for x, y in stated]
+    assert torch.allclose(dense(hk.hessian(loss_fn, P, few)), drawn(quartic, chosen), rtol=1e-12, atol=0.0)
+    sample = H.coarsen(5, importance="loss")
+    x, y = (torch.cat(parts) for parts in zip(*sample.origin.data, strict=True))
+    assert all(torch.equal(a, stated[0][0][int(i)]) for a, i in zip(x, y, strict=True))
+    random.setstate(before[3])
+
+
+class DrawsLate(Augmented):
+    """As a dataset that augments one class only."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return (X[index] * torch.rand(()) if index == 8 else X[index]), Y[index]
+
+
+def test_one_example_that_draws_is_fixed_too() -> None:
+    passes = [torch.cat([x for x, _ in hk.as_data(DrawsLate(), batch_size=size)]) for size in (1, 3, 11)]
+    assert torch.equal(passes[0], passes[1])
+    assert torch.equal(passes[0], passes[2])
+    assert torch.equal(passes[0] == X, (Y != 8)[:, None].expand(N, 3))
+
+
+def test_nothing_is_seeded_around_data_that_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [source() for name, source in SOURCES.items() if name not in ("loader_of_own_class",)]
+    held = [hk.as_data(source) for source in sources if not isinstance(source, DataLoader)]
+    held += [hk.as_data(loader(batch_size=4, shuffle=True)), hk.as_data(DataLoader(Plain()))]
+
+    def refuse(seed: int) -> None:
+        raise AssertionError(f"seeded with {seed}")
+
+    monkeypatch.setattr("hvpkit.data.random_state.seed_global", refuse)
+    for data in held:
+        assert sum(len(batch) for batch in ids(data)) == N
+        assert len(ids(data.subset([3, 1]))) >= 1
+
+
+class OwnGenerator(Augmented):
+    def __init__(self) -> None:
+        self.random = np.random.default_rng(0)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return X[index] * self.random.uniform(), Y[index]
+
+
+def mixup(examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    x, y = torch.utils.data.default_collate(examples)
+    share = torch.distributions.Beta(0.2, 0.2).sample()
+    return share * x + (1 - share) * x.roll(1, 0), y
+
+
+class AugmentedStream(Stream):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((x + torch.randn(3), y) for x, y in super().__iter__())
+
+
+class OwnGeneratorStream:
+    def __init__(self) -> None:
+        self.generator_of_numpy = np.random.default_rng(0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield X * self.generator_of_numpy.uniform(), Y
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (
+            lambda **o: DataLoader(OwnGenerator(), batch_size=4, **o),
+            "dataset gives another example .* seeded for",
+        ),
+        (lambda **o: loader(batch_size=4, collate_fn=mixup, **o), "collate_fn draws random numbers .mixup"),
+        (
+            lambda **o: loader(
+                batch_sampler=BatchSampler(WeightedRandomSampler(Y + 1, 9), 4, False), collate_fn=mixup, **o
+            ),
+            "collate_fn draws random numbers",
+        ),
+        (
+            lambda **o: DataLoader(AugmentedStream(), batch_size=4, **o),
+            r"the examples are others when .* list\(...\)",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_random_data_that_no_seed_fixes_are_refused_with_the_remedy(
+    source: Callable[..., object], reason: str, num_workers: int
+) -> None:
+    before = global_states()
+    with pytest.raises(hk.UnstableDataError, match=f"data: .*{reason}"):
+        hk.as_data(source(num_workers=num_workers))
+    assert global_states() == before
+
+
+def test_a_stream_with_numbers_of_its_own_is_refused_and_its_list_is_not() -> None:
+    with pytest.raises(hk.UnstableDataError, match="data: the examples are others"):
+        hk.as_data(OwnGeneratorStream())
+    assert hk.as_data(list(OwnGeneratorStream())).num_examples == N
+
+
+class ShuffledStream:
+    """The same examples in an order that global or own random numbers give."""
+
+    def __init__(self, permutation: Callable[[int], np.ndarray]) -> None:
+        self.permutation = permutation
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.from_numpy(self.permutation(N))
+        return ((X[chosen], Y[chosen]) for chosen in order.split(3))
+
+
+def test_a_stream_in_random_order_is_no_other_data() -> None:
+    for permutation in (np.random.permutation, np.random.default_rng(0).permutation):
+        data = hk.as_data(ShuffledStream(permutation))
+        assert sorted(flat(ids(data))) == list(range(N))
+        assert same(hk.loss(losses, P, data), direct(list(range(N))))
+    repeated = hk.as_data(ShuffledStream(np.random.permutation))
+    assert ids(repeated) == ids(repeated)
 
 
 def test_a_pass_that_is_left_early_leaves_no_trace() -> None:
@@ -347,7 +523,7 @@ class Changing:
     """One example fewer (or more) in each pass."""
 
     def __init__(self, step: int) -> None:
-        self.size, self.step = 5, step
+        self.size, self.step = 4, step
 
     def __iter__(self) -> Iterator[Tensor]:
         self.size += self.step

@@ -20,4 +20,4 @@ class CompileWarning(UserWarning):
 
 
 class UnstableDataError(RuntimeError):
-    """The data gave another number of examples in a later pass than in the first one."""
+    """Data that give other examples, or another number of them, when they are read again."""

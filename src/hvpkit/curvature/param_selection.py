@@ -52,7 +52,7 @@ def _select(names: Sequence[str], wrt: Selection) -> set[str]:
     """
     if callable(wrt):
         chosen = {name for name in names if wrt(name)}
-        unmatched = [] if chosen else [wrt]
+        unmatched: list[str] = []
     else:
         patterns = [wrt] if isinstance(wrt, str) else list(wrt or ())
         found = {pattern: _matches(pattern, names) for pattern in patterns}

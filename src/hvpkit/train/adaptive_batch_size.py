@@ -36,7 +36,8 @@ from hvpkit.autodiff.pytree import Layout, check_params, flatten, snapshot, unfl
 from hvpkit.autodiff.pytree import batch_size as count_examples
 from hvpkit.curvature.constructors import hessian
 from hvpkit.curvature.products import MODES, all_finite, check_loss, loss, part_gradient, parts, sum_parts
-from hvpkit.data import Data, IterableBatches, as_data
+from hvpkit.data import Data, as_data
+from hvpkit.data.sources import IterableBatches
 from hvpkit.errors import NonFiniteError
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Status

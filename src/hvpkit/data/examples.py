@@ -6,145 +6,33 @@ state unchanged.
 
 from __future__ import annotations
 
-import itertools
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-)
+from torch.utils.data import DataLoader, IterableDataset
 
 from hvpkit._utils.typing import Batch
 from hvpkit._utils.validation import check_count
 from hvpkit.autodiff.pytree import batch_size as count_examples
 from hvpkit.autodiff.pytree import flatten, unflatten, usable
-from hvpkit.errors import UnstableDataError
+from hvpkit.data.sources import (
+    DatasetBatches,
+    IterableBatches,
+    Source,
+    TensorBatches,
+    count_stream,
+    covers_dataset,
+    own_iteration,
+    unstable,
+    with_seeded_examples,
+)
 
 DEFAULT_BATCH_SIZE = 256
 """Examples in a batch, unless the caller or the caller's loader gives a number; chosen by feel."""
-
-
-@dataclass(frozen=True)
-class TensorBatches:
-    """Slices of one tree of tensors, which holds all examples."""
-
-    examples: Batch
-    batch_size: int
-
-    def __len__(self) -> int:
-        return count_examples(self.examples)
-
-    @property
-    def smallest_batch(self) -> int:
-        return _smallest_slice(len(self), self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self), self.batch_size):
-            yield _take(self.examples, slice(start, start + self.batch_size))
-
-    def select(self, indices: Tensor) -> TensorBatches:
-        return replace(self, examples=_take(self.examples, indices))
-
-    def resized(self, batch_size: int) -> TensorBatches:
-        return replace(self, batch_size=batch_size)
-
-
-@dataclass(frozen=True)
-class DatasetBatches:
-    """Batches of a map-style dataset, each example once and in order, read by a loader."""
-
-    loader: DataLoader[Any]
-
-    @classmethod
-    def of(cls, dataset: Any, batch_size: int | None, like: DataLoader[Any] | None = None) -> DatasetBatches:
-        """Return batches of ``dataset``, collated and fetched with the options of the loader ``like``."""
-        options: dict[str, Any] = {"batch_size": batch_size or DEFAULT_BATCH_SIZE}
-        if like is not None:
-            options |= {
-                "batch_size": batch_size or like.batch_sampler.batch_size,  # type: ignore[union-attr]
-                "collate_fn": like.collate_fn,
-                "num_workers": like.num_workers,
-                "pin_memory": like.pin_memory,
-                "timeout": like.timeout,
-                "worker_init_fn": like.worker_init_fn,
-                "multiprocessing_context": like.multiprocessing_context,
-                "prefetch_factor": like.prefetch_factor,
-            }  # without persistent_workers: their random state would carry over from pass to pass
-        return cls(DataLoader(dataset, shuffle=False, generator=torch.Generator(), **options))
-
-    def __len__(self) -> int:
-        return len(self.loader.dataset)  # type: ignore[arg-type]
-
-    @property
-    def smallest_batch(self) -> int:
-        assert self.loader.batch_size is not None
-        return _smallest_slice(len(self), self.loader.batch_size)
-
-    @property
-    def batch_size(self) -> int | None:
-        return self.loader.batch_size
-
-    def __iter__(self) -> Iterator[Batch]:
-        return _isolated(self.loader)
-
-    def select(self, indices: Tensor) -> DatasetBatches:
-        return self.of(Subset(self.loader.dataset, indices.tolist()), None, self.loader)
-
-    def resized(self, batch_size: int) -> DatasetBatches:
-        return self.of(self.loader.dataset, batch_size, self.loader)
-
-
-@dataclass(frozen=True)
-class IterableBatches:
-    """Batches of a re-iterable object; ``batch_size`` splits larger ones."""
-
-    batches: Iterable[Batch]
-    num_examples: int
-    batch_size: int | None = None
-    indices: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.num_examples if self.indices is None else len(self.indices)
-
-    @property
-    def smallest_batch(self) -> None:
-        return None
-
-    def __iter__(self) -> Iterator[Batch]:
-        start = 0
-        for batch in _isolated(self.batches):
-            size = count_examples(batch)
-            kept = batch if self.indices is None else _take(batch, self._within(start, size))
-            start += size
-            yield from TensorBatches(kept, self.batch_size or max(size, 1))
-        if start != self.num_examples:
-            raise _unstable(start, self.num_examples)
-
-    def _within(self, start: int, size: int) -> Tensor:
-        """Return the (sorted) indices that lie in a batch, relative to its start."""
-        assert self.indices is not None
-        low, high = torch.searchsorted(self.indices, torch.tensor([start, start + size])).tolist()
-        return self.indices[low:high] - start
-
-    def select(self, indices: Tensor) -> IterableBatches:
-        return replace(self, indices=indices if self.indices is None else self.indices[indices])
-
-    def resized(self, batch_size: int) -> IterableBatches:
-        return replace(self, batch_size=batch_size)
-
-
-Source: TypeAlias = TensorBatches | DatasetBatches | IterableBatches
 
 
 @dataclass(frozen=True)
@@ -195,7 +83,7 @@ class Data:
             start += size
             yield prepare(batch, self.device), weights
         if start != self.num_examples:
-            raise _unstable(start, self.num_examples)
+            raise unstable(start, self.num_examples)
 
     def subset(self, indices: Tensor | Sequence[int], weights: Tensor | None = None) -> Data:
         """Select the examples at ``indices`` ``[m]`` (a repeated index counts again), each with its weight.
@@ -251,6 +139,15 @@ def as_data(data: object, *, batch_size: int | None = None, device: torch.device
     list, or another re-iterable          batches, as they come; counted in one pass now
     ====================================  =====================================================
 
+    **Augmentation is one fixed draw.** Where a map-style dataset draws random numbers, the global generators
+    (``random``, ``numpy.random``, ``torch``) are seeded by the index of each example while it is read, so that it is
+    the same in every pass, batch, worker and sample; for the data as they are, turn augmentation off. What seeds
+    cannot fix is refused: generators of the dataset's own, a ``collate_fn`` that draws (mixup), streams
+    (``IterableDataset``, own re-iterables) that give other examples under other seeds. ``list(loader)`` is one
+    fixed draw of anything. Loaders of an own class are read under a fixed seed, and what they draw depends on
+    their batches. A sampler with replacement or weights is read once, under a fixed seed: the mean is over the examples
+    that it gives then.
+
     Args:
         data: one of the above. A batch is any tree of tensors with a common first dimension; a mapping of
             a class that torch does not know, as a tokenizer's, becomes a dict.
@@ -260,6 +157,10 @@ def as_data(data: object, *, batch_size: int | None = None, device: torch.device
     Raises:
         TypeError: ``data`` is something else, or a batch holds what is no tensor.
         ValueError: no examples; an iterator that a first pass uses up; first dimensions that disagree.
+        UnstableDataError: examples that differ when they are read again; a ``collate_fn`` that draws.
+
+    Cost:
+        A dataset: its first two examples, read twice. A re-iterable of batches: a pass over the data.
 
     Example:
         >>> import torch
@@ -285,9 +186,10 @@ def _source(data: Any, batch_size: int | None) -> Source:
         count_examples(data)
         return TensorBatches(data, batch_size or DEFAULT_BATCH_SIZE)
     if isinstance(data, DataLoader):
-        if _covers_dataset(data):
-            return DatasetBatches.of(data.dataset, batch_size, data)
-        return _counted(data, batch_size)
+        if covers_dataset(data):
+            size = batch_size or data.batch_sampler.batch_size  # type: ignore[union-attr]
+            return DatasetBatches.of(data.dataset, size, data)
+        return _stream(data, batch_size)
     if isinstance(data, IterableDataset):
         raise TypeError(
             "data is an IterableDataset, which gives examples and not batches; wrap it in a DataLoader"
@@ -295,103 +197,34 @@ def _source(data: Any, batch_size: int | None) -> Source:
     if isinstance(data, np.ndarray):
         raise TypeError("data is a NumPy array; pass tensors (torch.from_numpy)")
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, list | str):
-        return DatasetBatches.of(data, batch_size)
+        return DatasetBatches.of(data, batch_size or DEFAULT_BATCH_SIZE)
     if isinstance(data, Iterable) and not isinstance(data, str):
-        return _counted(data, batch_size)
+        return _stream(data, batch_size)
     raise TypeError(
         "data must be tensors, a Dataset, a DataLoader or a re-iterable of batches, "
         f"got {type(data).__name__}"
     )
 
 
-def _covers_dataset(loader: DataLoader[Any]) -> bool:
-    """Return True if the loader yields each example of a map-style dataset once, in some order."""
-    own_iteration = type(loader).__iter__ is not DataLoader.__iter__
-    if own_iteration or type(loader.batch_sampler) is not BatchSampler:
-        return False
-    sampler = loader.batch_sampler.sampler  # loader.sampler is another one where batch_sampler was given
-    return type(sampler) is SequentialSampler or (
-        type(sampler) is RandomSampler
-        and not sampler.replacement
-        and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
-    )
+def _stream(batches: Any, batch_size: int | None) -> IterableBatches:
+    """Return the batches of a loader with an order or class of its own, or of another re-iterable."""
+    map_style = isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset)
+    if map_style and not own_iteration(batches):
+        batches = with_seeded_examples(batches)
+    stream, sizes = count_stream(batches, _size_in_stream(batches), reseed=not map_style)
+    return IterableBatches(stream, sum(sizes), batch_size)
 
 
-def _counted(batches: Iterable[Batch], batch_size: int | None) -> IterableBatches:
-    if isinstance(batches, Iterator):
-        raise ValueError(
-            f"data is a one-shot iterator ({type(batches).__name__}): a second pass would be empty; "
-            "pass a list of batches, a DataLoader, or an object whose __iter__ starts afresh"
-        )
-    num_examples = 0
-    for batch in _isolated(batches):
+def _size_in_stream(batches: object) -> Callable[[Batch], int]:
+    def size(batch: Batch) -> int:
         if isinstance(batch, Tensor) and isinstance(batches, list):
             raise ValueError(
                 "data is a list of tensors, which could be all examples or one batch each; pass the tuple "
                 "(x, y) for all examples, or a list of tuples, one for each batch"
             )
-        num_examples += count_examples(batch)
-    return IterableBatches(batches, num_examples, batch_size)
+        return count_examples(batch)
 
-
-def _isolated(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the batches, read under fixed seeds; restore the random state after each."""
-    generators = list(_generators(batches))
-    states = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(0)
-    try:
-        with _fixed_randomness(0):
-            iterator = iter(batches)
-        for step in itertools.count():
-            with _fixed_randomness(step):
-                batch = next(iterator, _END)
-            if batch is _END:
-                return
-            yield batch
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-
-def _generators(source: object) -> Iterator[torch.Generator]:
-    """Yield the generators that a loader or sampler, or a sampler inside it, was given."""
-    own = getattr(source, "generator", None)
-    if isinstance(own, torch.Generator):
-        yield own
-    for part in ("sampler", "batch_sampler"):
-        if hasattr(source, part):
-            yield from _generators(getattr(source, part))
-
-
-_END = object()
-
-
-@contextmanager
-def _fixed_randomness(seed: int) -> Iterator[None]:
-    """Seed the CPU's global generators (torch, NumPy, random) inside; restore them after."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-
-
-def _smallest_slice(num_examples: int, batch_size: int) -> int:
-    """Return the size of the last slice of ``num_examples`` examples."""
-    return (num_examples - 1) % batch_size + 1
-
-
-def _take(batch: Batch, index: slice | Tensor) -> Batch:
-    leaves, spec = flatten(batch)
-    if isinstance(index, slice):
-        return unflatten([leaf[index] for leaf in leaves], spec)
-    return unflatten([leaf[index.to(leaf.device)] for leaf in leaves], spec)
+    return size
 
 
 def prepare(batch: Batch, device: torch.device | None = None) -> Batch:
@@ -410,10 +243,3 @@ def whole_batch(batch: Batch, weights: Tensor | None = None) -> Data:
     """
     size = check_count("data: the number of examples", count_examples(batch), 1)
     return Data(TensorBatches(batch, size), size, weights)
-
-
-def _unstable(found: int, expected: int) -> UnstableDataError:
-    return UnstableDataError(
-        f"data gave {found} examples in this pass, not the {expected} counted at first; a mean over "
-        "examples needs the same ones in every pass"
-    )
