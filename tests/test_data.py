@@ -394,7 +394,10 @@ def test_nothing_is_seeded_around_data_that_draw_nothing(monkeypatch: pytest.Mon
     def refuse(seed: int) -> None:
         raise AssertionError(f"seeded with {seed}")
 
-    monkeypatch.setattr("hvpkit.data.random_state.seed_global", refuse)
+    augmented = hk.as_data(Augmented())
+    monkeypatch.setitem(type(augmented.source.examples)._read_seeded.__globals__, "seed_global", refuse)
+    with pytest.raises(AssertionError, match="seeded with 0"):
+        list(augmented)
     for data in held:
         assert sum(len(batch) for batch in ids(data)) == N
         assert len(ids(data.subset([3, 1]))) >= 1
