@@ -655,3 +655,197 @@ def test_a_choice_that_is_none_is_refused(
 def test_sequential_batch_samplers_cover_the_dataset_in_order() -> None:
     source = loader(batch_sampler=BatchSampler(SequentialSampler(range(N)), 5, True))
     assert ids(hk.as_data(source)) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10]]
+
+
+# Batches that are read whole.
+
+BOXES = [
+    torch.randn(k, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in range(1, 8)
+]
+
+
+class Pictures(Dataset):
+    """Pictures of different sizes, each with a name."""
+
+    def __len__(self) -> int:
+        return len(BOXES)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        return BOXES[index], f"{index}.png"
+
+
+def as_lists(examples: list[tuple[Tensor, str]]) -> tuple[list[Tensor], list[str]]:
+    pictures, names = zip(*examples, strict=True)
+    return list(pictures), list(names)
+
+
+def in_pairs(**options: object) -> DataLoader:
+    return DataLoader(Pictures(), collate_fn=as_lists, **({"batch_size": 2} | options))
+
+
+def pairs() -> list[tuple[list[Tensor], list[str]]]:
+    return [as_lists([Pictures()[i] for i in range(k, min(k + 2, 7))]) for k in range(0, 7, 2)]
+
+
+class PairsAgain:
+    def __iter__(self) -> Iterator[tuple[list[Tensor], list[str]]]:
+        return iter(pairs())
+
+
+def num_pictures(batch: tuple[list[Tensor], list[str]]) -> int:
+    return len(batch[1])
+
+
+WHOLE: dict[str, Callable[[], object]] = {
+    "loader": in_pairs,
+    "loader with workers": lambda: in_pairs(num_workers=2),
+    "loader shuffled": lambda: in_pairs(shuffle=True),
+    "loader of own sampler": lambda: in_pairs(
+        batch_size=1, batch_sampler=[[0, 1], [2, 3], [4, 5], [6]], shuffle=None
+    ),
+    "list": pairs,
+    "reiterable": PairsAgain,
+}
+of_each = pytest.mark.parametrize("source", WHOLE)
+
+
+@of_each
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_batches_of_any_form_are_read_whole(source: str) -> None:
+    data = hk.as_data(WHOLE[source](), num_examples=num_pictures)
+    assert (data.num_examples, data.num_units, data.smallest_batch, data.longest_batch) == (7, 4, 1, 2)
+    assert data.shares.tolist() == [2 / 7, 2 / 7, 2 / 7, 1 / 7]
+    for _ in range(2):
+        assert [names for _, names in data] == [
+            ["0.png", "1.png"],
+            ["2.png", "3.png"],
+            ["4.png", "5.png"],
+            ["6.png"],
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(flat([x for x, _ in data]), BOXES, strict=True))
+    assert isinstance(next(iter(data))[0], list)
+
+
+@of_each
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_subset_of_whole_batches_counts_batches(source: str) -> None:
+    data = hk.as_data(WHOLE[source](), num_examples=num_pictures)
+    part = data.subset([3, 1, 1])
+    assert [names for _, names in part] == [["2.png", "3.png"]] * 2 + [["6.png"]]
+    assert part.num_examples == 5
+    assert part.shares.tolist() == [0.4, 0.4, 0.2]
+    again = part.subset([2, 0], [0.25, 4.0])
+    assert [(names, float(w)) for (_, names), _, w in again.weighted_batches()] == [
+        (["2.png", "3.png"], 4.0),
+        (["6.png"], 0.25),
+    ]
+    with pytest.raises(ValueError, match=r"indices must be in \[0, 4\), the batches, which are read whole"):
+        data.subset([4])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_restricted_data_estimate_the_mean_without_bias(weighted: bool) -> None:
+    data = hk.as_data(pairs(), num_examples=num_pictures)
+    if weighted:
+        data = data.subset([0, 1, 2, 3], [1.0, 0.5, 2.0, 4.0])
+    every = [data.restrict(torch.tensor(units)) for units in ([0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3])]
+    totals = dict.fromkeys(range(4), 0.0)
+    for part in every:
+        for (_, names), _, weight in part.weighted_batches():
+            totals[int(names[0][0]) // 2] += float(weight) / len(every)
+    assert list(totals.values()) == pytest.approx(data.shares.tolist())
+
+
+def test_what_whole_batches_cannot_be_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"num_examples must be a function of a batch, .* got 3"):
+        hk.as_data(pairs(), num_examples=3)
+    with pytest.raises(ValueError, match="batch_size and num_examples exclude each other"):
+        hk.as_data(pairs(), batch_size=2, num_examples=num_pictures)
+    data = hk.as_data(pairs(), num_examples=num_pictures)
+    with pytest.raises(ValueError, match=r"batch_size=2: batches .* are read whole, and never split"):
+        hk.as_data(data, batch_size=2)
+    with pytest.raises(ValueError, match="num_examples goes with the data as you have them"):
+        hk.as_data(data, num_examples=num_pictures)
+    with pytest.raises(TypeError, match=r"num_examples of a batch must be an int, got 1\.5"):
+        hk.as_data(pairs(), num_examples=lambda _: 1.5)
+    with pytest.raises(ValueError, match="data is empty"):
+        hk.as_data(pairs(), num_examples=lambda _: 0)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: in_pairs(),
+        lambda: [(torch.ones(4, 2), torch.ones(3))],
+        lambda: (torch.ones(4, 2), torch.ones(3)),
+        lambda: [{"x": torch.ones(4), "energy": torch.tensor(1.0)}],
+    ],
+)
+def test_batches_without_a_common_first_dimension_are_told_of_num_examples(
+    source: Callable[[], object],
+) -> None:
+    with pytest.raises(
+        (TypeError, ValueError), match=r"hvpkit.as_data\(data, num_examples=lambda batch: ...\)"
+    ):
+        list(hk.as_data(source()))
+
+
+def test_a_batch_whose_number_of_examples_changes_is_an_error() -> None:
+    sizes = iter([2, 2, 2, 1, 2, 3, 2, 1])
+    data = hk.as_data(pairs(), num_examples=lambda _: next(sizes))
+    with pytest.raises(hk.UnstableDataError, match="data gave 3 examples in batch 1, not the 2 counted"):
+        list(data)
+
+
+def test_whole_batches_are_moved_as_far_as_they_can_be() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(1, 2)])
+    batch = {"boxes": BOXES[:2], "packed": packed, "names": ["a", "b"], "none": None, "user": UserDict(x=X)}
+    (read,) = hk.as_data([batch], num_examples=lambda b: len(b["names"]), device="meta")
+    assert {leaf.device.type for leaf in (*read["boxes"], read["packed"].data, read["user"]["x"])} == {"meta"}
+    assert read["packed"].batch_sizes.device.type == "cpu"
+    assert (read["names"], read["none"]) == (["a", "b"], None)
+    (one,) = hk.as_data((X, X[:3]), num_examples=lambda b: len(b[0]))
+    assert [len(x) for x in one] == [N, 3]
+
+
+# Errors and names.
+
+
+class Broken(Plain):
+    """Example 7 cannot be read."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index == 7:
+            raise OSError("truncated file")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_an_example_that_cannot_be_read_is_named(num_workers: int) -> None:
+    data = hk.as_data(DataLoader(Broken(), batch_size=3, num_workers=num_workers))
+    with pytest.raises(OSError, match="truncated file") as caught:
+        list(data)
+    text = str(caught.value) + "".join(caught.value.__notes__)
+    assert "while reading example 7 of the dataset" in text
+    assert "while reading batch 2 of data (counted from 0)" in text
+    with pytest.raises(OSError, match="truncated file") as caught:
+        list(data.subset([9, 7]))
+    assert "while reading example 7 of the dataset" in str(caught.value) + "".join(caught.value.__notes__)
+
+
+def test_examples_of_different_shapes_are_told_of_a_collate_function() -> None:
+    with pytest.raises(RuntimeError, match="equal size") as caught:
+        list(hk.as_data(Pictures()))
+    assert "pass a DataLoader with one that can, and num_examples=" in "".join(caught.value.__notes__)
+
+
+def test_data_have_a_short_name() -> None:
+    assert repr(hk.as_data((X, Y), batch_size=4)) == "<Data: 11 examples of tensors in batches of 4>"
+    named = hk.as_data(loader(batch_size=4), device="meta").subset([1, 2], [1.0, 2.0])
+    assert repr(named) == "<Data: 2 examples of TensorDataset in batches of 4 on meta, weighted>"
+    assert repr(hk.as_data([(X, Y)])) == "<Data: 11 examples of list>"
+    assert (
+        repr(hk.as_data(in_pairs(), num_examples=num_pictures))
+        == "<Data: 7 examples of Pictures in 4 whole batches>"
+    )

@@ -1,5 +1,6 @@
 """Data: examples in batches, the same ones in every pass."""
 
-from hvpkit.data.examples import Data, as_data, prepare, whole_batch
+from hvpkit.data.conversion import as_data
+from hvpkit.data.examples import Data, WeightedBatch, prepare, whole_batch
 
-__all__ = ["Data", "as_data", "prepare", "whole_batch"]
+__all__ = ["Data", "WeightedBatch", "as_data", "prepare", "whole_batch"]

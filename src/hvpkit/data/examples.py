@@ -6,43 +6,54 @@ state unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree
 
 from hvpkit._utils.typing import Batch
 from hvpkit._utils.validation import check_count
-from hvpkit.autodiff.pytree import batch_size as count_examples
-from hvpkit.autodiff.pytree import flatten, unflatten, usable
+from hvpkit.autodiff.pytree import flatten, plain, unflatten, usable
 from hvpkit.data.sources import (
-    DatasetBatches,
     IterableBatches,
     Source,
     TensorBatches,
-    count_stream,
-    covers_dataset,
-    own_iteration,
+    WholeBatches,
+    count_examples,
+    name_batch,
     unstable,
-    with_seeded_examples,
 )
 
-DEFAULT_BATCH_SIZE = 256
-"""Examples in a batch, unless the caller or the caller's loader gives a number; chosen by feel."""
+
+class WeightedBatch(NamedTuple):
+    """A batch and its part in the mean over the data.
+
+    Attributes:
+        batch: the examples.
+        size: how many.
+        weights: of each example's loss, ``[size]``; of a batch that is read whole, the weight of its mean loss, 0-d;
+            None: uniform, ``1 / num_examples`` for each example.
+    """
+
+    batch: Batch
+    size: int
+    weights: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Data:
     """Examples in batches, the same ones in every pass. Made by :func:`as_data`.
+
+    What can be left out of a sample is a *unit*: an example, or a batch where batches are read whole.
 
     Attributes:
         source: the batches.
         num_examples: number of examples in a pass.
-        weights: one weight for each example ``[num_examples]``; None: each weighs ``1 / num_examples``.
+        weights: one weight for each unit ``[num_units]``; None: each example weighs ``1 / num_examples``.
         device: the device that batches are moved to; None: they stay where they are.
     """
 
@@ -50,6 +61,40 @@ class Data:
     num_examples: int
     weights: Tensor | None = None
     device: torch.device | None = None
+
+    def __repr__(self) -> str:
+        size, batches = self.batch_size, ""
+        if size is not None:
+            batches = f" in batches of {size}"
+        elif self.whole:
+            batches = f" in {self.num_units} whole batches"
+        device = "" if self.device is None else f" on {self.device}"
+        weighted = "" if self.weights is None else ", weighted"
+        return f"<Data: {self.num_examples} examples of {self.source.name}{batches}{device}{weighted}>"
+
+    @property
+    def whole(self) -> bool:
+        """Return True if batches are read whole, and never split: ``num_examples=`` of :func:`as_data`."""
+        return isinstance(self.source, WholeBatches)
+
+    @property
+    def num_units(self) -> int:
+        """Return the number of examples; of batches, where they are read whole."""
+        return len(self.source)
+
+    @property
+    def shares(self) -> Tensor:
+        """Return the weight of each unit's mean loss in the mean over the data, ``[num_units]``, float64, CPU."""
+        if self.weights is not None:
+            return self.weights.to("cpu", torch.float64)
+        return self.unit_sizes / self.num_examples
+
+    @property
+    def unit_sizes(self) -> Tensor:
+        """Return how many examples each unit holds, ``[num_units]``, float64."""
+        if isinstance(self.source, WholeBatches):
+            return torch.tensor(self.source.sizes, dtype=torch.float64)
+        return torch.ones(self.num_units, dtype=torch.float64)
 
     @property
     def smallest_batch(self) -> int | None:
@@ -66,39 +111,62 @@ class Data:
         """Return the largest possible batch size: ``num_examples``; for iterables, the size of the first batch."""
         if isinstance(self.source, IterableBatches):
             return count_examples(next(iter(replace(self.source, batch_size=None))))
-        return self.num_examples
+        return max(self.source.sizes) if isinstance(self.source, WholeBatches) else self.num_examples
 
     def __iter__(self) -> Iterator[Batch]:
-        return (batch for batch, _ in self.weighted())
+        return (batch for batch, _, _ in self.weighted_batches())
 
     def weighted(self) -> Iterator[tuple[Batch, Tensor | None]]:
         """Yield batches with the weights of their examples ``[B]`` (None: uniform ``1 / num_examples``)."""
+        return ((batch, weights) for batch, _, weights in self.weighted_batches())
+
+    def weighted_batches(self) -> Iterator[WeightedBatch]:
+        """Yield batches with their sizes and the weights of their examples.
+
+        Raises:
+            UnstableDataError: this pass has another number of examples than the first one.
+        """
         start = 0
-        for batch in self.source:
-            size = count_examples(batch)
+        for number, batch in enumerate(name_batch(self.source)):
+            whole = isinstance(self.source, WholeBatches)
+            size = (
+                self.source.sizes[number] if isinstance(self.source, WholeBatches) else count_examples(batch)
+            )
             if size == 0:
                 continue
-            chosen = slice(start, start + size)
-            weights = None if self.weights is None else prepare(self.weights[chosen], self.device)
+            units = number if whole else slice(start, start + size)
+            weights = None if self.weights is None else prepare(self.weights[units], self.device)
             start += size
-            yield prepare(batch, self.device), weights
+            yield WeightedBatch(prepare(batch, self.device, whole=whole), size, weights)
         if start != self.num_examples:
             raise unstable(start, self.num_examples)
+
+    def first(self, num_examples: int | None = None) -> Data:
+        """Return the first batch as data, cut to ``num_examples`` unless batches are read whole."""
+        batch, size, weights = next(self.weighted_batches())
+        if self.whole:
+            source = WholeBatches([batch], (size,), lambda _: size)
+            return Data(source, size, None if weights is None else weights.reshape(1), self.device)
+        data = whole_batch(batch, weights)
+        if num_examples is None or num_examples >= size:
+            return data
+        return data.subset(torch.arange(num_examples), None if weights is None else weights[:num_examples])
 
     def subset(self, indices: Tensor | Sequence[int], weights: Tensor | None = None) -> Data:
         """Select the examples at ``indices`` ``[m]`` (a repeated index counts again), each with its weight.
 
         Weights multiply losses as they are: an unbiased sample of the mean over N examples, drawn with
         inclusion probabilities ``p``, has ``weights = 1 / (N p)``. By default each weighs ``1 / m``.
-        The examples keep the order of the data.
+        The examples keep the order of the data. Where batches are read whole, indices count batches, and weights
+        multiply the mean losses of batches; by default each example weighs the same.
 
         Raises:
             TypeError: indices that are not integers, such as a mask.
             ValueError: an index out of range, no indices, or another number of weights than indices.
 
         Example:
-            >>> import torch
-            >>> data = as_data((torch.arange(6.0), torch.arange(6)))
+            >>> import torch, hvpkit as hk
+            >>> data = hk.as_data((torch.arange(6.0), torch.arange(6)))
             >>> [batch[1].tolist() for batch in data.subset(torch.tensor([4, 1]))]
             [[1, 4]]
         """
@@ -110,8 +178,9 @@ class Data:
         indices = indices.to(torch.int64)
         if indices.ndim != 1 or len(indices) == 0:
             raise ValueError(f"indices must be a non-empty vector, got shape {tuple(indices.shape)}")
-        if int(indices.min()) < 0 or int(indices.max()) >= self.num_examples:
-            raise ValueError(f"indices must be in [0, {self.num_examples}), the examples of the data")
+        if int(indices.min()) < 0 or int(indices.max()) >= self.num_units:
+            units = "batches, which are read whole" if self.whole else "examples"
+            raise ValueError(f"indices must be in [0, {self.num_units}), the {units} of the data")
         order = torch.argsort(indices, stable=True)
         if weights is not None:
             weights = torch.as_tensor(weights).detach()
@@ -122,117 +191,48 @@ class Data:
                 )
             weights = weights[order.to(weights.device)]
         source = self.source.select(indices[order])
-        return replace(self, source=source, num_examples=len(indices), weights=weights)
+        num_examples = sum(source.sizes) if isinstance(source, WholeBatches) else len(indices)
+        return replace(self, source=source, num_examples=num_examples, weights=weights)
+
+    def sample(self, num_examples: int, random: torch.Generator) -> Data:
+        """Draw units uniformly without replacement: about ``num_examples`` examples, weighted without bias.
+
+        Where batches are read whole, it is as many batches as hold ``num_examples`` on average, at least one.
+        """
+        check_count("num_examples", num_examples, 1, self.num_examples)
+        order = torch.randperm(self.num_units, generator=random)
+        return self.restrict(order[: self.count_units(num_examples)])
+
+    def restrict(self, units: Tensor) -> Data:
+        """Select units that were drawn uniformly, weighted so that their sum is an unbiased estimate of the mean."""
+        if self.weights is None and not self.whole:
+            return self.subset(units)
+        shares = self.shares if self.weights is None else self.weights
+        return self.subset(units, shares[units.to(shares.device)] * (self.num_units / len(units)))
+
+    def count_units(self, num_examples: int) -> int:
+        """Return how many units hold ``num_examples`` examples on average, at least one."""
+        return max(1, round(num_examples * self.num_units / self.num_examples))
 
 
-def as_data(data: object, *, batch_size: int | None = None, device: torch.device | str | None = None) -> Data:
-    """Convert ``data`` to examples in batches, the same ones in every pass.
-
-    ====================================  =====================================================
-    ``data``                              read as
-    ====================================  =====================================================
-    tensor, tuple or dict of tensors      all examples along the first dimension
-    map-style ``Dataset``                 each example once, in order, default collate
-    ``DataLoader`` of a map-style one     each example once, in order, by its collate and workers;
-                                          ``shuffle`` and ``drop_last`` belong to training
-    other ``DataLoader``                  as it comes, under a fixed seed (own sampler, own class)
-    list, or another re-iterable          batches, as they come; counted in one pass now
-    ====================================  =====================================================
-
-    **Augmentation is one fixed draw.** Where a map-style dataset draws random numbers, the global generators
-    (``random``, ``numpy.random``, ``torch``) are seeded by the index of each example while it is read, so that it is
-    the same in every pass, batch, worker and sample; for the data as they are, turn augmentation off. What seeds
-    cannot fix is refused: generators of the dataset's own, a ``collate_fn`` that draws (mixup), streams
-    (``IterableDataset``, own re-iterables) that give other examples under other seeds. ``list(loader)`` is one
-    fixed draw of anything. Loaders of an own class are read under a fixed seed, and what they draw depends on
-    their batches. A sampler with replacement or weights is read once, under a fixed seed: the mean is over the examples
-    that it gives then.
-
-    Args:
-        data: one of the above. A batch is any tree of tensors with a common first dimension; a mapping of
-            a class that torch does not know, as a tokenizer's, becomes a dict.
-        batch_size: the most examples in a batch; by default the loader's own, else 256.
-        device: where batches are moved to; by default they stay.
+def prepare(batch: Batch, device: torch.device | None = None, *, whole: bool = False) -> Batch:
+    """Return the batch in containers that torch knows, with tensors that autograd can use, on ``device`` if given.
 
     Raises:
-        TypeError: ``data`` is something else, or a batch holds what is no tensor.
-        ValueError: no examples; an iterator that a first pass uses up; first dimensions that disagree.
-        UnstableDataError: examples that differ when they are read again; a ``collate_fn`` that draws.
-
-    Cost:
-        A dataset: its first two examples, read twice. A re-iterable of batches: a pass over the data.
-
-    Example:
-        >>> import torch
-        >>> data = as_data((torch.ones(10, 3), torch.zeros(10)), batch_size=4)
-        >>> data.num_examples, [len(x) for x, _ in data]
-        (10, [4, 4, 2])
+        TypeError: a leaf is not a tensor, unless the batch is read ``whole``: then what can be moved is.
     """
-    if batch_size is not None:
-        check_count("batch_size", batch_size, 1)
-    target = None if device is None else torch.device(device)
-    if isinstance(data, Data):
-        resized = data.source if batch_size is None else data.source.resized(batch_size)
-        return replace(data, source=resized, device=target or data.device)
-    source = _source(data, batch_size)
-    num_examples = len(source)
-    if num_examples == 0:
-        raise ValueError("data is empty: it holds no examples, and a mean over none is undefined")
-    return Data(source, num_examples, device=target)
-
-
-def _source(data: Any, batch_size: int | None) -> Source:
-    if isinstance(data, Tensor | tuple | Mapping):
-        count_examples(data)
-        return TensorBatches(data, batch_size or DEFAULT_BATCH_SIZE)
-    if isinstance(data, DataLoader):
-        if covers_dataset(data):
-            size = batch_size or data.batch_sampler.batch_size  # type: ignore[union-attr]
-            return DatasetBatches.of(data.dataset, size, data)
-        return _stream(data, batch_size)
-    if isinstance(data, IterableDataset):
-        raise TypeError(
-            "data is an IterableDataset, which gives examples and not batches; wrap it in a DataLoader"
+    if whole:
+        return _pytree.tree_map(
+            lambda leaf: _moved(leaf, device), plain(batch), is_leaf=lambda x: isinstance(x, PackedSequence)
         )
-    if isinstance(data, np.ndarray):
-        raise TypeError("data is a NumPy array; pass tensors (torch.from_numpy)")
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, list | str):
-        return DatasetBatches.of(data, batch_size or DEFAULT_BATCH_SIZE)
-    if isinstance(data, Iterable) and not isinstance(data, str):
-        return _stream(data, batch_size)
-    raise TypeError(
-        "data must be tensors, a Dataset, a DataLoader or a re-iterable of batches, "
-        f"got {type(data).__name__}"
-    )
-
-
-def _stream(batches: Any, batch_size: int | None) -> IterableBatches:
-    """Return the batches of a loader with an order or class of its own, or of another re-iterable."""
-    map_style = isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset)
-    if map_style and not own_iteration(batches):
-        batches = with_seeded_examples(batches)
-    stream, sizes = count_stream(batches, _size_in_stream(batches), reseed=not map_style)
-    return IterableBatches(stream, sum(sizes), batch_size)
-
-
-def _size_in_stream(batches: object) -> Callable[[Batch], int]:
-    def size(batch: Batch) -> int:
-        if isinstance(batch, Tensor) and isinstance(batches, list):
-            raise ValueError(
-                "data is a list of tensors, which could be all examples or one batch each; pass the tuple "
-                "(x, y) for all examples, or a list of tuples, one for each batch"
-            )
-        return count_examples(batch)
-
-    return size
-
-
-def prepare(batch: Batch, device: torch.device | None = None) -> Batch:
-    """Return the batch in containers that torch knows, with tensors that autograd can use, on ``device`` if given."""
     leaves, spec = flatten(batch, name="data")
-    if device is not None:
-        leaves = [leaf.to(device, non_blocking=True) for leaf in leaves]
-    return unflatten([usable(leaf) for leaf in leaves], spec)
+    return unflatten([_moved(leaf, device) for leaf in leaves], spec)
+
+
+def _moved(leaf: Any, device: torch.device | None) -> Any:
+    if isinstance(leaf, Tensor):
+        return usable(leaf if device is None else leaf.to(device, non_blocking=True))
+    return leaf.to(device) if device is not None and callable(getattr(leaf, "to", None)) else leaf
 
 
 def whole_batch(batch: Batch, weights: Tensor | None = None) -> Data:

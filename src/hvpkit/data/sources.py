@@ -1,21 +1,40 @@
-"""Sources of batches: slices of tensors, a map-style dataset, a re-iterable of batches."""
+"""Sources of batches: slices of tensors, a map-style dataset, a re-iterable of batches, batches that stay whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from hvpkit._utils.typing import Batch
-from hvpkit.autodiff.pytree import batch_size as count_examples
+from hvpkit._utils.validation import check_count
+from hvpkit.autodiff.pytree import batch_size as leading_dimension
 from hvpkit.autodiff.pytree import flatten, unflatten
 from hvpkit.data.augmentation import check_examples, check_stream, summarize
 from hvpkit.data.random_state import SeededExamples, isolated
 from hvpkit.errors import UnstableDataError
+
+R = TypeVar("R")
+
+
+def count_examples(batch: Batch) -> int:
+    """Return the common first dimension of the tensors of a batch.
+
+    Raises:
+        TypeError, ValueError: a leaf is not a tensor, or there is no common first dimension.
+    """
+    try:
+        return leading_dimension(batch)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{error}. Batches of any other form are read whole by "
+            "hvpkit.as_data(data, num_examples=lambda batch: ...), which says how many examples each holds"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,14 @@ class DatasetBatches:
         generator = torch.Generator().manual_seed(0)  # of workers; else a loader draws from the global one
         examples: Any = self.examples
         return iter(DataLoader(examples, self.batch_size, generator=generator, **self.options))
+
+    def batches_at(self, positions: Iterable[int]) -> Iterator[Batch]:
+        """Yield the batches at these positions only."""
+        generator = torch.Generator().manual_seed(0)
+        starts = (position * self.batch_size for position in positions)
+        chosen = [[*range(start, min(start + self.batch_size, len(self)))] for start in starts]
+        examples: Any = self.examples
+        return iter(DataLoader(examples, batch_sampler=chosen, generator=generator, **self.options))
 
     def select(self, indices: Tensor) -> DatasetBatches:
         return replace(self, examples=self.examples.select(indices.tolist()))
@@ -159,7 +186,7 @@ def count_stream(
     sizes: list[int] = []
     first, draws, contents = None, False, torch.zeros(2, dtype=torch.float64)
     moves = not isinstance(batches, list)
-    for batch, drew in isolated(batches):
+    for batch, drew in name_batch(isolated(batches)):
         first = batch if not sizes else first
         sizes.append(size_of(batch))
         contents += summarize(batch) if moves else 0
@@ -212,7 +239,113 @@ class IterableBatches:
         return replace(self, batch_size=batch_size)
 
 
-Source: TypeAlias = TensorBatches | DatasetBatches | IterableBatches
+@dataclass(frozen=True)
+class WholeBatches:
+    """Batches of any form, which are never split; each counts for as many examples as ``count`` says.
+
+    Attributes:
+        batches: all of them.
+        sizes: how many examples each of the selected ones holds.
+        count: the number of examples in a batch.
+        positions: of the selected batches among all, in order; None: all are.
+    """
+
+    batches: list[Batch] | DatasetBatches | Stream
+    sizes: tuple[int, ...]
+    count: Callable[[Batch], Any]
+    positions: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def smallest_batch(self) -> int:
+        return min(self.sizes)
+
+    @property
+    def batch_size(self) -> None:
+        return None
+
+    @property
+    def name(self) -> str:
+        return "list" if isinstance(self.batches, list) else self.batches.name
+
+    def __iter__(self) -> Iterator[Batch]:
+        number = 0
+        for number, batch in enumerate(self._read(), 1):
+            size = count_by(self.count, batch)
+            if number > len(self) or size != self.sizes[number - 1]:
+                raise unstable(
+                    size, self.sizes[number - 1] if number <= len(self) else 0, f"batch {number - 1}"
+                )
+            yield batch
+        if number != len(self):
+            raise unstable(sum(self.sizes[:number]), sum(self.sizes))
+
+    def _read(self) -> Iterable[Batch]:
+        if self.positions is None:
+            return self.batches
+        if isinstance(self.batches, list):
+            return (self.batches[position] for position in self.positions)
+        if isinstance(self.batches, DatasetBatches):
+            return self.batches.batches_at(self.positions)
+        return _at(self.batches, self.positions)
+
+    def select(self, indices: Tensor) -> WholeBatches:
+        chosen = indices.tolist()
+        positions = tuple(chosen if self.positions is None else (self.positions[index] for index in chosen))
+        return replace(self, sizes=tuple(self.sizes[index] for index in chosen), positions=positions)
+
+    def resized(self, batch_size: int) -> WholeBatches:
+        raise ValueError(
+            f"batch_size={batch_size}: batches whose examples num_examples counts are read whole, and never split; "
+            "make them of that size in the loader"
+        )
+
+
+def count_by(count: Callable[[Batch], Any], batch: Batch) -> int:
+    """Return ``count(batch)``; raise TypeError or ValueError unless it is a number of examples."""
+    size = count(batch)
+    if isinstance(size, Tensor):
+        size = size.item()
+    return check_count("num_examples of a batch", size, 0)
+
+
+def _at(batches: Iterable[Batch], positions: Sequence[int]) -> Iterator[Batch]:
+    """Yield the batches at these positions, in order and with repeats, and read no further."""
+    wanted = Counter(positions)
+    for position, batch in enumerate(batches):
+        for _ in range(wanted[position]):
+            yield batch
+        if position == positions[-1]:
+            return
+
+
+Source: TypeAlias = TensorBatches | DatasetBatches | IterableBatches | WholeBatches
+
+
+def name_batch(batches: Iterable[R]) -> Iterator[R]:
+    """Yield the batches; errors while one is read get a note that names it and the usual remedies."""
+    number = 0
+    try:
+        for batch in batches:
+            yield batch
+            number += 1
+    except UnstableDataError:
+        raise
+    except Exception as error:
+        error.add_note(f"hvpkit: while reading batch {number} of data (counted from 0){_remedy(error)}")
+        raise
+
+
+def _remedy(error: Exception) -> str:
+    text = str(error)
+    if "stack expects each tensor to be equal size" in text or "default_collate" in text:
+        return (
+            ": the default collate_fn cannot make a batch of these examples; pass a DataLoader with one that can, and "
+            "num_examples= to hvpkit.as_data if its batches have no common first dimension"
+        )
+    return ""
 
 
 def covers_dataset(loader: DataLoader[Any]) -> bool:
@@ -240,10 +373,10 @@ def take(batch: Batch, index: slice | Tensor) -> Batch:
     return unflatten([leaf[index.to(leaf.device)] for leaf in leaves], spec)
 
 
-def unstable(found: int, expected: int) -> UnstableDataError:
-    """Return the error for a pass that gave another number of examples."""
+def unstable(found: int, expected: int, where: str = "this pass") -> UnstableDataError:
+    """Return the error for a pass, or a batch of it, that gave another number of examples."""
     return UnstableDataError(
-        f"data gave {found} examples in this pass, not the {expected} counted at first; a mean over "
+        f"data gave {found} examples in {where}, not the {expected} counted at first; a mean over "
         "examples needs the same ones in every pass"
     )
 
