@@ -10,6 +10,7 @@ from torch import Tensor
 
 import hvpkit as hk
 from problems import matrix
+from variants import variant
 
 
 def mean_of(matrices: Tensor, share: float = 1.0) -> hk.LinearOperator:
@@ -21,7 +22,7 @@ def mean_of(matrices: Tensor, share: float = 1.0) -> hk.LinearOperator:
         return mean_of(matrices[order[:num_examples]], share * num_examples / total)
 
     op = hk.aslinearoperator(matrices.mean(0))
-    return replace(op, sample=sample, num_examples=total, cost=share)
+    return variant(replace(op, cost=share), sample=sample, num_examples=total)
 
 
 def scattered(
@@ -64,7 +65,7 @@ class Tally:
             self.seeds.append(seed)
             return self._noted(self.op.sample(num_examples, seed))
 
-        return replace(self._noted(self.op), sample=sample)
+        return variant(self._noted(self.op), sample=sample)
 
     def _noted(self, op: hk.LinearOperator) -> hk.LinearOperator:
         def product(vectors: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from hvpkit.curvature.constructors import empirical_fisher, fisher, ggn, hessian
 from hvpkit.curvature.fisher import fisher_vp
 from hvpkit.curvature.forward_over_forward import quadratic_form
+from hvpkit.curvature.functional import grad, hvp, loss
 from hvpkit.curvature.ggn import ggnvp
-from hvpkit.curvature.products import grad, hvp, loss
-from hvpkit.curvature.sampling_error import sampling_error
+from hvpkit.curvature.importance_sampling import sampling_error
+from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.data import Data, as_data
 from hvpkit.diagnostics.check import Finding, Report, check
 from hvpkit.diagnostics.report_html import report
@@ -53,6 +54,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsymmetryWarning",
     "CompileWarning",
+    "CurvatureOperator",
     "Data",
     "Density",
     "EigenResult",

@@ -8,7 +8,7 @@ import os
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_choice
-from hvpkit.objective import Objective
+from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval
 from hvpkit.solvers.common.request import Start
@@ -138,12 +138,10 @@ def extreme_eigenvalues(
 def worth_sampling(H: LinearOperator) -> bool:
     """Whether samples of the data are likely to save passes: a large Hessian over many examples that have outputs."""
     return (
-        H.n >= SMALLEST_SIZE
-        and H.origin is not None
-        and H.origin.kind == "hessian"
-        and isinstance(H.origin.loss_fn, Objective)
-        and H.subset is not None
-        and H.origin.data.num_examples >= SMALLEST_DATA
+        isinstance(H, CurvatureOperator)
+        and H.samples_pay
+        and H.n >= SMALLEST_SIZE
+        and H.num_examples >= SMALLEST_DATA
     )
 
 
@@ -155,13 +153,17 @@ def sample_levels(H: LinearOperator, seed: int) -> tuple[list[LinearOperator], f
     Raises:
         TypeError, ValueError: ``H`` is not over examples that can be weighted.
     """
-    whole = H.num_examples or 1
-    importance = "residual" if H.origin and isinstance(H.origin.loss_fn, Objective) else "loss"
+    if not isinstance(H, CurvatureOperator):
+        raise TypeError(
+            f'method="multifidelity" samples the data, but {H!r} is not over examples; take "lanczos"'
+        )
+    whole = H.num_examples
+    importance = "residual" if H.has_outputs else "loss"
     small = min(max(whole // 10, min(whole, 200)), LARGEST_SAMPLE)
     middle = min(3 * small, whole)
     coarse = H.coarsen(middle, importance=importance, seed=seed)
     small_one = coarse.coarsen(small, importance=importance, seed=seed)
-    levels = [small_one, *([coarse] if 2 * middle < whole else []), H]
+    levels: list[LinearOperator] = [small_one, *([coarse] if 2 * middle < whole else []), H]
     return levels, FORWARD_PASS * (H.cost + coarse.cost)
 
 

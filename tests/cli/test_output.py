@@ -97,9 +97,9 @@ def test_a_watch_keeps_the_last_entry() -> None:
 def test_a_signal_from_the_keyboard_leaves_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("""
 import os, signal, torch
-from hvpkit.curvature import operator as over_data
+from hvpkit.curvature import graph_cache
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
-over_data.FREE_SHARE = 0.0  # no graph is kept, so that each product calls the loss
+graph_cache.FREE_SHARE = 0.0  # no graph is kept, so that each product calls the loss
 calls = []
 
 def make():

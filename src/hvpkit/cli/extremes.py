@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import hvpkit as hk
-from hvpkit.autodiff.pytree import unflatten
 from hvpkit.cli.app import command
 from hvpkit.cli.options import HessianProblem, Solve
 from hvpkit.cli.output import Output, Watch, say, table
@@ -55,15 +54,13 @@ def show(title: str, ex: hk.ExtremeResult) -> list[Any]:
     return [table(title, header, rows), f"{ex.operator}\n{close}"]
 
 
-def picture(H: hk.LinearOperator, ex: hk.ExtremeResult, title: str) -> Any:
+def picture(H: hk.CurvatureOperator, ex: hk.ExtremeResult, title: str) -> Any:
     """The loss along both eigenvectors, and how the values were found."""
     from hvpkit import plots
 
     origin = H.origin
     assert origin is not None
-    return plots.extremes(
-        ex, origin.loss_fn, unflatten(origin.leaves, origin.layout.spec), origin.data, title=title
-    )
+    return plots.extremes(ex, origin.loss_fn, origin.params, origin.data, title=title)
 
 
 def interrupted(entry: hk.Progress, tol: float, H: hk.LinearOperator) -> dict[str, Any]:

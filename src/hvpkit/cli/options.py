@@ -145,7 +145,7 @@ class HessianProblem(Problem):
         bool, typer.Option("--compile", help="Products by compiled code: a minute first, for long runs.")
     ] = False
 
-    def hessian(self) -> tuple[Target, hk.LinearOperator]:
+    def hessian(self) -> tuple[Target, hk.CurvatureOperator]:
         """The problem and its Hessian.
 
         Raises:
@@ -168,7 +168,7 @@ class HessianProblem(Problem):
         )
         return target, H
 
-    def describe(self, target: Target, H: hk.LinearOperator) -> dict[str, Any]:
+    def describe(self, target: Target, H: hk.CurvatureOperator) -> dict[str, Any]:
         """What was computed on, for the record."""
         return {
             "target": self.target,

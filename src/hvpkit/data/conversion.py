@@ -157,10 +157,11 @@ def _in_batches(source: DatasetBatches, num_examples: Callable[[Batch], int] | N
 def _stream(batches: Any, batch_size: int | None, num_examples: Callable[[Batch], int] | None) -> Source:
     """Return the batches of a list, of a loader with an order or class of its own, or of another re-iterable."""
     map_style = isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset)
+    given = batches
     if map_style and not own_iteration(batches):
         batches = with_seeded_examples(batches)
     size_of = _size_in_stream(batches) if num_examples is None else partial(count_by, num_examples)
-    stream, sizes = count_stream(batches, size_of, reseed=not map_style)
+    stream, sizes = count_stream(batches, size_of, reseed=not map_style, given=given)
     if num_examples is None:
         return IterableBatches(stream, sum(sizes), batch_size)
     return WholeBatches(batches if isinstance(batches, list) else stream, tuple(sizes), num_examples)

@@ -117,6 +117,13 @@ class SeededExamples:
             indices = [self.indices[index] for index in indices]
         return SeededExamples(self.dataset, indices, self.draws)
 
+    def same_as(self, other: SeededExamples) -> bool:
+        """Return True if both read the same examples of the same dataset."""
+        if self.dataset is not other.dataset:
+            return False
+        mine, others = (range(len(self)) if x.indices is None else x.indices for x in (self, other))
+        return list(mine) == list(others)
+
     def _read(self, indices: Sequence[Any]) -> list[Any]:
         several = getattr(self.dataset, "__getitems__", None)
         return list(several(indices)) if callable(several) else [self._read_one(index) for index in indices]

@@ -151,21 +151,28 @@ def with_seeded_examples(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 @dataclass(frozen=True)
 class Stream:
-    """A re-iterable of batches, read under fixed seeds if reading it draws random numbers."""
+    """A re-iterable of batches, read under fixed seeds if reading it draws random numbers.
+
+    Attributes:
+        batches: the batches.
+        draws: whether a pass draws.
+        given: the object that the caller passed, by which two streams are known to be the same.
+    """
 
     batches: Iterable[Batch]
     draws: bool
+    given: object
 
     @property
     def name(self) -> str:
-        return type(self.batches).__name__
+        return type(self.given).__name__
 
     def __iter__(self) -> Iterator[Batch]:
         return (batch for batch, _ in isolated(self.batches)) if self.draws else iter(self.batches)
 
 
 def count_stream(
-    batches: Iterable[Batch], size_of: Callable[[Batch], int], *, reseed: bool
+    batches: Iterable[Batch], size_of: Callable[[Batch], int], *, reseed: bool, given: object
 ) -> tuple[Stream, list[int]]:
     """Read a stream once; return it with the sizes of its batches.
 
@@ -173,6 +180,7 @@ def count_stream(
         batches: the stream.
         size_of: the number of examples in a batch.
         reseed: as in :func:`hvpkit.data.augmentation.check_stream`.
+        given: as in :class:`Stream`.
 
     Raises:
         ValueError: an iterator, which one pass uses up.
@@ -193,7 +201,7 @@ def count_stream(
         draws = draws or drew
     if sizes and moves:
         check_stream(batches, first, contents, reseed=reseed)
-    return Stream(batches, draws), sizes
+    return Stream(batches, draws, given), sizes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which modules are known to make which check of an operator fail, and what to do about it."""
+"""Known causes of failed checks: kinds of modules, and the remedy for each."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Suspect:
     """A kind of module that is known to make checks fail.
 
     Attributes:
-        checks: which.
-        fits: whether a module is of that kind.
-        mend: what to do about it.
+        checks: names of the checks.
+        fits: the test of a module for that kind.
+        mend: the remedy.
     """
 
     checks: tuple[str, ...]
@@ -35,7 +35,7 @@ class Suspect:
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether calls draw random numbers."""
+    """Return True if calls draw random numbers."""
     if isinstance(module, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
         return True
     rate = getattr(module, "p", 0.0) if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
@@ -107,13 +107,13 @@ MENDS = {
     "batching": "where differences fails too, look at that first; return one loss for each example, [B], whatever "
     "other examples are in its batch; in a mean over batches, weigh each by the examples that it holds",
 }
-"""What to do about a check that failed, where no module is suspected."""
+"""Remedy for a check that failed, where no module is suspected."""
 
 
-def find_suspects(check: str, loss_fn: object) -> tuple[tuple[str, ...], str]:
-    """Of the modules that ``loss_fn`` holds, the names of those that may make ``check`` fail; and what to do."""
+def find_suspects(check: str, *loss_fns: object) -> tuple[tuple[str, ...], str]:
+    """Return the names of the modules in the loss functions that can make ``check`` fail, and the remedy."""
     found = {}
-    for model in held(loss_fn, nn.Module):
+    for model in (model for loss_fn in loss_fns for model in held(loss_fn, nn.Module)):
         for name, module in model.named_modules():
             for suspect in SUSPECTS:
                 if check in suspect.checks and suspect.fits(module):
@@ -122,7 +122,7 @@ def find_suspects(check: str, loss_fn: object) -> tuple[tuple[str, ...], str]:
 
 
 def held(function: object, kind: type[T]) -> Iterator[T]:
-    """The objects of a kind among a function and what it holds: in closures, partials, methods, attributes."""
+    """Iterate over the objects of a type in a function: itself, its closures, partials, methods and attributes."""
     seen: dict[int, object] = {}
     waiting = [function]
     while waiting:

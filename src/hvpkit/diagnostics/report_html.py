@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvpkit._utils.files import written_whole
-from hvpkit.autodiff.pytree import unflatten
+from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.estimators.estimate import Estimate
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.density import Density
@@ -137,10 +137,10 @@ def _run(H: LinearOperator, ex: ExtremeResult) -> list[Row]:
         ("seconds", f"{ex.seconds:.3g}"),
         ("parameters", f"{H.n:,}"),
     ]
-    if H.num_examples is not None:
+    if isinstance(H, CurvatureOperator):
         rows.append(("examples", f"{H.num_examples:,}"))
-    if H.mode_reason is not None:
-        rows.append(("derivatives", H.mode_reason))
+        if H.mode_reason is not None:
+            rows.append(("derivatives", H.mode_reason))
     return rows
 
 
@@ -202,9 +202,8 @@ def _pictures(
     found = all(math.isfinite(pair.value) for pair in (ex.smallest, ex.largest))
     if found and ex.history:
         add("Both ends as they were found", partial(plots.convergence, ex))
-    if found and H.origin is not None:
-        origin = H.origin
-        point = origin.loss_fn, unflatten(origin.leaves, origin.layout.spec), origin.data
+    if found and isinstance(H, CurvatureOperator) and H.origin is not None:
+        point = H.origin.loss_fn, H.origin.params, H.origin.data
         for name, pair in (("smallest", ex.smallest), ("largest", ex.largest)):
             caption = f"The loss along the eigenvector of the {name} eigenvalue"
             add(caption, partial(plots.loss_along_eigenvector, *point, pair))

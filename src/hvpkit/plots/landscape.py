@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hvpkit._utils.typing import LossFn, Tree
 from hvpkit.autodiff.pytree import check_params
-from hvpkit.curvature.products import loss
+from hvpkit.curvature.functional import loss
 from hvpkit.data import as_data
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from hvpkit._utils.typing import LossFn, Tree
 from hvpkit._utils.validation import check_count
 from hvpkit.autodiff.pytree import Layout
-from hvpkit.curvature.products import grad, loss
+from hvpkit.curvature.functional import grad, loss
 from hvpkit.data import as_data
 from hvpkit.plots.landscape import loss_along, loss_on_plane
 from hvpkit.plots.spectrum import convergence

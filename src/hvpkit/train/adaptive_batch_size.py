@@ -34,8 +34,9 @@ from hvpkit._utils.validation import check_choice, check_count, check_positive
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import Layout, check_params, flatten, snapshot, unflatten
 from hvpkit.autodiff.pytree import batch_size as count_examples
+from hvpkit.curvature.batches import MODES, all_finite, check_loss, gradient_of, loss_shares, sum_over
 from hvpkit.curvature.constructors import hessian
-from hvpkit.curvature.products import MODES, all_finite, check_loss, loss, part_gradient, parts, sum_parts
+from hvpkit.curvature.functional import loss
 from hvpkit.data import Data, as_data
 from hvpkit.data.sources import IterableBatches
 from hvpkit.errors import NonFiniteError
@@ -337,7 +338,7 @@ def absa(
     if state.batch_size > N:
         raise ValueError(f"state.batch_size must be at most the {N} examples of data, got {state.batch_size}")
     with exact_derivatives(device):
-        check_loss(next(parts(loss_fn, layout, examples)), leaves)
+        check_loss(next(loss_shares(loss_fn, layout, examples)), leaves)
     if resume is not None:
         layout.leaves(resume.params, name="resume.params")
         run = resume
@@ -391,7 +392,7 @@ def _train(
     """The run with the parameters and the velocity after a step for each batch."""
     leaves, velocity = layout.leaves(run.params), layout.leaves(run.velocity)
     for batch in batches:
-        slopes = sum_parts(parts(loss_fn, layout, batch), partial(part_gradient, leaves=leaves))
+        slopes = sum_over(loss_shares(loss_fn, layout, batch), partial(gradient_of, leaves=leaves))
         old = zip(leaves, velocity, slopes, strict=True)
         velocity = [momentum * v + slope + weight_decay * p for p, v, slope in old]
         leaves = [p - run.state.lr * v for p, v in zip(leaves, velocity, strict=True)]

@@ -10,6 +10,7 @@ import hvpkit as hk
 from hvpkit.operators.space import Space
 from hvpkit.solvers.common.convergence import Checked, check_pairs, concluded, floor, is_converged, rounding
 from problems import matrix
+from variants import explained
 
 EPS = torch.finfo(torch.float64).eps
 VALUES = [-3.0, -1.0, 0.0, 0.5, 2.0, 7.0]
@@ -89,7 +90,7 @@ def test_conclusion_has_history_time_and_the_vector_at_fault() -> None:
         blamed.append(vector)
         return "batch 3 is at fault"
 
-    op = replace(OP, product=lambda v: v * torch.nan, explain=explain)
+    op = explained(replace(OP, product=lambda v: v * torch.nan), explain)
     history = (hk.Progress(1.0, 0.5, -1.0, 1.0, 0.1, 0.1),)
     begin = time.perf_counter() - 100.0
     for suspect in (None, A[3]):

@@ -191,7 +191,7 @@ def _anchored(op: LinearOperator, sample: LinearOperator, state: State, anchor: 
 
 def next_size(op: LinearOperator, goal: Goal, state: State) -> int | None:
     """Examples of the next minibatch; None for all: where no product is known, after a period, and at that size."""
-    total = op.num_examples
+    total = getattr(op, "num_examples", None)
     if goal.schedule is None or total is None or state.images is None:
         return None
     size = examples_of(goal.schedule, state.num_drawn) * state.growth
@@ -225,7 +225,7 @@ def _num_steps(op: LinearOperator, goal: Goal, state: State) -> int:
         return max(1, state.num_steps // (32 if op.device.type == "cpu" else 8))
     count = 1
     while (size := next_size(op, goal, state)) is not None:
-        cost = goal.k * op.cost * size / (op.num_examples or size)
+        cost = goal.k * op.cost * size / (getattr(op, "num_examples", None) or size)
         state = replace(state, num_drawn=state.num_drawn + 1, unchecked=state.unchecked + cost)
         count += 1
     return count

@@ -14,12 +14,13 @@ Schedule = Callable[[int], int]
 
 def check_samples(op: LinearOperator, solver: str) -> int:
     """The number of examples that minibatches are drawn from; a TypeError if there are none to draw."""
-    if op.sample is None or op.num_examples is None:
+    num_examples: int | None = getattr(op, "num_examples", None)
+    if getattr(op, "sample", None) is None or num_examples is None:
         raise TypeError(
             f"op must be able to draw minibatches of itself, and {op!r} is not: {solver} needs op.sample and "
             "op.num_examples, as of hvpkit.hessian; on any other operator use hvpkit.power or hvpkit.lanczos"
         )
-    return op.num_examples
+    return num_examples
 
 
 def examples_of(schedule: Schedule, number: int) -> int:
@@ -29,5 +30,5 @@ def examples_of(schedule: Schedule, number: int) -> int:
 
 def draw(op: LinearOperator, num_examples: int, seed: int, number: int) -> LinearOperator:
     """Minibatch ``number`` of those that belong to ``seed``, apart from its random vectors."""
-    assert op.sample is not None
-    return op.sample(num_examples, resolve_seed(generator(seed, 2**32 + number)))
+    sample: Callable[[int, int], LinearOperator] = op.sample  # type: ignore[attr-defined]
+    return sample(num_examples, resolve_seed(generator(seed, 2**32 + number)))
