@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,21 +27,6 @@ from hvpkit.data.sources import (
     name_batch,
     unstable,
 )
-
-
-class WeightedBatch(NamedTuple):
-    """A batch and its part in the mean over the data.
-
-    Attributes:
-        batch: the examples.
-        size: how many.
-        weights: of each example's loss, ``[size]``; of a batch that is read whole, the weight of its mean loss, 0-d;
-            None: uniform, ``1 / num_examples`` for each example.
-    """
-
-    batch: Batch
-    size: int
-    weights: Tensor | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,14 +99,13 @@ class Data:
         return max(self.source.sizes) if isinstance(self.source, WholeBatches) else self.num_examples
 
     def __iter__(self) -> Iterator[Batch]:
-        return (batch for batch, _, _ in self.weighted_batches())
+        return (batch for batch, _, _ in self.weighted())
 
-    def weighted(self) -> Iterator[tuple[Batch, Tensor | None]]:
-        """Yield batches with the weights of their examples ``[B]`` (None: uniform ``1 / num_examples``)."""
-        return ((batch, weights) for batch, _, weights in self.weighted_batches())
+    def weighted(self) -> Iterator[tuple[Batch, int, Tensor | None]]:
+        """Yield batches, how many examples each holds, and their weights.
 
-    def weighted_batches(self) -> Iterator[WeightedBatch]:
-        """Yield batches with their sizes and the weights of their examples.
+        Weights are those of the examples' losses, ``[size]``; of a batch that is read whole, the one of its mean loss,
+        0-d; None: uniform, ``1 / num_examples`` for each example.
 
         Raises:
             UnstableDataError: this pass has another number of examples than the first one.
@@ -137,13 +121,13 @@ class Data:
             units = number if whole else slice(start, start + size)
             weights = None if self.weights is None else prepare(self.weights[units], self.device)
             start += size
-            yield WeightedBatch(prepare(batch, self.device, whole=whole), size, weights)
+            yield prepare(batch, self.device, whole=whole), size, weights
         if start != self.num_examples:
             raise unstable(start, self.num_examples)
 
     def first(self, num_examples: int | None = None) -> Data:
         """Return the first batch as data, cut to ``num_examples`` unless batches are read whole."""
-        batch, size, weights = next(self.weighted_batches())
+        batch, size, weights = next(self.weighted())
         if self.whole:
             source = WholeBatches([batch], (size,), lambda _: size)
             return Data(source, size, None if weights is None else weights.reshape(1), self.device)
