@@ -74,7 +74,7 @@ class Tally:
             self.seeds.append(seed)
             return self._noted(self.op.sample(num_examples, seed))
 
-        return variant(self._noted(self.op), sample=sample)
+        return replace(self._noted(self.op), sample=sample)
 
     def _noted(self, op: hk.LinearOperator) -> hk.LinearOperator:
         def product(vectors: Tensor) -> Tensor:

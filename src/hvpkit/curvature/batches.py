@@ -17,9 +17,9 @@ from torch import Tensor
 
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit.autodiff.overrides import fixed_padding
-from hvpkit.autodiff.pytree import Layout, batch_size, unflatten
+from hvpkit.autodiff.pytree import Layout, unflatten
 from hvpkit.autodiff.randomness import check_repeatable
-from hvpkit.data import Data
+from hvpkit.data import Data, describe
 
 Leaves: TypeAlias = list[Tensor]
 """Parameters, or a vector, as a list of tensors."""
@@ -74,21 +74,20 @@ class WeightedBatch:
     """One batch, and how it enters the mean over all examples.
 
     Attributes:
-        batch: tree of tensors with a common first dimension.
-        weights: one for each example ``[B]``; None: each weighs ``1 / num_examples``.
+        batch: tree of tensors with a common first dimension, or anything that is read whole.
+        size: number of examples in the batch.
+        weights: one for each example ``[size]``; 0-d: of the batch's mean loss; None: ``1 / num_examples`` each.
         num_examples: examples of all the data.
+        number: batches before this one.
         start: examples of all batches before this one.
     """
 
     batch: Batch
+    size: int
     weights: Tensor | None
     num_examples: int
+    number: int = 0
     start: int = 0
-
-    @property
-    def size(self) -> int:
-        """Number of examples in the batch."""
-        return batch_size(self.batch)
 
     def share_of_mean(self, losses: Tensor) -> Tensor:
         """Return the contribution of this batch's losses to the mean, 0-d."""
@@ -96,20 +95,44 @@ class WeightedBatch:
         check_losses(losses, size)
         if self.weights is None:
             return losses.mean() * (size / self.num_examples)  # a sum might overflow in half precision
+        weights = self.weights.to(losses.dtype)
+        if weights.ndim == 0:
+            return losses.mean() * weights
+        if losses.ndim == 0 and bool((weights == weights[0]).all()):
+            return losses * (size * weights[0])
         check_per_example(losses, size)
-        return torch.dot(losses, self.weights.to(losses.dtype))
+        return torch.dot(losses, weights)
 
     def loss_share(self, loss_fn: LossFn, layout: Layout) -> LossShare:
         """Return this batch's share of the mean loss as a function of the parameters' leaves."""
-        return lambda leaves: self.share_of_mean(loss_fn(unflatten(leaves, layout.spec), self.batch))
+
+        def share(leaves: Leaves) -> Tensor:
+            with self.noting(leaves):
+                losses = loss_fn(unflatten(leaves, layout.spec), self.batch)
+            return self.share_of_mean(losses)
+
+        return share
+
+    @contextmanager
+    def noting(self, leaves: Leaves) -> Iterator[None]:
+        """Add a note to errors of the loss: which batch it is of, and what that holds."""
+        try:
+            yield
+        except Exception as error:
+            last = self.start + self.size - 1
+            error.add_note(
+                f"hvpkit: loss_fn failed on batch {self.number} of data (counted from 0), examples {self.start} to "
+                f"{last}: {describe(self.batch, leaves[0].dtype)}"
+            )
+            raise
 
 
 def weighted_batches(data: Data) -> Iterator[WeightedBatch]:
     """Iterate over the batches of the data with their place in the mean."""
     start = 0
-    for batch, weights in data.weighted():
-        yield WeightedBatch(batch, weights, data.num_examples, start)
-        start += batch_size(batch)
+    for number, (batch, size, weights) in enumerate(data.weighted()):
+        yield WeightedBatch(batch, size, weights, data.num_examples, number, start)
+        start += size
 
 
 def batch_curvatures(kind: Kind, problem: Problem, data: Data | None = None) -> Iterator[BatchCurvature]:

@@ -47,6 +47,9 @@ def compiled_kind(kind: Kind, problem: Problem) -> Kind | None:
     Matvecs with that batch, compiled and not, must agree to half of the dtype's digits.
     """
     function, layout, leaves = problem.loss_fn, problem.layout, problem.leaves
+    if problem.data.whole:
+        _warn("the batches of data are read whole, each of a form of its own")
+        return None
     first = next(weighted_batches(problem.data))
     matvec = _compiled_matvec(kind, function, layout)
     with torch.no_grad():
@@ -104,7 +107,8 @@ def _matvec(
     batch: Batch,
     weights: Tensor | None,
 ) -> Leaves:
-    whole = WeightedBatch(batch, weights, num_examples=batch_size(batch))
+    size = batch_size(batch)
+    whole = WeightedBatch(batch, size, weights, num_examples=size)
     return kind(function, layout, leaves, whole).linearize(MODE)([vector])[0]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from hvpkit._utils.random import normal_vector, resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count
@@ -32,7 +30,7 @@ from hvpkit.curvature.graph_cache import MemoryBudget
 from hvpkit.curvature.mode_selection import check_arithmetic, choose_recipe, lower_precision
 from hvpkit.curvature.operator import Curvature, CurvatureOperator
 from hvpkit.curvature.param_selection import Selection, restrict
-from hvpkit.data import Data, as_data, whole_batch
+from hvpkit.data import Data, as_data
 from hvpkit.errors import NonFiniteError
 from hvpkit.objective import Objective, check_batches, goes_by_batches
 
@@ -300,15 +298,12 @@ def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> 
         batch_size = None  # until trials have chosen it
     examples = as_data(data, batch_size=batch_size, device=device)
     check_batches(loss_fn, examples)
-    batch, weights = next(examples.weighted())
-    first = whole_batch(batch, weights)
+    first = examples.first()
     with exact_derivatives(device):
         value = check_loss(next(loss_shares(function, layout, first)), leaves)
     if not all_finite([value]):
         raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
-    few = torch.arange(min(first.num_examples, TRIAL_EXAMPLES))
-    first = first.subset(few, None if weights is None else weights[: len(few)])
-    return Problem(function, layout, leaves, examples), first
+    return Problem(function, layout, leaves, examples), first.first(TRIAL_EXAMPLES)
 
 
 def _build(kind: str, of_batch: Kind, problem: Problem, first: Data, options: _Options) -> CurvatureOperator:

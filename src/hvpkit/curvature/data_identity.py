@@ -6,10 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
 from hvpkit.autodiff.pytree import flatten
-from hvpkit.data import Data, DatasetBatches, IterableBatches, Source, TensorBatches
+from hvpkit.data import Data
+from hvpkit.data.sources import (
+    DatasetBatches,
+    IterableBatches,
+    Source,
+    Stream,
+    TensorBatches,
+    WholeBatches,
+)
 
 
 def same_examples(one: Data, other: Data) -> bool:
@@ -29,21 +36,23 @@ def _same_source(one: Source, other: Source) -> bool:
         (leaves, spec), (other_leaves, other_spec) = flatten(one.examples), flatten(other.examples)
         return spec == other_spec and all(map(_same_tensor, leaves, other_leaves))
     if isinstance(one, DatasetBatches) and isinstance(other, DatasetBatches):
-        (dataset, indices), (other_dataset, other_indices) = map(_unwrapped, (one, other))
-        same_collation = one.loader.collate_fn is other.loader.collate_fn
-        return dataset is other_dataset and indices == other_indices and same_collation
+        same_collation = one.options.get("collate_fn") is other.options.get("collate_fn")
+        return same_collation and one.examples.same_as(other.examples)
     if isinstance(one, IterableBatches) and isinstance(other, IterableBatches):
-        return one.batches is other.batches and _same_optional(one.indices, other.indices)
+        return one.batches.given is other.batches.given and _same_optional(one.indices, other.indices)
+    if isinstance(one, WholeBatches) and isinstance(other, WholeBatches):
+        return (one.positions, one.sizes) == (other.positions, other.sizes) and _same_batches(
+            one.batches, other.batches
+        )
     return False
 
 
-def _unwrapped(source: DatasetBatches) -> tuple[Any, list[int]]:
-    """Return the dataset under nested subsets, and the indices of the examples in it."""
-    dataset, indices = source.loader.dataset, list(range(len(source)))
-    while isinstance(dataset, Subset):
-        indices = [dataset.indices[index] for index in indices]
-        dataset = dataset.dataset
-    return dataset, indices
+def _same_batches(one: Any, other: Any) -> bool:
+    if isinstance(one, DatasetBatches) and isinstance(other, DatasetBatches):
+        return one.batch_size == other.batch_size and _same_source(one, other)
+    if isinstance(one, Stream) and isinstance(other, Stream):
+        return one.given is other.given
+    return one is other
 
 
 def _same_optional(one: Tensor | None, other: Tensor | None) -> bool:

@@ -205,12 +205,13 @@ def _curvature(
     """Return the one tensor of the outputs, and the function ``(z, u)`` to the loss's Hessian at z times u."""
     leaves, spec = _pytree.tree_flatten(outputs)
     floating = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    size = batch_size(batch)
-    if len(floating) != 1 or leaves[floating[0]].shape[:1] != (size,):
+    size = _num_examples(batch)
+    if len(floating) != 1 or (size is not None and leaves[floating[0]].shape[:1] != (size,)):
         shapes = [tuple(leaves[i].shape) for i in floating]
         raise ValueError(
             "objective: a Fisher matrix of the model's predictions needs outputs that are one tensor with the "
-            f"{size} examples along its first dimension, got shapes {shapes}; let forward return that tensor"
+            f"{'' if size is None else f'{size} '}examples along its first dimension, got shapes {shapes}; let "
+            "forward return that tensor"
         )
     (place,) = floating
 
@@ -222,6 +223,14 @@ def _curvature(
         return loss_matvec(loss, [z], [u])[0]
 
     return leaves[place], curvature
+
+
+def _num_examples(batch: Batch) -> int | None:
+    """Return the number of examples in a batch; None if it has no common first dimension: it is read whole."""
+    try:
+        return batch_size(batch)
+    except (TypeError, ValueError):
+        return None
 
 
 def _uniforms(seed: int, start: int, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -112,11 +112,18 @@ class BatchGGN:
         """Return the matrix as a linear map; ``mode`` says how J is multiplied: see :func:`hvpkit.ggnvp`."""
 
         def outputs(leaves: Leaves) -> Tree:
-            return self.forward(unflatten(leaves, self.layout.spec), self.batch.batch)
+            with self.batch.noting(leaves):
+                return self.forward(unflatten(leaves, self.layout.spec), self.batch.batch)
 
         def share_at(outputs: Tree) -> Callable[[Tree], Tensor]:
             output_loss = self.loss_at(outputs, self.batch.batch)
-            return lambda tree: self.batch.share_of_mean(output_loss(tree, self.batch.batch))
+
+            def share(tree: Tree) -> Tensor:
+                with self.batch.noting(self.leaves):
+                    losses = output_loss(tree, self.batch.batch)
+                return self.batch.share_of_mean(losses)
+
+            return share
 
         return annotated("Gauss-Newton", mode, lambda: _linearize(outputs, share_at, self.leaves, mode))
 

@@ -7,7 +7,7 @@ over all N examples as its expectation, whatever the probabilities are. They onl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,9 +15,8 @@ from torch.utils import _pytree
 
 from hvpkit._utils.random import generator, resolve_seed
 from hvpkit._utils.typing import Batch, LossFn, Seed
-from hvpkit._utils.validation import check_count, check_like
+from hvpkit._utils.validation import check_like
 from hvpkit.autodiff.exact import exact_derivatives
-from hvpkit.autodiff.pytree import batch_size
 from hvpkit.curvature.batches import Problem, check_per_example
 from hvpkit.data import Data
 from hvpkit.objective import Objective
@@ -32,8 +31,15 @@ UNIFORM_SHARE = 0.05
 """Share of the probability that does not follow the scores, so that each example can be drawn. By feel."""
 
 
-def _residual(loss_fn: LossFn, params: object, batch: Batch) -> Tensor:
-    """Return the norm of each loss's gradient with respect to the outputs: ``|p - y|`` for cross entropy."""
+Score: TypeAlias = Callable[[LossFn, object, Batch, "int | None"], Tensor]
+"""``(loss_fn, params, batch, size)``: a score for each of the ``size`` examples; None: one for the whole batch."""
+
+
+def _residual(loss_fn: LossFn, params: object, batch: Batch, size: int | None) -> Tensor:
+    """Return the norm of each loss's gradient with respect to the outputs: ``|p - y|`` for cross entropy.
+
+    Of a whole batch, the root mean square of these norms.
+    """
     if not isinstance(loss_fn, Objective):
         raise ValueError(
             'importance="residual" needs outputs: take an hk.Objective as loss_fn, as of hk.from_module, or '
@@ -47,8 +53,11 @@ def _residual(loss_fn: LossFn, params: object, batch: Batch) -> Tensor:
         raise ValueError('importance="residual" needs outputs that are real tensors; take importance="loss"')
     with torch.enable_grad():
         losses = loss_fn.output_loss(_pytree.tree_unflatten(points, spec), batch)
-        gradients = torch.autograd.grad(losses.sum(), wanted, allow_unused=True, materialize_grads=True)
-    size = batch_size(batch)
+        total = losses.mean() * max(1, losses.numel()) ** 0.5 if size is None else losses.sum()
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
+    if size is None:
+        root_mean_square: Tensor = torch.linalg.vector_norm(torch.cat([x.reshape(-1) for x in gradients]))
+        return root_mean_square
     check_per_example(losses, size)
     norms: Tensor = torch.linalg.vector_norm(
         torch.cat([x.reshape(size, -1) for x in gradients], dim=1), dim=1
@@ -60,27 +69,33 @@ def _is_real(output: object) -> bool:
     return isinstance(output, Tensor) and output.is_floating_point()
 
 
-def _loss(loss_fn: LossFn, params: object, batch: Batch) -> Tensor:
+def _loss(loss_fn: LossFn, params: object, batch: Batch, size: int | None) -> Tensor:
     with torch.no_grad():
-        return loss_fn(params, batch).abs()
+        losses = loss_fn(params, batch).abs()
+    return losses.mean() if size is None else losses
 
 
-def _gradient(loss_fn: LossFn, params: object, batch: Batch) -> Tensor:
-    """Return the norm of each example's gradient with respect to the parameters, one example at a time."""
+def _gradient(loss_fn: LossFn, params: object, batch: Batch, size: int | None) -> Tensor:
+    """Return the norm of each example's gradient with respect to the parameters, one example at a time.
 
-    def norm(index: int) -> Tensor:
-        one = _pytree.tree_map(lambda x: x[index : index + 1], batch)
+    Of a whole batch, the norm of the gradient of its mean loss.
+    """
+
+    def norm(examples: Batch) -> Tensor:
         leaves = [leaf.detach().requires_grad_() for leaf in _pytree.tree_leaves(params)]
         spec = _pytree.tree_structure(params)
         with torch.enable_grad():
-            value = loss_fn(_pytree.tree_unflatten(leaves, spec), one).sum()
+            value = loss_fn(_pytree.tree_unflatten(leaves, spec), examples).mean()
             gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
         return torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
 
-    return torch.stack([norm(index) for index in range(batch_size(batch))])
+    if size is None:
+        return norm(batch)
+    singles = (_pytree.tree_map(lambda x, i=i: x[i : i + 1], batch) for i in range(size))
+    return torch.stack([norm(one) for one in singles])
 
 
-SCORES: dict[str, Callable[[LossFn, object, Batch], Tensor]] = {
+SCORES: dict[str, Score] = {
     "residual": _residual,
     "loss": _loss,
     "gradient": _gradient,
@@ -88,33 +103,33 @@ SCORES: dict[str, Callable[[LossFn, object, Batch], Tensor]] = {
 
 
 def scores(problem: Problem, importance: Importance) -> Tensor:
-    """Return the scores of all examples ``[N]``, float64, on the CPU; one pass over the data.
+    """Return the scores of all units, examples or whole batches, ``[num_units]``, float64, on the CPU; one pass.
 
     Raises:
         ValueError: an unknown name; scores that are negative, not finite, or not one for each example.
     """
     loss_fn, data = problem.loss_fn, problem.data
     if importance is None:
-        return torch.ones(data.num_examples, dtype=torch.float64)
+        return torch.ones(data.num_units, dtype=torch.float64)
     params = problem.params
     if callable(importance):
-        score: Callable[[Batch], Tensor] = lambda batch: importance(params, batch)  # noqa: E731
+        score: Score = lambda loss_fn, params, batch, size: importance(params, batch)  # noqa: E731, ARG005
     elif importance in SCORES:
-        score = lambda batch: SCORES[importance](loss_fn, params, batch)  # noqa: E731
+        score = SCORES[importance]
     else:
         raise ValueError(
             f"importance must be one of {', '.join(SCORES)}, a function, or None; got {importance!r}"
         )
     found = []
     with exact_derivatives(problem.device):
-        for batch, _ in data.weighted():
-            values = score(batch)
-            if not isinstance(values, Tensor) or values.shape != (batch_size(batch),):
+        for batch, size, _ in data.weighted():
+            values = score(loss_fn, params, batch, None if data.whole else size)
+            shapes = [(size,)] + [()] * data.whole
+            if not isinstance(values, Tensor) or values.shape not in shapes:
                 shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise ValueError(
-                    f"importance must give one score for each example, [{batch_size(batch)}]; got {shape}"
-                )
-            found.append(values.detach().to("cpu", torch.float64))
+                raise ValueError(f"importance must give one score for each example, [{size}]; got {shape}")
+            values = values.detach().to("cpu", torch.float64)
+            found.append(values.mean().reshape(1) if data.whole else values)
     result = torch.cat(found)
     if not bool(torch.isfinite(result).all()) or bool((result < 0).any()):
         raise ValueError("importance gave a score that is negative, NaN or infinite")
@@ -159,22 +174,10 @@ def importance_sample(scores: Tensor, data: Data, num_examples: int, seed: int) 
     """Draw a sample of the data by scores ``[N]``; return its indices and the weights that make it unbiased."""
     if not float(scores.sum()) > 0:
         scores = torch.ones_like(scores)
-    weights = data.weights
-    shares = torch.full_like(scores, 1 / len(scores)) if weights is None else weights.to(scores)
-    chances = inclusion(scores * shares, num_examples)
+    shares = data.shares
+    chances = inclusion(scores * shares, data.count_units(num_examples))
     chosen = systematic(chances, seed)
     return chosen, shares[chosen] / chances[chosen]
-
-
-def uniform_subset(data: Data, num_examples: int, seed: int) -> Data:
-    """Draw a uniform random subset without replacement, whose mean is unbiased for that of all examples."""
-    total = data.num_examples
-    check_count("num_examples", num_examples, 1, total)
-    chosen = torch.randperm(total, generator=generator(resolve_seed(seed)))[:num_examples]
-    weights = data.weights
-    if weights is not None:
-        weights = weights[chosen.to(weights.device)] * (total / num_examples)
-    return data.subset(chosen, weights)
 
 
 def sampling_error(sample: CurvatureOperator, vectors: Tensor, *, seed: Seed = 0) -> Tensor:
@@ -243,5 +246,5 @@ def _weights(sample: CurvatureOperator) -> tuple[Tensor, Tensor]:
     if data.weights is None or share >= 1:
         raise TypeError(f"sample must be what H.coarsen(...) returns, and {sample!r} is over all of its data")
     weights = data.weights.to("cpu", torch.float64)
-    over = weights * (data.num_examples / share)
+    over = weights * (data.num_examples / share) / data.unit_sizes
     return weights, torch.where(over > 1 + 1e-5, 1 / over, 1.0)

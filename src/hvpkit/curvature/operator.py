@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hvpkit._utils.random import resolve_seed
+from hvpkit._utils.random import generator, resolve_seed
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count
 from hvpkit.autodiff.exact import exact_derivatives
@@ -26,7 +26,7 @@ from hvpkit.curvature.batches import (
 )
 from hvpkit.curvature.data_identity import same_examples
 from hvpkit.curvature.graph_cache import GraphCache
-from hvpkit.curvature.importance_sampling import Importance, importance_sample, scores, uniform_subset
+from hvpkit.curvature.importance_sampling import Importance, importance_sample, scores
 from hvpkit.curvature.mode_selection import Recipe, lower_precision
 from hvpkit.data import Data, as_data
 from hvpkit.objective import Objective, goes_by_batches
@@ -265,7 +265,9 @@ class CurvatureOperator(LinearOperator):
         return not any(goes_by_batches(term.problem.loss_fn) for _, term in self.terms)
 
     def _sample(self, num_examples: int, seed: int) -> CurvatureOperator:
-        return self._map(lambda term: term.over(uniform_subset(term.problem.data, num_examples, seed)))
+        return self._map(
+            lambda term: term.over(term.problem.data.sample(num_examples, generator(resolve_seed(seed))))
+        )
 
     def _subset(self, indices: Tensor, weights: Tensor) -> CurvatureOperator:
         weights = weights.to(self.device, self.dtype)
@@ -311,7 +313,7 @@ class CurvatureOperator(LinearOperator):
         if self.subset is None:
             super().coarsen()  # raises
         check_count("num_examples", num_examples, 1, self.num_examples)
-        combined = torch.zeros(self.num_examples, dtype=torch.float64)
+        combined = torch.zeros(self.data.num_units, dtype=torch.float64)
         for coefficient, term in self.terms:
             combined += abs(coefficient) * scores(term.problem, importance)
         indices, weights = importance_sample(combined, self.data, num_examples, resolve_seed(seed))

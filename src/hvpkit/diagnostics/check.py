@@ -8,13 +8,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Number
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from hvpkit._utils.random import normal_vector, resolve_seed
 from hvpkit._utils.typing import Batch, Seed
-from hvpkit.autodiff.pytree import batch_size, flatten
+from hvpkit.autodiff.pytree import batch_size, flatten, plain
 from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.data import Data, as_data
 from hvpkit.diagnostics.finite_differences import DIFFERENCES, matvec_by_differences
@@ -174,7 +176,9 @@ def _findings(H: LinearOperator, seed: int) -> Iterator[Finding]:
     images = H.product(vectors)
     scale = _norm(H, images) / NUM_VECTORS**0.5
     bad = float((~torch.isfinite(images)).double().mean())
-    yield _finding("finite", bad, 0.0, H.blame(vectors) if bad else f"{NUM_VECTORS} products")
+    yield _finding(
+        "finite", bad, 0.0, H.blame(vectors) if bad else f"{NUM_VECTORS} products{_zero_rows(H, images)}"
+    )
 
     eps = torch.finfo(H.dtype).eps
     digits = max(eps**0.5, min(NOISE * H.precision, TOO_ROUGH / NOISE))
@@ -195,6 +199,16 @@ def _findings(H: LinearOperator, seed: int) -> Iterator[Finding]:
     yield _finding("symmetric", _ratio(asymmetry, scale), allowed, f"{NUM_VECTORS} vectors, each with each")
     yield _differences(H, v, max(eps**0.5, noise), seed)
     yield _batching(H, v, image, allowed)
+
+
+def _zero_rows(H: LinearOperator, images: Tensor) -> str:
+    """Return a remark that names the parameters whose rows are all zero: the loss may not use them."""
+    if H.layout is None:
+        return ""
+    rows = zip(H.layout.names, (images == 0).all(dim=1).split(H.layout.numels), strict=True)
+    zero = [name for name, part in rows if len(part) and bool(part.all())]
+    more = f" and {len(zero) - 3} more" if len(zero) > 3 else ""
+    return f"; zero in all rows of {', '.join(zero[:3])}{more}" if zero else ""
 
 
 def _finding(check: str, figure: float, threshold: float, detail: str) -> Finding:
@@ -235,9 +249,12 @@ def _data_order(H: LinearOperator) -> Finding:
 
 def _digest(batch: Batch) -> bytes:
     digest = hashlib.blake2b()
-    for leaf in flatten(batch)[0]:
-        digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-        digest.update(leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    for leaf in _pytree.tree_leaves(plain(batch)):
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            digest.update(leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(leaf, str | bytes | Number):  # in a batch that is read whole
+            digest.update(repr(leaf).encode())
     return digest.digest()
 
 
@@ -291,6 +308,8 @@ def _batching(H: LinearOperator, v: Tensor, image: Tensor, allowed: float) -> Fi
     losses = [term.problem.loss_fn for _, term in H.terms]
     if any(objective.batchnorm == "batch" for loss_fn in losses for objective in held(loss_fn, Objective)):
         return _not_applicable("batching", 'batchnorm="batch" goes by the batch that an example is in')
+    if H.data.whole:
+        return _not_applicable("batching", "batches are read whole, and cannot be cut otherwise")
     total, size = H.num_examples, _first_size(H.data)
     other = _other_size(size, total)
     if _first_size(as_data(H.data, batch_size=other)) == size:
@@ -300,7 +319,16 @@ def _batching(H: LinearOperator, v: Tensor, image: Tensor, allowed: float) -> Fi
     except ERRORS as error:
         return _not_applicable("batching", f"the loss does not take batches of {other}: {error}")
     figure = _ratio(_norm(H, again - image), _norm(H, image))
-    return _finding("batching", figure, allowed, f"{total} examples in batches of {size} and of {other}")
+    finding = _finding("batching", figure, allowed, f"{total} examples in batches of {size} and of {other}")
+    moved = finding.verdict == FAILED and not _same_examples(H.data, as_data(H.data, batch_size=other))
+    return replace(finding, suspects=("data",)) if moved else finding
+
+
+def _same_examples(one: Data, other: Data) -> bool:
+    """Return True if both begin with the same examples, as far as their first batches tell."""
+    first, second = (flatten(next(iter(data)))[0] for data in (one, other))
+    size = min(len(first[0]), len(second[0]))
+    return all(torch.equal(a[:size], b[:size]) for a, b in zip(first, second, strict=True))
 
 
 def _first_size(data: Data) -> int:

@@ -104,7 +104,8 @@ REMEDIES = {
     "take (A + A.T) / 2",
     "differences": "try another mode; inspect custom autograd functions and values that the loss detaches; if this "
     "check passes in float64, matvecs in this dtype have few digits",
-    "batching": "where differences fails too, fix that first; return one loss for each example, [B], whatever "
+    "batching": "where data are suspected, make each example the same in every batch: its collate_fn may pad or mix; "
+    "where differences fails too, fix that first; return one loss for each example, [B], whatever "
     "other examples are in its batch; in a mean over batches, weigh each by the examples that it holds",
 }
 """Remedy for a check that failed, where no module is suspected."""

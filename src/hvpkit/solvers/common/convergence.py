@@ -62,7 +62,8 @@ def check_symmetric(op: LinearOperator, asymmetry: float, norm: float) -> None:
     if asymmetry > allowed * norm:
         raise NotSymmetricError(
             f"{op!r} is not symmetric: v'(Aw) and w'(Av) differ by {asymmetry / norm:.1e} of its norm, where its "
-            f"precision allows {allowed:.1e}; for a Hessian try another mode, for a matrix take (A + A.T) / 2"
+            f"precision allows {allowed:.1e}; hvpkit.check looks for the cause. For a Hessian try another mode, for a "
+            "matrix take (A + A.T) / 2"
         )
 
 
