@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -14,11 +14,24 @@ from hvpkit._utils.validation import check_choice, check_count
 from hvpkit.autodiff.pytree import batch_size, snapshot
 from hvpkit.autodiff.randomness import fixed_dropout
 from hvpkit.objective.criterion import per_example
-from hvpkit.objective.module_copy import copy_structure, unwrap
+from hvpkit.objective.module_copy import attributes_restored, copy_structure, unwrap
 from hvpkit.objective.objective import Objective, check_statistics
+from hvpkit.objective.parameter_access import NamedTensors, ParameterAccess
 
 TARGET_KEYS = ("targets", "target", "labels", "label")
 """Keys under which a batch that is a dict may hold its targets."""
+
+IN_CRITERION = (
+    "criterion reads the parameter {name!r} of model, which it would take for a constant: its derivative would be "
+    "missing. A penalty on parameters belongs in a loss function of params, as\n"
+    "    def loss_fn(params, batch):\n"
+    "        return objective(params, batch) + 0.05 * sum(p.square().sum() for p in params.values())\n"
+    "and whatever else the criterion needs of the model in the model's outputs"
+)
+BESIDE_COPY = (
+    "model: its forward pass reads {name!r} of the original module, and not of the copy that is differentiated, "
+    "through a global variable or a helper object; let it use self, or a submodule registered on it"
+)
 
 
 def from_module(
@@ -90,16 +103,29 @@ def from_module(
     buffers = {name: snapshot(originals[buffer]) for name, buffer in skeleton.named_buffers()}
     losses = per_example(criterion)
 
+    hollow = {**dict(skeleton.named_parameters()), **dict(skeleton.named_buffers())}
+    own = {name: originals[t] for name, t in hollow.items()}
+    all_tensors = NamedTensors(own)
+    trained = NamedTensors({name: own[name] for name in variables})
+
     def forward(params: Tree, batch: Batch) -> Any:
         if batchnorm == "batch":
             check_statistics(batch_size(batch))
         args, kwargs, _ = _split(batch)
         own_buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # modules may write to them
-        with nullcontext() if dropout is None else fixed_dropout(dropout, batch):
-            return torch.func.functional_call(skeleton, {**constants, **own_buffers, **params}, args, kwargs)
+        tensors = {**constants, **own_buffers, **params}
+        with ExitStack() as stack:
+            if not torch.compiler.is_compiling():
+                replaced = {id(hollow[name]): tensor for name, tensor in tensors.items()}
+                stack.enter_context(attributes_restored(skeleton))
+                stack.enter_context(ParameterAccess(replaced, all_tensors, BESIDE_COPY))
+            if dropout is not None:
+                stack.enter_context(fixed_dropout(dropout, batch))
+            return torch.func.functional_call(skeleton, tensors, args, kwargs)
 
     def output_loss(outputs: Any, batch: Batch) -> Tensor:
-        return losses(outputs, _split(batch)[2])
+        with nullcontext() if torch.compiler.is_compiling() else ParameterAccess({}, trained, IN_CRITERION):
+            return losses(outputs, _split(batch)[2])
 
     return Objective(forward, output_loss, batchnorm), variables
 
