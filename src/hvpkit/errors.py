@@ -21,3 +21,7 @@ class CompileWarning(UserWarning):
 
 class UnstableDataError(RuntimeError):
     """The data gave another number of examples in a later pass than in the first one."""
+
+
+class CapturedParameterWarning(UserWarning):
+    """A loss depends on parameters that are not in ``params``, which are taken for constants."""

@@ -18,6 +18,7 @@ from torch.utils import _pytree
 
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit._utils.validation import check_choice, check_like
+from hvpkit.autodiff.captured import checked_references
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.overrides import padding_held
 from hvpkit.autodiff.pytree import Layout, batch_size, check_params, unflatten
@@ -230,7 +231,9 @@ def check_loss(part: Part, leaves: Leaves) -> Tensor:
     """The part's value; a ValueError if no derivative by the leaves flows back from it."""
     with torch.enable_grad():
         points = [leaf.detach().requires_grad_() for leaf in leaves]
-        value = check_repeatable(lambda: part(points), points[0].device)
+        value = checked_references(
+            part, points, lambda: check_repeatable(lambda: part(points), points[0].device)
+        )
     # A loss that closes over a module has a graph too, but not one of the leaves.
     if not value.requires_grad or not any(
         slope is not None for slope in torch.autograd.grad(value, points, allow_unused=True)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from hvpkit._utils.random import normal_vector, resolve_seed
 from hvpkit._utils.typing import Batch, Seed
+from hvpkit.autodiff.captured import captured_parameters
+from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import batch_size, flatten, join
 from hvpkit.curvature.constructors import empirical_fisher, ggn, hessian
 from hvpkit.data import Data, as_data
@@ -27,7 +29,7 @@ from hvpkit.solvers.driver import full_precision
 OK, FAILED, NOT_APPLICABLE = "ok", "failed", "not applicable"
 
 PREREQUISITES = ("data order", "finite", "repeatable")
-CHECKS = (*PREREQUISITES, "linear", "symmetric", "differences", "batching")
+CHECKS = (*PREREQUISITES, "linear", "symmetric", "differences", "batching", "constants")
 
 NUM_VECTORS = 4
 """Random vectors in the first product; they make six pairs."""
@@ -125,13 +127,15 @@ def check(H: LinearOperator, *, seed: Seed = 0) -> Report:
     differences  distance from the product by central differences of first        :math:`\epsilon^{1/2}`, and not
                  derivatives, made in float64, on 16 examples at random           less than :math:`6\cdot10^{-6}`
     batching     distance from the product over batches of another size           :math:`\epsilon^{2/3}`
+    constants    number of parameters that the loss depends on and that are not   0
+                 in ``params``
     ===========  ===============================================================  ===================================
 
     Where ``H.precision`` is less than the dtype's, as by finite differences, repeatable and linear allow ten times as
     much, up to 0.01. The last three allow ten times the rounding that was seen, differences also four times what
-    another step changes; where this is more than 0.1, a check does not apply. Data order, differences and batching
-    need the loss and the data, which only operators of curvature tell. Where one of the first three fails, those
-    after it do not apply.
+    another step changes; where this is more than 0.1, a check does not apply. Data order, differences, batching
+    and constants need the loss and the data, which only operators of curvature tell. Where one of the first three
+    fails, those after it do not apply.
 
     Args:
         H: the operator.
@@ -193,6 +197,7 @@ def _findings(H: LinearOperator, seed: int) -> Iterator[Finding]:
     yield _judged("symmetric", _ratio(asymmetry, scale), allowed, f"{NUM_VECTORS} vectors, each with each")
     yield _differences(H, v, max(eps**0.5, noise), seed)
     yield _batching(H, v, image, allowed)
+    yield _constants(H.origin)
 
 
 def _judged(check: str, figure: float, threshold: float, detail: str) -> Finding:
@@ -282,6 +287,20 @@ def _batching(H: LinearOperator, v: Tensor, image: Tensor, allowed: float) -> Fi
         return _skipped("batching", f"the loss does not take batches of {other}: {error}")
     figure = _ratio(_length(H, again - image), _length(H, image))
     return _judged("batching", figure, allowed, f"{total} examples in batches of {size} and of {other}")
+
+
+def _constants(origin: Origin | None) -> Finding:
+    """Check that the loss depends on no parameters other than those that it is differentiated by."""
+    if origin is None:
+        return _skipped("constants", NO_ORIGIN)
+    points = [leaf.detach().requires_grad_() for leaf in origin.leaves]
+    with exact_derivatives(points[0].device), torch.enable_grad():
+        value = origin.loss_fn(origin.layout.unflatten(join(points)), next(iter(origin.data)))
+    names = captured_parameters(origin.loss_fn, value, points)
+    finding = _judged(
+        "constants", float(len(names)), 0.0, "parameters beside params, in the first batch's loss"
+    )
+    return replace(finding, suspects=tuple(names))
 
 
 CONSTRUCTORS: dict[str, Callable[..., LinearOperator]] = {

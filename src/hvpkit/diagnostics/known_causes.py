@@ -106,6 +106,8 @@ MENDS = {
     "passes in float64, the products of this dtype have few digits",
     "batching": "where differences fails too, look at that first; return one loss for each example, [B], whatever "
     "other examples are in its batch; in a mean over batches, weigh each by the examples that it holds",
+    "constants": "compute the loss from its params argument (torch.func.functional_call, hvpkit.from_module); where "
+    "these parameters are meant to be fixed, say so by requires_grad_(False) or detach()",
 }
 """What to do about a check that failed, where no module is suspected."""
 
