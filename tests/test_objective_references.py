@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -148,7 +149,6 @@ def test_a_criterion_may_ask_for_shapes_dtypes_and_devices_of_parameters() -> No
     def criterion(o: Tensor, t: Tensor) -> Tensor:
         first = next(model.parameters())
         scale = torch.ones((), dtype=first.dtype, device=first.device) * first.shape[0] * first.numel() / 48
-        assert first.requires_grad
         assert first.size(0) == first.ndim + 2
         return per_example(o, t) * scale
 
@@ -366,3 +366,193 @@ def test_what_a_call_stores_in_a_module_is_not_there_in_the_next(mode: str) -> N
     fresh, _ = hk.from_module(Caches().double(), per_example)
     moved = {name: p + 1 for name, p in params.items()}
     assert torch.equal(objective(moved, (X, Y)), fresh(moved, (X, Y)))
+
+
+# Criteria that read what a forward pass stored.
+
+
+class Stores(Net):
+    """Keeps its hidden features, as for a penalty on activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.features(x)
+        self.penalty = 0.1 * self.b.weight.square().sum()
+        self.size = float(self.hidden.detach().norm())
+        return self.b(self.hidden)
+
+
+class Extractor:
+    """Its hook keeps the output of a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.hidden: Tensor | None = None
+        layer.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: object, output: Tensor) -> None:  # noqa: ARG002
+        self.hidden = output
+
+
+def stored_by_extractor(m: nn.Module) -> Callable:
+    extractor = Extractor(m.a)
+    return lambda o, t: per_example(o, t) + extractor.hidden.square().mean(1)
+
+
+STORED: dict[str, Callable[[nn.Module], Callable]] = {
+    "activations": lambda m: lambda o, t: per_example(o, t) + m.hidden.square().mean(1),
+    "detached": lambda m: lambda o, t: per_example(o, t) * m.hidden.detach().square().mean(1),
+    "penalty": lambda m: lambda o, t: per_example(o, t) + m.penalty,
+    "number": lambda m: lambda o, t: per_example(o, t) * m.size,
+    "extractor": stored_by_extractor,
+}
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+@pytest.mark.parametrize("kind", STORED)
+def test_a_criterion_that_reads_what_a_forward_pass_stored_is_refused(kind: str, called_before: bool) -> None:
+    model = Stores().double()
+    criterion = STORED[kind](model)
+    if called_before:
+        with torch.no_grad():
+            model(X)
+    objective, params = hk.from_module(model, criterion)
+    before = {name: value for name, value in vars(model).items() if not isinstance(value, dict)}
+    v = {name: torch.ones_like(p) for name, p in params.items()}
+    for call in (
+        lambda: hk.hessian(objective, params, (X, Y)),
+        lambda: hk.hvp(objective, params, (X, Y), v),
+        lambda: hk.loss(objective, params, (X, Y)),
+    ):
+        with pytest.raises(ValueError, match="criterion refers to model, and gives other losses than"):
+            call()
+    after = {name: value for name, value in vars(model).items() if not isinstance(value, dict)}
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+
+
+def test_the_remedy_for_stored_values_has_the_hessian_that_is_trained() -> None:
+    class Returns(Net):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.features(x)
+            return self.b(hidden), hidden
+
+    model = Returns().double()
+    criterion = lambda o, t: per_example(o[0], t) + o[1].square().mean(1)  # noqa: E731
+    objective, params = hk.from_module(model, criterion)
+    oracle = trained_hessian(model, criterion)
+    H = hk.hessian(objective, params, (X, Y), batch_size=4)
+    assert relative_error(H @ torch.eye(H.n, dtype=torch.float64), oracle) < 1e-12
+    assert bool(torch.linalg.vector_norm(hk.ggn(objective, params, (X, Y)) @ torch.ones(H.n).double()) > 0)
+
+
+class Task:
+    """Holds the model and the data, as a trainer does; its loss reads neither."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.names = model, ["a", "b"]
+
+    def loss(self, o: Tensor, t: Tensor) -> Tensor:
+        return per_example(o, t)
+
+
+@pytest.mark.parametrize("options", [{}, {"batchnorm": "batch"}, {"dropout": 3}])
+def test_a_criterion_may_refer_to_the_model_without_reading_it(options: dict) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2)).double()
+    before = [t.clone() for t in (*model.parameters(), *model.buffers())]
+    objective, params = hk.from_module(model, Task(model).loss, **options)
+    plain, _ = hk.from_module(model, per_example, **options)
+    assert torch.equal(objective(params, (X, Y)), plain(params, (X, Y)))
+    after = [*model.parameters(), *model.buffers()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert all(module.training for module in model.modules())
+
+
+# Attributes that cannot be copied, and wrappers of libraries.
+
+
+class Writer:
+    def __init__(self) -> None:
+        self.lock, self.lines = threading.Lock(), []
+
+    def write(self, module: nn.Module, args: object, output: Tensor) -> None:  # noqa: ARG002
+        with self.lock:
+            self.lines.append(float(output.detach().sum()))
+
+
+class Locked(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            return super().forward(x)
+
+
+def test_attributes_that_cannot_be_copied_are_shared_and_named() -> None:
+    model = Locked().double()
+    with pytest.warns(UserWarning, match=r"model: lock \(lock\) cannot be copied, and is used as it is"):
+        objective, params = hk.from_module(model, per_example)
+    H = hk.hessian(objective, params, (X, Y))
+    assert relative_error(H @ torch.eye(H.n, dtype=torch.float64), trained_hessian(model)) < 1e-12
+
+
+def test_hooks_that_cannot_be_copied_are_left_out_and_named() -> None:
+    model, writer = Net().double(), Writer()
+    model.a.register_forward_hook(writer.write)
+    with pytest.warns(
+        UserWarning, match=r"model: a\._forward_hooks \(method\) cannot be copied, and is left out"
+    ):
+        objective, params = hk.from_module(model, per_example)
+    H = hk.hessian(objective, params, (X, Y))
+    dense = H @ torch.eye(H.n, dtype=torch.float64)
+    assert writer.lines == []
+    assert relative_error(dense, trained_hessian(model)) < 1e-12
+
+
+def test_results_of_computations_are_copied_wherever_they_are_kept() -> None:
+    class Notes:
+        pass
+
+    model = Net().double()
+    model.notes = Notes()
+    model.notes.last = [model(X)]
+    objective, params = hk.from_module(model, per_example)
+    assert torch.equal(objective(params, (X, Y)), per_example(model(X), Y))
+
+
+def test_models_prepared_by_accelerate_are_unwrapped() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = Net().double()
+    oracle = trained_hessian(model)
+    for precision in ("no", "bf16"):
+        accelerate.state.AcceleratorState._reset_state(True)
+        prepared = accelerate.Accelerator(cpu=True, mixed_precision=precision).prepare(model)
+        objective, params = hk.from_module(prepared, per_example)
+        H = hk.hessian(objective, params, (X, Y))
+        assert list(params) == [name for name, _ in model.named_parameters()]
+        assert relative_error(H @ torch.eye(H.n, dtype=torch.float64), oracle) < 1e-12
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+def test_wrappers_of_training_libraries_are_unwrapped_by_name() -> None:
+    class _FabricModule(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    model = Net().double()
+    objective, params = hk.from_module(_FabricModule(model), per_example)
+    assert list(params) == [name for name, _ in model.named_parameters()]
+    assert torch.equal(objective(params, (X, Y)), per_example(model(X), Y))
+
+
+def test_sharded_models_are_refused_by_name() -> None:
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    with pytest.raises(
+        TypeError, match=r"model\.0 is a FullyShardedDataParallel, whose parameters are shards"
+    ):
+        hk.from_module(nn.Sequential(FullyShardedDataParallel(Net())), per_example)

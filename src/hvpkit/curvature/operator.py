@@ -24,7 +24,7 @@ from hvpkit.curvature.param_selection import Selection, restrict
 from hvpkit.curvature.products import MODES, Leaves, Term, Terms, all_finite, blame, check_loss, parts
 from hvpkit.data import Data, as_data, whole_batch
 from hvpkit.errors import NonFiniteError
-from hvpkit.objective import check_batches, goes_by_batches
+from hvpkit.objective import check_batches, check_loss_fn, goes_by_batches
 from hvpkit.operators.base import LinearOperator, Origin
 
 FREE_SHARE = 0.25
@@ -49,6 +49,7 @@ def origin_of(
 ) -> tuple[Origin, Data]:
     """What an operator is made of, looked at, and the first few examples to try it on."""
     check_choice("mode", mode, ("auto", *MODES))
+    check_loss_fn(loss_fn, params)
     function, params = restrict(loss_fn, params, wrt)
     layout, leaves = check_params(params)
     leaves = [snapshot(leaf) for leaf in leaves]  # the point stays, whatever training does to params

@@ -25,6 +25,7 @@ from hvpkit.autodiff.pytree import Layout, batch_size, check_params, unflatten
 from hvpkit.autodiff.randomness import check_repeatable
 from hvpkit.data import Data, as_data, whole_batch
 from hvpkit.errors import NonFiniteError
+from hvpkit.objective import check_loss_fn
 
 Leaves: TypeAlias = list[Tensor]
 Part: TypeAlias = Callable[[Leaves], Tensor]
@@ -123,6 +124,7 @@ def grad(loss_fn: LossFn, params: Tree, data: object) -> Tree:
         >>> grad(loss_fn, torch.ones(2), torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
         tensor([2., 4.])
     """
+    check_loss_fn(loss_fn, params)
     layout, leaves = check_params(params)
     examples = as_data(data, device=leaves[0].device)
 
@@ -165,6 +167,7 @@ def loss(loss_fn: LossFn, params: Tree, data: object) -> Tensor:
         >>> loss(lambda p, batch: (p - batch) ** 2, torch.tensor(1.0), torch.tensor([0.0, 3.0]))
         tensor(2.5000)
     """
+    check_loss_fn(loss_fn, params)
     layout, leaves = check_params(params)
     examples = as_data(data, device=leaves[0].device)
 

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,10 +37,23 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def copy_structure(
-    model: nn.Module, batchnorm: str, training: bool
-) -> tuple[nn.Module, dict[Tensor, Tensor]]:
-    """Return a copy of ``model`` with tensors on the meta device, and the map from those to the originals.
+@dataclass(frozen=True)
+class ModuleCopy:
+    """A module as an objective calls it.
+
+    Attributes:
+        module: the copy, with tensors on the meta device.
+        originals: the tensor that each of those stands for.
+        copied: the ids of the objects that were copied.
+    """
+
+    module: nn.Module
+    originals: dict[Tensor, Tensor]
+    copied: frozenset[int]
+
+
+def copy_structure(model: nn.Module, batchnorm: str, training: bool) -> ModuleCopy:
+    """Return a copy of ``model`` whose tensors are on the meta device, without values.
 
     The copy is in evaluation mode; with ``training``, in training mode except for modules that would update
     statistics. Batch norms use the statistics that ``batchnorm`` names. Functions that close over modules of
@@ -65,7 +79,7 @@ def copy_structure(
         if isinstance(module, nn.RNNBase):
             vars(module)["flatten_parameters"] = _nothing  # it moves the weights that it is called with
         _undo_autocast(module)
-    return skeleton, originals
+    return ModuleCopy(skeleton, originals, frozenset(copies))
 
 
 def _copies_of_state(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
