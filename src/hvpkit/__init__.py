@@ -19,6 +19,7 @@ from hvpkit.diagnostics.check import Finding, Report, check
 from hvpkit.diagnostics.report_html import report
 from hvpkit.errors import (
     AsymmetryWarning,
+    CapturedParameterWarning,
     CompileWarning,
     NonFiniteError,
     NotSymmetricError,
@@ -53,6 +54,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsymmetryWarning",
+    "CapturedParameterWarning",
     "CompileWarning",
     "CurvatureOperator",
     "Data",

@@ -21,3 +21,7 @@ class CompileWarning(UserWarning):
 
 class UnstableDataError(RuntimeError):
     """Data gave other examples, or another number of them, in a later pass than in the first one."""
+
+
+class CapturedParameterWarning(UserWarning):
+    """A loss depends on parameters that are not in ``params``; they are taken for constants."""

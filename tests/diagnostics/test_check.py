@@ -21,7 +21,7 @@ from problems import NETWORKS, cross_entropy, matrix, network
 from variants import variant
 
 MODES = ("forward-over-reverse", "reverse-over-reverse", "finite-difference")
-OWN_CHECKS = {"data order", "differences", "batching"}
+OWN_CHECKS = {"data order", "differences", "batching", "constants"}
 
 
 def failed(report: Report) -> set[str]:
@@ -168,7 +168,7 @@ def test_dropout_in_training_is_not_repeatable():
         report = check(mutant)
     assert failed(report) == {"repeatable"}
     assert finding(report, "repeatable").suspects == ("1 (Dropout)",)
-    assert [found.verdict for found in report.findings[3:]] == ["not applicable"] * 4
+    assert [found.verdict for found in report.findings[3:]] == ["not applicable"] * 5
     assert finding(report, "symmetric").detail == "repeatable failed"
 
 

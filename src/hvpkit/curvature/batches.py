@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Batch, LossFn, Tree
+from hvpkit.autodiff.captured import checked_references
 from hvpkit.autodiff.overrides import fixed_padding
 from hvpkit.autodiff.pytree import Layout, unflatten
 from hvpkit.autodiff.randomness import check_repeatable
@@ -178,7 +179,9 @@ def check_loss(share: LossShare, leaves: Leaves) -> Tensor:
     """Return the share's value. Raise ValueError if the loss is random or does not depend on the leaves."""
     with torch.enable_grad():
         points = [leaf.detach().requires_grad_() for leaf in leaves]
-        value = check_repeatable(lambda: share(points), points[0].device)
+        value = checked_references(
+            share, points, lambda: check_repeatable(lambda: share(points), points[0].device)
+        )
     # A loss that closes over a module has a graph too, but not one of the leaves.
     if not value.requires_grad:
         raise ValueError(INDEPENDENT)

@@ -32,7 +32,7 @@ from hvpkit.curvature.operator import Curvature, CurvatureOperator
 from hvpkit.curvature.param_selection import Selection, restrict
 from hvpkit.data import Data, as_data
 from hvpkit.errors import NonFiniteError
-from hvpkit.objective import Objective, check_batches, goes_by_batches
+from hvpkit.objective import Objective, check_batches, check_loss_fn, goes_by_batches
 
 TRIAL_EXAMPLES = 32
 """The most examples of the first batch on which modes are tried and errors measured. By feel."""
@@ -284,6 +284,7 @@ def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> 
     """Validate the arguments; return the problem, and the first few examples for trials."""
     batch_size = options.batch_size
     check_choice("mode", options.mode, ("auto", *MODES))
+    check_loss_fn(loss_fn, params)
     function, params = restrict(loss_fn, params, options.wrt)
     layout, leaves = check_params(params)
     leaves = [snapshot(leaf) for leaf in leaves]  # later training does not change the operator

@@ -31,6 +31,7 @@ from hvpkit.curvature.batches import (
 )
 from hvpkit.data import as_data, whole_batch
 from hvpkit.errors import NonFiniteError
+from hvpkit.objective import check_loss_fn
 
 R = TypeVar("R")
 
@@ -124,6 +125,7 @@ def grad(loss_fn: LossFn, params: Tree, data: object) -> Tree:
         >>> grad(loss_fn, torch.ones(2), torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
         tensor([2., 4.])
     """
+    check_loss_fn(loss_fn, params)
     layout, leaves = check_params(params)
     examples = as_data(data, device=leaves[0].device)
 
@@ -166,6 +168,7 @@ def loss(loss_fn: LossFn, params: Tree, data: object) -> Tensor:
         >>> loss(lambda p, batch: (p - batch) ** 2, torch.tensor(1.0), torch.tensor([0.0, 3.0]))
         tensor(2.5000)
     """
+    check_loss_fn(loss_fn, params)
     layout, leaves = check_params(params)
     examples = as_data(data, device=leaves[0].device)
 

@@ -16,7 +16,9 @@ from torch.utils import _pytree
 
 from hvpkit._utils.random import normal_vector, resolve_seed
 from hvpkit._utils.typing import Batch, Seed
-from hvpkit.autodiff.pytree import batch_size, flatten, plain
+from hvpkit.autodiff.captured import captured_parameters
+from hvpkit.autodiff.exact import exact_derivatives
+from hvpkit.autodiff.pytree import batch_size, flatten, plain, unflatten
 from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.data import Data, as_data
 from hvpkit.diagnostics.finite_differences import DIFFERENCES, matvec_by_differences
@@ -29,7 +31,7 @@ from hvpkit.solvers.driver import full_precision
 OK, FAILED, NOT_APPLICABLE = "ok", "failed", "not applicable"
 
 PREREQUISITES = ("data order", "finite", "repeatable")
-CHECKS = (*PREREQUISITES, "linear", "symmetric", "differences", "batching")
+CHECKS = (*PREREQUISITES, "linear", "symmetric", "differences", "batching", "constants")
 
 NUM_VECTORS = 4
 """Random vectors in the first matvec; they make six pairs. By feel."""
@@ -127,13 +129,15 @@ def check(H: LinearOperator, *, seed: Seed = 0) -> Report:
     differences  distance from the matvec by central differences of first         :math:`\epsilon^{1/2}`, and not
                  derivatives, made in float64, on 16 examples at random           less than :math:`6\cdot10^{-6}`
     batching     distance from the matvec over batches of another size            :math:`\epsilon^{2/3}`
+    constants    number of parameters that the loss depends on and that are not   0
+                 in ``params``
     ===========  ===============================================================  ===================================
 
     Where ``H.precision`` is worse than the dtype's, as by finite differences, repeatable and linear allow ten times as
-    much, up to 0.01. The last three allow ten times the measured rounding, differences also four times the change
-    with another step; where this is more than 0.1, a check does not apply. Data order, differences and batching
-    need the loss and the data: a :class:`hvpkit.CurvatureOperator`, whose terms are checked together. Where one of the
-    first three fails, those after it do not apply.
+    much, up to 0.01. Symmetric, differences and batching allow ten times the measured rounding, differences also four
+    times the change with another step; where this is more than 0.1, a check does not apply. Data order, differences,
+    batching and constants need the loss and the data: a :class:`hvpkit.CurvatureOperator`, whose terms are checked
+    together. Where one of the first three fails, those after it do not apply.
 
     Args:
         H: the operator.
@@ -199,6 +203,7 @@ def _findings(H: LinearOperator, seed: int) -> Iterator[Finding]:
     yield _finding("symmetric", _ratio(asymmetry, scale), allowed, f"{NUM_VECTORS} vectors, each with each")
     yield _differences(H, v, max(eps**0.5, noise), seed)
     yield _batching(H, v, image, allowed)
+    yield _constants(H)
 
 
 def _zero_rows(H: LinearOperator, images: Tensor) -> str:
@@ -329,6 +334,23 @@ def _same_examples(one: Data, other: Data) -> bool:
     first, second = (flatten(next(iter(data)))[0] for data in (one, other))
     size = min(len(first[0]), len(second[0]))
     return all(torch.equal(a[:size], b[:size]) for a, b in zip(first, second, strict=True))
+
+
+def _constants(H: LinearOperator) -> Finding:
+    """Check that the loss depends on no parameters other than those that it is differentiated by."""
+    if not isinstance(H, CurvatureOperator):
+        return _not_applicable("constants", NO_DATA)
+    names: dict[str, None] = {}
+    for _, term in H.terms:
+        problem = term.problem
+        points = [leaf.detach().requires_grad_() for leaf in problem.leaves]
+        with exact_derivatives(points[0].device), torch.enable_grad():
+            value = problem.loss_fn(unflatten(points, problem.layout.spec), next(iter(problem.data)))
+        names |= dict.fromkeys(captured_parameters(problem.loss_fn, value, points))
+    finding = _finding(
+        "constants", float(len(names)), 0.0, "parameters beside params, in the first batch's loss"
+    )
+    return replace(finding, suspects=tuple(names))
 
 
 def _first_size(data: Data) -> int:

@@ -107,6 +107,8 @@ REMEDIES = {
     "batching": "where data are suspected, make each example the same in every batch: its collate_fn may pad or mix; "
     "where differences fails too, fix that first; return one loss for each example, [B], whatever "
     "other examples are in its batch; in a mean over batches, weigh each by the examples that it holds",
+    "constants": "compute the loss from its params argument (torch.func.functional_call, hvpkit.from_module); where "
+    "these parameters are meant to be fixed, say so by requires_grad_(False) or detach()",
 }
 """Remedy for a check that failed, where no module is suspected."""
 
