@@ -17,10 +17,10 @@ Departures from the paper:
 2. Weight decay (lambda) is decoupled, as in AdamW: as part of the loss, the penalty would add to D, and the decay of
    a weight would depend on the curvature of the loss.
 3. Blocks average |D|, as the published code does; the paper's formula averages D (``absolute=False``), whose mean is
-   near zero for a block with entries of both signs, which makes steps long. Measured on the network ``digits_cnn``, with
-   40 steps of 128 examples at the learning rate 0.15 and the same probes: with ``absolute=True`` the parameters are
-   those of the published code to 3e-16, with False they differ by 112 % of their norm; the mean loss of the last ten
-   steps was 0.50 with True and 0.32 with False.
+   near zero for a block with entries of both signs, which makes steps long. Measured on ``digits_cnn``, with 40 steps
+   of 128 examples at the learning rate 0.15 and the same probes: with ``absolute=True`` the parameters are those of the
+   published code to 3e-16, with False they differ by 112 % of their norm; the mean loss of the last ten steps was 0.50
+   with True and 0.32 with False.
 4. If the diagonal is estimated at some steps only, the mean over i runs over these steps: no estimate counts twice.
 """
 
