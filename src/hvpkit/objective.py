@@ -260,6 +260,10 @@ def _per_example(criterion: Callable[..., Tensor]) -> Callable[[Any, Any], Tenso
     """``criterion`` in its per-example form: losses ``[B]``."""
     if not callable(criterion):
         raise TypeError(f"criterion must be callable, got {type(criterion).__name__}")
+    if isinstance(criterion, type):
+        raise TypeError(
+            f"criterion must be an instance, got the class {criterion.__name__}: pass {criterion.__name__}()"
+        )
     if isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
         raise ValueError(
             "criterion has parameters of its own, which would be constants; make them part of model, or say so "
