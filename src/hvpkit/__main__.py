@@ -1,4 +1,4 @@
-"""Starts the command line, or says what it lacks."""
+"""Entry point of the command line."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import sys
 
 
 def main() -> None:
-    """Runs ``hvpkit``; exit code 2 if its packages are not installed."""
+    """Run ``hvpkit``; exit with code 2 if a package that it needs is missing."""
     try:
         from hvpkit.cli import app
     except ImportError as error:
         print(f"hvpkit: {error.name} is missing: pip install 'hvpkit[cli]'", file=sys.stderr)
         raise SystemExit(2) from None
-    app()
+    app(prog_name="hvpkit")
 
 
 if __name__ == "__main__":
