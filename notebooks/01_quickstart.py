@@ -221,7 +221,7 @@ ax = plots.training([(0, ex), (1, cold)])
 label = ax.set_xlabel("epochs later")
 
 # %% [markdown]
-# Both give the same values. Compare the passes: earlier eigenvectors save few or none. The solver has to find, or to
+# Both agree to within `tol`. Compare the passes: earlier eigenvectors save few or none. The solver has to find, or to
 # exclude, directions that the earlier eigenvectors do not contain, and a random vector contains a part of every
 # direction. Measure before you use `v0`.
 #

@@ -120,9 +120,9 @@ ax = trackers[0.2].plot()
 legend = ax.legend(loc=(0.8, 0.65))
 
 # %% [markdown]
-# At first there is a direction of strong negative curvature. After 50 steps it is gone. At the edge of stability
-# negative curvature comes back: it lasts while the loss goes up and down, and varies between measurements. The largest
-# eigenvalue alone would not have shown this.
+# At first there is a direction of strong negative curvature. After 50 steps it is about thirty times weaker. At the
+# edge of stability negative curvature comes back: it lasts while the loss goes up and down, and varies between
+# measurements. The largest eigenvalue alone would not have shown this.
 #
 # ## Records
 #

@@ -155,25 +155,26 @@ by_rate = {
 show("peak rate", by_rate)
 
 # %% [markdown]
-# ## What showed and what did not
+# ## Results
 #
-# - **Longer explore phases end flatter**: here they do. Sharpness and top eigenvalue fall by about three standard
-#   errors; with five seeds 2.8 are what chance exceeds in one case of twenty. Nearly all of it comes from the first
-#   ten epochs. After that the means do not differ by more than their errors.
-# - **Test accuracy** does not follow. The slope has the right sign, and is a third of a per cent.
-# - A **higher peak rate** is another matter: between 0.01 and 0.3 sharpness falls by a factor of about twenty, and the
-#   largest eigenvalue by a hundred. Test accuracy hardly moves, and is not best where the sharpness is lowest.
+# - **Longer explore phases end flatter**: yes here. Sharpness and top eigenvalue decrease by 4.2 and 3.4 standard
+#   errors; with five seeds, chance exceeds 2.8 in one case of twenty. Most of the decrease comes from the first ten
+#   epochs; after that the means differ by about their errors.
+# - **Test accuracy** increases by 0.4 %, at the limit of what chance gives (2.7 standard errors).
+# - A **higher peak rate** has a far larger effect: from 0.01 to 0.3 sharpness decreases by a factor of about twenty,
+#   and the largest eigenvalue by a hundred. Test accuracy hardly changes, and is not best where the sharpness is
+#   lowest.
 #
-# ## How far to trust this
+# ## Limits of this comparison
 #
-# The **loss** falls along with the sharpness. In the first table both fall by about the same share; in the second, up
-# to a rate of 0.1, both by about a factor of ten. Near the end of training most of the Hessian is in proportion to how
-# uncertain the network still is, and that is what the loss says. So these runs cannot tell "a wider minimum" from
-# "further down in the same valley". Only the step from 0.1 to 0.3 can: there the loss stays nearly as it was, and the
-# largest eigenvalue falls to a third.
+# The **loss** decreases together with the sharpness. In the first table both decrease by about a quarter; in the
+# second, up to a rate of 0.1, both by a factor of 12 to 15. Near the end of training most of the Hessian is in
+# proportion to the uncertainty of the network's predictions, and so is the loss. So these runs cannot distinguish "a
+# wider minimum" from "further down in the same valley". Only the step from 0.1 to 0.3 can: there the loss hardly
+# changes, and the largest eigenvalue decreases to a third.
 #
-# 300 digits that are learnt in a few epochs are no CIFAR-10: wide minima, if they are rare there, need not be so here.
-# And with another network, ResNet-8 of the same width, the study's `--small` size shows no effect of the explore
-# length at all.
+# 300 digits that are learnt in a few epochs are not CIFAR-10: even if wide minima are rare there, they need not be so
+# here. And with another network, ResNet-8 of the same width, the study's `--small` size shows no effect of the explore
+# length.
 #
-# For a claim about networks of a useful size run the study, with several seeds, and look at the losses as well.
+# For a claim about larger networks run the study, with several seeds, and compare the losses as well.

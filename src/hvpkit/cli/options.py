@@ -30,7 +30,9 @@ Device = Annotated[
     str | None,
     typer.Option(help="Device, as cpu, cuda or cuda:1. By default the tensors stay where they are."),
 ]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Dtype of parameters and data; by default they keep theirs.")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option(help="Dtype of parameters and data; by default they keep theirs.")
+]
 ModeOption = Annotated[Mode, typer.Option(help="Mode of automatic differentiation of matvecs.")]
 NumExamples = Annotated[
     int | None, typer.Option(help="Use only the first examples of a built-in problem; by default all.")
