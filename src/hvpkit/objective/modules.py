@@ -212,7 +212,11 @@ def _with_criterion(
 
 
 def _check_order(model: object, criterion: object) -> None:
-    """Raise TypeError unless ``model`` is a module, and no loss."""
+    """Raise TypeError unless ``model`` is a module and no loss, and ``criterion`` is no class."""
+    if isinstance(criterion, type):
+        raise TypeError(
+            f"criterion must be an instance, got the class {criterion.__name__}: pass {criterion.__name__}()"
+        )
     losses = _Loss | _WeightedLoss
     trained = isinstance(criterion, nn.Module) and not isinstance(criterion, losses)
     if isinstance(model, losses) or (trained and callable(model) and not isinstance(model, nn.Module | type)):
