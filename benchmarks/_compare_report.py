@@ -124,8 +124,8 @@ def table(found: Record, tasks: Collection[str] = tuple(TITLES)) -> str:
         f"{versions}."
     )
     told = (
-        "hessian-eigenthings' Lanczos runs for a given number of steps, and says afterwards whether they were enough: "
-        "here they are doubled until they are. Given the steps, it knows beforehand how many will do."
+        "hessian-eigenthings' Lanczos runs for a given number of steps and reports afterwards whether they were "
+        'enough; here they are doubled until they are. The column "given the steps" starts with the number that is enough.'
     )
     return "\n\n".join([*(task_table(found, task, names) for task in present), f"{note} {told}"])
 

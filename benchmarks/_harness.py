@@ -64,7 +64,7 @@ def pending(given: argparse.Namespace, names: Iterable[str], done: Container[str
 
 
 def machine(**more: Any) -> Record:
-    """Return what seconds depend on: processor, threads, versions."""
+    """Return the facts that seconds depend on: processor, threads, versions."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -120,7 +120,7 @@ def open_record(file: Path, header: Record, *, extendable: Container[str] = (), 
 
 
 def _flat(header: Record) -> Record:
-    """Return the entries of the dictionaries in a header beside its numbers, as JSON has them."""
+    """Return a header without its nesting: the entries of its dictionaries and its numbers, as JSON has them."""
     flat: Record = {}
     for key, value in header.items():
         flat |= value if isinstance(value, dict) else {key: value}

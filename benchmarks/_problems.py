@@ -81,7 +81,7 @@ def first(data: Data, num_examples: int) -> Data:
 
 
 class Block(nn.Module):
-    """Two convolutions beside the identity."""
+    """Two convolutions with a skip connection."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 def resnet(width: int = 4, channels: int = 1, stride: int = 1) -> nn.Module:
-    """A ResNet of three blocks for small images; the first convolution has the stride."""
+    """Make a ResNet of three blocks for small images; the first convolution has the stride."""
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
         nn.BatchNorm2d(width),

@@ -1,4 +1,4 @@
-"""The one training loop of the benchmarks, and what image networks need around it."""
+"""The training loop of all benchmarks, and the data, augmentation and statistics of image networks."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_fidelity.py --cache DIR [--cifar10 DIR] [--problems NAME ...] [--methods NAME ...]
 
-writes ``benchmarks/results/fidelity.json`` after each method and prints the table of what is complete in it. The
-methods compared with take minutes a seed and hardly depend on it: ``--methods lanczos eigsh --seeds 2``. Errors are
-against the stored float64 references. A pass is as many matvecs with one example's Hessian as there are examples.
+writes ``benchmarks/results/fidelity.json`` after each method and prints the table of the problems that are
+complete. The methods compared with take minutes for each seed and hardly depend on it: ``--methods lanczos eigsh --seeds
+2``. Errors are relative to the stored float64 references. A pass is the work of one full-data matvec.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ def table(record: Record) -> str:
         "ARPACK",
         "multifidelity",
         "seeds",
-        "Lanczos over it",
-        "ARPACK over it",
+        "Lanczos / multifidelity",
+        "ARPACK / multifidelity",
     ]
     rows.append(["geometric mean", *[""] * 5, *means, "", ""])
-    return harness.markdown([*head, "errors over tol", "largest alone"], rows)
+    return harness.markdown([*head, "errors / tol", "largest alone"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,7 +16,7 @@ SPECTRUM = np.r_[-5, np.linspace(-1, 1, 198), 20]
 
 @pytest.fixture
 def bench(no_window, monkeypatch, tmp_path):  # noqa: ARG001
-    """A spectrum and a network of 310 parameters, by four solvers of all kinds, one seed."""
+    """Run four solvers of all kinds on a spectrum and a network of 310 parameters, with one seed."""
     networks = {"perceptron": (lambda: mlp(hidden=(4,)), 1)}
     monkeypatch.setattr(bench_solvers, "spectra", lambda: {"outliers": SPECTRUM})
     monkeypatch.setattr(bench_solvers, "NETWORKS", networks)

@@ -24,7 +24,7 @@ NAME = "two layers"
 
 @pytest.fixture
 def bench(two_layers, monkeypatch, tmp_path):  # noqa: ARG001
-    """The comparison on a problem of 75 parameters, in a folder of its own."""
+    """Run the comparison on a problem of 75 parameters, in its own folder."""
     monkeypatch.setattr(compare, "picture", lambda _found, _file: None)
     monkeypatch.setattr(compare.gc, "collect", lambda: 0)  # half a second each in a process full of tests
 
@@ -58,7 +58,7 @@ def exact(tiny):
 
 
 def library(monkeypatch, **methods):
-    """A library of another name in the place of a peer's, which does as told."""
+    """Register a library with these methods, and return the names to compare."""
     fake = type("Fake", (peers.Plain,), {"NAME": "fake", "EFFORT": {"extremes": (1, 2)}} | methods)
     monkeypatch.setitem(compare.LIBRARIES, "fake", fake)
     return ("hvpkit", "fake")

@@ -1,5 +1,7 @@
 import argparse
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +9,9 @@ from torch import nn
 
 import _harness as harness
 from _problems import diagonal
+
+BENCHMARKS = Path(harness.__file__).parent
+SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("[!_]*.py"))
 
 
 def test_record_of_another_setting_or_machine_is_refused(tmp_path):
@@ -77,3 +82,15 @@ def test_timed_matvecs_are_counted_and_unchanged():
     assert image.tolist() == [0, 1, 2]
     assert len(spent) == 1
     assert spent[0] >= 0
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_has_a_help_a_test_and_a_line_in_the_index(name, capsys):
+    script = importlib.import_module(name)
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert " ".join(script.__doc__.splitlines()[0].split()) in text
+    assert f"`{name}.py`" in (BENCHMARKS / "README.md").read_text()
+    tests = Path(__file__).parent.glob("test_*.py")
+    assert any(f"import {name}" in test.read_text() for test in tests if test != Path(__file__))

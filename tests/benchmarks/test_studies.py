@@ -59,7 +59,7 @@ def saved(model, path):
 
 
 def timeless(tree):
-    """A tree of JSON without what changes from run to run."""
+    """Drop the seconds from a tree of JSON."""
     if isinstance(tree, dict):
         return {key: timeless(value) for key, value in tree.items() if "seconds" not in key}
     return [timeless(value) for value in tree] if isinstance(tree, list) else tree
@@ -201,7 +201,7 @@ def test_verdict_errs_in_five_per_cent_of_cases_to_either_side():
 
 
 def made_up(factors, status="learnt"):
-    """Runs whose end is a factor, by depth and variant, times what the seed gives."""
+    """Make runs that end at a factor, by depth and variant, times a number that depends on the seed."""
     return [
         {
             "depth": depth,
