@@ -125,7 +125,8 @@ def table(found: Record, tasks: Collection[str] = tuple(TITLES)) -> str:
     )
     told = (
         "hessian-eigenthings' Lanczos runs for a given number of steps and reports afterwards whether they were "
-        'enough; here they are doubled until they are. The column "given the steps" starts with the number that is enough.'
+        'enough; here they are doubled until they are. The column "given the steps" starts with the number '
+        "that is enough."
     )
     return "\n\n".join([*(task_table(found, task, names) for task in present), f"{note} {told}"])
 

@@ -3,8 +3,8 @@
     python benchmarks/bench_fidelity.py --cache DIR [--cifar10 DIR] [--problems NAME ...] [--methods NAME ...]
 
 writes ``benchmarks/results/fidelity.json`` after each method and prints the table of the problems that are
-complete. The methods compared with take minutes for each seed and hardly depend on it: ``--methods lanczos eigsh --seeds
-2``. Errors are relative to the stored float64 references. A pass is the work of one full-data matvec.
+complete. The methods compared with take minutes for each seed and hardly depend on it: ``--methods lanczos eigsh
+--seeds 2``. Errors are relative to the stored float64 references. A pass is the work of one full-data matvec.
 """
 
 from __future__ import annotations
