@@ -97,6 +97,12 @@ def write(file: Path, record: Record) -> None:
         draft.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def save(file: Path, state: object) -> None:
+    """Save tensors whole or not at all."""
+    with written_whole(file) as draft:
+        torch.save(state, draft)
+
+
 def open_record(file: Path, header: Record, *, extendable: Container[str] = (), **empty: Any) -> Record:
     """Return the record in `file`, to add results to, or a new one.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvpkit as hk
+from _harness import save
 from _training import Data, train_pass
 from hvpkit.zoo import cifar10, digits, digits_cnn, tiny_gpt, tiny_vit
 from hvpkit.zoo.seeding import seeded
@@ -215,7 +216,7 @@ def load(name: str, cache: Path, dtype: torch.dtype = torch.float32) -> Problem:
     """Return a trained network and its data; train it first if the cache lacks it."""
     recipe, file = RECIPES[name], cached(cache, name)
     if not file.exists():
-        torch.save(train(name, recipe).state_dict(), file)
+        save(file, train(name, recipe).state_dict())
     model = recipe.model()
     model.load_state_dict(torch.load(file, weights_only=True))
     x, y = recipe.data()
@@ -286,7 +287,7 @@ def checkpoints(name: str, cache: Path, num_epochs: int) -> list[dict[str, Tenso
             for _ in train_pass(model, data, optimizer, generator):
                 pass
             states.append({key: value.clone() for key, value in model.state_dict().items()})
-        torch.save(states, file)
+        save(file, states)
     kept: list[dict[str, Tensor]] = torch.load(file, weights_only=True)
     return kept
 

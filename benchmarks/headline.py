@@ -32,9 +32,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from _harness import Record, machine, timed, write
+from _harness import Record, machine, save, timed, write
 from _training import Data, accuracy, read_images, recompute_batchnorm, sgd, train_epoch
-from hvpkit._utils.files import written_whole
 from hvpkit.curvature.mode_selection import ARITHMETICS, check_arithmetic
 
 TRAINING: dict[str, Record] = {
@@ -89,8 +88,7 @@ def trained(
                 train_epoch(model, data, optimizer, settings, number)
         if cache and done < epoch:
             state = {"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            with written_whole(files[epoch]) as draft:
-                torch.save(state, draft)
+            save(files[epoch], state)
         done = epoch
         yield epoch, model
 

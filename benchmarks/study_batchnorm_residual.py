@@ -35,10 +35,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import hvpkit as hk
-from _harness import Record, markdown
+from _harness import Record, markdown, save
 from _study import complete, judge, operator, publish, read_settings
 from _training import Data, accuracy, read_images, recompute_batchnorm, sgd, train_epoch
-from hvpkit._utils.files import written_whole
 
 FULL: Record = {
     "depths": [20, 32, 38, 56],
@@ -148,8 +147,7 @@ def run(settings: Record, data: Data, depth: int, variant: str, seed: int, stem:
             if not math.isfinite(train_epoch(model, data, optimizer, settings, epochs * seed + epoch)):
                 return {**record, "status": "diverged", "measured": measured}
             schedule.step()
-    with written_whole(stem.with_suffix(".pt")) as draft:
-        torch.save(frozen.state_dict(), draft)
+    save(stem.with_suffix(".pt"), frozen.state_dict())
     density.save(stem.with_suffix(".npz"))
     learnt = measured[-1]["loss"] < LEARNT * math.log(10)
     return {**record, "status": "learnt" if learnt else "at chance", "measured": measured}

@@ -27,16 +27,14 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from _harness import Record, markdown
+from _harness import Record, markdown, save
 from _study import complete, judge, operator, publish, read_settings
 from _training import Data, accuracy, read_images, recompute_batchnorm, sgd, train_epoch
-from hvpkit._utils.files import written_whole
 
 FULL: Record = {
     "explore": [0, 30, 60, 100],
@@ -125,8 +123,7 @@ def run(settings: Record, train: Data, test: Data, explore: int, seed: int, plac
             return {**record, "status": "diverged"}
         schedule.step()
     model = recompute_batchnorm(model, train[0], settings["hessian_batch_size"])
-    with written_whole(place.with_suffix(".pt")) as draft:
-        torch.save(model.state_dict(), draft)
+    save(place.with_suffix(".pt"), model.state_dict())
     return {**record, "status": "trained", **measure(model, train, test, settings)}
 
 
