@@ -12,12 +12,13 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.backends import cudnn, mkldnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hvpkit.autodiff.checkpointing import without_checkpointing
 from hvpkit.autodiff.overrides import OVERRIDES, FunctionOverrides
 
 _LOCK = threading.RLock()
 
 _HOOKED = (
-    "loss_fn saves its activations by hooks (activation checkpointing, offloading), which second derivatives do not "
+    "loss_fn saves its activations by hooks (as torch.autograd.graph.save_on_cpu), which second derivatives do not "
     "go through; switch that off, and save memory by a smaller batch_size"
 )
 
@@ -33,15 +34,16 @@ def exact_derivatives(device: torch.device) -> Iterator[None]:
     """Set what exact second derivatives need, and restore the caller's settings at the end.
 
     Attention runs on its MATH backend and without the fused encoder path, whose kernels have no second
-    derivative; the functions in :mod:`hvpkit.autodiff.overrides` are replaced; float32 is not rounded to TF32 or
-    bfloat16; the caller's autocast and inference mode are off. One thread at a time is inside, as some of the
-    settings belong to the process.
+    derivative; the functions in :mod:`hvpkit.autodiff.overrides` are replaced, and activation checkpoints are plain
+    calls; float32 is not rounded to TF32 or bfloat16; the caller's autocast and inference mode are off. One thread
+    at a time is inside, as some of the settings belong to the process.
     """
     with _LOCK, ExitStack() as stack:
         fused = torch.backends.mha.get_fastpath_enabled()
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(without_checkpointing())
         stack.enter_context(disable_saved_tensors_hooks(_HOOKED))
         stack.enter_context(full_float32(device))
         stack.enter_context(FunctionOverrides(OVERRIDES))

@@ -204,7 +204,17 @@ def without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
     return definition
 
 
+def requires_grad_(input: Tensor, requires_grad: bool = True) -> Tensor:
+    """Call ``input.requires_grad_``, except where torch.func refuses it: inside a transform, which does not need it."""
+    functorch = torch._C._functorch
+    refused = (
+        functorch.maybe_current_level() is not None and not functorch.get_inplace_requires_grad_allowed()
+    )
+    return input if requires_grad and refused else input.requires_grad_(requires_grad)
+
+
 OVERRIDES: Table = {
+    Tensor.requires_grad_: requires_grad_,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
     torch._weight_norm: weight_norm,
