@@ -12,6 +12,8 @@ from typing import Any
 
 from torch.utils import checkpoint as torch_checkpoint
 
+from hvpkit.autodiff.overrides import replaced
+
 
 @contextmanager
 def without_checkpointing() -> Iterator[None]:
@@ -22,11 +24,11 @@ def without_checkpointing() -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(
-            _replaced(torch_checkpoint.CheckpointFunction, "apply", staticmethod(_call_reentrant))
+            replaced(torch_checkpoint.CheckpointFunction, "apply", staticmethod(_call_reentrant))
         )
-        stack.enter_context(_replaced(torch_checkpoint, "_checkpoint_without_reentrant_generator", _no_frame))
+        stack.enter_context(replaced(torch_checkpoint, "_checkpoint_without_reentrant_generator", _no_frame))
         # for those who imported the generator by name, as torch.distributed does
-        stack.enter_context(_replaced(torch_checkpoint, "_checkpoint_hook", nullcontext))
+        stack.enter_context(replaced(torch_checkpoint, "_checkpoint_hook", nullcontext))
         yield
 
 
@@ -36,16 +38,3 @@ def _call_reentrant(function: Callable[..., Any], _preserve_rng_state: bool, *ar
 
 def _no_frame(*_: Any, **__: Any) -> Iterator[None]:
     yield
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
-    own = vars(owner).get(name)  # the attribute of a class may be inherited
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
