@@ -132,7 +132,8 @@ def run(
     optimizer = torch.optim.SGD(
         model.parameters(), settings["lr"], momentum=0.9, weight_decay=settings["weight_decay"]
     )
-    schedule = hk.train.KneeLR(optimizer, explore_steps=explore, total_steps=epochs)
+    # one rate an epoch, and one epoch more: the schedule ends with a step of rate zero, which is left out
+    schedule = hk.train.KneeLR(optimizer, explore_steps=explore + 1, total_steps=epochs + 1)
     for epoch in range(epochs):
         if not math.isfinite(train_epoch(model, train, optimizer, settings, epochs * seed + epoch)):
             return {**record, "status": "diverged"}

@@ -24,7 +24,6 @@ from hvpkit.errors import (
     UnstableDataError,
 )
 from hvpkit.estimators.diagonal import diagonal
-from hvpkit.estimators.estimate import Estimate
 from hvpkit.estimators.norm import frobenius_norm
 from hvpkit.estimators.spectral_density import moments, spectral_density
 from hvpkit.estimators.trace import trace
@@ -34,6 +33,7 @@ from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
+from hvpkit.results.estimate import Estimate
 from hvpkit.solvers.baselines.oja import oja
 from hvpkit.solvers.baselines.power import accelerated_power, power
 from hvpkit.solvers.baselines.scipy_eigs import eigsh, scipy_lobpcg

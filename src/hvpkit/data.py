@@ -1,7 +1,7 @@
-"""Data as a re-iterable sequence of batches whose examples can be counted, weighed and chosen.
+"""Data as a re-iterable sequence of batches whose examples can be counted, weighted and selected.
 
-Every pass gives the same examples, whatever the caller's loader does to their order, and leaves all
-global random state as it found it.
+Every pass gives the same examples, however the caller's loader orders them, and leaves the global random
+state unchanged.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from hvpkit.autodiff.pytree import flatten, unflatten, usable
 from hvpkit.errors import UnstableDataError
 
 DEFAULT_BATCH_SIZE = 256
-"""Examples in a batch, where neither the caller nor the caller's loader says."""
+"""Examples in a batch, unless the caller or the caller's loader gives a number; chosen by feel."""
 
 
 @dataclass(frozen=True)
 class TensorBatches:
-    """Slices of a tree of tensors that holds all examples."""
+    """Slices of one tree of tensors, which holds all examples."""
 
     examples: Batch
     batch_size: int
@@ -62,13 +62,13 @@ class TensorBatches:
 
 @dataclass(frozen=True)
 class DatasetBatches:
-    """A map-style dataset, each example once and in order, by a loader with its own random numbers."""
+    """Batches of a map-style dataset, each example once and in order, read by a loader."""
 
     loader: DataLoader[Any]
 
     @classmethod
     def of(cls, dataset: Any, batch_size: int | None, like: DataLoader[Any] | None = None) -> DatasetBatches:
-        """Batches of ``dataset`` as the loader ``like`` collates and fetches them."""
+        """Return batches of ``dataset``, collated and fetched with the options of the loader ``like``."""
         options: dict[str, Any] = {"batch_size": batch_size or DEFAULT_BATCH_SIZE}
         if like is not None:
             options |= {
@@ -80,7 +80,7 @@ class DatasetBatches:
                 "worker_init_fn": like.worker_init_fn,
                 "multiprocessing_context": like.multiprocessing_context,
                 "prefetch_factor": like.prefetch_factor,
-            }  # not persistent_workers, whose random numbers go on where the last pass ended
+            }  # without persistent_workers: their random state would carry over from pass to pass
         return cls(DataLoader(dataset, shuffle=False, generator=torch.Generator(), **options))
 
     def __len__(self) -> int:
@@ -107,7 +107,7 @@ class DatasetBatches:
 
 @dataclass(frozen=True)
 class IterableBatches:
-    """Batches of an object that can be iterated again and again; ``batch_size`` cuts larger ones."""
+    """Batches of a re-iterable object; ``batch_size`` splits larger ones."""
 
     batches: Iterable[Batch]
     num_examples: int
@@ -132,7 +132,7 @@ class IterableBatches:
             raise _unstable(start, self.num_examples)
 
     def _within(self, start: int, size: int) -> Tensor:
-        """Those of the (sorted) indices that lie in a batch, counted from its start."""
+        """Return the (sorted) indices that lie in a batch, relative to its start."""
         assert self.indices is not None
         low, high = torch.searchsorted(self.indices, torch.tensor([start, start + size])).tolist()
         return self.indices[low:high] - start
@@ -152,10 +152,10 @@ class Data:
     """Examples in batches, the same ones in every pass. Made by :func:`as_data`.
 
     Attributes:
-        source: where batches come from.
-        num_examples: how many examples a pass holds.
-        weights: one for each example ``[num_examples]``, or None: each weighs ``1 / num_examples``.
-        device: where batches are moved, or None: they stay where they are.
+        source: the batches.
+        num_examples: number of examples in a pass.
+        weights: one weight for each example ``[num_examples]``; None: each weighs ``1 / num_examples``.
+        device: the device that batches are moved to; None: they stay where they are.
     """
 
     source: Source
@@ -165,17 +165,17 @@ class Data:
 
     @property
     def smallest_batch(self) -> int | None:
-        """Examples in the smallest batch, or None where only a pass would tell."""
+        """Return the number of examples in the smallest batch; None if only a pass could tell."""
         return self.source.smallest_batch
 
     @property
     def batch_size(self) -> int | None:
-        """The most examples in a batch, or None: they are as they come."""
+        """Return the maximum number of examples in a batch; None if the source decides."""
         return self.source.batch_size
 
     @property
     def longest_batch(self) -> int:
-        """How many examples a batch could have, whatever size is asked for; by the first one where they come so."""
+        """Return the largest possible batch size: ``num_examples``; for iterables, the size of the first batch."""
         if isinstance(self.source, IterableBatches):
             return count_examples(next(iter(replace(self.source, batch_size=None))))
         return self.num_examples
@@ -184,7 +184,7 @@ class Data:
         return (batch for batch, _ in self.weighted())
 
     def weighted(self) -> Iterator[tuple[Batch, Tensor | None]]:
-        """Batches with the weights of their examples ``[B]`` (None: uniform ``1 / num_examples``)."""
+        """Yield batches with the weights of their examples ``[B]`` (None: uniform ``1 / num_examples``)."""
         start = 0
         for batch in self.source:
             size = count_examples(batch)
@@ -198,15 +198,15 @@ class Data:
             raise _unstable(start, self.num_examples)
 
     def subset(self, indices: Tensor | Sequence[int], weights: Tensor | None = None) -> Data:
-        """The examples at ``indices`` ``[m]`` (repeats count again), each with its weight.
+        """Select the examples at ``indices`` ``[m]`` (a repeated index counts again), each with its weight.
 
-        Weights multiply losses as they are, so that an unbiased sample of the mean over N examples, drawn
-        with inclusion probabilities ``p``, has ``weights = 1 / (N p)``. Without, each weighs ``1 / m``.
-        The examples come in the data's own order.
+        Weights multiply losses as they are: an unbiased sample of the mean over N examples, drawn with
+        inclusion probabilities ``p``, has ``weights = 1 / (N p)``. By default each weighs ``1 / m``.
+        The examples keep the order of the data.
 
         Raises:
-            TypeError: indices that are not whole numbers, as a mask.
-            ValueError: an index out of range, no index at all, or another number of weights.
+            TypeError: indices that are not integers, such as a mask.
+            ValueError: an index out of range, no indices, or another number of weights than indices.
 
         Example:
             >>> import torch
@@ -238,7 +238,7 @@ class Data:
 
 
 def as_data(data: object, *, batch_size: int | None = None, device: torch.device | str | None = None) -> Data:
-    """Examples that every later pass reads alike, from whatever holds them.
+    """Convert ``data`` to examples in batches, the same ones in every pass.
 
     ====================================  =====================================================
     ``data``                              read as
@@ -305,7 +305,7 @@ def _source(data: Any, batch_size: int | None) -> Source:
 
 
 def _covers_dataset(loader: DataLoader[Any]) -> bool:
-    """Whether the loader gives each example of a map-style dataset once, in some order."""
+    """Return True if the loader yields each example of a map-style dataset once, in some order."""
     own_iteration = type(loader).__iter__ is not DataLoader.__iter__
     if own_iteration or type(loader.batch_sampler) is not BatchSampler:
         return False
@@ -335,7 +335,7 @@ def _counted(batches: Iterable[Batch], batch_size: int | None) -> IterableBatche
 
 
 def _isolated(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, made under fixed seeds; random state outside is the same before and after each."""
+    """Yield the batches, read under fixed seeds; restore the random state after each."""
     generators = list(_generators(batches))
     states = [generator.get_state() for generator in generators]
     for generator in generators:
@@ -355,7 +355,7 @@ def _isolated(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _generators(source: object) -> Iterator[torch.Generator]:
-    """Generators that a loader or sampler, or those inside it, were given."""
+    """Yield the generators that a loader or sampler, or a sampler inside it, was given."""
     own = getattr(source, "generator", None)
     if isinstance(own, torch.Generator):
         yield own
@@ -369,7 +369,7 @@ _END = object()
 
 @contextmanager
 def _fixed_randomness(seed: int) -> Iterator[None]:
-    """Seeds the CPU's global generators (torch, NumPy, random) inside, restores them after."""
+    """Seed the CPU's global generators (torch, NumPy, random) inside; restore them after."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed)
@@ -383,7 +383,7 @@ def _fixed_randomness(seed: int) -> Iterator[None]:
 
 
 def _smallest_slice(num_examples: int, batch_size: int) -> int:
-    """The size of the last of the slices that are cut from so many examples."""
+    """Return the size of the last slice of ``num_examples`` examples."""
     return (num_examples - 1) % batch_size + 1
 
 
@@ -395,7 +395,7 @@ def _take(batch: Batch, index: slice | Tensor) -> Batch:
 
 
 def prepare(batch: Batch, device: torch.device | None = None) -> Batch:
-    """The batch in containers that torch knows, of tensors that autograd can use, on ``device`` if given."""
+    """Return the batch in containers that torch knows, with tensors that autograd can use, on ``device`` if given."""
     leaves, spec = flatten(batch, name="data")
     if device is not None:
         leaves = [leaf.to(device, non_blocking=True) for leaf in leaves]
@@ -403,10 +403,10 @@ def prepare(batch: Batch, device: torch.device | None = None) -> Batch:
 
 
 def whole_batch(batch: Batch, weights: Tensor | None = None) -> Data:
-    """The examples of one batch, in one batch.
+    """Return one batch as data.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: the batch is empty.
     """
     size = check_count("data: the number of examples", count_examples(batch), 1)
     return Data(TensorBatches(batch, size), size, weights)

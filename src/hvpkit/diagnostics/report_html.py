@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from hvpkit._utils.files import atomic_write
 from hvpkit.autodiff.pytree import unflatten
-from hvpkit.estimators.estimate import Estimate
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import ExtremeResult
+from hvpkit.results.estimate import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,18 +1,18 @@
-r"""Kernel polynomials: the spectrum from Chebyshev moments, damped against ripples.
+r"""Kernel polynomial method: spectral measures from Chebyshev moments, damped against Gibbs oscillations.
 
 Method: with :math:`x = (A - c)/h` scaled into [-1, 1], :math:`\mu_j = v'T_j(x)v` for unit vectors v, by
-:math:`T_{j+1} = 2xT_j - T_{j-1}`. Two moments come of each product: :math:`\mu_{2j} = 2\|T_jv\|^2 - 1` and
+:math:`T_{j+1} = 2xT_j - T_{j-1}`. Each matvec gives two moments: :math:`\mu_{2j} = 2\|T_jv\|^2 - 1` and
 :math:`\mu_{2j+1} = 2\,(T_{j+1}v)'T_jv - \mu_1`. The density is :math:`\frac{1}{\pi\sqrt{1-x^2}} (g_0\mu_0 + 2\sum_j
 g_j\mu_jT_j(x))`: with Jackson's factors g nowhere negative, and a peak has the width :math:`\pi h/N` for N moments.
 Without them it integrates polynomials of degree below N exactly.
 
-Cost: one product a step and vector, and a few for the ends of the spectrum. Memory: four vectors for each in a group.
+Cost: one matvec per step and vector, and a few for the ends of the spectrum. Memory: four vectors for each of a group.
 Source: Weisse, Wellein, Alvermann, Fehske, Rev. Mod. Phys. 78 (2006) 275-306, doi:10.1103/RevModPhys.78.275.
 
 Departures:
-1. The ends are those of Lanczos' intervals, beyond which an eigenvalue is unlikely. Should there be one, moments
-   grow beyond one: the interval is widened, and the vectors begin anew.
-2. Vectors are orthonormal, as in :mod:`hvpkit.estimators.quadrature`.
+1. The ends are those of Lanczos' intervals, beyond which an eigenvalue is unlikely. If there is one, moments exceed
+   one: the interval is widened, and the recurrence restarts.
+2. Start vectors are orthonormal, as in :mod:`hvpkit.estimators.quadrature`.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hvpkit.estimators.quadrature import Goal
+from hvpkit.estimators.quadrature import Goal, Measured
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Status
-from hvpkit.results.spectral_measure import Measure, Measured
+from hvpkit.results.spectral_measure import Measure
 from hvpkit.solvers import krylov
 from hvpkit.solvers.driver import Assessment, Limits, Monitor, run_solver
 from hvpkit.solvers.lanczos import lanczos
 
 MARGIN, WIDER = 1.01, 1.5
-"""Of the interval's half width: what is added at once, and when an eigenvalue turns out to lie outside."""
+"""Factors of the interval's half width: at once, and whenever an eigenvalue is found outside. Chosen by feel."""
 
-END_PRODUCTS, CONFIDENCE = 40, 1 - 1e-6
-"""For the ends of the spectrum: products at most, and how unlikely an eigenvalue is beyond."""
+END_MATVECS, CONFIDENCE = 40, 1 - 1e-6
+"""For the ends of the spectrum: matvecs at most, and confidence that no eigenvalue lies outside. Chosen by feel."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """The interval that is scaled to [-1, 1]."""
+    """The interval that is mapped to [-1, 1]."""
 
     center: float
     half_width: float
 
     @classmethod
     def around(cls, ends: EigenResult, dtype: torch.dtype) -> Band:
-        """The intervals of both ends; not narrower than rounding allows."""
+        """Return the hull of both ends' intervals, not narrower than rounding allows."""
         low, high, limits = ends.intervals[0].lower, ends.intervals[-1].upper, torch.finfo(dtype)
         rounding = limits.eps**0.5 * max(abs(low), abs(high))
         return cls((low + high) / 2, max(MARGIN * (high - low) / 2, rounding, limits.tiny / limits.eps))
@@ -56,15 +56,15 @@ class Band:
 
 @dataclass(frozen=True)
 class State:
-    """Chebyshev recurrences under way, and what those before them gave.
+    """The Chebyshev recurrences of the present group of vectors, and the measures of the groups before.
 
     Attributes:
         band: of the present vectors.
         start: orthonormal rows ``[b, n]``.
-        current, previous: ``T_j`` and ``T_{j-1}`` of them.
-        moments: each ``[b]``: two for each product.
+        current, previous: ``T_j`` and ``T_{j-1}`` times them.
+        moments: each ``[b]``, two for each step.
         finished: of the vectors before.
-        num_matvecs: full-data products so far.
+        num_matvecs: full-data matvecs so far.
     """
 
     band: Band
@@ -77,19 +77,19 @@ class State:
 
     @property
     def degree(self) -> int:
-        """Of the current polynomial: products with each vector."""
+        """Degree of the current polynomial: matvecs with each vector."""
         return len(self.moments) // 2
 
 
 def init(op: LinearOperator, goal: Goal, band: Band, group: int = 0) -> State:
-    """The state before the first product of a group of vectors."""
+    """Return the state before the first matvec of a group of vectors."""
     size = goal.sizes[group]
     start = krylov.start(op, size, size, goal.seed_of(group)).basis
     return State(band, start, start, torch.zeros_like(start))
 
 
 def step(op: LinearOperator, state: State) -> State:
-    """The next polynomial and its two moments."""
+    """Compute the next polynomial and its two moments."""
     band, current = state.band, state.current
     factor = (2 if state.degree else 1) / band.half_width
     images = op.product(current.mT.contiguous()).mT
@@ -107,7 +107,7 @@ def step(op: LinearOperator, state: State) -> State:
 
 
 def jackson(count: int) -> Tensor:
-    """Jackson's damping factors of ``count`` moments.
+    """Return Jackson's damping factors of ``count`` moments.
 
     Example:
         >>> jackson(3)
@@ -118,7 +118,7 @@ def jackson(count: int) -> Tensor:
 
 
 def measure(band: Band, moments: Tensor) -> Measure:
-    """The rules ``[b, 2 N]`` that have these moments ``[b, N]``, the first of them one, at Chebyshev's nodes."""
+    """Return the rules ``[b, 2 N]`` at Chebyshev's nodes with these moments ``[b, N]``, the first of them one."""
     count = moments.shape[1]
     angles = (torch.arange(2 * count, dtype=torch.float64) + 0.5) * (math.pi / (2 * count))
     series = torch.cos(torch.arange(count, dtype=torch.float64)[:, None] * angles) / count
@@ -130,7 +130,7 @@ def measure(band: Band, moments: Tensor) -> Measure:
 
 
 def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
-    """Whether moments are what they can be; the next group if this one is done."""
+    """Check that moments are finite and at most one; go on to the next group if this one is done."""
     status, group = None, len(state.finished)
     moments = known_moments(state)
     if moments.shape[1] <= 2 * state.degree:
@@ -142,7 +142,7 @@ def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
     elif state.degree == goal.num_steps:
         finished = (*state.finished, measure(state.band, moments))
         if len(finished) == len(goal.sizes):
-            state, status = replace(state, finished=finished), Status.MAX_MATVECS
+            state, status = replace(state, finished=finished), Status.COMPLETED
         else:
             fresh = init(op, goal, state.band, group + 1)
             state = replace(fresh, finished=finished, num_matvecs=state.num_matvecs)
@@ -152,7 +152,7 @@ def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
 
 
 def known_moments(state: State) -> Tensor:
-    """The moments ``[b, N]`` before the first that is not finite, with that of degree zero, which is one."""
+    """Return the moments ``[b, N]`` before the first that is not finite, from that of degree zero, which is one."""
     ones = torch.ones_like(state.start[:, 0])
     moments = torch.stack([ones, *state.moments], dim=1).to("cpu", torch.float64)
     finite = torch.isfinite(moments).all(dim=0).tolist()
@@ -160,7 +160,7 @@ def known_moments(state: State) -> Tensor:
 
 
 def measures(state: State) -> list[Measure]:
-    """What the groups gave; a group that a limit cut off only if there is no other."""
+    """Return the measures of complete groups; if there is none, of the group that a limit cut."""
     moments = known_moments(state)
     if state.finished or moments.shape[1] < 2:
         return list(state.finished)
@@ -168,14 +168,14 @@ def measures(state: State) -> list[Measure]:
 
 
 def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: Monitor | None) -> Measured:
-    """The ends of the spectrum, and the measures of all groups, or of as many as the time allows for."""
+    """Find the ends of the spectrum, and measure all groups, or as many as the time allows."""
     begin = time.perf_counter()
     ends = lanczos(
         op,
         2,
         which="BE",
         confidence=CONFIDENCE,
-        max_matvecs=END_PRODUCTS * op.cost,
+        max_matvecs=END_MATVECS * op.cost,
         time_limit=time_limit,
         seed=goal.seed,
         monitor=monitor,

@@ -1,20 +1,20 @@
-r"""Stochastic Lanczos quadrature: the spectrum as random vectors see it.
+r"""Stochastic Lanczos quadrature: spectral measures of random vectors.
 
 Method: for a unit vector v, Ritz values :math:`\theta_k` of its Krylov space of m steps and the squared first
 components :math:`w_k` of their coefficients are a Gauss rule, :math:`v'f(A)v \approx \sum_k w_k f(\theta_k)`, exact
 for polynomials of degree up to 2m - 1; the mean over random v is :math:`\operatorname{tr} f(A) / n`. Several vectors
 share one basis, each with a rule of its own on all of its Ritz values.
 
-Cost: one product a step and vector; orthogonalisation as for :mod:`hvpkit.solvers.lanczos`.
+Cost: one matvec per step and vector; orthogonalisation as for :mod:`hvpkit.solvers.lanczos`.
 Memory: the basis, ``num_steps + 1`` vectors for each that shares it.
 Source: Golub and Meurant, Matrices, Moments and Quadrature, Princeton (2010), doi:10.1515/9781400833887; Ubaru, Chen,
 Saad, SIAM J. Matrix Anal. Appl. 38 (2017) 1075-1099, doi:10.1137/16M1104974; Ghorbani, Krishnan, Xiao, ICML 2019,
 arXiv:1901.10159.
 
 Departures:
-1. Full reorthogonalisation, twice: no copies of Ritz values that have converged.
-2. Vectors are orthonormal, and not independent: each is uniform on the sphere, together they see more. With n of
-   them and one step the spectrum is exact.
+1. Full reorthogonalisation, twice: no copies of converged Ritz values.
+2. Start vectors are orthonormal, and not independent: each is uniform on the sphere, and their mean has a smaller
+   variance. With n of them and one step the spectrum is exact.
 3. A block Krylov space, whose rules are at least as exact as those of its vectors alone.
 """
 
@@ -24,11 +24,12 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from hvpkit._utils.random import generator
 from hvpkit.operators.base import LinearOperator
-from hvpkit.results.eigen import Status
-from hvpkit.results.spectral_measure import Measure, Measured
+from hvpkit.results.eigen import Progress, Status
+from hvpkit.results.spectral_measure import Measure
 from hvpkit.solvers import krylov
 from hvpkit.solvers.common.rayleigh_ritz import Ritz
 from hvpkit.solvers.driver import Assessment, Limits, Monitor, run_solver
@@ -36,12 +37,12 @@ from hvpkit.solvers.driver import Assessment, Limits, Monitor, run_solver
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked for.
+    """The checked arguments of a spectral density.
 
     Attributes:
-        num_steps: products with each vector.
-        sizes: vectors that share a basis, one basis after another.
-        width: columns of a product, at most.
+        num_steps: matvecs with each vector.
+        sizes: number of vectors that share a basis, one basis after another.
+        width: columns of a block matvec, at most.
         seed: of random vectors.
     """
 
@@ -51,22 +52,41 @@ class Goal:
     seed: int
 
     def seed_of(self, group: int) -> int:
-        """The seed of a group of vectors."""
+        """Return the seed of a group of vectors."""
         return generator(self.seed, group).initial_seed()
 
     def spans(self, n: int) -> bool:
-        """Whether the vectors are a whole basis of n dimensions."""
+        """Return True if the vectors are a basis of all n dimensions."""
         return self.sizes == (n,)
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The measures that a method found.
+
+    Attributes:
+        measures: one for each group of vectors.
+        status: why it stopped.
+        history: one entry for each assessment.
+        num_matvecs: full-data matvecs spent.
+        blame: the vectors ``[n, k]`` of the last matvec.
+    """
+
+    measures: list[Measure]
+    status: Status
+    history: tuple[Progress, ...]
+    num_matvecs: float
+    blame: Tensor
+
+
+@dataclass(frozen=True)
 class State:
-    """A Krylov space under way, and what those before it gave.
+    """The Krylov space of the present group of vectors, and the measures of the groups before.
 
     Attributes:
         krylov: of the present vectors.
         finished: of the vectors before.
-        num_before: full-data products that they took.
+        num_before: full-data matvecs that those took.
     """
 
     krylov: krylov.State
@@ -75,12 +95,12 @@ class State:
 
     @property
     def num_matvecs(self) -> float:
-        """Full-data products so far."""
+        """Full-data matvecs so far."""
         return self.num_before + self.krylov.num_matvecs
 
 
 def init(op: LinearOperator, goal: Goal, group: int = 0) -> State:
-    """The state before the first product of a group of vectors."""
+    """Return the state before the first matvec of a group of vectors."""
     size, seed = goal.sizes[group], goal.seed_of(group)
     if not goal.spans(op.n):
         return State(krylov.start(op, size * (goal.num_steps + 1), size, seed))
@@ -91,37 +111,37 @@ def init(op: LinearOperator, goal: Goal, group: int = 0) -> State:
 
 
 def step(op: LinearOperator, goal: Goal, state: State) -> State:
-    """One product, with as many vectors of the frontier as it may have columns."""
-    return replace(state, krylov=krylov.step(op, state.krylov, min(goal.width, products_left(goal, state))))
+    """Multiply as many vectors of the frontier as a block matvec may have columns."""
+    return replace(state, krylov=krylov.step(op, state.krylov, min(goal.width, matvecs_left(goal, state))))
 
 
-def products_left(goal: Goal, state: State) -> int:
-    """Products that the present group has left."""
+def matvecs_left(goal: Goal, state: State) -> int:
+    """Return the number of matvecs left for the present group."""
     return goal.sizes[len(state.finished)] * goal.num_steps - state.krylov.num_products
 
 
 def measure(krylov_state: krylov.State, pairs: Ritz, size: int) -> Measure:
-    """The rules of the start vectors, which are the first rows of the basis."""
+    """Return the rules of the start vectors, which are the first rows of the basis."""
     scale, weights = float(krylov_state.scale), pairs.coefficients[:size] ** 2
     return Measure(pairs.values * scale, weights, weights, pairs.residual_norms * scale)
 
 
 def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
-    """Ritz values so far; the next group if this one is done."""
+    """Find the Ritz values so far; go on to the next group if this one is done."""
     space, poisoned = krylov.compact(state.krylov)
     pairs, _ = krylov.project(op, space)
     state, status, scale = replace(state, krylov=space), None, float(space.scale)
     if poisoned:
         status = Status.NON_FINITE
-    elif not (products_left(goal, state) and space.num_frontier):
+    elif not (matvecs_left(goal, state) and space.num_frontier):
         finished = (*state.finished, measure(space, pairs, goal.sizes[len(state.finished)]))
         if len(finished) < len(goal.sizes):
             state = replace(init(op, goal, len(finished)), finished=finished, num_before=state.num_matvecs)
         else:
             state = replace(state, finished=finished)
-            status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.MAX_MATVECS
+            status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.COMPLETED
     some = len(pairs.values) > 0
-    done, left = state.krylov.num_products, 0 if status else products_left(goal, state)
+    done, left = state.krylov.num_products, 0 if status else matvecs_left(goal, state)
     return Assessment(
         state,
         smallest=float(pairs.values[0]) * scale if some else math.nan,
@@ -134,7 +154,7 @@ def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
 
 
 def measures(op: LinearOperator, goal: Goal, state: State) -> list[Measure]:
-    """What the groups gave; a group that a limit cut off only if there is no other."""
+    """Return the measures of complete groups; if there is none, of the group that a limit cut."""
     if state.finished or not state.krylov.num_multiplied:
         return list(state.finished)
     space, _ = krylov.compact(state.krylov)
@@ -142,14 +162,16 @@ def measures(op: LinearOperator, goal: Goal, state: State) -> list[Measure]:
 
 
 def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: Monitor | None) -> Measured:
-    """The measures of all groups, or of as many as the time allows for."""
-    products, step_cost = sum(goal.sizes) * goal.num_steps, goal.width * op.cost  # looks keep to the products
+    """Measure all groups, or as many as the time allows."""
+    num_matvecs, step_cost = sum(goal.sizes) * goal.num_steps, goal.width * op.cost
     ended = run_solver(
         init(op, goal),
         lambda state: step(op, goal, state),
         lambda state: assess(op, goal, state),
         step_cost=step_cost,
-        limits=Limits(products * op.cost + step_cost, time_limit, 0.0, step_cost),
+        limits=Limits(
+            num_matvecs * op.cost + step_cost, time_limit, 0.0, step_cost
+        ),  # `assess` keeps to the matvecs
         monitor=monitor,
     )
     space = ended.state.krylov

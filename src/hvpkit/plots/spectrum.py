@@ -10,63 +10,17 @@ import torch
 from matplotlib.axes import Axes
 
 from hvpkit._utils.validation import check_choice
-from hvpkit.estimators.estimate import Estimate
 from hvpkit.plots.style import BELOW, COLORS, ENDS, HEIGHT, WIDTH, in_words, styled
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, ExtremeResult
+from hvpkit.results.estimate import Estimate
 
 
-@styled
 def density(
     d: Density, *, extremes: ExtremeResult | None = None, ax: Axes | None = None, log: bool = True
 ) -> Axes:
-    """A spectral density: its curve with a band of one standard error, outliers as spikes, and both ends marked.
-
-    Args:
-        d: a density of :func:`hvpkit.spectral_density`.
-        extremes: both ends with their intervals, in place of the density's own ends.
-        ax: where to draw.
-        log: whether the density's axis is logarithmic, from a tenth of what one eigenvalue makes up.
-
-    Returns:
-        The axes, with eigenvalues against their density.
-    """
-    ax = ax or plt.subplots()[1]
-    values, outliers = d.values, d.outliers()[0]
-    one = 1 / (d.n * d.width * (2 * torch.pi) ** 0.5) if d.width else 1.0
-    floor = 0.1 * min(one, float(values.max())) if len(values) else one
-    if bool(torch.isfinite(d.stderr).all()):
-        low, high = (values - d.stderr).clamp(min=floor if log else 0), values + d.stderr
-        ax.fill_between(
-            d.grid, low, high, color=COLORS["measured"], alpha=0.3, linewidth=0, label="standard error"
-        )
-    ax.plot(d.grid, values, color=COLORS["measured"], label="density")
-    if len(outliers):
-        ax.vlines(outliers, floor if log else 0, one, color=COLORS["single"], label="single eigenvalues")
-    known = d.nodes[torch.isfinite(d.residual_norms)]
-    if extremes is not None:
-        for name in ENDS:
-            _mark(ax, name, getattr(extremes, name))
-    elif len(known):
-        for name, end in zip(ENDS, known[[0, -1]].tolist(), strict=True):
-            ax.axvline(end, color=COLORS[name], linestyle=":", linewidth=1.2, label=f"{name} {end:.4g}")
-    if log:
-        ax.set_yscale("log")
-        ax.set_ylim(bottom=floor)
-    ax.set_xlabel("eigenvalue")
-    ax.set_ylabel("density")
-    ax.legend(**BELOW)
-    return ax
-
-
-def _mark(ax: Axes, name: str, pair: Eigenpair) -> None:
-    """An end as a vertical line, with its interval as a band."""
-    lower, upper = pair.interval.lower, pair.interval.upper
-    if not math.isfinite(pair.value):
-        return
-    ax.axvline(pair.value, color=COLORS[name], linestyle=":", linewidth=1.2, label=in_words(name, pair))
-    if math.isfinite(lower) and math.isfinite(upper):
-        ax.axvspan(lower, upper, color=COLORS[name], alpha=0.3, linewidth=0)
+    """Draw a spectral density: see :meth:`hvpkit.Density.plot`."""
+    return d.plot(ax, log, extremes=extremes)
 
 
 @styled

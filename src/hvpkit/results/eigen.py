@@ -13,11 +13,16 @@ from torch import Tensor
 
 
 class Status(StrEnum):
-    """Why a solver stopped. ``advice`` says what to do about it."""
+    """The reason why a solver or an estimator stopped. ``advice`` says what to do about it.
+
+    ``COMPLETED`` is for estimates without ``tol``: all samples that were asked for are taken. It is a success, but
+    ``converged`` is False, as no accuracy was asked for: see the standard error.
+    """
 
     CONVERGED = "converged"
     INVARIANT_SUBSPACE = "invariant-subspace"
     ZERO_TO_ROUNDING = "zero-to-rounding"
+    COMPLETED = "completed"
     ROUNDING_LIMITED = "rounding-limited"
     MAX_MATVECS = "max-matvecs"
     TIME_LIMIT = "time-limit"
@@ -40,6 +45,10 @@ _ADVICE = {
     Status.ZERO_TO_ROUNDING: (
         "a value is zero to the rounding of the products and has no relative digits; the other bounds are at "
         "most tol * |value|"
+    ),
+    Status.COMPLETED: (
+        "all samples that were asked for are taken; the standard error says how well the value is known; raise "
+        "num_matvecs for more accuracy, or set tol"
     ),
     Status.ROUNDING_LIMITED: (
         "the rounding of the products does not allow tol for every value; see the intervals, use float64, or "
