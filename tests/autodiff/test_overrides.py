@@ -204,6 +204,33 @@ def test_forms_without_an_override_are_refused_with_the_form_that_has_one() -> N
         hk.hvp(joined, reals(6, 4, 3), TOKENS, reals(6, 4, 3))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_inputs_may_be_made_to_require_grad(mode: str) -> None:
+    def losses(w: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(x @ w.clone().requires_grad_()).square() + torch.ones(3).requires_grad_(True)
+
+    x, w = reals(3, 2), reals(2)
+    oracle = hessian_by_differences(lambda p, x: losses(p["w"], x), {"w": w}, x)
+    assert relative_error(hk.hvp(losses, w, x, w, mode=mode), oracle @ w) < TOLERANCE[mode]
+    assert relative_error(hk.quadratic_form(losses, w, x, w).mean(), w @ oracle @ w) < 1e-8
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_derivatives_by_inputs_need_a_mode_that_has_them(mode: str) -> None:
+    def gradient_norm(w: Tensor, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(torch.tanh(x @ w).sum(), x, create_graph=True)
+        return slope.square().sum(1)
+
+    x, w = reals(3, 2), reals(2)
+    if mode == MODES[0]:
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            hk.hvp(gradient_norm, w, x, w, mode=mode)
+    else:
+        oracle = hessian_by_differences(lambda p, x: gradient_norm(p["w"], x), {"w": w}, x)
+        assert relative_error(hk.hvp(gradient_norm, w, x, w, mode=mode), oracle @ w) < TOLERANCE[mode]
+
+
 @pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
 def test_recurrent_layers_leave_cudnn_aside_and_put_it_back(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
-from torch.utils.checkpoint import checkpoint
 
 import hvpkit as hk
 from hvpkit.autodiff.pytree import Layout
@@ -326,30 +325,6 @@ def test_a_mode_without_the_derivative_names_the_others() -> None:
     expected = (6 * (x @ p) * (x @ v)) @ x / 3
     for mode in MODES[1:]:
         assert relative_error(hk.hvp(loss_fn, p, x, v, mode=mode), expected) < TOLERANCE[mode]
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_activations_are_refused_as_their_second_pass_has_other_parameters(
-    reentrant: bool, mode: str
-) -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(lambda h: self.last(torch.tanh(h)), self.first(x), use_reentrant=reentrant)
-
-    problem, model = network("mlp"), Checkpointed().double()
-    objective, params = hk.from_module(model, partial(F.cross_entropy, reduction="none"))
-    v = {name: torch.ones_like(p) for name, p in params.items()}
-    for loss_fn in (objective, direct_loss(model)):
-        with pytest.raises(
-            RuntimeError, match=r"checkpointing|incompatible with .grad|autograd.Function|hooks"
-        ):
-            hk.hvp(loss_fn, params, problem.data, v, mode=mode)
-    assert model(problem.data[0]).requires_grad
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -12,13 +12,19 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.backends import cudnn, mkldnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hvpkit.autodiff.overrides import OVERRIDES, FunctionOverrides
+from hvpkit.autodiff.checkpointing import without_checkpointing
+from hvpkit.autodiff.overrides import OVERRIDES, FunctionOverrides, replaced
 
 _LOCK = threading.RLock()
 
 _HOOKED = (
-    "loss_fn saves its activations by hooks (activation checkpointing, offloading), which second derivatives do not "
+    "loss_fn saves its activations by hooks (as torch.autograd.graph.save_on_cpu), which second derivatives do not "
     "go through; switch that off, and save memory by a smaller batch_size"
+)
+
+_AUTOCAST = (
+    "hvpkit: the loss opens torch.autocast, which is off in exact derivatives; where dtypes disagree without it, "
+    "convert to the dtype of the parameters"
 )
 
 FLOAT32_BACKENDS: dict[str, tuple[Any, ...]] = {
@@ -33,21 +39,59 @@ def exact_derivatives(device: torch.device) -> Iterator[None]:
     """Set what exact second derivatives need, and restore the caller's settings at the end.
 
     Attention runs on its MATH backend and without the fused encoder path, whose kernels have no second
-    derivative; the functions in :mod:`hvpkit.autodiff.overrides` are replaced; float32 is not rounded to TF32 or
-    bfloat16; the caller's autocast and inference mode are off. One thread at a time is inside, as some of the
-    settings belong to the process.
+    derivative; the functions in :mod:`hvpkit.autodiff.overrides` are replaced, and activation checkpoints are plain
+    calls; float32 is not rounded to TF32 or bfloat16; autocast is off, the caller's and what the loss opens itself,
+    except :class:`Autocast`; so is inference mode. One thread at a time is inside, as some of the settings belong to
+    the process.
     """
     with _LOCK, ExitStack() as stack:
         fused = torch.backends.mha.get_fastpath_enabled()
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(_without_autocast())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(without_checkpointing())
         stack.enter_context(disable_saved_tensors_hooks(_HOOKED))
         stack.enter_context(full_float32(device))
         stack.enter_context(FunctionOverrides(OVERRIDES))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
         torch.backends.mha.set_fastpath_enabled(False)
         yield
+
+
+class Autocast(torch.autocast):
+    """``torch.autocast`` that :func:`exact_derivatives` leaves on, for arithmetic that was asked for."""
+
+    __enter__ = torch.autocast.__enter__
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Leave autocast as it is where the loss switches it on: rounded forward passes give asymmetric matvecs.
+
+    Raises:
+        RuntimeError: torch's own, with a note if the loss relied on autocast to make dtypes equal.
+    """
+    enter: Callable[[torch.autocast], Any] = torch.autocast.__enter__
+    ignored = False
+
+    def enter_if_on(self: torch.autocast) -> Any:
+        nonlocal ignored
+        enabled, on = self._enabled, torch.is_autocast_enabled(self.device)
+        ignored |= enabled and not on
+        self._enabled = enabled and on
+        try:
+            return enter(self)
+        finally:
+            self._enabled = enabled  # the caller may use it again
+
+    with replaced(torch.autocast, "__enter__", enter_if_on):
+        try:
+            yield
+        except RuntimeError as error:
+            if ignored and _AUTOCAST not in getattr(error, "__notes__", ()):
+                error.add_note(_AUTOCAST)
+            raise
 
 
 @contextmanager

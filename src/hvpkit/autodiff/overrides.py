@@ -6,7 +6,8 @@ wrote them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ class FunctionOverrides(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return self.table.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Replace an attribute of a module or a class, where the override of calls does not reach, and restore it."""
+    own = vars(owner).get(name)  # a class may inherit it
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 def embedding(
@@ -204,7 +219,17 @@ def without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
     return definition
 
 
+def requires_grad_(input: Tensor, requires_grad: bool = True) -> Tensor:
+    """Call ``input.requires_grad_``, except where torch.func refuses it: inside a transform, which does not need it."""
+    functorch = torch._C._functorch
+    refused = (
+        functorch.maybe_current_level() is not None and not functorch.get_inplace_requires_grad_allowed()
+    )
+    return input if requires_grad and refused else input.requires_grad_(requires_grad)
+
+
 OVERRIDES: Table = {
+    Tensor.requires_grad_: requires_grad_,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
     torch._weight_norm: weight_norm,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.validation import check_choice
-from hvpkit.autodiff.exact import FLOAT32_BACKENDS
+from hvpkit.autodiff.exact import FLOAT32_BACKENDS, Autocast
 from hvpkit.autodiff.pytree import join
 from hvpkit.curvature.batches import BatchCurvature, Leaves, LinearMap
 
@@ -191,7 +191,7 @@ def lower_precision(arithmetic: str, device: torch.device) -> Iterator[None]:
     kinds = FLOAT32_BACKENDS["cuda"] if arithmetic == "tf32" else ()
     settings = [kind.fp32_precision for kind in kinds]
     # A cache of converted weights would outlive the transform that they belong to.
-    with torch.autocast(device.type, torch.bfloat16, enabled=arithmetic == "bf16", cache_enabled=False):
+    with Autocast(device.type, torch.bfloat16, enabled=arithmetic == "bf16", cache_enabled=False):
         try:
             for kind in kinds:
                 kind.fp32_precision = "tf32"
