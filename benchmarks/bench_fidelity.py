@@ -27,6 +27,7 @@ from torch import Tensor
 import hvpkit as hk
 from fidelity_problems import available, problem
 from hvpkit.extreme import sample_levels
+from hvpkit.solvers.multifidelity import solve_levels
 
 RESULTS = Path(__file__).parent / "results"
 TOL = 1e-2
@@ -73,7 +74,7 @@ def by_arpack(H: hk.LinearOperator, seed: int) -> hk.ExtremeResult | hk.EigenRes
 
 def largest_alone(H: hk.LinearOperator, seed: int) -> hk.ExtremeResult | hk.EigenResult:
     levels, spent = sample_levels(H, seed)
-    return hk.multifidelity(levels, which="LA", tol=TOL, spent=spent, seed=seed)
+    return solve_levels(levels, which="LA", tol=TOL, spent=spent, seed=seed)
 
 
 Method = Callable[[hk.LinearOperator, int], hk.ExtremeResult | hk.EigenResult]

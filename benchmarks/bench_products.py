@@ -122,7 +122,7 @@ def measure(name: str, compile: bool, repeats: int) -> dict[str, Any]:
         "over_gradient": {label: round(ratio, 2) for label, ratio in ratios.items()},
         "auto_batch_size": operators["auto"].batch_size,
         "auto_over_best": round(statistics.median(r["auto"] for r in rounds) / best, 2),
-        "peak_bytes_of_a_product": lean.most,
+        "peak_bytes_of_a_product": lean.peak,
         "kept_bytes": held.now - before,
         "seconds_to_compile": seconds_to_compile,
     }

@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from hvpkit.curvature.mode_selection import ARITHMETICS, check_arithmetic
 from study_batchnorm_residual import Data, accuracy, read_data, save, train_epoch, with_statistics_of
 
@@ -92,7 +92,7 @@ def trained(
                 train_epoch(model, data, optimizer, settings, number)
         if cache and done < epoch:
             state = {"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            with written_whole(files[epoch]) as draft:
+            with atomic_write(files[epoch]) as draft:
                 torch.save(state, draft)
         done = epoch
         yield epoch, model

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 import hvpkit as hk
 from compare_references import Problem, available, load
 from hvpkit.extreme import sample_levels
+from hvpkit.solvers.multifidelity import solve_levels
 
 RESULTS = Path(__file__).parent / "results" / "profile.json"
 PARTS = ("operator", "samples drawn", "products of samples", "first", "second", "later", "beside")
@@ -74,7 +75,7 @@ def profile(problem: Problem, method: str) -> dict[str, Any]:
     if method == "multifidelity":
         levels, spent = clock.timed("samples drawn", lambda: sample_levels(H, 0))
         levels = [*map(clock.sample, levels[:-1]), clock.whole(H)]
-        found = hk.multifidelity(levels, tol=1e-2, spent=spent)
+        found = solve_levels(levels, tol=1e-2, spent=spent)
     else:
         found = hk.lanczos(clock.whole(H), 2, which="BE", tol=1e-2)
     total = time.perf_counter() - begin

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit.cli.demonstration import train
-from hvpkit.zoo import digits, digits_cnn
+from hvpkit.zoo import digits, digits_cnn, train_classifier
 
 cross_entropy = partial(F.cross_entropy, reduction="none")
 
@@ -57,13 +56,13 @@ def diagonal(values: np.ndarray) -> hk.LinearOperator:
 
 def _early(data: tuple[Tensor, Tensor]) -> nn.Module:
     model = digits_cnn()
-    train(model, data, max_epochs=2)
+    train_classifier(model, data, max_epochs=2)
     return model
 
 
 def _late(data: tuple[Tensor, Tensor]) -> nn.Module:
     model = digits_cnn()
-    train(model, data)
+    train_classifier(model, data)
     return model
 
 
@@ -73,7 +72,7 @@ def _dense(data: tuple[Tensor, Tensor]) -> nn.Module:
         model = nn.Sequential(
             nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10)
         )
-    train(model, data, max_epochs=6)
+    train_classifier(model, data, max_epochs=6)
     return model
 
 

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 
 FULL: dict[str, Any] = {
     "depths": [20, 32, 38, 56],
@@ -162,7 +162,7 @@ def open_study(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(file: Path, study: dict[str, Any]) -> None:
-    with written_whole(file) as draft:
+    with atomic_write(file) as draft:
         draft.write_text(json.dumps(study, indent=1) + "\n")
 
 
@@ -279,7 +279,7 @@ def run(
             if not math.isfinite(train_epoch(model, data, optimizer, settings, epochs * seed + epoch)):
                 return {**record, "status": "diverged", "measured": measured}
             schedule.step()
-    with written_whole(stem.with_suffix(".pt")) as draft:
+    with atomic_write(stem.with_suffix(".pt")) as draft:
         torch.save(frozen.state_dict(), draft)
     density.save(stem.with_suffix(".npz"))
     learnt = measured[-1]["loss"] < LEARNT * math.log(10)
@@ -442,9 +442,9 @@ def complete(
 
 
 def publish(out: Path, text: str, figure: Any) -> None:
-    with written_whole(out / "study.md") as draft:
+    with atomic_write(out / "study.md") as draft:
         draft.write_text(text)
-    with written_whole(out / "study.png") as draft:
+    with atomic_write(out / "study.png") as draft:
         figure.savefig(draft, dpi=120, format="png")
     print(text)
 

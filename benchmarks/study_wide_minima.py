@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from study_batchnorm_residual import (
     Data,
     accuracy,
@@ -132,13 +132,14 @@ def run(
     optimizer = torch.optim.SGD(
         model.parameters(), settings["lr"], momentum=0.9, weight_decay=settings["weight_decay"]
     )
-    schedule = hk.train.KneeLR(optimizer, explore_steps=explore, total_steps=epochs)
+    # one rate an epoch, and one epoch more: the schedule ends with a step of rate zero, which is left out
+    schedule = hk.train.KneeLR(optimizer, explore_steps=explore + 1, total_steps=epochs + 1)
     for epoch in range(epochs):
         if not math.isfinite(train_epoch(model, train, optimizer, settings, epochs * seed + epoch)):
             return {**record, "status": "diverged"}
         schedule.step()
     model = with_statistics_of(model, train[0], settings["hessian_batch_size"])
-    with written_whole(place.with_suffix(".pt")) as draft:
+    with atomic_write(place.with_suffix(".pt")) as draft:
         torch.save(model.state_dict(), draft)
     return {**record, "status": "trained", **measure(model, train, test, settings)}
 

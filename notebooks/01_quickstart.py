@@ -20,19 +20,18 @@ from torch.nn import functional as F
 
 import hvpkit as hk
 from hvpkit import plots
-from hvpkit.cli.demonstration import train
-from hvpkit.zoo import digits, digits_cnn
+from hvpkit.zoo import digits, digits_cnn, train_classifier
 
 # %% [markdown]
 # ## A trained network
 #
 # Any `torch.nn.Module` will do. This one has two convolutions with BatchNorm and a linear layer. The data are the
-# 1,797 handwritten digits of scikit-learn. `train` is a plain loop with Adam.
+# 1,797 handwritten digits of scikit-learn. `train_classifier` is a plain loop with Adam.
 
 # %%
 data = digits()
 model = digits_cnn()
-mean_loss = train(model, data, target_loss=0.01)
+mean_loss = train_classifier(model, data, target_loss=0.01)
 print(model)
 print(f"{sum(p.numel() for p in model.parameters()):,} weights, mean loss while training {mean_loss:.3f}")
 
@@ -211,7 +210,7 @@ for name in curvatures:
 # `v0` takes the old eigenvectors as a start.
 
 # %%
-train(model, data, max_epochs=1, seed=1)
+train_classifier(model, data, max_epochs=1, seed=1)
 later_objective, later = hk.from_module(model, F.cross_entropy)
 H_later = hk.hessian(later_objective, later, data)
 

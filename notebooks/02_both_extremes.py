@@ -19,16 +19,15 @@ import torch
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit.cli.demonstration import train
 from hvpkit.plots.style import COLORS, STYLE
-from hvpkit.zoo import digits, digits_cnn
+from hvpkit.zoo import digits, digits_cnn, train_classifier
 
 plt.rcParams.update(STYLE)
 
 # %%
 data = digits()
 model = digits_cnn(4)
-train(model, data, target_loss=0.001)
+train_classifier(model, data, target_loss=0.001)
 objective, params = hk.from_module(model, F.cross_entropy)
 network = hk.hessian(objective, params, data, batch_size=600)
 print(network)

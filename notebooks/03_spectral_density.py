@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 import hvpkit as hk
 from hvpkit import plots
-from hvpkit.cli.demonstration import train
 from hvpkit.plots.style import COLORS, STYLE
-from hvpkit.zoo import digits, digits_cnn
+from hvpkit.zoo import digits, digits_cnn, train_classifier
 
 plt.rcParams.update(STYLE)
 
@@ -40,7 +39,7 @@ def hessian_now():
 
 
 before = hessian_now()
-train(model, data)
+train_classifier(model, data)
 after = hessian_now()
 
 # %% [markdown]

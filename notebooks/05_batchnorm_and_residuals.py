@@ -21,9 +21,8 @@ import torch
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit.cli.demonstration import train
 from hvpkit.plots.style import STYLE
-from hvpkit.zoo import cifar_resnet, digits
+from hvpkit.zoo import cifar_resnet, digits, train_classifier
 
 plt.rcParams.update(STYLE)
 
@@ -52,7 +51,7 @@ depths, seeds = (8, 20), (0, 1)
 # %%
 def measured(depth, variant, seed):
     model = cifar_resnet(depth, width=4, shortcut="projection", seed=seed, **variants[variant])
-    train(model, data, target_loss=0.05, max_epochs=100, seed=seed)
+    train_classifier(model, data, target_loss=0.05, max_epochs=100, seed=seed)
     objective, params = hk.from_module(model, F.cross_entropy, batchnorm="batch")
     H = hk.hessian(objective, params, data, batch_size=300, mode="reverse-over-reverse")
     return {

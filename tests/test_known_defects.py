@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hvpkit as hk
-from hvpkit.curvature.products import MODES
+from hvpkit.curvature.batches import MODES
 from oracles import hessian_by_double_backward, relative_error
 from problems import cross_entropy, matrix, network
 

@@ -1,4 +1,4 @@
-"""Starts the command line, or says what it lacks."""
+"""Entry point of the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Runs ``hvpkit``; exit code 2 if its packages are not installed."""
+    """Run the command line ``hvpkit``; exit with code 2 and a message if its packages are not installed."""
     try:
         from hvpkit.cli import app
     except ImportError as error:

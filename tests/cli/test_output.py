@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvpkit.cli.output import Output, Watch, as_json
+from hvpkit.cli.output import Output, as_json
+from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.eigen import Progress, Status
 
 
@@ -51,7 +52,7 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        output.give("it", {"x": 1}, [], fails)
+        output.write("it", {"x": 1}, [], fails)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["it.json", "it.png"]
     assert (tmp_path / "it.png").read_bytes() == b"old"
     assert json.loads((tmp_path / "it.json").read_text()) == {"x": 1}
@@ -59,9 +60,10 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
 
 def test_a_terminal_shows_progress_and_keeps_what_is_printed_between_two_solves() -> None:
     script = """
-from hvpkit.cli.output import Output, Watch
+from hvpkit.cli.output import Output
+from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.eigen import Progress
-watch, output = Watch("Both ends"), Output()
+watch, output = ProgressLine("Both ends"), Output()
 for number in range(2):
     with watch:
         watch(Progress(7, 0.1, -1.25, 8.5, 0.1, 0.2))
@@ -83,13 +85,13 @@ for number in range(2):
             pass
     os.close(ours)
     text = found.decode()
-    assert "-1.25 ± 0.1 and 8.5 ± 0.2, 7 passes" in text
+    assert "smallest -1.25 ± 0.1, largest 8.5 ± 0.2, 7 passes" in text
     begin = text.index("line 0\r\n") + len("line 0\r\n")
     assert "\x1b[1A" not in text[begin : text.index("Both ends", begin)]  # not up into the printed line
 
 
 def test_a_watch_keeps_the_last_entry() -> None:
-    watch, entry = Watch("Trace"), Progress(7, 0.1, -1.25, 8.5, 0.1, 0.2)
+    watch, entry = ProgressLine("Trace"), Progress(7, 0.1, -1.25, 8.5, 0.1, 0.2)
     watch(entry)
     assert watch.last == entry
 
@@ -97,9 +99,9 @@ def test_a_watch_keeps_the_last_entry() -> None:
 def test_a_signal_from_the_keyboard_leaves_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("""
 import os, signal, torch
-from hvpkit.curvature import operator as over_data
+from hvpkit.curvature import graph_cache
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
-over_data.FREE_SHARE = 0.0  # no graph is kept, so that each product calls the loss
+graph_cache.FREE_SHARE = 0.0  # no graph is kept, so that each product calls the loss
 calls = []
 
 def make():

@@ -13,12 +13,11 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import hvpkit as hk
-from hvpkit.cli import app
-from hvpkit.cli.training import Plan, estimate_statistics, train
+from hvpkit.cli import app, training_methods
+from hvpkit.cli.training_methods import Plan, estimate_statistics, train_epochs
 from hvpkit.train import SpectrumTracker, knee_lr
 from hvpkit.zoo import digits, digits_cnn
 
-training = importlib.import_module("hvpkit.cli.training")
 METHODS = ("sgd", "knee", "adahessian", "absa")
 SMALL = ["--num-examples", 90, "--batch-size", 32, "--tol", 0.3, "--seed", 3]
 
@@ -108,7 +107,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
     step = {"sgd": torch.optim.SGD, "knee": torch.optim.SGD, "adahessian": hk.train.AdaHessian}.get(method)
     with monkeypatch.context() as patch:  # within the second epoch
         if step is None:
-            patch.setattr(training, "absa", stop_at(2, training.absa))
+            patch.setattr(training_methods, "absa", stop_at(2, training_methods.absa))
         else:
             patch.setattr(step, "step", stop_at(5, step.step))
         assert "interrupted" in call(*args, "--out", parts, code=130).stderr
@@ -211,7 +210,7 @@ def test_a_diverging_training_exits_with_1_and_keeps_its_checkpoint(tmp_path: Pa
 def test_sgd_is_the_plain_loop() -> None:
     x, y = (part[:90] for part in digits())
     model, mine = digits_cnn(seed=1), digits_cnn(seed=1)
-    *_, last = train(model, (x, y), plan("sgd"), None)
+    *_, last = train_epochs(model, (x, y), plan("sgd"), None)
     optimizer = torch.optim.SGD(mine.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
     for epoch in range(1, 5):
         optimizer.param_groups[0]["lr"] = 0.05 if epoch <= 2 else 0.005
@@ -236,7 +235,7 @@ def test_knee_follows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(self, *args, **options)
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
-    list(train(digits_cnn(), tuple(part[:90] for part in digits()), plan("knee"), None))
+    list(train_epochs(digits_cnn(), tuple(part[:90] for part in digits()), plan("knee"), None))
     expected = [knee_lr(t, peak_lr=0.05, explore_steps=6, total_steps=12) for t in range(12)]
     assert rates == pytest.approx(expected)
 
@@ -245,7 +244,7 @@ def test_knee_follows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_method_lowers_the_loss_that_is_measured(method: str) -> None:
     x, y = (part[:300] for part in digits())
     model = digits_cnn(seed=1)
-    *_, last = train(model, (x, y), plan(method, lr=0.1, epochs=6, lr_decay_epochs=()), None)
+    *_, last = train_epochs(model, (x, y), plan(method, lr=0.1, epochs=6, lr_decay_epochs=()), None)
     model.eval()
     with torch.no_grad():
         loss = float(F.cross_entropy(model(x), y))
@@ -267,7 +266,7 @@ def test_training_leaves_global_random_state_alone() -> None:
     before = torch.get_rng_state()
     data = tuple(part[:60] for part in digits())
     for method in METHODS:
-        list(train(digits_cnn(), data, plan(method, epochs=1, lr_decay_epochs=()), None))
+        list(train_epochs(digits_cnn(), data, plan(method, epochs=1, lr_decay_epochs=()), None))
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import scipy.sparse
@@ -13,6 +11,7 @@ from torch import Tensor
 import hvpkit as hk
 from oracles import relative_error
 from problems import matrix, network
+from variants import variant
 
 properties = settings(max_examples=40, deadline=None, database=None, derandomize=True)
 factors = st.floats(-1e3, 1e3, allow_subnormal=False)
@@ -136,7 +135,7 @@ def test_precision_is_rounding_unless_said_otherwise_and_goes_along() -> None:
     A = hk.aslinearoperator(torch.eye(3))
     assert A.precision == torch.finfo(torch.float32).eps
     assert hk.aslinearoperator(torch.eye(3).double()).precision == torch.finfo(torch.float64).eps
-    rough = replace(A, precision=1e-3)
+    rough = variant(A, precision=1e-3)
     derived = (2.0 * rough, rough / 2, -rough, rough.shift(1.0), rough + A, A - rough, sum([A, rough]))
     assert {op.precision for op in derived} == {1e-3}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hvpkit as hk
-from hvpkit.train.adaptive_batch_size import AbsaResult, absa, absa_init, absa_update, fgsm
+from hvpkit.train import AbsaResult, absa, absa_init, absa_update, fgsm
 from oracles import gradient_at, hessian_by_double_backward
 from problems import cross_entropy, network
 

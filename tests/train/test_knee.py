@@ -39,6 +39,33 @@ def expected(num_steps, *peaks, first=0, **steps):
     return [[knee_lr(s, peak_lr=peak, **steps) for peak in peaks] for s in range(first, first + num_steps)]
 
 
+class Published:
+    """The authors' scheduler, github.com/nikhil-iyer-97/wide-minima-density-hypothesis, knee_lr_schedule.py."""
+
+    def __init__(self, peak_lr, warmup_steps, explore_steps, total_steps):
+        self.peak_lr, self.warmup_steps, self.explore_steps = peak_lr, warmup_steps, explore_steps
+        self.decay_steps = total_steps - (explore_steps + warmup_steps)
+        self.current_step = 1
+
+    def get_lr(self):
+        if self.current_step <= self.warmup_steps:
+            return self.peak_lr * self.current_step / self.warmup_steps
+        if self.current_step <= self.explore_steps + self.warmup_steps:
+            return self.peak_lr
+        slope = -1 * self.peak_lr / self.decay_steps
+        over = self.current_step - (self.explore_steps + self.warmup_steps)
+        return max(0.0, self.peak_lr + slope * over)
+
+
+@pytest.mark.parametrize(("warmup", "explore", "total"), [*SHAPES, (3, 4, 12), (1, 1, 3), (2, 3, 5)])
+def test_rates_of_all_steps_are_those_of_the_published_scheduler(warmup, explore, total):
+    published = Published(0.3, warmup, explore, total)
+    for step in range(total):
+        found = knee_lr(step, peak_lr=0.3, warmup_steps=warmup, explore_steps=explore, total_steps=total)
+        assert found == pytest.approx(published.get_lr(), abs=1e-15)
+        published.current_step += 1
+
+
 @pytest.mark.parametrize(("warmup", "explore", "total"), SHAPES)
 def test_rate_interpolates_the_knots(warmup, explore, total):
     knots = ([0] if warmup else []) + [warmup, warmup + explore, total]
@@ -47,19 +74,20 @@ def test_rate_interpolates_the_knots(warmup, explore, total):
         found = knee_lr(
             float(step), peak_lr=0.3, warmup_steps=warmup, explore_steps=explore, total_steps=total
         )
-        assert found == pytest.approx(np.interp(step, knots, values), abs=1e-15)
+        assert found == pytest.approx(np.interp(step + 1, knots, values), abs=1e-15)
 
 
 def test_ends_of_the_phases():
     def at(step):
         return knee_lr(step, peak_lr=0.3, **STEPS)
 
-    assert (at(0), at(3), at(7), at(12), at(13), at(1000)) == (0.0, 0.3, 0.3, 0.0, 0.0, 0.0)
+    assert (at(0), at(2), at(6), at(11), at(12), at(1000)) == (0.3 / 3, 0.3, 0.3, 0.0, 0.0, 0.0)
+    assert 0.3 > at(7) > at(10) > 0
 
 
 def test_without_decay_the_peak_holds_up_to_the_last_step():
-    found = [knee_lr(s, peak_lr=0.3, warmup_steps=2, explore_steps=3, total_steps=5) for s in range(8)]
-    assert found == [0.0, 0.15, 0.3, 0.3, 0.3, 0.3, 0.0, 0.0]
+    found = [knee_lr(s, peak_lr=0.3, warmup_steps=2, explore_steps=3, total_steps=5) for s in range(7)]
+    assert found == [0.15, 0.3, 0.3, 0.3, 0.3, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -178,8 +206,7 @@ def test_factors_of_a_chain_multiply(warmup, knee_first):
     parts = [KneeLR(opt, **steps), ExponentialLR(opt, 0.9)]
     scheduler = ChainedScheduler(parts if knee_first else parts[::-1])
     found = np.array(advance(opt, scheduler, 14))[:, 0]
-    lost = 1 if warmup and not knee_first else 0  # the factor that met a rate of zero
-    factors = 0.9 ** (np.arange(14) - lost)
+    factors = 0.9 ** np.arange(14)
     np.testing.assert_allclose(
         found, np.array(expected(14, 0.5, **steps))[:, 0] * factors, rtol=1e-13, atol=1e-17
     )

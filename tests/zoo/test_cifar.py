@@ -209,7 +209,7 @@ def test_a_flipped_bit_in_an_archive_is_refused(tmp_path: Path) -> None:
     for place in range(60, len(raw), len(raw) // 40):
         raw[place] ^= 1
         archive.write_bytes(raw)
-        with pytest.raises(ValueError, match="cut short or corrupt"):
+        with pytest.raises(ValueError, match="truncated or corrupt"):
             cifar100(tmp_path)
         raw[place] ^= 1
 
@@ -217,7 +217,7 @@ def test_a_flipped_bit_in_an_archive_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     for raw in (b"<html>404</html>", gzip.compress(b"no tar at all" * 100)):
         (tmp_path / "cifar-10-python.tar.gz").write_bytes(raw)
-        with pytest.raises(ValueError, match="cut short or corrupt"):
+        with pytest.raises(ValueError, match="truncated or corrupt"):
             cifar10(tmp_path)
 
 
@@ -243,7 +243,7 @@ def rewrite(folder: Path, batch: object) -> Path:
         ([1, 2], "it holds a list, not a dict"),
         ({b"labels": [0]}, "it has no 'data'"),
         ({b"data": np.zeros((1, 3072), np.uint8)}, "it has no 'labels'"),
-        ({b"data": [[0] * 3072], b"labels": [0]}, r"must be uint8\[N, 3072\], and are list"),
+        ({b"data": [[0] * 3072], b"labels": [0]}, r"must be uint8\[N, 3072\], got list"),
         ({b"data": np.zeros((1, 3072)), b"labels": [0]}, r"are float64\[1, 3072\]"),
         ({b"data": np.zeros((2, 3071), np.uint8), b"labels": [0, 0]}, r"are uint8\[2, 3071\]"),
         ({b"data": np.zeros((1, 3, 32, 32), np.uint8), b"labels": [0]}, r"are uint8\[1, 3, 32, 32\]"),

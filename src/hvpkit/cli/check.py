@@ -1,9 +1,9 @@
-"""``hvpkit check``: whether a Hessian is what it says."""
+"""``hvpkit check``: test a Hessian's matvecs before a long solve."""
 
 from __future__ import annotations
 
 import hvpkit as hk
-from hvpkit.cli.app import command
+from hvpkit.cli.application import command
 from hvpkit.cli.options import HessianProblem
 from hvpkit.cli.output import Output
 
@@ -13,7 +13,7 @@ from hvpkit.cli.output import Output
     "hvpkit check problem.py:make --dtype float64 --json",
 )
 def check(problem: HessianProblem, output: Output) -> bool:
-    """Preflight: whether products repeat, are symmetric and agree with finite differences; what to mend."""
+    """Check that matvecs repeat, are symmetric and agree with finite differences; name causes and remedies."""
     output.prepare()
     target, H = problem.hessian()
     found = hk.check(H, seed=problem.seed)
@@ -23,5 +23,5 @@ def check(problem: HessianProblem, output: Output) -> bool:
         "findings": found.findings,
         "problem": problem.describe(target, H),
     }
-    output.give("check", record, [str(found)])
+    output.write("check", record, [str(found)])
     return found.ok

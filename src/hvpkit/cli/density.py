@@ -1,4 +1,4 @@
-"""``hvpkit density``: the spectral density."""
+"""``hvpkit density``: the spectral density of a Hessian."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Annotated
 import typer
 
 import hvpkit as hk
-from hvpkit.cli.app import command
+from hvpkit.cli.application import command
 from hvpkit.cli.options import HessianProblem
-from hvpkit.cli.output import Output, Watch, table
+from hvpkit.cli.output import Output, table
+from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.eigen import Status
 
-NumSteps = Annotated[int, typer.Option(help="Products with each probe.")]
-NumProbes = Annotated[int, typer.Option(help="Random vectors; two or more give standard errors.")]
+NumSteps = Annotated[int, typer.Option(help="Matvecs with each probe vector.")]
+NumProbes = Annotated[
+    int, typer.Option(help="Number of random probe vectors; two or more give standard errors.")
+]
 
 
 @command(
@@ -27,15 +30,15 @@ def density(
     method: Annotated[str, typer.Option(help="lanczos or chebyshev.")] = "lanczos",
     num_steps: NumSteps = 100,
     num_probes: NumProbes = 1,
-    time_limit: Annotated[float | None, typer.Option(help="Seconds, at most.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Time limit in seconds.")] = None,
 ) -> bool:
-    """The density of all eigenvalues of the full-data Hessian.
+    """Estimate the density of all eigenvalues of the full-data Hessian.
 
-    It takes as many products as it is told to; that is no failure to converge.
+    It takes num-steps * num-probes matvecs, and has no tolerance to converge to.
     """
     output.prepare()
     target, H = problem.hessian()
-    with Watch("Density") as watch:
+    with ProgressLine("Density") as watch:
         found = hk.spectral_density(
             H,
             method=method,
@@ -64,5 +67,5 @@ def density(
         "problem": problem.describe(target, H),
     }
     shown = [table(target.title, ("density", "value"), rows), f"{found.status}: {found.message}."]
-    output.give("density", record, shown, found.plot)
-    return found.status in (Status.MAX_MATVECS, Status.INVARIANT_SUBSPACE)
+    output.write("density", record, shown, found.plot)
+    return found.status in (Status.COMPLETED, Status.INVARIANT_SUBSPACE)

@@ -1,4 +1,4 @@
-"""``hvpkit extremes``: both ends of the spectrum."""
+"""``hvpkit extremes``: both ends of a Hessian's spectrum."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 import hvpkit as hk
-from hvpkit.autodiff.pytree import unflatten
-from hvpkit.cli.app import command
+from hvpkit.cli.application import command
 from hvpkit.cli.options import HessianProblem, Solve
-from hvpkit.cli.output import Output, Watch, say, table
+from hvpkit.cli.output import Output, print_message, table
+from hvpkit.cli.progress_line import ProgressLine
 
 
 @command(
@@ -18,34 +18,34 @@ from hvpkit.cli.output import Output, Watch, say, table
     "hvpkit extremes cifar10 --arch resnet20 --data-dir data --resume model.pt --out results",
 )
 def extremes(problem: HessianProblem, solve: Solve, output: Output) -> bool:
-    """The smallest and the largest eigenvalue of the full-data Hessian, with error intervals."""
+    """Find the smallest and the largest eigenvalue of the full-data Hessian, with error intervals."""
     output.prepare()
     target, H = problem.hessian()
     about = problem.describe(target, H)
-    watch = Watch("Both ends")
+    watch = ProgressLine("Both ends")
     try:
         with watch:
             ex = hk.extreme_eigenvalues(H, **vars(solve), seed=problem.seed, monitor=watch)
     except KeyboardInterrupt:
         if watch.last is not None:
-            known = interrupted(watch.last, solve.tol, H)
-            output.give("extremes", {**known, "problem": about}, show_partial(known))
+            partial_result = interrupted(watch.last, solve.tol, H)
+            output.write("extremes", {**partial_result, "problem": about}, partial_items(partial_result))
         raise
     drawable = bool(ex.vectors.isfinite().all())
     if output.out is not None and not drawable:
-        say("no picture: the eigenvectors are not finite")
+        print_message("no picture: the eigenvectors are not finite")
     record = {**ex.to_dict(), "problem": about}
-    output.give(
+    output.write(
         "extremes",
         record,
-        show(target.title, ex),
-        partial(picture, H, ex, target.title) if drawable else None,
+        result_items(target.title, ex),
+        partial(draw_result, H, ex, target.title) if drawable else None,
     )
     return ex.converged
 
 
-def show(title: str, ex: hk.ExtremeResult) -> list[Any]:
-    """Both ends as a table, and how it went."""
+def result_items(title: str, ex: hk.ExtremeResult) -> list[Any]:
+    """Return a table of both ends, and a line with status and cost."""
     rows = []
     for name, pair in (("smallest", ex.smallest), ("largest", ex.largest)):
         interval = f"{pair.interval.lower:.5g} … {pair.interval.upper:.5g}"
@@ -55,22 +55,20 @@ def show(title: str, ex: hk.ExtremeResult) -> list[Any]:
     return [table(title, header, rows), f"{ex.operator}\n{close}"]
 
 
-def picture(H: hk.LinearOperator, ex: hk.ExtremeResult, title: str) -> Any:
-    """The loss along both eigenvectors, and how the values were found."""
+def draw_result(H: hk.CurvatureOperator, ex: hk.ExtremeResult, title: str) -> Any:
+    """Draw the loss along both eigenvectors, and both values against passes."""
     from hvpkit import plots
 
     origin = H.origin
     assert origin is not None
-    return plots.extremes(
-        ex, origin.loss_fn, unflatten(origin.leaves, origin.layout.spec), origin.data, title=title
-    )
+    return plots.extremes(ex, origin.loss_fn, origin.params, origin.data, title=title)
 
 
 def interrupted(entry: hk.Progress, tol: float, H: hk.LinearOperator) -> dict[str, Any]:
-    """What the last look of an interrupted solve knew, in the form of ``ExtremeResult.to_dict``."""
-    nothing = {"lower": None, "upper": None, "kind": "none", "confidence": None}
+    """Return the last assessment of an interrupted solve in the form of ``ExtremeResult.to_dict``."""
+    no_interval = {"lower": None, "upper": None, "kind": "none", "confidence": None}
     ends = {
-        name: {"value": value, "residual_norm": None, "error_bound": bound, "interval": nothing}
+        name: {"value": value, "residual_norm": None, "error_bound": bound, "interval": no_interval}
         for name, value, bound in (
             ("smallest", entry.smallest, entry.smallest_bound),
             ("largest", entry.largest, entry.largest_bound),
@@ -82,18 +80,18 @@ def interrupted(entry: hk.Progress, tol: float, H: hk.LinearOperator) -> dict[st
         "seconds": entry.seconds,
         "status": "interrupted",
         "converged": False,
-        "message": "interrupted: values and error bounds of the last look, not verified",
+        "message": "interrupted: values and error bounds of the last assessment, not verified",
         "tol": tol,
         "operator": repr(H)[1:-1],
         "history": [entry],
     }
 
 
-def show_partial(known: dict[str, Any]) -> list[Any]:
-    """What an interrupted solve knew, as a table."""
+def partial_items(record: dict[str, Any]) -> list[Any]:
+    """Return a table of an interrupted solve's last assessment, and a line with status and cost."""
     rows = [
-        (name, f"{known[name]['value']:.6g}", f"{known[name]['error_bound']:.2g}")
+        (name, f"{record[name]['value']:.6g}", f"{record[name]['error_bound']:.2g}")
         for name in ("smallest", "largest")
     ]
-    close = f"{known['num_matvecs']:g} passes, {known['seconds']:.3g} s; {known['message']}."
+    close = f"{record['num_matvecs']:g} passes, {record['seconds']:.3g} s; {record['message']}."
     return [table("Both ends so far", ("end", "value", "error bound"), rows), close]

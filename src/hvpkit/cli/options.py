@@ -12,26 +12,31 @@ import typer
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit.cli.checkpoints import load_into
-from hvpkit.cli.networks import ARCHITECTURES, NAMES, Classification, builtin
-from hvpkit.cli.targets import FORMS, Target, load_target
+from hvpkit.cli.builtin_problems import ARCHITECTURES, NAMES, Classification, builtin
+from hvpkit.cli.model_checkpoints import load_into
+from hvpkit.cli.user_problems import FORMS, Target, load_target
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-DataDir = Annotated[Path | None, typer.Option(help="Folder of CIFAR-10.")]
-Arch = Annotated[str, typer.Option(help=f"Architecture {ARCHITECTURES}.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder that holds CIFAR-10.")]
+Arch = Annotated[str, typer.Option(help=f"Network for cifar10: {ARCHITECTURES}.")]
 Device = Annotated[
-    str | None, typer.Option(help="As torch names it: cpu, cuda, cuda:1. By default where it is.")
+    str | None,
+    typer.Option(help="Device, as cpu, cuda or cuda:1. By default the tensors stay where they are."),
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32 or float64. By default as it is.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32 or float64. By default the tensors keep their dtype.")
+]
 NumExamples = Annotated[
-    int | None, typer.Option(help="So many of a built-in's first examples; by default all.")
+    int | None, typer.Option(help="Use only the first examples of a built-in problem; by default all.")
 ]
-Seed = Annotated[int, typer.Option(help="Of random vectors, and of a built-in's initial parameters.")]
+Seed = Annotated[
+    int, typer.Option(help="Seed of random vectors, and of a built-in network's initial parameters.")
+]
 
 
 def check_device(device: str | None) -> str | None:
-    """Returns ``device`` if torch can use it here; a ValueError if not."""
+    """Return ``device``; raise ValueError if torch cannot use it here."""
     if device is not None:
         try:
             torch.empty(0, device=device)
@@ -42,7 +47,7 @@ def check_device(device: str | None) -> str | None:
 
 
 def check_dtype(dtype: str | None) -> torch.dtype | None:
-    """The dtype of that name; a ValueError if it is none of those."""
+    """Return the dtype of that name; raise ValueError if the name is unknown."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype}")
     return None if dtype is None else DTYPES[dtype]
@@ -50,7 +55,7 @@ def check_dtype(dtype: str | None) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class Model:
-    """Which built-in network, on which examples."""
+    """Options for a built-in problem."""
 
     target: Annotated[str, typer.Argument(metavar="TARGET", help=f"{' or '.join(NAMES)}.")]
     arch: Arch = "resnet20"
@@ -61,7 +66,7 @@ class Model:
     seed: Seed = 0
 
     def load(self) -> Classification:
-        """The network, not trained, and its data.
+        """Return the network, not trained, and its data.
 
         Raises:
             ValueError: an option that is wrong or missing, named.
@@ -81,7 +86,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Problem:
-    """Which loss at which point on which data."""
+    """Options for a loss, its parameters and its data."""
 
     target: Annotated[
         str,
@@ -90,7 +95,8 @@ class Problem:
     arch: Arch = "resnet20"
     data_dir: DataDir = None
     resume: Annotated[
-        Path | None, typer.Option(help="Checkpoint of a built-in's network; by default it is not trained.")
+        Path | None,
+        typer.Option(help="Checkpoint of a built-in network; by default the network is not trained."),
     ] = None
     num_examples: NumExamples = None
     device: Device = None
@@ -98,7 +104,7 @@ class Problem:
     seed: Seed = 0
 
     def load(self) -> Target:
-        """Loss, parameters and data.
+        """Return loss, parameters and data.
 
         Raises:
             ValueError: an option that is wrong, named.
@@ -124,36 +130,40 @@ class Problem:
 
 @dataclass(frozen=True)
 class HessianProblem(Problem):
-    """Which Hessian, and how its products are made."""
+    """Options for a Hessian and its matvecs."""
 
     wrt: Annotated[
         list[str] | None,
-        typer.Option(help="Glob over parameter names: the block of these alone. May be repeated."),
+        typer.Option(help="Glob over parameter names: use the block of these parameters. May be repeated."),
     ] = None
     batch_size: Annotated[
-        str | None, typer.Option(help="The most examples put through at once, or auto: the fastest.")
+        str | None, typer.Option(help="The most examples in one forward pass, or auto for the fastest.")
     ] = None
     mode: Annotated[
-        str, typer.Option(help="auto, forward-over-reverse, reverse-over-reverse or finite-difference.")
+        str,
+        typer.Option(
+            help="Mode of matvecs: auto, forward-over-reverse, reverse-over-reverse or finite-difference."
+        ),
     ] = "auto"
-    arithmetic: Annotated[str, typer.Option(help="native, bf16 or tf32.")] = "native"
+    arithmetic: Annotated[str, typer.Option(help="Arithmetic of matvecs: native, bf16 or tf32.")] = "native"
     memory_limit: Annotated[
         float | None,
-        typer.Option(help="Bytes to hold between products; by default a quarter of what is free."),
+        typer.Option(help="Bytes to keep between matvecs; by default a quarter of the free memory."),
     ] = None
     compile: Annotated[
-        bool, typer.Option("--compile", help="Products by compiled code: a minute first, for long runs.")
+        bool,
+        typer.Option("--compile", help="Compile matvecs: takes up to a minute at first, pays in long runs."),
     ] = False
 
-    def hessian(self) -> tuple[Target, hk.LinearOperator]:
-        """The problem and its Hessian.
+    def hessian(self) -> tuple[Target, hk.CurvatureOperator]:
+        """Return the problem and its Hessian.
 
         Raises:
             ValueError: an option that is wrong, named.
         """
         target = self.load()
         size: int | str | None = self.batch_size
-        with suppress(ValueError):  # "auto", or what the library refuses by name
+        with suppress(ValueError):  # "auto", or text that the library refuses by name
             size = int(self.batch_size or "")
         H = hk.hessian(
             target.loss_fn,
@@ -168,8 +178,8 @@ class HessianProblem(Problem):
         )
         return target, H
 
-    def describe(self, target: Target, H: hk.LinearOperator) -> dict[str, Any]:
-        """What was computed on, for the record."""
+    def describe(self, target: Target, H: hk.CurvatureOperator) -> dict[str, Any]:
+        """Return a record of the problem."""
         return {
             "target": self.target,
             "title": target.title,
@@ -185,9 +195,9 @@ class HessianProblem(Problem):
 
 @dataclass(frozen=True)
 class Solve:
-    """How both ends are found."""
+    """Options of the solver for both ends."""
 
     tol: Annotated[float, typer.Option(help="Relative error of each eigenvalue.")] = 1e-2
-    method: Annotated[str, typer.Option(help="auto, lanczos or multifidelity.")] = "auto"
-    max_matvecs: Annotated[float | None, typer.Option(help="Passes over the data, at most.")] = None
-    time_limit: Annotated[float | None, typer.Option(help="Seconds, at most.")] = None
+    method: Annotated[str, typer.Option(help="Solver: auto, lanczos or multifidelity.")] = "auto"
+    max_matvecs: Annotated[float | None, typer.Option(help="The most passes over the data.")] = None
+    time_limit: Annotated[float | None, typer.Option(help="Time limit in seconds.")] = None

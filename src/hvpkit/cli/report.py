@@ -1,4 +1,4 @@
-"""``hvpkit report``: what there is to say of a Hessian, on one page."""
+"""``hvpkit report``: both ends and the density of a Hessian on one HTML page."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 import hvpkit as hk
-from hvpkit.cli.app import command
+from hvpkit.cli.application import command
 from hvpkit.cli.density import NumProbes, NumSteps
-from hvpkit.cli.extremes import show
+from hvpkit.cli.extremes import result_items
 from hvpkit.cli.options import HessianProblem, Solve
-from hvpkit.cli.output import Output, Watch
-from hvpkit.diagnostics.report_html import report as write_report
+from hvpkit.cli.output import Output
+from hvpkit.cli.progress_line import ProgressLine
 
 
 @command(
@@ -28,31 +28,29 @@ def report(
     num_steps: NumSteps = 40,
     num_probes: NumProbes = 1,
     landscape: Annotated[
-        bool, typer.Option("--landscape", help="Also the loss on the plane of both eigenvectors.")
+        bool, typer.Option("--landscape", help="Also draw the loss on the plane of both eigenvectors.")
     ] = False,
 ) -> bool:
-    """Both ends and the spectral density, with pictures: report.html, and its figures in report.json.
+    """Write both ends and the spectral density to one page, report.html, and their numbers to report.json.
 
-    They go to the folder --out, by default the working folder.
+    The files go to the folder --out, by default the working folder.
     """
     output = output if output.out is not None else replace(output, out=Path())
     output.prepare()
     target, H = problem.hessian()
-    with Watch("Both ends") as watch:
+    with ProgressLine("Both ends") as watch:
         ex = hk.extreme_eigenvalues(H, **vars(solve), seed=problem.seed, monitor=watch)
-    with Watch("Density") as watch:
+    with ProgressLine("Density") as watch:
         density = hk.spectral_density(
             H, num_steps=num_steps, num_probes=num_probes, seed=problem.seed, monitor=watch
         )
     assert output.out is not None
-    path = write_report(
-        H, ex, density, landscape=landscape, title=target.title, path=output.out / "report.html"
-    )
+    path = hk.report(H, ex, density, landscape=landscape, title=target.title, path=output.out / "report.html")
     record = {
         "extremes": ex.to_dict(),
         "density": density,
         "problem": problem.describe(target, H),
         "path": str(path),
     }
-    output.give("report", record, [*show(target.title, ex), f"Wrote {path}."])
+    output.write("report", record, [*result_items(target.title, ex), f"Wrote {path}."])
     return ex.converged

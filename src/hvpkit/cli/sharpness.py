@@ -1,4 +1,4 @@
-"""``hvpkit sharpness``: how far the loss can rise in a small box."""
+"""``hvpkit sharpness``: the largest rise of the loss in a small box around the parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import hvpkit as hk
-from hvpkit.cli.app import command
+from hvpkit.cli.application import command
 from hvpkit.cli.options import Problem
 from hvpkit.cli.output import Output, table
 from hvpkit.train import keskar_sharpness
@@ -20,16 +20,20 @@ from hvpkit.train import keskar_sharpness
 def sharpness(
     problem: Problem,
     output: Output,
-    epsilon: Annotated[float, typer.Option(help="Size of the box, epsilon (|w| + 1).")] = 1e-4,
-    max_steps: Annotated[int, typer.Option(help="Steps of the ascent, at most.")] = 1000,
+    epsilon: Annotated[
+        float, typer.Option(help="Size of the box: each coordinate moves by at most epsilon (|w| + 1).")
+    ] = 1e-4,
+    max_steps: Annotated[int, typer.Option(help="The most steps of the ascent.")] = 1000,
     optimizer: Annotated[str, typer.Option(help="adam or sgd.")] = "adam",
-    lr: Annotated[float | None, typer.Option(help="The optimiser's rate; by default epsilon / 10.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="The most examples put through at once.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the ascent; by default epsilon / 10.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="The most examples in one forward pass.")] = None,
     tol: Annotated[
-        float, typer.Option(help="It ends where the rise can grow by no more than this share.")
+        float, typer.Option(help="Stop where the gradient allows no further rise by more than this share.")
     ] = 1e-2,
 ) -> bool:
-    """Keskar's sharpness: the largest rise of the full-data loss in a box around the parameters, in percent."""
+    """Find Keskar's sharpness: the largest rise of the full-data loss in a box around the parameters, in percent."""
     output.prepare()
     target = problem.load()
     data = hk.as_data(target.data, batch_size=batch_size)
@@ -50,7 +54,7 @@ def sharpness(
     header = ("measure", "percent", "loss", "highest loss", "passes")
     row = (f"{found.value:.5g}", f"{found.loss:.6g}", f"{found.max_loss:.6g}", f"{found.num_passes}")
     shown = [table(target.title, header, [("sharpness", *row)]), f"{found.status}: {found.message}."]
-    output.give(
+    output.write(
         "sharpness", {**record, "epsilon": epsilon, "problem": {**about, "seed": problem.seed}}, shown
     )
     return found.converged

@@ -1,4 +1,4 @@
-"""``hvpkit trace``: the trace, with its standard error."""
+"""``hvpkit trace``: the trace of a Hessian, with its standard error."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 import hvpkit as hk
-from hvpkit.cli.app import command
+from hvpkit.cli.application import command
 from hvpkit.cli.options import HessianProblem
-from hvpkit.cli.output import Output, Watch, table
+from hvpkit.cli.output import Output, table
+from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.eigen import Status
 
 
@@ -23,21 +24,21 @@ def trace(
     output: Output,
     method: Annotated[str, typer.Option(help="hutchinson, hutch++ or xtrace.")] = "hutch++",
     num_matvecs: Annotated[
-        float, typer.Option("--num-matvecs", "--max-matvecs", help="Passes over the data, at most.")
+        float, typer.Option("--num-matvecs", "--max-matvecs", help="The most passes over the data.")
     ] = 100,
     tol: Annotated[
         float | None,
-        typer.Option(help="Stop at this relative standard error. By default all passes are spent."),
+        typer.Option(help="Relative standard error to stop at. By default all passes are spent."),
     ] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Seconds, at most.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Time limit in seconds.")] = None,
 ) -> bool:
-    """The trace of the full-data Hessian, with its standard error.
+    """Estimate the trace of the full-data Hessian, with its standard error.
 
-    Without --tol it has converged when its passes are spent.
+    Without --tol all passes are spent, and the exit code is 0.
     """
     output.prepare()
     target, H = problem.hessian()
-    with Watch("Trace") as watch:
+    with ProgressLine("Trace") as watch:
         found = hk.trace(
             H,
             method=method,
@@ -56,5 +57,5 @@ def trace(
         "problem": problem.describe(target, H),
     }
     shown = [table(target.title, header, [("trace", *row)]), f"{found.status}: {found.message}."]
-    output.give("trace", record, shown)
-    return found.converged or (tol is None and found.status is Status.MAX_MATVECS)
+    output.write("trace", record, shown)
+    return found.converged or found.status is Status.COMPLETED

@@ -1,4 +1,4 @@
-"""``hvpkit track``: both ends at each of several checkpoints."""
+"""``hvpkit track``: both ends of the spectrum at each of several checkpoints."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Annotated
 import typer
 from torch.nn import functional as F
 
-from hvpkit._utils.files import written_whole
-from hvpkit.cli.app import command
-from hvpkit.cli.checkpoints import load_into
+from hvpkit._utils.files import atomic_write
+from hvpkit.cli.application import command
+from hvpkit.cli.model_checkpoints import load_into
 from hvpkit.cli.options import Model, Solve
-from hvpkit.cli.output import Output, Watch, as_json, draw, ends
-from hvpkit.cli.train import SPECTRUM, plotted
+from hvpkit.cli.output import Output, as_json, one_line, write_picture
+from hvpkit.cli.progress_line import ProgressLine
+from hvpkit.cli.train import SPECTRUM, plot_ends
 from hvpkit.train import SpectrumTracker
 
 
@@ -28,20 +29,25 @@ def track(
     model: Model,
     solve: Solve,
     output: Output,
-    checkpoints: Annotated[list[str], typer.Option(help="Checkpoint or quoted glob. May be repeated.")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[CHECKPOINTS]", help="Further ones.")] = None,
+    checkpoints: Annotated[
+        list[str], typer.Option(help="A checkpoint, or a glob in quotes. May be repeated.")
+    ],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[CHECKPOINTS]", help="Further checkpoints.")
+    ] = None,
 ) -> bool:
-    """Both ends at each checkpoint of a built-in's network, each solve starting from the one before.
+    """Find both ends at each checkpoint of a built-in problem's network.
 
-    Checkpoints go by the numbers in their names: epoch-2.pt before epoch-10.pt. With --out, spectrum.jsonl is written
-    as they are done, and the same command, also with further checkpoints, goes on after it; spectrum.png at the end.
+    Checkpoints are ordered by the numbers in their names: epoch-2.pt before epoch-10.pt. With --out, each result is
+    added to spectrum.jsonl at once, and the same command, also with further checkpoints, continues after the last one;
+    spectrum.png is drawn at the end.
     """
     output.prepare()
     paths = _sorted([*checkpoints, *(more or [])])
     problem = model.load()
     if output.out is not None:
         _claim(output.out, {"paths": [str(path) for path in paths], **vars(model), **vars(solve)})
-    watch, all_converged = Watch("Both ends"), True
+    watch, all_converged = ProgressLine("Both ends"), True
     tracker = SpectrumTracker.for_module(
         F.cross_entropy,
         problem.data,
@@ -58,18 +64,20 @@ def track(
             with watch:
                 ex = tracker(problem.model, step=step)
         assert ex is not None
-        output.print({"step": step, "checkpoint": str(path), **ex.to_dict()}, f"{path.name:<16}  {ends(ex)}")
+        output.print(
+            {"step": step, "checkpoint": str(path), **ex.to_dict()}, f"{path.name:<16}  {one_line(ex)}"
+        )
         all_converged &= ex.converged
     if output.out is not None:
-        draw(output.out / "spectrum.png", lambda: plotted(tracker, "checkpoint"))
+        write_picture(output.out / "spectrum.png", lambda: plot_ends(tracker, "checkpoint"))
     return all_converged
 
 
 def _sorted(patterns: list[str]) -> list[Path]:
-    """The files that names and globs stand for, each once, by the numbers in their names.
+    """Return the files that match, each once, ordered by the numbers in their names.
 
     Raises:
-        ValueError: one stands for none.
+        ValueError: a pattern matches no file.
     """
     found: set[Path] = set()
     for pattern in patterns:
@@ -83,10 +91,10 @@ def _sorted(patterns: list[str]) -> list[Path]:
 
 
 def _claim(folder: Path, asked: dict[str, object]) -> None:
-    """Says in a folder what is tracked there.
+    """Write into a folder which checkpoints are tracked there, and with which options.
 
     Raises:
-        ValueError: it is something else; further checkpoints after the old ones are not.
+        ValueError: the folder holds the track of others. Checkpoints may be added after those tracked before.
     """
     path = folder / "track.json"
     record = json_format.loads(
@@ -101,5 +109,5 @@ def _claim(folder: Path, asked: dict[str, object]) -> None:
             )
     elif (folder / SPECTRUM).exists():
         raise ValueError(f"out: {folder} has the {SPECTRUM} of something else; name another folder")
-    with written_whole(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text(as_json(record, indent=2) + "\n", encoding="utf-8")

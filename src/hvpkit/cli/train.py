@@ -1,4 +1,4 @@
-"""``hvpkit train``: trains a built-in network, and finds both ends after its epochs."""
+"""``hvpkit train``: train a built-in problem's network, and find both ends after its epochs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 import typer
 from torch.nn import functional as F
 
-from hvpkit._utils.files import written_whole
-from hvpkit.cli.app import command
-from hvpkit.cli.checkpoints import load
+from hvpkit._utils.files import atomic_write
+from hvpkit.cli.application import command
+from hvpkit.cli.model_checkpoints import load
 from hvpkit.cli.options import Model
-from hvpkit.cli.output import Output, Watch, draw, ends
-from hvpkit.cli.training import LR, Plan, State
-from hvpkit.cli.training import train as train_epochs
+from hvpkit.cli.output import Output, one_line, write_picture
+from hvpkit.cli.progress_line import ProgressLine
+from hvpkit.cli.training_methods import LR, Plan, State, train_epochs
 from hvpkit.train import SpectrumTracker
 
 CHECKPOINT, MODEL, SPECTRUM = "checkpoint.pt", "model.pt", "spectrum.jsonl"
@@ -31,33 +31,42 @@ CHECKPOINT, MODEL, SPECTRUM = "checkpoint.pt", "model.pt", "spectrum.jsonl"
 def train(
     model: Model,
     out: Annotated[
-        Path, typer.Option(help="Folder of the run; if it holds one, that is continued.", file_okay=False)
+        Path,
+        typer.Option(
+            help="Folder of the run. If it holds a run with these options, that run continues.",
+            file_okay=False,
+        ),
     ],
     method: Annotated[str, typer.Option(help=f"{', '.join(LR)}.")] = "sgd",
-    epochs: Annotated[int, typer.Option(help="In all.")] = 10,
+    epochs: Annotated[int, typer.Option(help="Number of epochs in total.")] = 10,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate; by default 0.15 for adahessian and 0.1 for others.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Of training; the first one, for absa.")] = 128,
-    weight_decay: Annotated[float, typer.Option(help="Penalty on parameters.")] = 5e-4,
+    batch_size: Annotated[
+        int, typer.Option(help="Batch size of training; for absa that of the first epoch.")
+    ] = 128,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 5e-4,
     lr_decay: Annotated[
-        float, typer.Option(help="Factor of the learning rate after --lr-decay-epoch.")
+        float, typer.Option(help="Factor on the learning rate after each --lr-decay-epoch.")
     ] = 0.1,
     lr_decay_epoch: Annotated[
-        list[int] | None, typer.Option(help="When the learning rate decays. May be repeated. Not for knee.")
+        list[int] | None,
+        typer.Option(help="Epoch after which the learning rate decays. May be repeated. Not for knee."),
     ] = None,
-    track_every: Annotated[int, typer.Option(help="Of how many epochs both ends are found after one.")] = 1,
+    track_every: Annotated[int, typer.Option(help="Find both ends every so many epochs.")] = 1,
     tol: Annotated[float, typer.Option(help="Relative error of each eigenvalue.")] = 1e-2,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep each epoch's model as epoch-0001.pt.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the model of each epoch, as epoch-0001.pt.")
+    ] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="A line of strict JSON for each epoch, nothing else.")
+        bool, typer.Option("--json", help="Print a line of strict JSON for each epoch and nothing else.")
     ] = False,
 ) -> bool:
-    """Trains a network, and prints both ends of its full-data Hessian after each epoch.
+    """Train a network, and find both ends of its full-data Hessian after each epoch.
 
-    The run folder holds checkpoint.pt, replaced after each epoch, from which the same command goes on after an
-    interruption to the same numbers; model.pt at the end; spectrum.jsonl and spectrum.png. No images are augmented: the
-    loss that is trained is the loss whose Hessian is measured.
+    The folder of the run holds checkpoint.pt, replaced after each epoch: after an interruption the same command
+    continues from it, to the same numbers. It also holds spectrum.jsonl, and at the end model.pt and spectrum.png.
+    Images are not augmented, so that the Hessian is that of the loss that was trained.
     """
     output = Output(json, out)
     output.prepare()
@@ -69,7 +78,7 @@ def train(
     run = {**asdict(plan), "lr_decay_epochs": list(plan.lr_decay_epochs), **_identity(model)}
     run |= {"track_every": track_every, "tol": tol}
     saved = _saved(out, run)
-    watch = Watch("Both ends")
+    watch = ProgressLine("Both ends")
     tracker = SpectrumTracker.for_module(
         F.cross_entropy,
         problem.data,
@@ -82,14 +91,14 @@ def train(
 
     def measure(state: State) -> None:
         epoch: int = state["epoch"]
-        ex = dict(tracker.results).get(epoch)  # known where the interruption came after it
+        ex = dict(tracker.results).get(epoch)  # known if the run was interrupted after it
         if ex is None:
             with watch:
                 ex = tracker(problem.model, step=epoch)
         loss = state["losses"][-1] if epoch else None
         record = {"epoch": epoch, "loss": loss, "spectrum": None if ex is None else ex.to_dict()}
-        told = "" if loss is None else f"loss {loss:.5g}"
-        output.print(record, f"epoch {epoch:>4}  {told:<14}{'' if ex is None else ends(ex)}")
+        text = "" if loss is None else f"loss {loss:.5g}"
+        output.print(record, f"epoch {epoch:>4}  {text:<14}{'' if ex is None else one_line(ex)}")
 
     for state in train_epochs(problem.model, problem.data, plan, saved):
         _save(out / CHECKPOINT, {"run": run, **state})
@@ -97,23 +106,23 @@ def train(
             _save(out / f"epoch-{state['epoch']:04d}.pt", state["model"])
         measure(state)
     _save(out / MODEL, state["model"])
-    draw(out / "spectrum.png", lambda: plotted(tracker, "epoch"))
+    write_picture(out / "spectrum.png", lambda: plot_ends(tracker, "epoch"))
     if not json:
         output.print(None, f"Wrote {out / MODEL}, {out / SPECTRUM} and {out / 'spectrum.png'}.")
     return all(ex.converged for _, ex in tracker.results)
 
 
 def _identity(model: Model) -> dict[str, Any]:
-    """What of a model's options its numbers depend on."""
+    """Return the options of a model that its numbers depend on."""
     names = ("target", "num_examples", "dtype", "seed", *(("arch",) if model.target == "cifar10" else ()))
     return {name: getattr(model, name) for name in names}
 
 
 def _saved(out: Path, run: dict[str, Any]) -> State | None:
-    """Where the run in a folder stands; None if there is none.
+    """Return the checkpoint of the run in a folder; None if there is none.
 
     Raises:
-        ValueError: it is another run; the spectrum of one is there without a checkpoint.
+        ValueError: the folder holds another run, or a spectrum without a checkpoint.
     """
     if not (out / CHECKPOINT).exists():
         if (out / SPECTRUM).exists():
@@ -122,13 +131,13 @@ def _saved(out: Path, run: dict[str, Any]) -> State | None:
             )
         return None
     state: State = load(out / CHECKPOINT)
-    theirs = state.get("run") if isinstance(state, dict) else None
-    if not isinstance(theirs, dict):
+    stored = state.get("run") if isinstance(state, dict) else None
+    if not isinstance(stored, dict):
         raise ValueError(f"out: {out / CHECKPOINT} is not a checkpoint of hvpkit train; name another folder")
     other = [
-        f"{key} was {theirs.get(key)} and is {value}"
+        f"{key} was {stored.get(key)} and is {value}"
         for key, value in run.items()
-        if theirs.get(key) != value
+        if stored.get(key) != value
     ]
     if other:
         raise ValueError(
@@ -139,13 +148,13 @@ def _saved(out: Path, run: dict[str, Any]) -> State | None:
 
 
 def _save(path: Path, content: Any) -> None:
-    with written_whole(path) as draft:
+    with atomic_write(path) as draft:
         torch.save(content, draft)
 
 
-def plotted(tracker: SpectrumTracker, steps: str) -> Any:
-    """Both ends over training, whose steps are whole numbers of what ``steps`` says."""
+def plot_ends(tracker: SpectrumTracker, xlabel: str) -> Any:
+    """Draw both ends over training, against whole numbers of ``xlabel``."""
     axes = tracker.plot()
-    axes.set_xlabel(steps)
+    axes.set_xlabel(xlabel)
     axes.locator_params(axis="x", integer=True)
     return axes

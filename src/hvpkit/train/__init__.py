@@ -1,15 +1,9 @@
-"""What curvature is for while training: tracking, schedules, sharpness, batch sizes, an optimiser."""
+"""Curvature in training: tracking, sharpness, a schedule, adaptive batch sizes, an optimiser."""
 
+from hvpkit.train.absa_controller import AbsaState, absa_init, absa_update
+from hvpkit.train.absa_training import AbsaEpoch, AbsaResult, absa
 from hvpkit.train.adahessian import AdaHessian, block_average
-from hvpkit.train.adaptive_batch_size import (
-    AbsaEpoch,
-    AbsaResult,
-    AbsaState,
-    absa,
-    absa_init,
-    absa_update,
-    fgsm,
-)
+from hvpkit.train.adversarial import fgsm
 from hvpkit.train.knee import KneeLR, knee_lr
 from hvpkit.train.sharpness import Sharpness, keskar_sharpness
 from hvpkit.train.tracker import SpectrumTracker

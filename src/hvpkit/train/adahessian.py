@@ -1,4 +1,4 @@
-r"""AdaHessian: Adam with the Hessian's diagonal in the place of the squared gradient.
+r"""AdaHessian: Adam with the Hessian's diagonal in place of the gradient in the second moment.
 
 Method: with the gradient :math:`g_t`, an estimate :math:`D_t` of the diagonal and its block averages
 :math:`D_t^{(s)}`,
@@ -8,15 +8,15 @@ Method: with the gradient :math:`g_t`, an estimate :math:`D_t` of the diagonal a
     \bar D_t = \sqrt{\frac{(1 - \beta_2) \sum_i \beta_2^{t-i} D_i^{(s)} D_i^{(s)}}{1 - \beta_2^t}}, \quad
     p_t = p_{t-1} - \eta \Bigl(\frac{m_t}{\bar D_t^k + \epsilon} + \lambda p_{t-1}\Bigr).
 
-Cost: one Hessian-vector product a probe at each step that estimates the diagonal, about two gradients.
+Cost: a Hessian-vector product for each probe at each step that estimates the diagonal: about two gradients.
 Memory: two vectors beside parameters and gradients, and the graph of the gradient until the step is done.
 Source: Yao, Gholami, Shen, Mustafa, Keutzer, Mahoney, AAAI 2021, arXiv:2006.00719.
 
 Departures from the paper:
 1. epsilon is added to the denominator, so that a direction without curvature does not divide by zero.
-2. Weight decay (lambda) is decoupled, as in AdamW: the penalty's own curvature would otherwise have to join D, and
-   how fast weights shrink would depend on the curvature of the loss.
-3. Where the diagonal is estimated at some steps only, the mean over i runs over those: no estimate counts twice.
+2. Weight decay (lambda) is decoupled, as in AdamW: as part of the loss, the penalty would add to D, and the decay of
+   a weight would depend on the curvature of the loss.
+3. If the diagonal is estimated at some steps only, the mean over i runs over these steps: no estimate counts twice.
 """
 
 from __future__ import annotations
@@ -42,54 +42,54 @@ class AdaHessian(torch.optim.Optimizer):
     r"""AdaHessian, as a ``torch.optim.Optimizer``.
 
     By default the diagonal is Hutchinson's estimate :math:`z \odot Hz` with random signs z, by a second backward pass
-    through the graph of the gradients: call ``loss.backward(create_graph=True)``, for each of the losses where several
-    are accumulated. (Torch warns that this makes a reference cycle; the step lets go of the graph and thereby breaks
-    it. Call ``zero_grad()`` where you leave a step out.) Attention has to run on its MATH backend, by
+    through the graph of the gradients: call ``loss.backward(create_graph=True)``, for each loss if several are
+    accumulated. (PyTorch warns that this makes a reference cycle. The step frees the graph, which breaks the cycle;
+    call ``zero_grad()`` where you skip a step.) Attention has to run on its MATH backend, by
     ``torch.nn.attention.sdpa_kernel``, as the others have no second derivative.
 
-    Gradients are clipped as for other optimisers; the diagonal is that of the loss as it was.
+    Gradients can be clipped as for other optimisers; that does not change the diagonal.
 
-    The estimate of an entry has the variance of its row's other entries, squared and summed. Where these are much
-    larger than the diagonal, as for correlated features of very different scales, it is mostly noise, which makes
-    steps too short: average over kernels, blocks or probes, or pass a better ``diagonal``.
+    The variance of an entry's estimate is the sum of squares of the other entries in its row. Where these are much
+    larger than the diagonal, as for correlated features of very different scales, the estimate is mostly noise, which
+    makes steps too short: average over kernels, blocks or probes, or pass a better ``diagonal``.
 
     Args:
         params: parameters, named parameters or groups of them.
-        lr: learning rate :math:`\eta`. The step is near Newton's, so that 1 is large and Adam's rates are small.
-        betas: decay of the two means, in [0, 1).
+        lr: learning rate :math:`\eta`. Steps are near Newton's, so that 1 is large, and usual rates of Adam are small.
+        betas: decay rates of the two means, in [0, 1).
         eps: added to the denominator, positive.
         weight_decay: decoupled, :math:`\lambda`.
         hessian_power: k in [0, 1]; 0 is gradient descent with momentum.
-        average_kernels: average the diagonal over all dimensions beyond the second, as over those of each convolution
-            kernel. Put tensors whose further dimensions are something else into a group without it.
-        block_size: average the diagonal of matrices over blocks of so many neighbours in a row; the last block of a
+        average_kernels: average the diagonal over all dimensions beyond the second, which are those of a convolution
+            kernel. Put other tensors of three or more dimensions into a group without it.
+        block_size: average the diagonal of matrices over blocks of this many neighbours in a row; the last block of a
             row may be shorter.
-        update_every: estimate the diagonal at each so-manieth step of a parameter, its first one among them. Ask
-            :attr:`needs_graph` whether the next step will.
-        num_probes: over which an estimate is averaged.
+        update_every: number of steps of a parameter between estimates of its diagonal; the first step has one.
+            :attr:`needs_graph` says whether the next step has one.
+        num_probes: number of probes that an estimate is the mean of.
         seed: of the probes. Those of a parameter are a function of the seed, its place in the optimiser and its step,
-            so that a run goes on from a ``state_dict()`` to the same bits; they are drawn on its device.
-        diagonal: an estimator in the place of the default one: ``diagonal(params, step)``, for the parameters in their
-            order (those with a gradient, whose estimate is due), with their step from 1 on. It needs no graph.
+            so that a run continues from a ``state_dict()`` to the same bits; they are drawn on its device.
+        diagonal: an estimator to use instead: ``diagonal(params, step)`` for the parameters with a gradient whose
+            estimate is due, in their order, with their step from 1 on. It needs no graph.
         maximize: ascend.
-        foreach: update all tensors of a group at once, or one by one, which needs less memory. By default at once
-            where they are on another device than the CPU.
+        foreach: update all tensors of a group at once, or one by one, which needs less memory. By default all at once
+            unless they are on the CPU.
 
     Raises:
         TypeError: an argument of the wrong type, named; a complex parameter.
         ValueError: an argument out of its range, named; a ``diagonal`` of other shapes.
         RuntimeError: at a step: no gradient has a graph; a sparse gradient; ``torch.amp.GradScaler``, whose scale
-            cannot be taken out of the diagonal (bfloat16 needs none).
+            the diagonal would contain (bfloat16 needs none).
 
     Cost:
-        A step takes about two gradients more a probe, where it estimates the diagonal.
+        A step that estimates the diagonal takes about two gradients more for each probe.
 
     Source:
         Yao et al., AAAI 2021, arXiv:2006.00719.
 
     Example:
         >>> import warnings, torch, hvpkit as hk
-        >>> warnings.filterwarnings("ignore", "Using backward")  # of the cycle that a step breaks
+        >>> warnings.filterwarnings("ignore", "Using backward")  # the step breaks that cycle
         >>> model, criterion = torch.nn.Linear(3, 1), torch.nn.MSELoss()
         >>> x = torch.eye(3) * torch.tensor([1.0, 10.0, 100.0])
         >>> y = x @ torch.tensor([[1.0], [2.0], [3.0]])
@@ -102,7 +102,7 @@ class AdaHessian(torch.optim.Optimizer):
         >>> bool(loss < 1e-2)
         True
 
-        With a diagonal of one's own, here the exact one of the current batch, and no graph:
+        With your own diagonal, here the exact one of the current batch, and no graph:
 
         >>> objective, _ = hk.from_module(model, criterion)
         >>> def diagonal(params, step):
@@ -113,7 +113,7 @@ class AdaHessian(torch.optim.Optimizer):
         >>> optimizer.step()
     """
 
-    _step_supports_amp_scaling = True  # a GradScaler then says that it is one, and can be refused
+    _step_supports_amp_scaling = True  # lets step() recognise a GradScaler and refuse it
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class AdaHessian(torch.optim.Optimizer):
         return {**super().__getstate__(), "diagonal": self.diagonal}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, with options of its own; raises what the constructor does."""
+        """Add a group of parameters with its own options; raises as the constructor."""
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
@@ -166,7 +166,7 @@ class AdaHessian(torch.optim.Optimizer):
 
     @property
     def needs_graph(self) -> bool:
-        """Whether the next step wants gradients that were made with ``create_graph=True``."""
+        """True if the next step needs gradients made with ``create_graph=True``."""
         return self.diagonal is None and any(
             self._due(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad
         )
@@ -179,19 +179,19 @@ class AdaHessian(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Moves the parameters; ``closure`` makes loss and gradients anew, and its loss is returned."""
+        """Update the parameters; ``closure`` computes loss and gradients again, and its loss is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if vars(self).pop("grad_scale", self) is not self:  # left there by a GradScaler, also as None
+        if vars(self).pop("grad_scale", self) is not self:  # set by a GradScaler, also to None
             raise RuntimeError("AdaHessian cannot be stepped by a GradScaler: use bfloat16, which needs none")
         if any(p.grad is not None and p.grad.layout != torch.strided for p in self._params()):
             raise RuntimeError("AdaHessian needs dense gradients: use sparse=False in the embedding")
         diagonals = self._diagonals()
         for p in self._params():
             if p.grad is not None:
-                p.grad = p.grad.detach()  # lets go of the graph, which holds the parameter, which holds it
+                p.grad = p.grad.detach()  # frees the graph: parameter, gradient and graph refer to each other
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
@@ -206,7 +206,7 @@ class AdaHessian(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _diagonals(self) -> dict[Tensor, Tensor]:
-        """Estimates for the parameters whose turn it is."""
+        """Estimate the diagonal for the parameters whose estimate is due."""
         numbers = {p: number for number, p in enumerate(self._params())}
         due = {
             p: group
@@ -230,7 +230,7 @@ class AdaHessian(torch.optim.Optimizer):
         return {p: d.detach() for p, d in zip(due, found, strict=True)}
 
     def _advance(self, p: Tensor, group: Mapping[str, Any], diagonal: Tensor | None) -> None:
-        """Counts the step, and takes an estimate, if there is one, into the mean of squares."""
+        """Count the step, and update the mean of squares with an estimate, if there is one."""
         state = self.state[p]
         if not state:
             state |= {"step": 0, "num_diagonals": 0}
@@ -266,7 +266,7 @@ def _accelerated(params: Sequence[Tensor]) -> bool:
 def _hutchinson(
     due: Mapping[Tensor, Mapping[str, Any]], streams: Mapping[Tensor, int]
 ) -> dict[Tensor, Tensor]:
-    r"""Means of :math:`z \odot Hz` over probes, H the block of the Hessian of the parameters that are due.
+    r"""Return means of :math:`z \odot Hz` over probes; H is the Hessian by the parameters that are due.
 
     A gradient without a graph is constant: its rows of H are zero.
     """
@@ -305,12 +305,12 @@ def _signs(p: Tensor, source: torch.Generator) -> Tensor:
 
 
 def block_average(diagonal: Tensor, block_size: int = 1, *, kernels: bool = True) -> Tensor:
-    r"""The diagonal with each entry replaced by the mean over its block, :math:`D^{(s)}`.
+    r"""Replace each entry of the diagonal by the mean over its block, :math:`D^{(s)}`.
 
     Args:
         diagonal: in the shape of its parameter.
-        block_size: of matrices: neighbours in a row that make a block; the last of a row may be shorter.
-        kernels: whether all the dimensions beyond the second are a block.
+        block_size: for matrices: number of neighbours in a row that form a block; the last one may be shorter.
+        kernels: take all the dimensions beyond the second as a block.
 
     Example:
         >>> import torch
@@ -326,7 +326,7 @@ def block_average(diagonal: Tensor, block_size: int = 1, *, kernels: bool = True
 
 
 def _update(params: list[Tensor], states: Sequence[Mapping[str, Any]], group: Mapping[str, Any]) -> None:
-    """Moves some parameters of a group, all at once."""
+    """Update some parameters of a group, all at once."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
     grads = [p.grad for p in params if p.grad is not None]
     means = [state["exp_avg"] for state in states]

@@ -1,8 +1,8 @@
 r"""The Knee learning rate schedule: warm up, explore at the peak rate, decay to zero.
 
 Source: Iyer, Thejas, Kwatra, Ramjee and Sivathanu, "Wide-minima Density Hypothesis and the Explore-Exploit
-Learning Rate Schedule", JMLR 24(65), 2023, arXiv:2003.03977. Wide minima, they argue, are few among many narrow
-ones, so that the rate has to stay high for long enough to find one, before it falls.
+Learning Rate Schedule", JMLR 24(65), 2023, arXiv:2003.03977. They argue that wide minima are rare among narrow ones,
+so that the rate has to stay high for long enough to find one before it decays.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from hvpkit._utils.validation import check_count, check_positive
 def knee_lr(
     step: float, *, peak_lr: float, warmup_steps: int = 0, explore_steps: int, total_steps: int
 ) -> float:
-    r"""The rate of the Knee schedule at a step.
+    r"""Return the learning rate of the Knee schedule at a step.
 
-    With w warm-up, e explore and T total steps, and the peak rate :math:`\eta`:
+    With w warm-up, e explore and T total steps, and the peak rate :math:`\eta`, the t-th step, t = ``step`` + 1, has
+    the rate
 
     .. math::
-        \eta(s) = \begin{cases}
-            \eta \, s / w & s < w \\
-            \eta & w \le s \le w + e \\
-            \eta \, (T - s) / (T - w - e) & w + e < s < T \\
-            0 & \text{beyond}
+        \eta(t) = \begin{cases}
+            \eta \, t / w & t \le w \\
+            \eta & w < t \le w + e \\
+            \eta \, (T - t) / (T - w - e) & w + e < t \le T \\
+            0 & t > T
         \end{cases}
 
-    So the rate is the peak at ``warmup_steps``, zero at ``total_steps`` and after. With warm-up it is zero at step 0;
-    without, the peak. Without decay (w + e = T) it is the peak at ``total_steps`` and zero after.
+    So warm-up starts at the peak over w, and a decay ends with the rate zero in the last step, as in the published
+    scheduler, whose count of steps also starts from 1.
 
     Args:
-        step: steps (or epochs, if the others count those) done so far, from 0; may lie between whole ones.
+        step: number of steps done so far, from 0; with one call per epoch, of epochs. Need not be whole.
         peak_lr: the highest rate.
         warmup_steps: w.
         explore_steps: e. The paper takes about half of the total.
@@ -50,8 +51,8 @@ def knee_lr(
         Iyer et al., JMLR 24(65), 2023, arXiv:2003.03977.
 
     Example:
-        >>> [knee_lr(step, peak_lr=1.0, warmup_steps=2, explore_steps=2, total_steps=8) for step in range(9)]
-        [0.0, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+        >>> [knee_lr(step, peak_lr=1.0, warmup_steps=2, explore_steps=2, total_steps=8) for step in range(8)]
+        [0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if isinstance(step, bool) or not isinstance(step, Real):
         raise TypeError(f"step must be a number, got {step!r} of type {type(step).__name__}")
@@ -63,31 +64,32 @@ def knee_lr(
         raise ValueError(
             f"total_steps must be at least warmup_steps + explore_steps = {knee}, got {total_steps}"
         )
-    if step < warmup_steps:
-        return peak_lr * step / warmup_steps
-    if step <= knee:
+    number = step + 1
+    if number <= warmup_steps:
+        return peak_lr * number / warmup_steps
+    if number <= knee:
         return peak_lr
-    return peak_lr * max(total_steps - step, 0.0) / max(total_steps - knee, 1)
+    return peak_lr * max(total_steps - number, 0.0) / max(total_steps - knee, 1)
 
 
 class KneeLR(LRScheduler):
-    r"""The Knee schedule as a scheduler of PyTorch's.
+    r"""The Knee schedule as a PyTorch scheduler.
 
-    After t calls of ``step()`` each group has the rate ``knee_lr(t, ...)`` of its own peak. What other schedulers of
-    a chain, or the caller, multiply a rate by meanwhile stays: the new rate is the old one times what the schedule
-    changes by. Only a rate of zero keeps no factor (as at step 0 with warm-up): from there it is the schedule's own.
+    After s calls of ``step()`` each group has the rate ``knee_lr(s, ...)`` with its own peak. Factors that other
+    schedulers of a chain, or the caller, apply to a rate are kept: the schedule multiplies the current rate by its own
+    ratio of new to old.
 
     Args:
         optimizer: whose groups' rates are set.
         peak_lr: one for all groups, or a sequence of one for each; by default each group's initial rate.
         warmup_steps: as in :func:`knee_lr`.
-        explore_steps: likewise.
-        total_steps: likewise; from then on the rate is zero.
-        last_epoch: the last step done, where training goes on with an optimizer that was under a schedule before;
-            -1 at the beginning. Or begin anew and use ``load_state_dict``.
+        explore_steps: as in :func:`knee_lr`.
+        total_steps: as in :func:`knee_lr`.
+        last_epoch: the last step done, for an optimizer that was under a schedule before; -1 at the beginning.
+            ``load_state_dict`` is the other way to continue.
 
     Raises:
-        TypeError, ValueError: an argument that is none of these, named.
+        TypeError, ValueError: a wrong argument, named.
 
     Source:
         Iyer et al., JMLR 24(65), 2023, arXiv:2003.03977.
@@ -102,8 +104,8 @@ class KneeLR(LRScheduler):
         ...     scheduler.step()
         ...     print(rate)
         [1.0]
-        [1.0]
         [0.5]
+        [0.0]
     """
 
     def __init__(
@@ -129,29 +131,29 @@ class KneeLR(LRScheduler):
             )
         self.peak_lrs = list(peak_lr)
         self.warmup_steps, self.explore_steps, self.total_steps = warmup_steps, explore_steps, total_steps
-        self._rates(0)  # refuses arguments before the optimizer is touched
+        self._rates(0)  # refuses bad arguments before the optimizer is changed
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
-        """The rates at ``last_epoch``, given those that the groups have. Called by ``step()``."""
+        """Return the rates at ``last_epoch``, given the groups' current ones. Called by ``step()``."""
         rates = self._rates(self.last_epoch)
         if self.last_epoch == 0 or not hasattr(self, "_last_lr"):
             return [*rates]
         changes = zip(rates, self._rates(self.last_epoch - 1), self.optimizer.param_groups, strict=True)
-        # Where nobody else has changed the rate the factor is 1, and rounding does not add up.
+        # If nobody else has changed the rate, the factor is exactly 1, so that rounding does not accumulate.
         return [rate * float(group["lr"] / before) if before else rate for rate, before, group in changes]
 
     def _get_closed_form_lr(self) -> list[float | Tensor]:
-        return [*self._rates(self.last_epoch)]  # torch asks for it where a scheduler is given its epoch
+        return [*self._rates(self.last_epoch)]  # called by torch if step() is given an epoch
 
     def _rates(self, step: int) -> list[float]:
         steps = {name: getattr(self, name) for name in ("warmup_steps", "explore_steps", "total_steps")}
         return [knee_lr(step, peak_lr=peak, **steps) for peak in self.peak_lrs]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a ``state_dict()``, whether the optimizer's own state is loaded before, after, or not at all.
+        """Continue from a ``state_dict()``; the optimizer's own state may be loaded before, after, or not at all.
 
-        Rates that nobody has changed since this scheduler set them become those that it had set last.
+        A group's rate that nobody has changed since this scheduler set it becomes the saved scheduler's last one.
         """
         groups = self.optimizer.param_groups
         own = [bool(group["lr"] == last) for group, last in zip(groups, self.get_last_lr(), strict=True)]

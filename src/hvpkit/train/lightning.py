@@ -1,4 +1,4 @@
-"""A spectrum tracker as a callback of PyTorch Lightning's; needs ``lightning``."""
+"""A callback for PyTorch Lightning that tracks the spectrum; needs ``lightning``."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from hvpkit.train.tracker import SpectrumTracker
 
 
 class SpectrumCallback(Callback):
-    """Calls a tracker with the ``LightningModule`` before the first step and after every so many epochs or steps.
+    """A callback that calls a tracker before the first step and then every few epochs or steps.
 
     The measurement goes to all loggers of the trainer, under ``spectrum/...``, and into ``callback_metrics``, so that
-    ``EarlyStopping`` and ``ModelCheckpoint`` can watch it. Of several processes the first one measures; the others
-    wait for it where they next need it. So each has to hold the whole module, as with DDP, and not a shard.
+    ``EarlyStopping`` and ``ModelCheckpoint`` can watch it. With several processes, only the first one measures, and
+    the others wait for it at their next synchronisation. So each process has to hold the whole module, as with DDP,
+    and not a shard.
 
-    A run that is resumed goes on with the next measurement. Give the tracker a ``path``, and so does its record.
+    A resumed run continues with the next measurement; with a ``path``, so does the tracker's record.
 
     Args:
-        tracker: made by :meth:`~hvpkit.train.SpectrumTracker.for_module`. Its criterion gets what the module's
-            ``forward`` returns. Its ``every`` says after how many epochs or steps it measures.
-        per: ``"epoch"`` or ``"step"``: what its ``every`` and its records count. An epoch that was cut short counts.
+        tracker: made by :meth:`~hvpkit.train.SpectrumTracker.for_module`. Its criterion gets the output of
+            the module's ``forward``. It measures every ``every`` epochs or steps.
+        per: ``"epoch"`` or ``"step"``: the unit of ``every`` and of the records. An epoch that was cut short counts.
             Steps are those of the optimizer, as ``trainer.global_step`` counts them.
 
     Raises:
-        TypeError, ValueError: an argument that is none of these, named.
+        TypeError, ValueError: a wrong argument, named.
 
     Cost:
         That of :class:`~hvpkit.train.SpectrumTracker`.
@@ -55,7 +56,7 @@ class SpectrumCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_batch: Any, **_more: Any
     ) -> None:
-        # where gradients are accumulated, not every batch makes a step
+        # with accumulated gradients, not every batch makes a step
         if self.per == "step" and trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
             self._measure(trainer, pl_module, trainer.global_step)
@@ -67,7 +68,7 @@ class SpectrumCallback(Callback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         if not trainer.is_global_zero or self.tracker(pl_module, step=step) is None:
             return
-        # not by pl_module.log, which drops what lies between the trainer's log_every_n_steps
+        # not by pl_module.log, which drops values between the trainer's log_every_n_steps
         values = scalars(self.tracker.records[-1])
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)

@@ -1,7 +1,7 @@
-r"""Keskar's sharpness: how far the loss can rise in a small box around the parameters.
+r"""Keskar's sharpness: the largest rise of the loss in a small box around the parameters.
 
 Method: projected gradient ascent in the box. Each step is one of a first-order optimiser on the coordinates,
-clipped to the box; the loss over all data is evaluated at each iterate, and the highest one counts.
+clipped to the box. The loss over all data is evaluated at each iterate; the result is the highest one.
 
 Cost: one gradient over all data a step, which gives the loss as well.
 Memory: about ten vectors and the optimiser's own; with a subspace, its basis ``[n, p]``.
@@ -10,7 +10,7 @@ arXiv:2003.03977, for projected gradient ascent on all data.
 
 Departures from the papers:
 1. The ascent begins at a random point of the box and not at its centre, where the gradient vanishes at a minimum.
-2. It ends once the gradient allows no more, by the gap of Frank and Wolfe, and not only by a number of steps.
+2. It stops where the Frank-Wolfe gap is small: the gradient allows no further rise. The papers fix the number of steps.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count, check_positive
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import Layout, check_params, join
-from hvpkit.curvature.products import (
+from hvpkit.curvature.batches import (
     Leaves,
-    Part,
+    LossShare,
     all_finite,
-    blame,
+    blame_batch,
     check_loss,
-    part_gradient,
-    parts,
-    sum_parts,
+    gradient_of,
+    loss_shares,
+    sum_over,
 )
 from hvpkit.data import Data, as_data
 from hvpkit.errors import NonFiniteError
@@ -44,26 +44,26 @@ from hvpkit.errors import NonFiniteError
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 ADVICE = {
-    "converged": "by its gradient the loss rises no further from here: a local maximum in the box, a lower bound of "
-    "the highest; further num_starts may find a higher one",
-    "rising": "the gradient says that the loss rises further in the box: the value is a lower bound; raise lr or "
-    "max_steps, or take optimizer='adam', whose steps do not shrink with the gradient",
-    "rounding-limited": "the rise is too small beside the rounding of the loss for tol; use float64, or a larger "
-    "epsilon",
+    "converged": "the gradient allows no further rise: a local maximum in the box, and a lower bound of the global "
+    "one; a larger num_starts may find a higher one",
+    "rising": "the gradient allows a further rise in the box: the value is a lower bound; raise lr or max_steps, or "
+    "use optimizer='adam', whose steps do not shrink with the gradient",
+    "rounding-limited": "the rise is too small, relative to the rounding of the loss, for tol; use float64, or a "
+    "larger epsilon",
 }
 
 
 @dataclass(frozen=True, repr=False)
 class Sharpness:
-    """The highest loss found in the box. ``float()`` of it is ``value``.
+    """The highest loss found in the box; ``float()`` gives ``value``.
 
     Attributes:
-        value: 100 (max_loss - loss) / (1 + loss), a lower bound of the sharpness, as other maxima may be higher.
+        value: 100 (max_loss - loss) / (1 + loss): a lower bound of the sharpness, as another maximum may be higher.
         loss: at the parameters.
-        max_loss: the highest of all iterates, the parameters included.
+        max_loss: the highest loss of all iterates, including the parameters themselves.
         perturbation: flat ``[n]``; ``max_loss`` is the loss at the parameters plus this.
-        gap: how much the loss would rise from there to the best point of the box if it were linear.
-        num_steps: of the ascents, all starts together.
+        gap: the further rise to the best point of the box if the loss were linear there (Frank-Wolfe gap).
+        num_steps: steps of all ascents together.
         num_passes: gradients over all data.
         status: ``"converged"`` (gap at most tol times the rise), ``"rising"``, or ``"rounding-limited"``.
     """
@@ -79,12 +79,12 @@ class Sharpness:
 
     @property
     def converged(self) -> bool:
-        """Whether the gradient allows no further rise."""
+        """True if the gradient allows no further rise."""
         return self.status == "converged"
 
     @property
     def message(self) -> str:
-        """The status in words, with what to do."""
+        """The status in words, with the remedy."""
         return ADVICE[self.status]
 
     def __float__(self) -> float:
@@ -106,7 +106,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Box:
-    """The loss at ``origin + basis @ z`` where no coordinate z is beyond its radius; without a basis, + z."""
+    """The loss at ``origin + basis @ z`` (without a basis ``origin + z``) for ``|z| <= radius``."""
 
     loss_fn: LossFn
     layout: Layout
@@ -116,24 +116,24 @@ class Box:
     radius: Tensor
 
     def displacement(self, z: Tensor) -> Tensor:
-        """From the origin, flat ``[n]``: a copy."""
+        """Return the displacement from the origin, flat ``[n]``: a copy."""
         return z.clone() if self.basis is None else self.basis @ z
 
     def at(self, z: Tensor) -> Point:
-        """The loss and its gradient by the coordinates, over all data in one pass."""
+        """Evaluate the loss and its gradient by the coordinates, over all data in one pass."""
         with exact_derivatives(z.device):
             displacement = self.displacement(z)
             term = partial(_gradient_and_loss, leaves=self.layout.split(self.origin + displacement))
-            total = sum_parts(parts(self.loss_fn, self.layout, self.data), term)
+            total = sum_over(loss_shares(self.loss_fn, self.layout, self.data), term)
             if not all_finite(total):
-                where = parts(self.loss_fn, self.layout, self.data)
-                raise NonFiniteError(blame("loss in the box, or its gradient,", where, term))
+                where = loss_shares(self.loss_fn, self.layout, self.data)
+                raise NonFiniteError(blame_batch("loss in the box, or its gradient,", where, term))
             gradient = join(total[:-1]) if self.basis is None else self.basis.mT @ join(total[:-1])
         gap = (gradient.abs() * (self.radius - gradient.sign() * z)).sum()  # no term is negative
         return Point(displacement, float(total[-1]), gradient, float(gap))
 
     def start(self, seed: int, number: int, gradient: Tensor) -> Tensor:
-        """A random point of the box; the first one where the gradient at the origin points to, if it does."""
+        """Draw a random point of the box; the first one on the side that the gradient at the origin points to."""
         uniform = torch.rand(len(self.radius), generator=generator(seed, number + 1), dtype=torch.float64)
         unit = (2 * uniform - 1).to(self.radius)
         if number == 0:
@@ -141,7 +141,7 @@ class Box:
         return unit * self.radius
 
     def ascend(self, z: Tensor, make: Callable[[list[Tensor]], Optimizer], max_steps: int) -> Iterator[Point]:
-        """The points of an ascent, from z on."""
+        """Yield the points of an ascent that starts at z."""
         ascent = make([z])
         if not isinstance(ascent, Optimizer):
             raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(ascent).__name__}")
@@ -153,14 +153,14 @@ class Box:
             yield (point := self.at(z))
 
 
-def _gradient_and_loss(part: Part, leaves: Leaves) -> Leaves:
+def _gradient_and_loss(share: LossShare, leaves: Leaves) -> Leaves:
     losses: Leaves = []
 
     def recorded(points: Leaves) -> Tensor:
-        losses.append(part(points))
+        losses.append(share(points))
         return losses[0]
 
-    return [*part_gradient(recorded, leaves), losses[0].detach()]
+    return [*gradient_of(recorded, leaves), losses[0].detach()]
 
 
 def keskar_sharpness(
@@ -178,42 +178,42 @@ def keskar_sharpness(
     seed: Seed = 0,
     monitor: Callable[[Sharpness], object] | None = None,
 ) -> Sharpness:
-    r"""Sharpness of a minimum: the largest rise of the loss in a box around it, in percent.
+    r"""Find the sharpness of a minimum: the largest rise of the loss in a box around it, in percent.
 
     .. math::
         \phi = 100 \, \frac{\max_{z \in C} L(w + A z) - L(w)}{1 + L(w)}, \qquad
         C = \{ z : |z_i| \le \epsilon (|(A^+ w)_i| + 1) \}
 
-    where A is the identity, or has p random columns of unit length. All losses are means over all examples. The
-    maximum is sought by projected gradient ascent: a lower bound, as only local maxima are found, and the status
-    says whether one was. The first start is at random, each coordinate on the side that the gradient at w points to
-    (on either where it is zero, as at a minimum); further ones are anywhere in the box.
+    where A is the identity, or has p random columns of norm 1. All losses are means over all examples. Projected
+    gradient ascent finds a local maximum, a lower bound of the global one; the status says if one was reached. The
+    first start is random, with each coordinate on the side that the gradient at w points to (on either side where it is
+    zero, as at a minimum); further ones are anywhere in the box.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``: losses ``[B]``, or their mean as a 0-d tensor.
-        params: tree of floating tensors, the point w. Not written to.
+        params: tree of floating tensors, the point w.
         data: tensors, a Dataset, a DataLoader or a re-iterable of batches: see :func:`hvpkit.as_data`.
         epsilon: size of the box. Keskar et al. take 1e-3 and 5e-4, Iyer et al. 1e-4.
-        lr: the optimiser's rate. The width of the box is about ``2 epsilon``: in flat directions SGD at the default
-            rate does not reach its walls in 1,000 steps. Adam does in a few, at a rate of ``epsilon / 10``, say.
-        max_steps: of each ascent.
-        optimizer: ``"sgd"``, ``"adam"``, or a function that makes an optimiser of a list, as
+        lr: learning rate of the optimiser. The box is about ``2 epsilon`` wide: in flat directions SGD at the default
+            rate does not reach its faces in 1,000 steps; Adam at a rate of ``epsilon / 10`` does in about 20.
+        max_steps: the most steps of each ascent.
+        optimizer: ``"sgd"``, ``"adam"``, or a function that makes an optimiser from a list, as
             ``lambda z: torch.optim.SGD(z, lr=1e-3, momentum=0.9)``. The list holds one tensor, all coordinates
-            ``[n]`` or ``[p]``; ``lr`` is then the function's affair, and ``step()`` is called without a closure.
-        num_starts: ascents, from as many points; the best counts.
+            ``[n]`` or ``[p]``; ``lr`` is then not used, and ``step()`` is called without a closure.
+        num_starts: number of ascents from different points; the highest loss counts.
         subspace_dim: p, or None for the whole space. Keskar et al. take 100.
-        tol: an ascent ends where the gradient allows no rise by more than ``tol * (loss - loss(w))``.
-        seed: of starts and of the subspace.
+        tol: an ascent stops where the gradient allows no further rise by more than ``tol * (loss - loss(w))``.
+        seed: of the starts and the subspace.
         monitor: called with the :class:`Sharpness` so far after each evaluation.
 
     Raises:
         TypeError, ValueError: as :func:`hvpkit.grad`; an argument out of its range, named; an ``epsilon`` that
             the dtype of the parameters cannot resolve; a loss of -1 or less, where the measure is not defined.
-        NonFiniteError: the loss or its gradient is NaN or infinite somewhere on the way.
+        NonFiniteError: the loss or its gradient is NaN or infinite at an iterate.
 
     Cost:
-        At most ``1 + num_starts * (max_steps + 1)`` gradients over all data, 3 forward passes each, as
-        ``num_passes`` says. Gradients of minibatches would save little: the losses take a full pass each.
+        At most ``1 + num_starts * (max_steps + 1)`` gradients over all data, each about 3 forward passes;
+        ``num_passes`` counts them. Gradients of minibatches would save little, as each loss takes a full pass.
 
     Source:
         Keskar et al., ICLR 2017, arXiv:1609.04836; Iyer et al., JMLR 24(65), 2023, arXiv:2003.03977.
@@ -239,7 +239,7 @@ def keskar_sharpness(
     elif not callable(optimizer):
         raise TypeError(f"optimizer must be a name or a function of a list, got {type(optimizer).__name__}")
     with exact_derivatives(leaves[0].device):
-        check_loss(next(parts(loss_fn, layout, examples)), leaves)
+        check_loss(next(loss_shares(loss_fn, layout, examples)), leaves)
         box = _box(loss_fn, layout, examples, join(leaves), epsilon, subspace_dim, seed)
     base = best = box.at(torch.zeros_like(box.radius))
     if base.loss <= -1:
@@ -273,15 +273,15 @@ def _box(
         p = check_count("subspace_dim", subspace_dim, 1, n)
         basis = normal_vector(n * p, dtype=origin.dtype, device=origin.device, seed=seed).view(n, p)
         basis /= torch.linalg.vector_norm(basis, dim=0)
-        # of full rank, so "gels" will do; torch's default, gelsy, does not repeat its last digits
+        # full rank, so "gels" suffices; torch's default, gelsy, is not reproducible to the bit
         coordinates = torch.linalg.lstsq(basis, origin.unsqueeze(1), driver="gels").solution.squeeze(1)
     box = Box(loss_fn, layout, data, origin, basis, epsilon * (coordinates.abs() + 1))
     wanted = box.displacement(box.radius)
     lost = torch.linalg.vector_norm((origin + wanted) - origin - wanted, dtype=torch.float64)
     if lost > 0.01 * torch.linalg.vector_norm(wanted, dtype=torch.float64):
         raise ValueError(
-            f"epsilon must be larger for parameters of {origin.dtype}, or these of more digits (as by "
-            f"model.double()): a step of epsilon = {epsilon:g} is lost to rounding"
+            f"epsilon must be larger for parameters of {origin.dtype}, or the parameters of higher precision "
+            f"(model.double()): a step of epsilon = {epsilon:g} is lost to rounding"
         )
     return box
 
@@ -297,5 +297,5 @@ def _sharpness(base: Point, best: Point, tol: float, num_steps: int, num_passes:
 
 
 def _rounding(one: Point, other: Point) -> float:
-    """What rounding may make of the difference of two losses."""
+    """Bound the rounding error of the difference of two losses."""
     return 4 * torch.finfo(one.gradient.dtype).eps * max(abs(one.loss), abs(other.loss))

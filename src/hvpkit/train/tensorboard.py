@@ -1,4 +1,4 @@
-"""Measurements of a tracker as scalars, for TensorBoard and whatever else draws curves."""
+"""A tracker's measurements as scalars, for TensorBoard and other loggers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, Protocol
 
 
 class ScalarWriter(Protocol):
-    """What ``torch.utils.tensorboard.SummaryWriter`` is, as far as it is needed here."""
+    """The part of ``torch.utils.tensorboard.SummaryWriter`` that is used here."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a measurement under the names that they are logged by, all in the group ``spectrum``.
+    """Return the numbers of a measurement by their names in a log, all in the group ``spectrum``.
 
     Args:
         record: one of :attr:`hvpkit.train.SpectrumTracker.records`.
 
     Returns:
-        For both ends the value, the interval and the residual norm; passes over the data, and seconds. A bound that
-        is not known is infinite.
+        Value, interval and residual norm of both ends; passes over the data, and seconds. An unknown bound is
+        infinite.
 
     Example:
         >>> scalars({"step": 3, "largest": 2.5, "largest_kind": "exact", "passes": 12})
@@ -34,12 +34,12 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_scalars(writer: ScalarWriter, record: Mapping[str, Any]) -> None:
-    """Writes the :func:`scalars` of a measurement at its step.
+    """Write the :func:`scalars` of a measurement at its step.
 
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything with its ``add_scalar``.
-        record: one of :attr:`hvpkit.train.SpectrumTracker.records`: the last one while training, or each of them
-            after it.
+        record: one of :attr:`hvpkit.train.SpectrumTracker.records`: the last one during training, or each of
+            them afterwards.
 
     Example:
         >>> class Printer:

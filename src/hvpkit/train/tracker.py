@@ -1,17 +1,16 @@
-"""Both ends of the Hessian's spectrum along a training run."""
+"""Both ends of the Hessian's spectrum in the course of training."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count, check_positive
@@ -26,39 +25,39 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MakeObjective = Callable[[Any], tuple[LossFn, Tree]]
-"""From what a tracker is called with to a loss function and its parameters."""
+"""Makes a loss function and its parameters of a tracker's argument."""
 
 
 class SpectrumTracker:
-    """Both extreme eigenvalues of the full-data Hessian, every few calls in a training loop.
+    """A tracker of both extreme eigenvalues of the full-data Hessian, called in a training loop.
 
-    Every measurement starts from random vectors: those of the measurement before save no passes, as what they may lack
-    has to be excluded all the same. Nothing of the training is touched: not the parameters, nor ``.grad``,
-    ``train()/eval()`` or the global generator.
+    Every measurement starts from random vectors: eigenvectors of an earlier measurement save no passes, because
+    directions outside of them have to be excluded as well. The training is not changed: neither the parameters, nor
+    ``.grad``, ``train()/eval()`` or the global generator.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``, or an :class:`hvpkit.Objective`; the tracker is called with ``params``.
             For a module, which is trained in place, use :meth:`for_module`.
-        data: all examples that the Hessian is over, as of :func:`hvpkit.hessian`.
-        every: of how many calls one is measured, the first one among them; of steps, where calls give their ``step``.
+        data: all examples of the Hessian, as for :func:`hvpkit.hessian`.
+        every: measure at the first of every so many calls; of steps, if calls give their ``step``.
         tol: relative error of both eigenvalues.
-        method: of :func:`hvpkit.extreme_eigenvalues`.
-        max_matvecs: passes over the data for one measurement, at most; what was found by then is recorded.
-        time_limit: seconds for one measurement, likewise.
-        batch_size, wrt, mode: of :func:`hvpkit.hessian`.
-        seed: of random vectors and samples; the measurement at a step takes its own from it.
-        path: a file of JSON lines, one a measurement, written as soon as it is made. If it is there, the tracker goes
-            on after what it holds.
-        monitor: called while a solve runs, as of :func:`hvpkit.extreme_eigenvalues`.
+        method: as for :func:`hvpkit.extreme_eigenvalues`.
+        max_matvecs: the most passes over the data for a measurement; the values found by then are recorded.
+        time_limit: the most seconds for a measurement; the values found by then are recorded.
+        batch_size, wrt, mode: as for :func:`hvpkit.hessian`.
+        seed: of random vectors and samples; each measurement derives its own seed from it.
+        path: a file of JSON lines, one for each measurement, written at once. If it exists, the tracker continues
+            after the measurements in it.
+        monitor: called during a solve, as for :func:`hvpkit.extreme_eigenvalues`.
 
     Attributes:
-        results: pairs of a step and the result there, in order; of those read from a file the vectors are empty.
+        results: pairs of a step and its result, in order; results read from a file have empty vectors.
 
     Raises:
-        TypeError, ValueError: an argument of another type or out of its range, named; a file that no tracker wrote.
+        TypeError, ValueError: an argument of another type or out of its range, named; a file not written by a tracker.
 
     Cost:
-        Of a measurement what :func:`hvpkit.extreme_eigenvalues` costs.
+        A measurement costs one :func:`hvpkit.extreme_eigenvalues`.
 
     Example:
         >>> import torch
@@ -119,28 +118,28 @@ class SpectrumTracker:
     def for_module(
         cls, criterion: Callable[..., Tensor], data: object, *, batchnorm: str = "eval", **options: Any
     ) -> SpectrumTracker:
-        """A tracker that is called with a module, as it is then, its buffers with it.
+        """Make a tracker that is called with a module, whose parameters and buffers it takes at each call.
 
         Args:
-            criterion: as of :func:`hvpkit.from_module`.
-            batchnorm: likewise.
-            data: all examples, in batches ``(*inputs, targets)`` or dicts, as of :func:`hvpkit.from_module`.
-            options: all others of :class:`SpectrumTracker`.
+            criterion: as for :func:`hvpkit.from_module`.
+            batchnorm: as for :func:`hvpkit.from_module`.
+            data: all examples, in batches ``(*inputs, targets)`` or dicts, as for :func:`hvpkit.from_module`.
+            options: the other arguments of :class:`SpectrumTracker`.
         """
         tracker = cls(_unused, data, **options)
         tracker._objective = lambda model: from_module(model, criterion, batchnorm=batchnorm)
         return tracker
 
     def __call__(self, params: Any, *, step: int | None = None) -> ExtremeResult | None:
-        """Measures, if it is time to; returns the result, or None.
+        """Measure, if a measurement is due; return its result, or None.
 
         Args:
-            params: parameters as they are now, or the module.
-            step: of training; by default calls are counted. If training has gone back to a step that was measured
-                already, what was measured from there on is dropped.
+            params: the current parameters, or the module.
+            step: of training; by default calls are counted. If training has gone back to an earlier step, the
+                measurements from there on are dropped.
 
         Raises:
-            ValueError: another number of parameters than before; the rest as of :func:`hvpkit.hessian`.
+            ValueError: another number of parameters than before; also as :func:`hvpkit.hessian`.
         """
         step = self._num_calls if step is None else check_count("step", step, 0)
         self._num_calls = step + 1
@@ -163,11 +162,11 @@ class SpectrumTracker:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """One flat dict a measurement: the step, both values with intervals and residuals, passes, seconds, status."""
+        """One flat dict for each measurement: step, both values, intervals and residuals, passes, seconds, status."""
         return [{"step": step, **_flat(ex)} for step, ex in self.results]
 
     def to_frame(self) -> Any:
-        """The records as a ``pandas.DataFrame``.
+        """Return the records as a ``pandas.DataFrame``.
 
         Raises:
             ImportError: pandas is not installed.
@@ -176,19 +175,19 @@ class SpectrumTracker:
             from pandas import DataFrame
         except ImportError as error:
             raise ImportError(
-                "to_frame needs pandas: pip install pandas; records is the same as dicts"
+                "to_frame needs pandas: pip install pandas; records has the same as dicts"
             ) from error
         return DataFrame(self.records)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws both ends over training, with their intervals; needs ``hvpkit[plots]``."""
-        plots: Any = import_module("hvpkit.plots")  # by name: it is an extra
-        axes: Axes = plots.training(self.results, ax=ax)
-        return axes
+        """Draw both ends over training, with their intervals; needs ``hvpkit[plots]``."""
+        from hvpkit import plots  # matplotlib is an extra
+
+        return plots.training(self.results, ax=ax)
 
     def _write(self, path: Path) -> None:
         lines = [json.dumps({"step": step, **ex.to_dict()}) + "\n" for step, ex in self.results]
-        with written_whole(path) as draft:
+        with atomic_write(path) as draft:
             draft.write_text("".join(lines), encoding="utf-8")
 
     def _read(self, path: Path) -> None:
@@ -206,7 +205,7 @@ class SpectrumTracker:
 
 
 def _unused(_params: Tree, _batch: Any) -> Tensor:
-    """In the place of a loss function, where a module and a criterion make one for each call."""
+    """Stand in for a loss function where a module and a criterion make one at each call."""
     raise AssertionError
 
 

@@ -1,4 +1,4 @@
-"""A spectrum tracker as a callback of Hugging Face's ``Trainer``; needs ``transformers[torch]``."""
+"""A callback for Hugging Face's ``Trainer`` that tracks the spectrum; needs ``transformers[torch]``."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from hvpkit.train.tracker import SpectrumTracker
 
 
 class SpectrumCallback(TrainerCallback):
-    """Calls a tracker with the model before the first step and after every so many epochs or steps.
+    """A callback that calls a tracker before the first step and then every few epochs or steps.
 
-    The measurement goes through ``trainer.log``, under ``spectrum/...``: into the log history, which checkpoints hold,
-    and to all that the trainer reports to. Of several processes the first one measures; the others wait for it where
-    they next need it. So each has to hold the whole model, as with DDP, and not a shard. Under ``bf16`` or ``fp16`` the
-    Hessian is that of the weights as they are kept, in float32.
+    The measurement goes to ``trainer.log``, under ``spectrum/...``: into the log history, which checkpoints hold,
+    and to every service that the trainer reports to. With several processes, only the first one measures, and the
+    others wait for it at their next synchronisation. So each process has to hold the whole model, as with DDP, and not
+    a shard. Under ``bf16`` or ``fp16`` the Hessian is that of the weights as they are kept, in float32.
 
-    A run that is resumed goes on with the next measurement. Give the tracker a ``path``, and so does its record.
+    A resumed run continues with the next measurement; with a ``path``, so does the tracker's record.
 
     Args:
-        tracker: made by :meth:`~hvpkit.train.SpectrumTracker.for_module`. Its criterion gets what the model returns
-            without labels, mostly an object with ``logits``. Its ``every`` says after how many epochs or steps it
-            measures.
-        trainer: whose callback this is; pass the callback to its ``add_callback``.
-        per: ``"epoch"`` or ``"step"``: what its ``every`` and its records count. An epoch that was cut short counts.
+        tracker: made by :meth:`~hvpkit.train.SpectrumTracker.for_module`. Its criterion gets the model's output
+            for a batch without labels, usually an object with ``logits``. It measures every ``every`` epochs or steps.
+        trainer: the trainer; pass the callback to its ``add_callback``.
+        per: ``"epoch"`` or ``"step"``: the unit of ``every`` and of the records. An epoch that was cut short counts.
             Steps are those of the optimizer, as ``trainer.state.global_step`` counts them.
 
     Raises:
-        TypeError, ValueError: an argument that is none of these, named.
+        TypeError, ValueError: a wrong argument, named.
 
     Cost:
         That of :class:`~hvpkit.train.SpectrumTracker`.
@@ -75,11 +74,13 @@ class SpectrumCallback(TrainerCallback):
         if self.tracker(_in_full_precision(trainer.model), step=step) is not None:
             should_log = trainer.control.should_log
             trainer.log(scalars(self.tracker.records[-1]))
-            trainer.control.should_log = should_log  # log takes the loss for logged, which still is to be
+            trainer.control.should_log = (
+                should_log  # log() resets it, and the loss of this step is still to be logged
+            )
 
 
 def _in_full_precision(model: Any) -> Any:
-    """The same module without the autocast that accelerate lays over its ``forward``: too coarse for a Hessian."""
+    """Return the module without the autocast that accelerate adds to its ``forward``: too coarse for a Hessian."""
     if "_original_forward" not in vars(model) or unwrap(model.forward) is not unwrap(type(model).forward):
         return model
     plain = copy.copy(model)  # shares all tensors

@@ -1,4 +1,4 @@
-"""C1 and C2, the two small CIFAR networks of the papers on ABSA.
+"""C1 and C2, the two small networks for CIFAR in the papers on ABSA.
 
 Source: Yao, Gholami, Lei, Keutzer and Mahoney, Hessian-based Analysis of Large Batch Training and Robustness to
 Adversaries, NeurIPS 2018, arXiv 1802.08241; Yao, Gholami, Keutzer and Mahoney, Large Batch Size Training of Neural
@@ -12,20 +12,20 @@ from torch import nn
 
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count
-from hvpkit.zoo.perceptron import linear_layers
 from hvpkit.zoo.seeding import seeded
+from hvpkit.zoo.small_networks import linear_layers
 
 
 def c1(*, num_classes: int = 10, seed: Seed = 0) -> nn.Sequential:
-    """C1: two 5 x 5 convolutions of 64 channels, and linear layers of 384, 192 and ``num_classes``.
+    """Make C1: two 5 x 5 convolutions of 64 channels, and linear layers of 384, 192 and ``num_classes``.
 
     For images ``[B, 3, 32, 32]``. The convolutions keep the size (padding 2). Each is followed by ReLU, BatchNorm and
     3 x 3 max pooling with stride 2 (padding 1), so that 64 x 8 x 8 features reach the linear layers, which have ReLU
-    between them. 1,756,682 parameters for 10 classes. torch's default initialisation.
+    between them. 1,756,682 parameters for 10 classes. PyTorch's default initialisation.
 
     Args:
-        num_classes: how many outputs.
-        seed: of the initial parameters; the global random state stays as it is.
+        num_classes: number of outputs.
+        seed: of the initial parameters; the global random state is not changed.
 
     Raises:
         ValueError: ``num_classes`` is not positive.
@@ -50,16 +50,16 @@ def c1(*, num_classes: int = 10, seed: Seed = 0) -> nn.Sequential:
 
 
 def c2(*, num_classes: int = 10, seed: Seed = 0) -> nn.Sequential:
-    """C2: 3 x 3 convolutions of 64, 64, 128 and 128 channels, and linear layers of 256, 256 and ``num_classes``.
+    """Make C2: 3 x 3 convolutions of 64, 64, 128 and 128 channels, and linear layers of 256, 256 and ``num_classes``.
 
     For images ``[B, 3, 32, 32]``. The convolutions have no padding. Each is followed by ReLU and BatchNorm, the second
     and the fourth also by 2 x 2 max pooling, so that 128 x 5 x 5 features reach the linear layers, which have ReLU
     between them. The dropout layers that the published code defines and does not call are left out.
-    1,148,746 parameters for 10 classes. torch's default initialisation.
+    1,148,746 parameters for 10 classes. PyTorch's default initialisation.
 
     Args:
-        num_classes: how many outputs.
-        seed: of the initial parameters; the global random state stays as it is.
+        num_classes: number of outputs.
+        seed: of the initial parameters; the global random state is not changed.
 
     Raises:
         ValueError: ``num_classes`` is not positive.

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from the folders and archives in which they are published.
+"""CIFAR-10 and CIFAR-100, read from the folders and archives in which they are published.
 
 Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 """
@@ -26,8 +26,8 @@ PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
 @dataclass(frozen=True)
-class Form:
-    """One form in which a data set is published: an archive, the folder it unpacks to, the files there."""
+class Distribution:
+    """A published form of a data set: the archive, the folder it unpacks to, and the files there."""
 
     archive: str
     folder: str
@@ -38,11 +38,11 @@ class Form:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set, and the channels' means and standard deviations over its training images."""
+    """A data set, with the channels' means and standard deviations over its training images."""
 
     name: str
     num_classes: int
-    forms: tuple[Form, ...]
+    forms: tuple[Distribution, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -50,28 +50,27 @@ class DataSet:
 def cifar10(
     dir: str | os.PathLike[str], *, train: bool = True, normalize: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """CIFAR-10 from a folder: 50,000 training images or 10,000 test images in 10 classes.
+    """Read CIFAR-10 from a folder: 50,000 training images or 10,000 test images in 10 classes.
 
     Reads the folder ``cifar-10-batches-py`` or ``cifar-10-batches-bin``, or the archive ``cifar-10-python.tar.gz`` or
-    ``cifar-10-binary.tar.gz`` without unpacking it, the first of these that is there. Nothing is downloaded. Batches
-    with fewer images are read as they are. Pickles are read by :func:`~hvpkit.zoo.pickles.load_plain`, which runs no
-    code of theirs.
+    ``cifar-10-binary.tar.gz`` without unpacking it, the first of these that exists. Nothing is downloaded. Batches
+    may have fewer images. Pickles are read by :func:`~hvpkit.zoo.pickles.load_plain`, which runs no code in them.
 
     Args:
         dir: the folder of batches, the archive, or the folder that holds either.
-        train: the training images; if not, the test images.
+        train: read the training images; if False, the test images.
         normalize: subtract (0.4914, 0.4822, 0.4465) from the channels and divide them by
             (0.2470, 0.2435, 0.2616), their mean and standard deviation over the training images.
 
     Returns:
-        Images ``[N, 3, 32, 32]``, float32, in [0, 1] if not normalised, and their classes ``[N]``, int64.
+        Images ``[N, 3, 32, 32]``, float32, in [0, 1] unless normalised, and their classes ``[N]``, int64.
 
     Raises:
         FileNotFoundError: ``dir`` has none of these, or a folder without one of the batches.
-        ValueError: a file is cut short or corrupt, holds something else, or is a pickle that asks for code.
+        ValueError: a file is truncated or corrupt, holds something else, or is a pickle that asks for code.
 
     Cost:
-        614 MB for the training images, and 450 MB more while reading.
+        614 MB of memory for the training images, and 450 MB more while reading.
 
     Source:
         https://www.cs.toronto.edu/~kriz/cifar.html
@@ -91,14 +90,14 @@ def cifar10(
 def cifar100(
     dir: str | os.PathLike[str], *, train: bool = True, normalize: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """CIFAR-100 from a folder: 50,000 training images or 10,000 test images in 100 (fine) classes.
+    """Read CIFAR-100 from a folder: 50,000 training images or 10,000 test images in 100 (fine) classes.
 
     Reads ``cifar-100-python`` or ``cifar-100-binary``, or the archive ``cifar-100-python.tar.gz`` or
     ``cifar-100-binary.tar.gz``, as :func:`cifar10` reads its own.
 
     Args:
         dir: the folder with ``train`` and ``test``, the archive, or the folder that holds either.
-        train: the training images; if not, the test images.
+        train: read the training images; if False, the test images.
         normalize: subtract (0.5071, 0.4865, 0.4409) from the channels and divide them by
             (0.2673, 0.2564, 0.2762), their mean and standard deviation over the training images.
 
@@ -136,9 +135,9 @@ def _load(data_set: DataSet, place: Path, train: bool, normalize: bool) -> tuple
             rows.append(_checked_rows(images))
             classes.append(_checked_classes(labels, len(images), data_set.num_classes))
         except ValueError as error:
-            raise ValueError(f"dir: {path}: {error}; {_mend(form, path.parent)}") from error
+            raise ValueError(f"dir: {path}: {error}; {_remedy(form, path.parent)}") from error
     if not sum(map(len, rows)):
-        raise ValueError(f"dir: {path.parent} holds no images; {_mend(form, path.parent)}")
+        raise ValueError(f"dir: {path.parent} holds no images; {_remedy(form, path.parent)}")
     x = torch.from_numpy(np.concatenate(rows)).view(-1, 3, 32, 32).to(torch.float32).div_(255)
     if normalize:
         mean, std = torch.tensor([data_set.mean, data_set.std]).view(2, 3, 1, 1)
@@ -146,8 +145,8 @@ def _load(data_set: DataSet, place: Path, train: bool, normalize: bool) -> tuple
     return x, torch.from_numpy(np.concatenate(classes))
 
 
-def _read(data_set: DataSet, place: Path, train: bool) -> tuple[Form, dict[Path, bytes]]:
-    """The form that is there, and the content of its files."""
+def _read(data_set: DataSet, place: Path, train: bool) -> tuple[Distribution, dict[Path, bytes]]:
+    """Find the distribution that exists, and read its files."""
     for form in data_set.forms:
         for folder in (place, place / form.folder):
             if any((folder / name).is_file() for name in (*form.train, *form.test)):
@@ -163,15 +162,15 @@ def _read(data_set: DataSet, place: Path, train: bool) -> tuple[Form, dict[Path,
     )
 
 
-def _read_folder(form: Form, folder: Path, train: bool) -> dict[Path, bytes]:
+def _read_folder(form: Distribution, folder: Path, train: bool) -> dict[Path, bytes]:
     paths = [folder / name for name in (form.train if train else form.test)]
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"dir: {path} is missing; {_mend(form, folder)}")
+            raise FileNotFoundError(f"dir: {path} is missing; {_remedy(form, folder)}")
     return {path: path.read_bytes() for path in paths}
 
 
-def _read_archive(form: Form, archive: Path, train: bool) -> dict[Path, bytes]:
+def _read_archive(form: Distribution, archive: Path, train: bool) -> dict[Path, bytes]:
     wanted = form.train if train else form.test
     found: dict[str, bytes] = {}
     try:
@@ -181,19 +180,19 @@ def _read_archive(form: Form, archive: Path, train: bool) -> dict[Path, bytes]:
                     file, name = tar.extractfile(member), PurePosixPath(member.name).name
                     if file and name in wanted:
                         found[name] = file.read()
-            while stream.read(2**20):  # to the checksum at its end
+            while stream.read(2**20):  # so that the checksum at its end is verified
                 pass
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
-            f"dir: {archive} is cut short or corrupt ({error}); {_mend(form, archive)}"
+            f"dir: {archive} is truncated or corrupt ({error}); {_remedy(form, archive)}"
         ) from error
     for name in wanted:
         if name not in found:
-            raise ValueError(f"dir: {archive} holds no {name}; {_mend(form, archive)}")
+            raise ValueError(f"dir: {archive} holds no {name}; {_remedy(form, archive)}")
     return {archive / name: found[name] for name in wanted}
 
 
-def _mend(form: Form, broken: Path) -> str:
+def _remedy(form: Distribution, broken: Path) -> str:
     return f"replace {broken.absolute()} by a fresh copy, from {form.archive} at {PAGE}"
 
 
@@ -211,16 +210,16 @@ def _parse_pickle(raw: bytes, *, label_key: str) -> tuple[Any, Any]:
 def _parse_binary(raw: bytes, *, num_labels: int) -> tuple[Any, Any]:
     size = num_labels + 3072
     if not raw or len(raw) % size:
-        raise ValueError(f"its {len(raw)} bytes are no multiple of the {size} that an image takes")
+        raise ValueError(f"its {len(raw)} bytes are not a multiple of the {size} of an image")
     records = np.frombuffer(raw, np.uint8).reshape(-1, size)
     return records[:, num_labels:], records[:, num_labels - 1]  # the finest label comes last
 
 
 def _checked_rows(images: object) -> NDArray[np.uint8]:
-    """Images ``[N, 3072]``: red, green, blue, each row by row."""
+    """Return images ``[N, 3072]``: red, green, blue, each row by row."""
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (3072,):
         kind = f"{images.dtype}{[*images.shape]}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise ValueError(f"its images must be uint8[N, 3072], and are {kind}")
+        raise ValueError(f"its images must be uint8[N, 3072], got {kind}")
     return images
 
 
@@ -237,14 +236,14 @@ CIFAR10 = DataSet(
     "CIFAR-10",
     10,
     (
-        Form(
+        Distribution(
             "cifar-10-python.tar.gz",
             "cifar-10-batches-py",
             tuple(f"data_batch_{k}" for k in range(1, 6)),
             ("test_batch",),
             partial(_parse_pickle, label_key="labels"),
         ),
-        Form(
+        Distribution(
             "cifar-10-binary.tar.gz",
             "cifar-10-batches-bin",
             tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
@@ -260,14 +259,14 @@ CIFAR100 = DataSet(
     "CIFAR-100",
     100,
     (
-        Form(
+        Distribution(
             "cifar-100-python.tar.gz",
             "cifar-100-python",
             ("train",),
             ("test",),
             partial(_parse_pickle, label_key="fine_labels"),
         ),
-        Form(
+        Distribution(
             "cifar-100-binary.tar.gz",
             "cifar-100-binary",
             ("train.bin",),

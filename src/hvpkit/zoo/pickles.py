@@ -1,7 +1,7 @@
-"""Pickles of plain data, read without running what they may ask for.
+"""Pickles of plain data, read without running code in them.
 
-A pickle is a program: it can name any function of any module and call it. Here the few names that dicts, lists,
-bytes, numbers and arrays need are answered by functions that do no more than that, and every other one is refused.
+A pickle is a program: it can name any function of any module and call it. Here only the few names that dicts, lists,
+bytes, numbers and arrays need are allowed, with harmless stand-ins for them; every other name is refused.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 
 
 def load_plain(raw: bytes) -> Any:
-    """The dicts, lists, bytes, numbers and numpy arrays in a pickle; text of Python 2 comes as bytes.
+    """Return the dicts, lists, bytes, numbers and NumPy arrays in a pickle; Python 2 strings become bytes.
 
     Raises:
-        ValueError: the pickle is cut short or corrupt, or asks for anything else.
+        ValueError: the pickle is truncated or corrupt, or asks for anything else.
 
     Example:
         >>> load_plain(pickle.dumps({"classes": np.arange(3)}))
@@ -30,16 +30,16 @@ def load_plain(raw: bytes) -> Any:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Answers the names of plain data only."""
+    """An unpickler that knows the names of plain data only."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for ``module.name``, under NumPy 1's names or NumPy 2's."""
-        plain = {  # made anew each time, as a pickle can also set attributes of what it names
-            "numpy.ndarray": object,  # an argument only
+        """Return the stand-in for ``module.name``, under its NumPy 1 or NumPy 2 name."""
+        plain = {  # a new dict each time, as a pickle can set attributes of objects that it names
+            "numpy.ndarray": object,  # only passed as an argument
             "numpy.dtype": np.dtype,
             "numpy._core.multiarray._reconstruct": lambda *_: np.empty(
                 0
-            ),  # shape, dtype and content come later
+            ),  # shape, dtype and content are set later
             "numpy._core.numeric._frombuffer": lambda buffer, dtype, shape, order: np.frombuffer(
                 buffer, dtype
             ).reshape(shape, order=order),

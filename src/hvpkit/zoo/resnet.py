@@ -27,37 +27,36 @@ def cifar_resnet(
     num_classes: int = 10,
     seed: Seed = 0,
 ) -> ResNet:
-    r"""The ResNet of 6 n + 2 layers for CIFAR (section 4.2 of the paper): 20, 32, 38, 56.
+    r"""Make the ResNet of 6 n + 2 layers for CIFAR (section 4.2 of the paper): 20, 32, 38, 56.
 
     For images ``[B, 3, H, W]``, H = W = 32 in the paper. A 3 x 3 convolution, three stages of n blocks with 16, 32
     and 64 channels, of which the second and the third halve the image, the mean over the image, and a linear layer.
-    A block is two 3 x 3 convolutions, and adds its input to what they give.
+    A block adds its input to the output of two 3 x 3 convolutions.
 
     Parameters for 10 classes: 269,722 (20 layers), 464,154 (32), 561,370 (38), 853,018 (56). The paper says 0.27,
     0.46 and 0.85 million for 20, 32 and 56.
 
     Initialisation: convolutions normal with variance 2 / fan-out (He et al. 2015, arXiv 1502.01852), the linear
-    layer as torch has it. Without BatchNorm each block of a residual network adds to the variance of its input,
-    which would double it, 2^27 in 56 layers. There the second convolution of each of the L blocks is divided by
-    the square root of L, so that all blocks together multiply the variance by at most :math:`(1 + 1/L)^L < e`.
-    Convolutions have no bias, without BatchNorm too, as in PyHessian. With neither BatchNorm nor residual connections
-    the features of different images grow alike with depth (a correlation of 0.9 after 38 layers): by SGD with momentum,
-    20 layers train at a learning rate of 0.02 and not at 0.1, and 38 and 56 layers were still at chance after 160 and
-    260 steps of 32 images.
+    layer by PyTorch's default. Without BatchNorm each of the L residual blocks would double the variance, a factor of
+    2^27 in 56 layers. So the second convolution of each block is divided by the square root of L, and all blocks
+    together multiply the variance by at most :math:`(1 + 1/L)^L < e`. Convolutions have no bias, as in PyHessian, even
+    without BatchNorm. With neither BatchNorm nor residual connections the features of different images become more
+    correlated with depth (0.9 after 38 layers): by SGD with momentum, 20 layers train at a learning rate of 0.02 and
+    not at 0.1, and 38 and 56 layers were still at chance after 160 and 260 steps of 32 images.
 
     Args:
         depth: 6 n + 2.
-        batchnorm: whether each convolution is followed by BatchNorm.
-        residual: whether blocks add their input; without, the plain network of the paper.
-        shortcut: where a residual block changes the shape: ``"identity"``, option A of the paper, every second
+        batchnorm: put BatchNorm after each convolution.
+        residual: add the input of a block to its output; if False, the plain network of the paper.
+        shortcut: of a residual block that changes the shape: ``"identity"``, option A of the paper, every second
             pixel and zeros for the new channels, without parameters; ``"projection"``, option B, a 1 x 1 convolution,
-            which is what the PyHessian study uses (272,474 parameters for 20 layers).
+            as in the PyHessian study (272,474 parameters for 20 layers).
         width: channels of the first stage; 16 in the paper.
-        num_classes: how many outputs.
-        seed: of the initial parameters; the global random state stays as it is.
+        num_classes: number of outputs.
+        seed: of the initial parameters; the global random state is not changed.
 
     Raises:
-        ValueError: ``depth`` is not 6 n + 2, a count is not positive, ``shortcut`` is another word.
+        ValueError: ``depth`` is not 6 n + 2, a count is not positive, an unknown ``shortcut``.
 
     Source:
         arXiv 1512.03385, arXiv 1912.07145. The factor follows the analysis of Zhang, Dauphin and Ma, Fixup, ICLR
@@ -85,16 +84,16 @@ def cifar_resnet(
 
 
 def resnet18_cifar(*, width: int = 64, num_classes: int = 10, seed: Seed = 0) -> ResNet:
-    """ResNet-18 as it is used on CIFAR: the paper's four stages of two blocks behind a small first convolution.
+    """Make ResNet-18 as it is used on CIFAR: the paper's four stages of two blocks after a small first convolution.
 
-    For images ``[B, 3, H, W]``. ImageNet's first layers, a 7 x 7 convolution and pooling, are one 3 x 3 convolution
-    here; 64, 128, 256 and 512 channels, BatchNorm, projection shortcuts. 11,173,962 parameters for 10 classes.
-    Initialisation as :func:`cifar_resnet`.
+    For images ``[B, 3, H, W]``. The first layers for ImageNet, a 7 x 7 convolution and pooling, are replaced by a 3 x 3
+    convolution; 64, 128, 256 and 512 channels, BatchNorm, projection shortcuts. 11,173,962 parameters for 10 classes.
+    Initialisation as in :func:`cifar_resnet`.
 
     Args:
         width: channels of the first stage.
-        num_classes: how many outputs.
-        seed: of the initial parameters; the global random state stays as it is.
+        num_classes: number of outputs.
+        seed: of the initial parameters; the global random state is not changed.
 
     Raises:
         ValueError: a count is not positive.
@@ -155,7 +154,7 @@ class ResNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions, and the input added to them where there is a shortcut."""
+    """Two 3 x 3 convolutions, with the input added to their output if there is a shortcut."""
 
     def __init__(
         self, num_in: int, num_out: int, stride: int, shortcut: nn.Module | None, *, batchnorm: bool
@@ -173,14 +172,14 @@ class BasicBlock(nn.Module):
 def convolution(
     num_in: int, num_out: int, *, size: int = 3, stride: int = 1, batchnorm: bool
 ) -> nn.Sequential:
-    """A convolution without bias, by He's initialisation, and BatchNorm."""
+    """Make a convolution without bias, with He's initialisation, and BatchNorm after it."""
     conv = nn.Conv2d(num_in, num_out, size, stride, padding=size // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, nn.BatchNorm2d(num_out)) if batchnorm else nn.Sequential(conv)
 
 
 def make_shortcut(num_in: int, num_out: int, stride: int, projection: bool, batchnorm: bool) -> nn.Module:
-    """What takes a block's input past its convolutions."""
+    """Make the shortcut from a block's input to its output."""
     if num_in == num_out and stride == 1:
         return nn.Identity()
     if projection:
@@ -189,7 +188,7 @@ def make_shortcut(num_in: int, num_out: int, stride: int, projection: bool, batc
 
 
 class Subsample(nn.Module):
-    """Every ``stride``-th pixel, with zeros for new channels."""
+    """Every ``stride``-th pixel of the input, with zeros in new channels."""
 
     def __init__(self, num_new: int, stride: int) -> None:
         super().__init__()

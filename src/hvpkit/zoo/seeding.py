@@ -1,4 +1,4 @@
-"""Initial parameters by a seed, with the global random state left as it is."""
+"""Initial parameters from a seed, without a change of the global random state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hvpkit._utils.typing import Seed
 
 @contextmanager
 def seeded(seed: Seed) -> Iterator[None]:
-    """Inside, modules are made on the CPU, with initial parameters that are a function of ``seed`` alone.
+    """Make modules on the CPU with initial parameters that depend on ``seed`` alone, inside ``with``.
 
     Raises:
         TypeError: ``seed`` is neither an int nor a ``torch.Generator``.

@@ -1,7 +1,7 @@
-"""A small GPT and a small vision transformer, of the same blocks.
+"""A small GPT and a small vision transformer, made of the same blocks.
 
-Attention is ``scaled_dot_product_attention``. hvpkit's products choose its one backend with a second derivative; under
-a transform of your own wrap the call in ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
+Attention is ``scaled_dot_product_attention``. hvpkit's operators use its MATH backend, the only one with a second
+derivative. In your own second derivatives, call the network inside ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ def tiny_gpt(
     num_heads: int = 4,
     seed: Seed = 0,
 ) -> GPT:
-    r"""A GPT-2 of small size: from tokens ``[B, T]`` to scores of the next token ``[B, T, vocab_size]``.
+    r"""Make a small GPT-2: from tokens ``[B, T]`` to scores of the next token ``[B, T, vocab_size]``.
 
     Token and position embeddings, pre-norm blocks of causal attention and a perceptron of four times the width with
-    GELU, a last LayerNorm, and scores by the same matrix that embeds tokens. No dropout. With V tokens, context C,
+    GELU, a last LayerNorm, and scores by the matrix of the token embedding. No dropout. With V tokens, context C,
     width w and L layers, :math:`(V + C) w + L (12 w^2 + 13 w) + 2 w` parameters: 28,544 by default.
 
     Initialisation: matrices normal with standard deviation 0.02, the last ones of both branches of a block divided
     by the square root of 2 L, biases zero.
 
     Args:
-        vocab_size: how many tokens there are.
-        context: the longest sequence.
+        vocab_size: number of tokens.
+        context: the largest sequence length.
         width: of the embeddings.
-        num_layers: how many blocks.
+        num_layers: number of blocks.
         num_heads: attention heads; divides ``width``.
-        seed: of the initial parameters; the global random state stays as it is.
+        seed: of the initial parameters; the global random state is not changed.
 
     Raises:
         ValueError: a count is not positive, ``width`` is not a multiple of ``num_heads``. On call: a sequence longer
@@ -53,7 +53,7 @@ def tiny_gpt(
         >>> scores = tiny_gpt()(tokens)
         >>> scores.shape
         torch.Size([2, 5, 64])
-        >>> loss = F.cross_entropy(scores[:, :-1].mT, tokens[:, 1:])  # with classes second, as torch wants them
+        >>> loss = F.cross_entropy(scores[:, :-1].mT, tokens[:, 1:])  # torch expects classes second
     """
     check_count("vocab_size", vocab_size, 1)
     check_count("context", context, 1)
@@ -73,34 +73,34 @@ def tiny_vit(
     num_classes: int = 10,
     seed: Seed = 0,
 ) -> ViT:
-    r"""A vision transformer of small size, for images ``[B, channels, image_size, image_size]``.
+    r"""Make a small vision transformer for images ``[B, channels, image_size, image_size]``.
 
     Patches through a linear map, learned position embeddings, the blocks of :func:`tiny_gpt` without the causal
     mask, a last LayerNorm, the mean over patches, and a linear layer. No class token, no dropout. With P patches of
     D numbers, width w, L layers and K classes,
     :math:`(D + 1 + P) w + L (12 w^2 + 13 w) + 2 w + (w + 1) K` parameters: 119,098 by default.
-    Initialisation as :func:`tiny_gpt`.
+    Initialisation as in :func:`tiny_gpt`.
 
     Args:
         image_size: height and width of the images.
         channels: of the images.
         patch_size: height and width of a patch; divides ``image_size``.
         width: of the embeddings.
-        num_layers: how many blocks.
+        num_layers: number of blocks.
         num_heads: attention heads; divides ``width``.
-        num_classes: how many outputs.
-        seed: of the initial parameters; the global random state stays as it is.
+        num_classes: number of outputs.
+        seed: of the initial parameters; the global random state is not changed.
 
     Raises:
         ValueError: a count is not positive, ``image_size`` is not a multiple of ``patch_size`` or ``width`` of
             ``num_heads``.
 
     Source:
-        Dosovitskiy et al., ICLR 2021, arXiv 2010.11929; the mean in the place of a class token: Beyer, Zhai and
+        Dosovitskiy et al., ICLR 2021, arXiv 2010.11929; the mean instead of a class token: Beyer, Zhai and
         Kolesnikov, arXiv 2205.01580.
 
     Example:
-        >>> model = tiny_vit(image_size=8, channels=1, patch_size=2)  # for hvpkit.zoo.digits_problem
+        >>> model = tiny_vit(image_size=8, channels=1, patch_size=2)  # for hvpkit.zoo.digits()
         >>> model(torch.zeros(3, 1, 8, 8)).shape
         torch.Size([3, 10])
     """
@@ -124,7 +124,7 @@ def _check_blocks(width: int, num_layers: int, num_heads: int) -> None:
 
 
 class GPT(nn.Module):
-    """Embeddings, causal blocks, and scores by the matrix that embeds tokens."""
+    """Embeddings, causal blocks, and scores by the matrix of the token embedding."""
 
     def __init__(self, vocab_size: int, context: int, width: int, num_layers: int, num_heads: int) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class ViT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each added to its input and fed with the normed one."""
+    """Attention and a perceptron, each applied to its normalised input and added to it."""
 
     def __init__(self, width: int, num_heads: int, *, causal: bool) -> None:
         super().__init__()
@@ -207,9 +207,9 @@ class Attention(nn.Module):
 
 
 def _initialise(model: nn.Module, num_layers: int) -> None:
-    """GPT-2's initial parameters; LayerNorms are left as they are."""
+    """Set GPT-2's initial parameters; LayerNorms keep their own."""
     for name, parameter in model.named_parameters():
-        if name.endswith(("join.weight", "perceptron.2.weight")):  # the last of a branch
+        if name.endswith(("join.weight", "perceptron.2.weight")):  # the last layer of a branch
             nn.init.normal_(parameter, std=0.02 / (2 * num_layers) ** 0.5)
         elif parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.02)

@@ -1,4 +1,4 @@
-"""Checkpoints of models: tensors and plain data, never code."""
+"""Checkpoint files of models, read as tensors and plain data; code in them is never run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PREFIXES = ("module.", "_orig_mod.")
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """What a file of ``torch.save`` holds, on the CPU.
+    """Return the content of a file written by ``torch.save``, on the CPU.
 
     Raises:
-        ValueError: the file cannot be read, or asks for code to be run.
+        ValueError: the file cannot be read, or would run code.
         OSError: there is no such file.
     """
     if not Path(path).is_file():
@@ -40,13 +40,13 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Gives a model the parameters and buffers of a checkpoint.
+    """Load the parameters and buffers of a checkpoint into a model.
 
-    The file holds a ``state_dict()``, plain or under ``"state_dict"`` or ``"model"``, its names also as
-    ``DataParallel`` and ``torch.compile`` begin them.
+    The file holds a ``state_dict()``, alone or under ``"state_dict"`` or ``"model"``. The prefixes of names that
+    ``DataParallel`` and ``torch.compile`` add are removed.
 
     Raises:
-        ValueError: other names or shapes than the model's, named; :func:`load`.
+        ValueError: names or shapes differ from the model's; the message lists them. Also as :func:`load`.
     """
     content = load(path)
     for key in WRAPPERS:
@@ -60,7 +60,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if content and all(name.startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): item for name, item in content.items()}
     own = model.state_dict()
-    wrong = [
+    differences = [
         ("is missing", [name for name in own if name not in content]),
         ("is unexpected", [name for name in content if name not in own]),
         (
@@ -72,7 +72,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
             ],
         ),
     ]
-    found = [f"{what}: {', '.join(names[:5])}{_more(len(names) - 5)}" for what, names in wrong if names]
+    found = [f"{kind}: {', '.join(names[:5])}{_more(len(names) - 5)}" for kind, names in differences if names]
     if found:
         raise ValueError(f"checkpoint: {path} is not of this model; {'; '.join(found)}. Is --arch right?")
     model.load_state_dict(content)

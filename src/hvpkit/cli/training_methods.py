@@ -1,4 +1,4 @@
-"""Training of a classifier, an epoch at a time, so that it goes on from any of them to the same bits."""
+"""Training of a classifier by one of four methods, epoch by epoch; a run continues from any epoch to the same bits."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from hvpkit.errors import NonFiniteError
 from hvpkit.train import AbsaEpoch, AbsaResult, AbsaState, AdaHessian, KneeLR, absa, absa_init
 
 LR = {"sgd": 0.1, "knee": 0.1, "adahessian": 0.15, "absa": 0.1}
-"""Each method's learning rate, where none is given."""
+"""Default learning rate of each method: AdaHessian's published one; for the others chosen by feel."""
 
 MOMENTUM = 0.9
+"""Of SGD, under every schedule; the usual value."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train.
+    """A training method and its options.
 
     Attributes:
         method: ``"sgd"`` with momentum, ``"knee"`` (the same under the Knee schedule, half of it at the peak),
             ``"adahessian"`` or ``"absa"``.
-        epochs: in all; ABSA's adversarial examples end after half of them.
-        lr: learning rate, at its peak.
-        batch_size: ABSA's first one.
-        weight_decay: decoupled for AdaHessian.
-        lr_decay: factor of the learning rate after each of ``lr_decay_epochs``.
-        lr_decay_epochs: not for the Knee schedule.
-        seed: of the order of examples, and of what a method draws.
+        epochs: in total; ABSA uses adversarial examples in the first half of them.
+        lr: learning rate; its peak for the Knee schedule.
+        batch_size: for ABSA that of the first epoch.
+        weight_decay: as a penalty on the loss; decoupled for AdaHessian.
+        lr_decay: factor on the learning rate after each of ``lr_decay_epochs``.
+        lr_decay_epochs: counted from 1; none for the Knee schedule.
+        seed: of the order of examples, and of the method's random numbers.
     """
 
     method: str
@@ -63,11 +64,15 @@ class Plan:
 
 
 State = dict[str, Any]
-"""What training goes on from: tensors and plain data."""
+"""A checkpoint of the training: tensors and plain data."""
 
 
-def train(model: nn.Module, data: tuple[Tensor, Tensor], plan: Plan, saved: State | None) -> Iterator[State]:
-    """Trains a model in place; gives, at the start and after each epoch, what a later call can go on from as ``saved``.
+def train_epochs(
+    model: nn.Module, data: tuple[Tensor, Tensor], plan: Plan, saved: State | None
+) -> Iterator[State]:
+    """Train a model in place, and yield a checkpoint at the start and after each epoch.
+
+    A later call continues from a checkpoint that it gets as ``saved``.
 
     Raises:
         NonFiniteError: the training diverged.
@@ -91,18 +96,18 @@ def _with_optimizer(
     for epoch in range(saved["epoch"] + 1, plan.epochs + 1):
         model.train()
         total = torch.zeros((), dtype=torch.float64, device=x.device)
-        # as even as can be: no batch is too small for BatchNorm
-        for chosen in torch.randperm(len(x), generator=generator(plan.seed, epoch)).tensor_split(num_steps):
-            chosen = chosen.to(x.device)
+        # batches of nearly equal size: none is too small for BatchNorm
+        for indices in torch.randperm(len(x), generator=generator(plan.seed, epoch)).tensor_split(num_steps):
+            indices = indices.to(x.device)
             optimizer.zero_grad()
-            value = F.cross_entropy(model(x[chosen]), y[chosen])
+            value = F.cross_entropy(model(x[indices]), y[indices])
             with warnings.catch_warnings():
-                # of the cycle that AdaHessian's step breaks
+                # torch warns of a reference cycle, which AdaHessian's step breaks
                 warnings.filterwarnings("ignore", "Using backward", UserWarning)
                 value.backward(create_graph=getattr(optimizer, "needs_graph", False))
             optimizer.step()
             scheduler.step()
-            total += value.detach() * len(chosen)
+            total += value.detach() * len(indices)
         losses.append(float(total) / len(x))
         if not all(bool(p.isfinite().all()) for p in model.parameters()) or not math.isfinite(losses[-1]):
             raise NonFiniteError(
@@ -118,7 +123,7 @@ def _with_optimizer(
 
 
 def _optimizer(model: nn.Module, plan: Plan, num_steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """The optimiser, and a schedule of its steps, ``num_steps`` an epoch."""
+    """Make the optimiser and its schedule, for ``num_steps`` steps an epoch."""
     optimizer: torch.optim.Optimizer
     if plan.method == "adahessian":
         optimizer = AdaHessian(model.parameters(), plan.lr, weight_decay=plan.weight_decay, seed=plan.seed)
@@ -173,9 +178,9 @@ def _resumed(params: dict[str, Tensor], rest: State) -> AbsaResult:
 
 
 def estimate_statistics(model: nn.Module, x: Tensor, batch_size: int = 256) -> None:
-    """Sets the running statistics of BatchNorm to their mean over batches of ``x``, by one forward pass.
+    """Set BatchNorm's running statistics to their mean over batches of ``x``, by one pass.
 
-    ABSA trains on the statistics of batches and leaves running ones as they were.
+    ABSA trains with the statistics of batches and does not update the running ones.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]

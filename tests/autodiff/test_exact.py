@@ -7,9 +7,9 @@ import torch
 from torch.backends import cudnn, mkldnn
 
 import hvpkit as hk
-from hvpkit.autodiff.precision import KINDS, full_float32
+from hvpkit.autodiff.exact import FLOAT32_BACKENDS, full_float32
 
-ALL = [kind for kinds in KINDS.values() for kind in kinds]
+ALL = [kind for kinds in FLOAT32_BACKENDS.values() for kind in kinds]
 
 
 def read(setting: Callable[[], object]) -> object:
@@ -58,7 +58,7 @@ CALLERS: dict[str, Callable[[], None]] = {
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
+def _settings_are_restored() -> Iterator[None]:
     before = settings()
     yield
     torch.backends.fp32_precision = "none"
@@ -66,19 +66,19 @@ def _as_it_was() -> Iterator[None]:
     cudnn.allow_tf32 = True
     for kind in ALL:
         kind.fp32_precision = "none"
-    for kind in KINDS["cuda"][1:]:
+    for kind in FLOAT32_BACKENDS["cuda"][1:]:
         kind.fp32_precision = "tf32"
     assert settings() == before
 
 
 @pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize("device", ["cuda", "cpu", "meta"])
-def test_float32_is_whole_inside_and_the_callers_after(caller: str, device: str) -> None:
+def test_float32_is_full_inside_and_the_callers_settings_are_restored(caller: str, device: str) -> None:
     CALLERS[caller]()
     before = settings()
     for _ in range(2):
         with full_float32(torch.device(device)):
-            assert {kind.fp32_precision for kind in KINDS.get(device, ())} <= {"none", "ieee"}
+            assert {kind.fp32_precision for kind in FLOAT32_BACKENDS.get(device, ())} <= {"none", "ieee"}
         assert settings() == before
     with pytest.raises(KeyError), full_float32(torch.device(device)):
         raise KeyError

@@ -1,4 +1,4 @@
-"""Targets: what a command line names a problem by."""
+"""Problems of the user's: a function in a file or module that returns a loss, parameters and data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from hvpkit.autodiff.pytree import flatten, unflatten
-from hvpkit.cli.networks import NAMES
+from hvpkit.cli.builtin_problems import NAMES
 
 FORMS = f"{' or '.join(NAMES)}, file.py:function, or package.module:function"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A loss, the point and the data, and what they are called."""
+    """A loss, the parameters and the data, and a title for them."""
 
     title: str
     loss_fn: Callable[..., Any]
@@ -32,15 +32,15 @@ class Target:
 
 
 def load_target(text: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> Target:
-    """The problem that a function of the user's returns, as ``(loss_fn, params, data)``.
+    """Call a function of the user's, which returns ``(loss_fn, params, data)``.
 
     Args:
-        text: ``file.py:function`` or ``package.module:function``; modules are also looked for in the working folder.
-        device: where parameters, and data of tensors, are moved; None: they stay.
-        dtype: of what floats of theirs become; None: as they are.
+        text: ``file.py:function`` or ``package.module:function``; modules are also searched for in the working folder.
+        device: to move parameters, and tensors in the data, to; None: they stay.
+        dtype: to convert their floating tensors to; None: they stay.
 
     Raises:
-        ValueError: no such file, module or function, or another return.
+        ValueError: no such file, module or function, or it returns something else.
     """
     place, _, name = text.rpartition(":")
     if not place or not name:
@@ -48,22 +48,22 @@ def load_target(text: str, *, device: str | None = None, dtype: torch.dtype | No
     module = _from_file(Path(place)) if place.endswith(".py") else _from_package(place)
     function = getattr(module, name, None)
     if not callable(function):
-        there = [key for key, item in vars(module).items() if callable(item) and not key.startswith("_")]
-        raise ValueError(f"TARGET: {place} has no function {name}; it has {', '.join(there) or 'none'}")
+        functions = [key for key, item in vars(module).items() if callable(item) and not key.startswith("_")]
+        raise ValueError(f"TARGET: {place} has no function {name}; it has {', '.join(functions) or 'none'}")
     found = function()
     if not isinstance(found, tuple) or len(found) != 3 or not callable(found[0]):
         shape = f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
         raise ValueError(f"TARGET: {text} must return (loss_fn, params, data), got {shape}")
     loss_fn, params, data = found
     leaves, spec = flatten(params)
-    params = unflatten([_moved(leaf, device, dtype) for leaf in leaves], spec)
+    params = unflatten([_converted(leaf, device, dtype) for leaf in leaves], spec)
     if isinstance(data, Tensor | tuple | Mapping):
         leaves, spec = flatten(data, name="data")
-        data = unflatten([_moved(leaf, device, dtype) for leaf in leaves], spec)
+        data = unflatten([_converted(leaf, device, dtype) for leaf in leaves], spec)
     return Target(text, loss_fn, params, data)
 
 
-def _moved(tensor: Tensor, device: str | None, dtype: torch.dtype | None) -> Tensor:
+def _converted(tensor: Tensor, device: str | None, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
@@ -73,16 +73,16 @@ def _from_file(path: Path) -> ModuleType:
     name = f"hvpkit_target_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"TARGET: {path} is not a file of Python")
+        raise ValueError(f"TARGET: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles in it look it up
-    with _importing(path.resolve().parent):
+    sys.modules[name] = module  # dataclasses and pickles defined in it look it up there
+    with _import_path(path.resolve().parent):
         spec.loader.exec_module(module)
     return module
 
 
 def _from_package(name: str) -> ModuleType:
-    with _importing(Path.cwd()):
+    with _import_path(Path.cwd()):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -92,8 +92,8 @@ def _from_package(name: str) -> ModuleType:
 
 
 @contextmanager
-def _importing(folder: Path) -> Iterator[None]:
-    """Modules in a folder can be imported inside."""
+def _import_path(folder: Path) -> Iterator[None]:
+    """Put a folder on the import path, inside ``with``."""
     sys.path.insert(0, str(folder))
     try:
         yield

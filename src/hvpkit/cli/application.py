@@ -15,17 +15,18 @@ import torch
 import typer
 
 import hvpkit
-from hvpkit.cli.output import Aside, say
+from hvpkit.cli.output import DivertedStdout, print_message
 from hvpkit.errors import NonFiniteError
 
 EXIT_CODES = (
     "Exit codes: 0 converged or done; 1 not converged (a limit, NaN or infinity, a failed check); 2 wrong usage or a "
     "target that cannot be used; 130 interrupted."
 )
-REFUSED = (ValueError, TypeError, OSError, ImportError, SyntaxError, RuntimeError, ArithmeticError)
-"""What stands for bad input; any other error that no target raised is a defect, and shows its traceback."""
+INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError, SyntaxError, RuntimeError, ArithmeticError)
+"""Errors that bad input causes. Any other that was not raised in the user's code is a defect: it shows a traceback."""
 
-INSTALLED = tuple(Path(module.__file__ or "").parent for module in (torch, hvpkit, typer))
+LIBRARY_FOLDERS = tuple(Path(module.__file__ or "").parent for module in (torch, hvpkit, typer))
+"""Where the code is that is not the user's, beside site-packages and the standard library."""
 
 app = typer.Typer(
     add_completion=False,
@@ -36,25 +37,26 @@ app = typer.Typer(
 
 
 def command(*examples: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
-    """Makes a function a command of its name; it returns whether all went well.
+    """Register a function as the command of its name.
 
-    Its parameters are options as typer knows them, or dataclasses of options.
+    The function returns True for the exit code 0 and False for 1. Its parameters are options as typer knows them, or
+    dataclasses whose fields are options.
 
     Args:
-        examples: command lines that its help shows.
+        examples: command lines for the command's help.
     """
 
     def register(function: Callable[..., bool]) -> Callable[..., bool]:
         shown = "\n".join(f"  {example}" for example in examples)
         text = f"{inspect.getdoc(function)}\n\n\b\nExamples:\n{shown}\n\n{EXIT_CODES}"
-        app.command(name=function.__name__, help=text)(_guarded(_spread(function)))
+        app.command(name=function.__name__, help=text)(_with_exit_code(_with_flat_options(function)))
         return function
 
     return register
 
 
-def _spread(function: Callable[..., bool]) -> Callable[..., bool]:
-    """The function with each dataclass among its parameters spread into that one's fields."""
+def _with_flat_options(function: Callable[..., bool]) -> Callable[..., bool]:
+    """Replace each dataclass among a function's parameters by the fields of that dataclass."""
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, type[Any]] = {
         name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)
@@ -68,67 +70,67 @@ def _spread(function: Callable[..., bool]) -> Callable[..., bool]:
         for own in inspect.signature(groups[name]).parameters.values():
             parameters.append(own.replace(kind=own.KEYWORD_ONLY, annotation=inner[own.name]))
 
-    def spread(**values: Any) -> bool:
-        made: dict[str, Any] = {
+    def flat(**values: Any) -> bool:
+        options: dict[str, Any] = {
             name: group(**{field.name: values.pop(field.name) for field in fields(group)})
             for name, group in groups.items()
         }
-        return function(**made, **values)
+        return function(**options, **values)
 
-    _describe(spread, inspect.Signature(parameters))
-    return spread
+    _set_signature(flat, inspect.Signature(parameters))
+    return flat
 
 
-def _guarded(function: Callable[..., bool]) -> Callable[..., None]:
-    """The function ending in an exit code, with one line on standard error for what went wrong."""
+def _with_exit_code(function: Callable[..., bool]) -> Callable[..., None]:
+    """End a function in an exit code, with one line on standard error if something went wrong."""
 
-    def guarded(**values: Any) -> None:
+    def ending(**values: Any) -> None:
         # a target may print: with --json that must not reach standard output
-        quiet: AbstractContextManager[Any] = (
-            redirect_stdout(Aside(sys.stdout)) if values.get("json") else nullcontext()
+        output: AbstractContextManager[Any] = (
+            redirect_stdout(DivertedStdout(sys.stdout)) if values.get("json") else nullcontext()
         )
         try:
-            with quiet:
-                well = function(**values)
+            with output:
+                done = function(**values)
         except BrokenPipeError:
-            raise  # nobody reads on: click ends it quietly
+            raise  # nobody reads the output any more: click ends the program quietly
         except KeyboardInterrupt:
-            say("interrupted")
+            print_message("interrupted")
             raise typer.Exit(130) from None
         except NonFiniteError as error:
-            say(str(error))
+            print_message(str(error))
             raise typer.Exit(1) from None
         except Exception as error:
-            place = where(error)
-            if not place and not isinstance(error, REFUSED):
+            place = user_code_location(error)
+            if not place and not isinstance(error, INPUT_ERRORS):
                 raise
-            say(f"{_in_words(error)}{place}")
+            print_message(f"{_one_line(error)}{place}")
             raise typer.Exit(2) from None
-        raise typer.Exit(0 if well else 1)
+        raise typer.Exit(0 if done else 1)
 
-    _describe(guarded, inspect.signature(function))
-    return guarded
+    _set_signature(ending, inspect.signature(function))
+    return ending
 
 
-def _describe(function: Callable[..., Any], signature: inspect.Signature) -> None:
-    """Gives a function the signature that typer is to read."""
+def _set_signature(function: Callable[..., Any], signature: inspect.Signature) -> None:
+    """Give a function the signature that typer is to read."""
     function.__signature__ = signature  # type: ignore[attr-defined]
     function.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
 
 
-def _in_words(error: Exception) -> str:
-    """The error on one line; of which type where the message may not say enough."""
+def _one_line(error: BaseException) -> str:
+    """Return an error's message on one line, with the error's type where the message alone may say too little."""
     text = " ".join(str(error).split())
     plain = type(error) in (ValueError, TypeError, ImportError, FileNotFoundError) and text
     return text if plain else f"{type(error).__name__}: {text}"
 
 
-def where(error: BaseException) -> str:
-    """The innermost line of the user's own code that an error passed through; empty if there is none."""
+def user_code_location(error: BaseException) -> str:
+    """Return the innermost line of the user's own code in an error's traceback; empty if there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        foreign = "site-packages" in path.parts or frame.filename.startswith("<")
-        standard = path.is_relative_to(Path(inspect.__file__).parent) and not foreign
-        if not (foreign or standard or any(path.is_relative_to(folder) for folder in INSTALLED)):
+        installed = "site-packages" in path.parts or frame.filename.startswith("<")
+        standard = path.is_relative_to(Path(inspect.__file__).parent) and not installed
+        if not (installed or standard or any(path.is_relative_to(folder) for folder in LIBRARY_FOLDERS)):
             return f" ({frame.filename}:{frame.lineno}, in {frame.name}: {frame.line})"
     return ""

@@ -1,4 +1,4 @@
-"""The built-in problems: networks by the names of their architectures, and their data."""
+"""The built-in problems, ``digits`` and ``cifar10``: networks by name, and their data."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hvpkit.zoo import c1, c2, cifar10, cifar_resnet, digits, digits_cnn, resnet
 NAMES = ("digits", "cifar10")
 SINGLE: dict[str, Callable[..., nn.Module]] = {"c1": c1, "c2": c2, "resnet18": resnet18_cifar}
 ARCHITECTURES = (
-    "of cifar10: c1, c2, resnet18, or resnet20, resnet32, resnet38, resnet56 (any 6 n + 2), also without BatchNorm or "
-    "residual connections: resnet20-nobn, resnet20-nores, resnet20-nobn-nores"
+    "c1, c2, resnet18, or resnet20, resnet32, resnet38, resnet56 (any depth 6 n + 2); with -nobn without BatchNorm, "
+    "with -nores without residual connections, as resnet20-nobn-nores"
 )
 
 
 @dataclass(frozen=True)
 class Classification:
-    """A network, and the images and classes that it is for."""
+    """A network, its images and their classes."""
 
     title: str
     model: nn.Module
@@ -30,7 +30,7 @@ class Classification:
 
 
 def network(arch: str, *, seed: int) -> nn.Module:
-    """A network for CIFAR-10.
+    """Make a network for CIFAR-10 by its name.
 
     Raises:
         ValueError: no such architecture.
@@ -43,7 +43,7 @@ def network(arch: str, *, seed: int) -> nn.Module:
         return SINGLE[arch](seed=seed)
     found = re.fullmatch(r"resnet(\d+)(-nobn)?(-nores)?", arch)
     if found is None:
-        raise ValueError(f"arch must be one {ARCHITECTURES}; got {arch}")
+        raise ValueError(f"arch must be one of {ARCHITECTURES}; got {arch}")
     depth, plain, straight = found.groups()
     return cifar_resnet(int(depth), batchnorm=not plain, residual=not straight, seed=seed)
 
@@ -58,22 +58,22 @@ def builtin(
     device: str,
     dtype: torch.dtype,
 ) -> Classification:
-    """A built-in problem with a network by its seed, not trained.
+    """Load a built-in problem with a network that is not trained.
 
-    CIFAR-10 is normalised by its channels' means and standard deviations.
+    The channels of CIFAR-10 are normalised by their means and standard deviations.
 
     Args:
         name: ``"digits"`` or ``"cifar10"``.
-        arch: of cifar10; digits have their own network.
-        data_dir: where CIFAR-10 is.
-        num_examples: so many of the first examples; None: all.
+        arch: architecture, for cifar10 only.
+        data_dir: folder of CIFAR-10.
+        num_examples: use only the first ones; None: all.
         seed: of the initial parameters.
-        device: of network and images.
-        dtype: likewise.
+        device: of the network and the images.
+        dtype: of the network and the images.
 
     Raises:
         ValueError: an argument that is wrong or missing, named.
-        FileNotFoundError: no CIFAR-10 there.
+        FileNotFoundError: CIFAR-10 is not in ``data_dir``.
     """
     if name == "cifar10":
         if data_dir is None:
