@@ -79,9 +79,9 @@ COVERED = {
     ),
     "DDP-wrapped modules": (
         "test_known_defects.py::test_a_distributed_module_is_taken_out_of_its_wrapper",
-        "test_objective.py::test_wrapped_modules_are_taken_out_of_their_wrappers",
+        "test_objective.py::test_wrapped_modules_are_unwrapped",
     ),
-    "compiled modules": ("test_objective.py::test_compiled_modules_inside_a_module_are_taken_out_too",),
+    "compiled modules": ("test_objective.py::test_compiled_submodules_are_unwrapped",),
     "unused parameters": ("curvature/test_functional.py::test_unused_parameters_have_zeros",),
     "state_dict() as parameters": (
         "test_known_defects.py::test_a_state_dict_with_buffers_or_copies_is_refused",

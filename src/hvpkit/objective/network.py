@@ -72,7 +72,7 @@ class Network:
         values = self.values(params)
         with ExitStack() as stack:
             if not torch.compiler.is_compiling():
-                replaced = {id(self.tensors[name]): value for name, value in values.items()}
+                replaced = {id(t): values[name] for name, t in self.tensors.items() if name in values}
                 stack.enter_context(attributes_restored(self.module))
                 stack.enter_context(ParameterAccess(replaced, self.originals, BESIDE_COPY))
             stack.enter_context(self.dropouts(batch))
