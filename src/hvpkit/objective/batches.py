@@ -1,4 +1,4 @@
-"""What of a batch goes to the model and what to the criterion."""
+"""Split a batch into the inputs of a model and the targets of a criterion."""
 
 from __future__ import annotations
 

@@ -47,12 +47,12 @@ class Criterion:
 
     @property
     def is_custom(self) -> bool:
-        """Whether its reduction has to be compared with its single losses, as it is not one of torch's own."""
+        """True if its reduction must be compared with its single losses, as it is not one of torch's own."""
         return self.reduction is not None and not self.is_torch
 
     @property
     def takes_classes(self) -> bool:
-        """Whether its targets are classes, so that they cannot be the inputs."""
+        """True if its targets are classes, so that they cannot be the inputs."""
         return _function(self.original) in _OF_CLASSES
 
     def takes_more_than(self, targets: Sequence[Any]) -> bool:

@@ -52,7 +52,7 @@ from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, select
 from hvpkit.solvers.common.request import Request
 from hvpkit.solvers.driver import Assessment, Limits
 from hvpkit.solvers.krylov import krylov_space
-from hvpkit.solvers.lanczos import rough_vectors
+from hvpkit.solvers.rough_start import rough_vectors
 
 MAX_START_STEPS, START_SHARE = 80, 0.5
 """Lanczos steps on the first level for the first vectors, at most, and their share of the budget, at most. Chosen by

@@ -46,14 +46,14 @@ class Entry(Protocol):
 
 
 class State(Protocol):
-    """What the loop needs of a state: the full-data matvecs spent so far."""
+    """The requirement on a state: the full-data matvecs spent so far."""
 
     @property
     def num_matvecs(self) -> float: ...
 
 
 class Result(Protocol):
-    """What the loop completes of a result: a dataclass with ``history``, ``seconds`` and the fields below."""
+    """The requirement on a result: a dataclass with ``history``, ``seconds`` and the fields below."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
@@ -144,7 +144,7 @@ class Solver(Protocol[S, R_co]):
 
     @property
     def limits(self) -> Limits:
-        """What may be spent."""
+        """The budget."""
 
     @property
     def step_cost(self) -> float:

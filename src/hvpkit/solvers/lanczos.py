@@ -47,7 +47,6 @@ from hvpkit.solvers.driver import (
     Monitor,
     assessment_interval,
     full_precision,
-    iterate,
     run,
 )
 from hvpkit.solvers.krylov import KrylovState
@@ -69,9 +68,6 @@ HIDDEN_BEYOND = 2.0
 HIDDEN_PROBABILITY, HIDDEN_PROBABILITY_EARLY = 0.3, 0.05
 """Probability of a hidden eigenvalue below which a solve may stop; the second one before ``MIN_STEPS``. With 0.1 for
 0.3 a solve takes 14 % more matvecs and a third fewer values are off by more than tol; without any, 17 of 138 were."""
-
-ROUGH_TOL = 0.05
-"""Relative error of the values of :func:`rough_vectors`. Chosen by feel."""
 
 
 @dataclass(frozen=True)
@@ -426,24 +422,3 @@ def lanczos(
             checkpoint, solver.identity(), krylov.trim, lambda state: krylov.verify(op, state)
         )
     return run(solver, monitor=monitor, checkpoint=file)
-
-
-def rough_vectors(
-    op: LinearOperator, k: int, which: str, *, v0: Tensor | None, num_steps: int, seed: int
-) -> tuple[LanczosState, Tensor]:
-    """Return a state after a rough solve, and rough Ritz vectors as rows ``[k, n]``, to start another solver from.
-
-    The error bounds are at most ``ROUGH_TOL * |value|`` and the probability that an eigenvalue hides is at most
-    ``HIDDEN_PROBABILITY_EARLY``, unless ``num_steps`` end it before. No matvec verifies them; NaN if a matvec was not
-    finite.
-    """
-    num_steps = max(num_steps, k)
-    limits = Limits(num_steps * op.cost, None, reserve=0.0, minimum=k * op.cost)
-    request = Request(k, which, ROUGH_TOL, v0, limits, seed)
-    # a basis that is never full
-    solver = Lanczos(op, request, num_steps + 1, hidden_probability=HIDDEN_PROBABILITY_EARLY)
-    ended = iterate(solver)
-    state, (pairs, _) = ended.state, krylov.project(op, ended.state)
-    coefficients = pairs.vectors[:, select(pairs.values, k, which)]
-    rows = coefficients.mT.to(state.basis) @ state.basis[: state.num_multiplied]
-    return state, rows * math.nan if ended.status is Status.NON_FINITE else rows
