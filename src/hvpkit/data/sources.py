@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
 
 from hvpkit._utils.typing import Batch
 from hvpkit._utils.validation import check_count
@@ -119,7 +119,7 @@ class DatasetBatches:
 def loader_options(like: DataLoader[Any] | None) -> dict[str, Any]:
     """Return how a loader collates and fetches, without how it chooses and orders examples."""
     if like is None:
-        return {}
+        return {"collate_fn": default_collate}
     names = (
         "collate_fn",
         "num_workers",
