@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import hvpkit as hk
-from hvpkit.curvature import batch_size as batch_sizes
 from hvpkit.curvature.batch_size import best_size
 from hvpkit.curvature.batches import Leaves
 from problems import network
@@ -46,7 +45,7 @@ def test_the_smallest_of_the_nearly_fastest_sizes_is_taken(
     seconds: Callable[[int], float], largest: int, chosen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(seconds)
-    monkeypatch.setattr(batch_sizes.time, "perf_counter", lambda: machine.now)
+    monkeypatch.setattr("time.perf_counter", lambda: machine.now)
     size = best_size(machine.batch_of, [torch.ones(3)], MODE, largest, 1e12)
     rates = {tried: seconds(tried) / tried for tried in machine.tried}
     assert size == chosen
@@ -55,7 +54,7 @@ def test_the_smallest_of_the_nearly_fastest_sizes_is_taken(
 
 def test_no_size_is_tried_that_would_pass_the_limit_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(lambda _: 1.0, bytes_each=1000)
-    monkeypatch.setattr(batch_sizes.time, "perf_counter", lambda: machine.now)
+    monkeypatch.setattr("time.perf_counter", lambda: machine.now)
     assert best_size(machine.batch_of, [torch.ones(3)], MODE, 10**6, 100_000) == 64
     assert machine.tried == [16, 32, 64]
     assert best_size(machine.batch_of, [torch.ones(3)], MODE, 10**6, 10) == 16

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import hvpkit as hk
-from hvpkit.curvature import mode_selection as modes
 from hvpkit.curvature.batches import Leaves
 from hvpkit.curvature.constructors import empirical_fisher, fisher, ggn
 from hvpkit.curvature.mode_selection import choose_recipe, lower_precision
@@ -70,7 +69,7 @@ def test_the_usual_mode_is_left_only_for_a_clearly_faster_one(
     reverse: list[float], forward: list[float], chosen: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(reverse=reverse, forward=forward)
-    monkeypatch.setattr(modes.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
     recipe = choose_recipe(clock, lambda seed: [normal(3, seed=seed)], "auto", "native")
     assert recipe.mode == chosen
     assert reason in recipe.reason

@@ -90,7 +90,7 @@ class WeightedBatch:
     start: int = 0
 
     def share_of_mean(self, losses: Tensor) -> Tensor:
-        """Return what the losses of this batch add to the mean: 0-d."""
+        """Return the contribution of this batch's losses to the mean, 0-d."""
         size = self.size
         check_losses(losses, size)
         if self.weights is None:

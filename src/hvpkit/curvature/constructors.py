@@ -51,7 +51,7 @@ def hessian(
     compile: bool = False,
     progress: bool = False,
 ) -> CurvatureOperator:
-    r"""The Hessian of the mean loss over all examples, :math:`H = \frac1N \sum_i \nabla^2 \ell_i(p)`.
+    r"""Return the Hessian of the mean loss over all examples, :math:`H = \frac1N \sum_i \nabla^2 \ell_i(p)`.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``: losses ``[B]``, or their mean as a 0-d tensor. Pure.
@@ -78,7 +78,7 @@ def hessian(
 
     Returns:
         A symmetric :class:`hvpkit.CurvatureOperator`; trees for ``@`` are shaped like ``params``, a dict of the
-        chosen ones by dotted name where ``wrt`` is given. ``H.precision`` is the relative error of its products,
+        chosen ones by dotted name where ``wrt`` is given. ``H.precision`` is the relative error of its matvecs,
         measured on the first examples for finite differences and for less than native arithmetic.
 
     Raises:
@@ -88,9 +88,9 @@ def hessian(
         ArithmeticError: ``mode="auto"``: the modes disagree, and finite differences agree with neither.
 
     Cost:
-        A gradient of the first batch now, and four products with 32 of its examples, twelve at most. A product is a
-        pass over the data at about 9 forward passes' work. ``[n, k]`` products read the data once, and share the
-        forward and the first backward pass in the mode ``"reverse-over-reverse"``.
+        A gradient of the first batch now, and four matvecs with 32 of its examples, twelve at most. A matvec is a
+        pass over the data at about 9 forward passes' work. With ``[n, k]`` it reads the data once, and columns share
+        the forward and the first backward pass in the mode ``"reverse-over-reverse"``.
 
     Example:
         >>> import torch, hvpkit as hk
@@ -122,9 +122,9 @@ def ggn(  # noqa: D417
     memory_limit: float | None = None,
     progress: bool = False,
 ) -> CurvatureOperator:
-    r"""The generalised Gauss-Newton matrix of the mean loss, :math:`G = \frac1N \sum_i J_i^\top H_i J_i`.
+    r"""Return the generalised Gauss-Newton matrix of the mean loss, :math:`G = \frac1N \sum_i J_i^\top H_i J_i`.
 
-    :math:`J_i` is the Jacobian of the outputs of example i, :math:`H_i` the Hessian of its loss by the outputs. G is
+    :math:`J_i` is the Jacobian of the outputs of example i, :math:`H_i` the Hessian of its loss in the outputs. G is
     positive semi-definite where the loss is convex in the outputs.
 
     Args:
@@ -140,8 +140,8 @@ def ggn(  # noqa: D417
         TypeError, ValueError, NonFiniteError, ArithmeticError: as :func:`hvpkit.ggnvp` and :func:`hessian`.
 
     Cost:
-        As :func:`hessian` now. A product is a pass over the data at about 6 forward passes' work and twice the
-        loss of the outputs; for its memory see :func:`hvpkit.ggnvp`. ``[n, k]`` products share one forward pass.
+        As :func:`hessian` now. A matvec is a pass over the data at about 6 forward passes' work and twice the
+        loss of the outputs; for its memory see :func:`hvpkit.ggnvp`. Columns of ``[n, k]`` share one forward pass.
 
     Source:
         Schraudolph, Neural Computation 14 (2002) 1723-1738, doi:10.1162/08997660260028683.
@@ -170,7 +170,7 @@ def empirical_fisher(  # noqa: D417
     memory_limit: float | None = None,
     progress: bool = False,
 ) -> CurvatureOperator:
-    r"""The second moment of the gradients of single examples, :math:`\frac1N \sum_i g_i g_i^\top`.
+    r"""Return the empirical Fisher matrix: the second moment of single gradients, :math:`\frac1N \sum_i g_i g_i^\top`.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``: losses ``[B]``. Pure.
@@ -186,7 +186,7 @@ def empirical_fisher(  # noqa: D417
         TypeError, ValueError, NonFiniteError, ArithmeticError: as :func:`hessian`.
 
     Cost:
-        As :func:`hessian` now. A product is a pass over the data at about 6 forward passes' work.
+        As :func:`hessian` now. A matvec is a pass over the data at about 6 forward passes' work.
 
     Example:
         >>> import torch
@@ -214,18 +214,18 @@ def fisher(  # noqa: D417
     memory_limit: float | None = None,
     progress: bool = False,
 ) -> CurvatureOperator:
-    r"""The Fisher matrix of the model's own predictions, :math:`\frac1N \sum_i \mathbf E_{y \sim p(y|x_i)}\, g g^\top`.
+    r"""Return the Fisher matrix of predictions, :math:`\frac1N \sum_i \mathbf E_{y \sim p(y|x_i)}\, g g^\top`.
 
-    g is the gradient of the loss at a target y that the model itself predicts. The expectation, which is the
+    g is the gradient of the loss at a target y drawn from the model's own prediction. The expectation, which is the
     generalised Gauss-Newton matrix here, is exact by default, or an unbiased mean over samples. Where an example has
-    several predictions (tokens, pixels, labels), each is drawn, and counts as much as the loss weighs it.
+    several predictions (tokens, pixels, labels), each is drawn, with the weight that the loss gives it.
 
     Args:
         objective: a :class:`hvpkit.Objective`, whose outputs are one tensor.
         likelihood: of targets given the outputs: ``"categorical"`` (cross entropy of logits, their classes along the
             dimension 1 or the last), ``"bernoulli"`` (binary cross entropy of logits), ``"gaussian"`` (squared error);
-            by default whichever the loss is of.
-        num_samples: how many targets to draw for each prediction, the same in every product; None: the exact form.
+            by default the one of the loss.
+        num_samples: targets drawn for each prediction, the same in every matvec; None: the exact form.
         seed: of the samples.
         mode: how J is multiplied: one of :func:`hvpkit.ggnvp`, or ``"auto"`` as in :func:`hessian`.
 

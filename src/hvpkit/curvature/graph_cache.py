@@ -1,6 +1,6 @@
 """Gradient graphs of the first batches, kept between matvecs as far as memory allows.
 
-A matvec by reverse over reverse records the graph of a gradient, about 3 forward passes' work, and goes back through
+A matvec by reverse over reverse records the graph of a gradient, about 3 forward passes' work, and differentiates
 it, about 6. At fixed parameters the graph is the same in all matvecs.
 """
 

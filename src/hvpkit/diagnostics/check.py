@@ -130,8 +130,8 @@ def check(H: LinearOperator, *, seed: Seed = 0) -> Report:
     ===========  ===============================================================  ===================================
 
     Where ``H.precision`` is worse than the dtype's, as by finite differences, repeatable and linear allow ten times as
-    much, up to 0.01. The last three allow ten times the measured rounding, differences also four times what
-    another step changes; where this is more than 0.1, a check does not apply. Data order, differences and batching
+    much, up to 0.01. The last three allow ten times the measured rounding, differences also four times the change
+    with another step; where this is more than 0.1, a check does not apply. Data order, differences and batching
     need the loss and the data: a :class:`hvpkit.CurvatureOperator`, whose terms are checked together. Where one of the
     first three fails, those after it do not apply.
 
@@ -160,11 +160,11 @@ def check(H: LinearOperator, *, seed: Seed = 0) -> Report:
     for finding in _findings(H, resolve_seed(seed)):
         findings.append(finding)
         if finding.verdict == FAILED:
-            findings[-1] = _explained(finding, H)
+            findings[-1] = _with_causes(finding, H)
             if finding.check in PREREQUISITES:
                 break
     why = f"{findings[-1].check} failed"
-    findings += [_skipped(name, why) for name in CHECKS[len(findings) :]]
+    findings += [_not_applicable(name, why) for name in CHECKS[len(findings) :]]
     return Report(repr(H)[1:-1], tuple(findings))
 
 
@@ -176,7 +176,7 @@ def _findings(H: LinearOperator, seed: int) -> Iterator[Finding]:
     images = H.product(vectors)
     scale = _norm(H, images) / NUM_VECTORS**0.5
     bad = float((~torch.isfinite(images)).double().mean())
-    yield _judged(
+    yield _finding(
         "finite", bad, 0.0, H.blame(vectors) if bad else f"{NUM_VECTORS} products{_zero_rows(H, images)}"
     )
 
@@ -184,17 +184,19 @@ def _findings(H: LinearOperator, seed: int) -> Iterator[Finding]:
     digits = max(eps**0.5, min(NOISE * H.precision, TOO_ROUGH / NOISE))
     v, image = vectors[:, :1], images[:, :1]
     again = _ratio(_norm(H, H.product(v) - image), scale)
-    yield _judged("repeatable", again, digits, "a product made twice")
+    yield _finding("repeatable", again, digits, "a product made twice")
 
     difference = H.product(vectors.sum(dim=1, keepdim=True)) - images.sum(dim=1, keepdim=True)
     rounding = max(_ratio(_norm(H, difference), scale * NUM_VECTORS**0.5), H.precision)
-    yield _judged("linear", rounding, digits, f"product with a sum of {NUM_VECTORS} vectors, and H.precision")
+    yield _finding(
+        "linear", rounding, digits, f"product with a sum of {NUM_VECTORS} vectors, and H.precision"
+    )
 
     noise = NOISE * max(again, rounding)
     inner = H.space.dots(vectors.mT.double(), images.double())
     asymmetry = float(torch.linalg.matrix_norm(inner - inner.mT)) / (NUM_VECTORS * (NUM_VECTORS - 1)) ** 0.5
     allowed = max(eps ** (2 / 3), noise)
-    yield _judged("symmetric", _ratio(asymmetry, scale), allowed, f"{NUM_VECTORS} vectors, each with each")
+    yield _finding("symmetric", _ratio(asymmetry, scale), allowed, f"{NUM_VECTORS} vectors, each with each")
     yield _differences(H, v, max(eps**0.5, noise), seed)
     yield _batching(H, v, image, allowed)
 
@@ -209,13 +211,15 @@ def _zero_rows(H: LinearOperator, images: Tensor) -> str:
     return f"; zero in all rows of {', '.join(zero[:3])}{more}" if zero else ""
 
 
-def _judged(check: str, figure: float, threshold: float, detail: str) -> Finding:
+def _finding(check: str, figure: float, threshold: float, detail: str) -> Finding:
     if threshold > TOO_ROUGH:
-        return _skipped(check, "the rounding of products, or kinks of the loss, leave no digits to tell by")
+        return _not_applicable(
+            check, "the rounding of products, or kinks of the loss, leave no digits to tell by"
+        )
     return Finding(check, figure, threshold, OK if figure <= threshold else FAILED, detail)
 
 
-def _skipped(check: str, why: str) -> Finding:
+def _not_applicable(check: str, why: str) -> Finding:
     return Finding(check, math.nan, math.nan, NOT_APPLICABLE, why)
 
 
@@ -231,7 +235,7 @@ def _ratio(part: float, whole: float) -> float:
 def _data_order(H: LinearOperator) -> Finding:
     """Check that two passes over the data give the same batches."""
     if not isinstance(H, CurvatureOperator):
-        return _skipped("data order", NO_DATA)
+        return _not_applicable("data order", NO_DATA)
     num_changed = num_batches = 0
     try:
         for data in {id(term.problem.data): term.problem.data for _, term in H.terms}.values():
@@ -239,8 +243,8 @@ def _data_order(H: LinearOperator) -> Finding:
             num_changed += sum(one != other for one, other in itertools.zip_longest(first, second))
             num_batches += len(first)
     except UnstableDataError as error:
-        return _judged("data order", 1.0, 0.0, str(error))
-    return _judged("data order", num_changed / num_batches, 0.0, f"{num_batches} batches, read twice")
+        return _finding("data order", 1.0, 0.0, str(error))
+    return _finding("data order", num_changed / num_batches, 0.0, f"{num_batches} batches, read twice")
 
 
 def _digest(batch: Batch) -> bytes:
@@ -257,9 +261,9 @@ def _digest(batch: Batch) -> bytes:
 def _differences(H: LinearOperator, v: Tensor, allowed: float, seed: int) -> Finding:
     """Compare the matvec with differences of first derivatives."""
     if not isinstance(H, CurvatureOperator):
-        return _skipped("differences", NO_DATA)
+        return _not_applicable("differences", NO_DATA)
     if any(term.kind not in DIFFERENCES for _, term in H.terms):
-        return _skipped("differences", NO_DIFFERENCES)
+        return _not_applicable("differences", NO_DIFFERENCES)
     try:
         if H.sample is not None and H.num_examples > NUM_EXAMPLES:
             H = H.sample(NUM_EXAMPLES, seed)
@@ -267,10 +271,12 @@ def _differences(H: LinearOperator, v: Tensor, allowed: float, seed: int) -> Fin
         image = H.product(v)[:, 0].double()
         expected, unsettled, scale = _expected(H, v[:, 0])
     except ERRORS as error:
-        return _skipped("differences", f"the loss does not take {NUM_EXAMPLES} examples in float64: {error}")
+        return _not_applicable(
+            "differences", f"the loss does not take {NUM_EXAMPLES} examples in float64: {error}"
+        )
     allowed = max(allowed, torch.finfo(torch.float64).eps ** (1 / 3), 4 * _ratio(unsettled, scale))
     detail = f"{H.num_examples} examples, against float64"
-    finding = _judged("differences", _ratio(_norm(H, image - expected), scale), allowed, detail)
+    finding = _finding("differences", _ratio(_norm(H, image - expected), scale), allowed, detail)
     layout = H.terms[0][1].problem.layout
     errors = [float(torch.linalg.vector_norm(leaf)) for leaf in layout.split(image - expected)]
     furthest = layout.names[errors.index(max(errors))]
@@ -298,22 +304,22 @@ def _expected(H: CurvatureOperator, v: Tensor) -> tuple[Tensor, float, float]:
 def _batching(H: LinearOperator, v: Tensor, image: Tensor, allowed: float) -> Finding:
     """Compare the matvec with that over batches of another size, with a ragged last one."""
     if not isinstance(H, CurvatureOperator):
-        return _skipped("batching", NO_DATA)
+        return _not_applicable("batching", NO_DATA)
     losses = [term.problem.loss_fn for _, term in H.terms]
     if any(objective.batchnorm == "batch" for loss_fn in losses for objective in held(loss_fn, Objective)):
-        return _skipped("batching", 'batchnorm="batch" goes by the batch that an example is in')
+        return _not_applicable("batching", 'batchnorm="batch" goes by the batch that an example is in')
     if H.data.whole:
-        return _skipped("batching", "batches are read whole, and cannot be cut otherwise")
+        return _not_applicable("batching", "batches are read whole, and cannot be cut otherwise")
     total, size = H.num_examples, _first_size(H.data)
     other = _other_size(size, total)
     if _first_size(as_data(H.data, batch_size=other)) == size:
-        return _skipped("batching", f"{total} examples, {size} in a batch, cannot be cut otherwise")
+        return _not_applicable("batching", f"{total} examples, {size} in a batch, cannot be cut otherwise")
     try:
         again = H.rebatched(other).product(v)
     except ERRORS as error:
-        return _skipped("batching", f"the loss does not take batches of {other}: {error}")
+        return _not_applicable("batching", f"the loss does not take batches of {other}: {error}")
     figure = _ratio(_norm(H, again - image), _norm(H, image))
-    finding = _judged("batching", figure, allowed, f"{total} examples in batches of {size} and of {other}")
+    finding = _finding("batching", figure, allowed, f"{total} examples in batches of {size} and of {other}")
     moved = finding.verdict == FAILED and not _same_examples(H.data, as_data(H.data, batch_size=other))
     return replace(finding, suspects=("data",)) if moved else finding
 
@@ -336,7 +342,7 @@ def _other_size(size: int, total: int) -> int:
     return min(whole, key=lambda other: total % other == 0, default=size)
 
 
-def _explained(finding: Finding, H: LinearOperator) -> Finding:
+def _with_causes(finding: Finding, H: LinearOperator) -> Finding:
     """Add suspects and remedy to a finding that failed."""
     losses = [term.problem.loss_fn for _, term in H.terms] if isinstance(H, CurvatureOperator) else []
     suspects, mend = find_suspects(finding.check, *losses)

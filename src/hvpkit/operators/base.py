@@ -75,7 +75,7 @@ class LinearOperator:
         return None
 
     def blame(self, vectors: Tensor) -> str:  # noqa: ARG002
-        """Return a message that says where NaN or infinity in the matvec with ``vectors [n, k]`` comes from."""
+        """Return a message that locates NaN or infinity in the matvec with ``vectors [n, k]``."""
         return f"a product of {self!r} gave NaN or infinity"
 
     def __repr__(self) -> str:
@@ -170,7 +170,7 @@ class LinearOperator:
     def _combine(
         self, operands: Sequence[tuple[float, LinearOperator]], sigma: float, name: str
     ) -> LinearOperator:
-        r"""Return :math:`\sum_j c_j A_j + \sigma I`: all of the algebra above, and what subclasses override."""
+        r"""Return :math:`\sum_j c_j A_j + \sigma I`; the algebra above comes to this, and subclasses override it."""
         from hvpkit.operators.algebra import LinearCombination
 
         return LinearCombination.of(operands, sigma, name)
