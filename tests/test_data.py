@@ -372,11 +372,34 @@ def test_augmentation_is_one_draw_of_each_example_whatever_reads_it(source: str)
     random.setstate(before[3])
 
 
+class Keyed(Dataset):
+    """Examples by name, which only a sampler knows, and which are drawn at random."""
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        return X[{"first": 0, "last": N - 1}[name]] + torch.rand(3), Y[0]
+
+
+def test_examples_may_have_keys_of_any_type() -> None:
+    names = ["last", "first", "last"]
+    data = hk.as_data(DataLoader(Keyed(), sampler=names, batch_size=2))
+    first, second = (torch.cat([x for x, _ in data]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[0] - X[N - 1], first[1] - X[0])
+
+
 class DrawsLate(Augmented):
     """As a dataset that augments one class only."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return (X[index] * torch.rand(()) if index == 8 else X[index]), Y[index]
+
+
+def test_a_subset_of_a_dataset_has_its_examples() -> None:
+    whole = torch.cat([x for x, _ in hk.as_data(Augmented())])
+    part = hk.as_data(torch.utils.data.Subset(torch.utils.data.Subset(Augmented(), [8, 3, 5]), [2, 0]))
+    assert torch.equal(torch.cat([x for x, _ in part]), whole[[5, 8]])
+    assert torch.equal(torch.cat([x for x, _ in part.subset([1])]), whole[[8]])
 
 
 def test_one_example_that_draws_is_fixed_too() -> None:
@@ -515,6 +538,14 @@ def test_the_smallest_batch_is_known_where_the_sizes_are(source: str) -> None:
     known = hk.as_data(SOURCES[source]()).smallest_batch is not None
     counted = ("list", "reiterable", "loader_of_own", "loader_of_stream", "loader_of_batches")
     assert known == (not source.startswith(counted))
+
+
+def test_the_data_may_be_indices_alone() -> None:
+    def loss_fn(params: Tensor, index: Tensor) -> Tensor:
+        return (X[index] @ params - Y[index]) ** 2
+
+    for indices in (torch.arange(N), range(N), DataLoader(range(N), batch_size=3)):
+        assert same(hk.loss(loss_fn, P, indices), direct(list(range(N))))
 
 
 def test_the_data_may_be_one_tensor_or_integers() -> None:
