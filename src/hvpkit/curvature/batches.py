@@ -123,7 +123,7 @@ class WeightedBatch:
             last = self.start + self.size - 1
             error.add_note(
                 f"hvpkit: loss_fn failed on batch {self.number} of data (counted from 0), examples {self.start} to "
-                f"{last}: {describe(self.batch, leaves[0].dtype)}"
+                f"{last}: {describe(self.batch, leaves[0].dtype, self.start)}"
             )
             raise
 
