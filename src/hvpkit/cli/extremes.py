@@ -17,7 +17,7 @@ from hvpkit.cli.progress_line import ProgressLine
 @command(
     "hvpkit extremes digits",
     "hvpkit extremes problem.py:make --tol 1e-3 --method lanczos --json",
-    "hvpkit extremes cifar10 --arch resnet20 --data-dir data --resume model.pt --out results",
+    "hvpkit extremes cifar10 --data-dir data --resume model.pt --out results",
 )
 def extremes(problem: CurvatureProblem, solve: Solve, output: Output) -> bool:
     """Find the smallest and the largest eigenvalue of the full-data Hessian, with error intervals.
