@@ -1,4 +1,4 @@
-"""Means of small matrices that can draw minibatches of themselves: what stochastic solvers are tested on."""
+"""Test operators for stochastic solvers: means of small matrices that can draw minibatches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import hvpkit as hk
 from problems import matrix
 
 
-def mean_of(matrices: Tensor, share: float = 1.0) -> hk.LinearOperator:
+@dataclass(frozen=True, eq=False, repr=False)
+class SampledMatrix(hk.LinearOperator):
+    """An operator with minibatches, as stochastic solvers need it."""
+
+    num_examples: int = 1
+    sample: Callable[[int, int], hk.LinearOperator] | None = None
+
+
+def mean_of(matrices: Tensor, share: float = 1.0) -> SampledMatrix:
     """The mean of ``[N, n, n]``, whose samples are means of random subsets."""
     total = len(matrices)
 
@@ -20,8 +28,10 @@ def mean_of(matrices: Tensor, share: float = 1.0) -> hk.LinearOperator:
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed % 2**62))
         return mean_of(matrices[order[:num_examples]], share * num_examples / total)
 
-    op = hk.aslinearoperator(matrices.mean(0))
-    return replace(op, sample=sample, num_examples=total, cost=share)
+    mean = matrices.mean(0)
+    return SampledMatrix(
+        lambda v: mean @ v, len(mean), mean.dtype, mean.device, num_examples=total, sample=sample, cost=share
+    )
 
 
 def scattered(
@@ -32,7 +42,7 @@ def scattered(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Tensor:
-    """``[N, n, n]`` symmetric matrices that differ by ``noise`` in norm, and whose mean has these eigenvalues."""
+    """Draw symmetric ``[N, n, n]`` whose mean has these eigenvalues, each at distance ``noise`` from it in norm."""
     center = matrix(list(values), seed=seed)
     g = torch.Generator().manual_seed(seed + 1)
     scatter = torch.randn(num_examples, *center.shape, generator=g, dtype=torch.float64)
@@ -42,10 +52,10 @@ def scattered(
 
 @dataclass
 class Tally:
-    """An operator whose products are noted, those of its minibatches too.
+    """Recorder of the matvecs of an operator and of its minibatches.
 
-    ``bad`` says which products, counted from 1, have NaN in the last column; ``suspects`` are the vectors there.
-    ``products`` has the number of examples and of columns of each, ``residuals`` the norm of those with all data.
+    ``bad`` tells which matvecs, counted from 1, return NaN in the last column; ``suspects`` are the vectors there.
+    ``products`` lists the number of examples and of columns of each, ``residuals`` the norms of those with all data.
     """
 
     op: hk.LinearOperator

@@ -16,7 +16,7 @@ def _split(vector: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def scalar_loss(loss_fn: Callable, params: Mapping[str, Tensor], batch: object) -> Callable[[Tensor], Tensor]:
-    """The mean loss of one batch as a function of the flat vector."""
+    """Return the mean loss of one batch as a function of the flat vector."""
     return lambda vector: loss_fn(_split(vector, params), batch).mean()
 
 
@@ -26,7 +26,7 @@ def gradient_at(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
 
 
 def hessian_by_differences(loss_fn: Callable, params: Mapping[str, Tensor], batch: object) -> Tensor:
-    """Dense Hessian ``[n, n]`` of the batch mean from fourth-order central differences of the gradient."""
+    """Compute the dense Hessian ``[n, n]`` of the batch mean by fourth-order central differences of the gradient."""
     function = scalar_loss(loss_fn, params, batch)
     point = parameters_to_vector(params.values()).detach()
     assert point.dtype == torch.float64
@@ -43,7 +43,7 @@ def hessian_by_differences(loss_fn: Callable, params: Mapping[str, Tensor], batc
 def ggn_by_differences(
     forward: Callable, output_loss: Callable, params: Mapping[str, Tensor], batch: object
 ) -> Tensor:
-    """Dense generalised Gauss-Newton matrix ``[n, n]`` of the mean over examples, from fourth-order differences.
+    """Compute the dense Gauss-Newton matrix ``[n, n]`` of the mean over examples by fourth-order differences.
 
     The sum over examples of J' H J, with J the Jacobian of an example's outputs and H the Hessian of its loss.
     """
@@ -68,7 +68,7 @@ def ggn_by_differences(
 
 
 def jacobian(function: Callable[[dict[str, Tensor]], Tensor], params: Mapping[str, Tensor]) -> Tensor:
-    """Dense Jacobian ``[m, n]`` of the (flattened) values of ``function``, row by row through torch.autograd."""
+    """Compute the dense Jacobian ``[m, n]`` of the flattened values of ``function``, row by row with torch.autograd."""
     point = parameters_to_vector(params.values()).detach().requires_grad_()
     values = function(_split(point, params)).flatten()
     return torch.stack([torch.autograd.grad(value, point, retain_graph=True)[0] for value in values])
@@ -81,7 +81,7 @@ def ggn_by_jacobian(
     batch: object,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Dense J' H J ``[n, n]`` of the weighted sum over examples (the mean), with the loss's dense Hessian H."""
+    """Compute the dense J' H J ``[n, n]`` of the weighted sum over examples (the mean), with a dense H."""
 
     def loss(outputs: Tensor) -> Tensor:
         losses = output_loss(outputs, batch)
@@ -96,7 +96,7 @@ def ggn_by_jacobian(
 def second_moment(
     loss_fn: Callable, params: Mapping[str, Tensor], batch: object, weights: Tensor | None = None
 ) -> Tensor:
-    """Dense weighted sum (the mean) of g g' over the gradients g of single examples, ``[n, n]``."""
+    """Compute the dense weighted sum (the mean) of g g' over the gradients g of single examples, ``[n, n]``."""
     gradients = jacobian(lambda p: loss_fn(p, batch), params)
     if weights is None:
         weights = torch.full((len(gradients),), 1 / len(gradients), dtype=gradients.dtype)
@@ -104,7 +104,7 @@ def second_moment(
 
 
 def hessian_by_double_backward(loss_fn: Callable, params: Mapping[str, Tensor], batch: object) -> Tensor:
-    """Dense Hessian ``[n, n]`` of the batch mean, row by row through torch.autograd."""
+    """Compute the dense Hessian ``[n, n]`` of the batch mean, row by row with torch.autograd."""
     point = parameters_to_vector(params.values()).detach().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):  # the one backend with a second derivative
         value = scalar_loss(loss_fn, params, batch)(point)
@@ -118,7 +118,7 @@ def hessian_by_double_backward(loss_fn: Callable, params: Mapping[str, Tensor], 
 def product_by_double_backward(
     loss_fn: Callable, params: Mapping[str, Tensor], batch: object, v: Tensor
 ) -> Tensor:
-    """Hessian of the batch mean times ``v`` ``[n]``, through torch.autograd."""
+    """Compute the Hessian of the batch mean times ``v`` ``[n]`` with torch.autograd."""
     point = parameters_to_vector(params.values()).detach().requires_grad_()
     slope = torch.autograd.grad(scalar_loss(loss_fn, params, batch)(point), point, create_graph=True)[0]
     return torch.autograd.grad(slope, point, v)[0]
@@ -127,7 +127,7 @@ def product_by_double_backward(
 def ggn_product(
     forward: Callable, output_loss: Callable, params: Mapping[str, Tensor], batch: object, v: Tensor
 ) -> Tensor:
-    """J' H J ``v`` of the batch mean: J v by differences, H and J' through torch.autograd."""
+    """Compute J' H J ``v`` of the batch mean: J v by differences, H and J' with torch.autograd."""
     point = parameters_to_vector(params.values()).detach().requires_grad_()
     outputs = forward(_split(point, params), batch)
     with torch.no_grad():
@@ -140,6 +140,6 @@ def ggn_product(
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected (absolute where that is zero)."""
+    """Return the norm of the difference over the norm of ``expected`` (absolute where that is zero)."""
     scale = float(torch.linalg.vector_norm(expected)) or 1.0
     return float(torch.linalg.vector_norm(found.double() - expected.double())) / scale

@@ -1,4 +1,4 @@
-"""Problems that many tests share: small networks, and matrices with prescribed spectra."""
+"""Shared test problems: small networks, and matrices with prescribed spectra."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ SPECTRA: dict[str, list[float]] = {
 
 
 def matrix(values: list[float], *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """A symmetric matrix with these eigenvalues and random eigenvectors."""
+    """Return a symmetric matrix with these eigenvalues and random eigenvectors."""
     g = torch.Generator().manual_seed(seed)
     n = len(values)
     basis, _ = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))

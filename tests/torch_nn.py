@@ -1,4 +1,4 @@
-"""Every module of torch.nn as a small problem in float64, away from kinks, and the table of those that are covered."""
+"""Every module of torch.nn as a small problem in float64, away from kinks, and the table of covered modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Make = Callable[[], nn.Module]
 
 
 class Call(nn.Module):
-    """A module that is called in a way of its own: ``how(module, x)``."""
+    """Module called as ``how(module, x)``."""
 
     def __init__(self, module: nn.Module, how: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -31,17 +31,17 @@ class Call(nn.Module):
 
 
 def first(module: nn.Module) -> nn.Module:
-    """Of what the module returns, the first."""
+    """Return only the first output of the module."""
     return Call(module, lambda module, x: module(x)[0])
 
 
 def halves(module: nn.Module) -> nn.Module:
-    """The module of the two halves of its input."""
+    """Call the module on the two halves of the input."""
     return Call(module, lambda module, x: module(*x.chunk(2, dim=1)))
 
 
 def function(how: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A function without parameters."""
+    """Wrap a function without parameters as a module."""
     return Call(nn.Identity(), lambda _, x: how(x))
 
 
@@ -142,7 +142,7 @@ FIRST: dict[str, tuple[Make, tuple[int, ...]]] = {
     "utils.parametrizations.spectral_norm": (lambda: parametrizations.spectral_norm(nn.Linear(3, 2)), (3,)),
     "utils.parametrizations.orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(3, 3)), (3,)),
 }
-"""Modules with parameters, by the shape of an input; none: of tokens."""
+"""Modules with parameters, with the shape of an input; an empty shape: the inputs are tokens."""
 
 ELEMENTWISE = (
     *(
@@ -253,7 +253,7 @@ LATER: dict[str, tuple[Make, tuple[int, ...]]] = {
     ),
     "functional.cdist": (lambda: function(lambda x: torch.cdist(x[:, :2], x[:, 2:])), (4, 2)),
 }
-"""Modules behind a linear map and a tanh, by the shape of what comes from there."""
+"""Modules tested after a linear map and a tanh, with the shape of their input."""
 
 G = torch.Generator().manual_seed(3)
 REALS = torch.randn(3, 4, generator=G, dtype=torch.float64)
@@ -341,7 +341,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, Tensor, Make]] 
     ),
     "CTCLoss": (ctc, 15, torch.tensor([[1, 2], [2, 2], [1, 1]]), IDENTITY),
 }
-"""Losses, by the number of outputs, the targets, and the function that outputs have gone through."""
+"""Losses, with the number of outputs, the targets, and the function applied to the outputs."""
 
 ROWS = (*FIRST, *LATER, *LOSSES)
 
@@ -349,15 +349,15 @@ LACKING = {
     "functional.grid_sample": MODES[:1],
     "functional.cdist": MODES[:2],
 }
-"""Modes in which torch has no derivative, and says so."""
+"""Modes in which torch has no derivative and raises an error."""
 
 NOT_COVERED = {
     **dict.fromkeys(("Container", "Module", "RNNBase", "RNNCellBase"), "base classes"),
-    "DataParallel": "taken off",
+    "DataParallel": "unwrapped",
     "NLLLoss2d": "an old name of `NLLLoss`",
     "CrossMapLRN2d": "refused: torch's gradient of it is wrong",
     **{
-        name: "refused before their first call, which makes them others"
+        name: "refused before their first call, which changes their class"
         for name in dir(nn)
         if name.startswith("Lazy")
     },
@@ -365,26 +365,26 @@ NOT_COVERED = {
 
 ABOUT = """# What is covered
 
-Products with the Hessian and with the generalised Gauss-Newton matrix (GGN) of small models in float64 against
+Matvecs with the Hessian and with the generalised Gauss-Newton matrix (GGN) of small models in float64, compared with
 fourth-order central differences of the gradient, of the outputs and of the loss's gradient, for every module of
-`torch.nn` that takes floating input. "yes": the product is right, to 1e-7 of the norms of both matrices. "no": torch
-lacks the derivative, and the error names the modes that do without it.
+`torch.nn` with floating-point input. "yes": the matvec is right, to 1e-7 of the norms of both matrices. "no": torch
+lacks the derivative, and the error names the modes that do not need it.
 
-Layers come with a smooth loss; activations, normalisation, pooling and other layers without weights of their own
-stand behind a linear map and a tanh, and so do losses. Inputs are away from kinks. Dropout is off, batch
-normalisation goes by running statistics.
+Layers are tested with a smooth loss; activations, normalisation, pooling and other layers without weights of their own
+follow a linear map and a tanh, as do losses. Inputs are away from kinks. Dropout is off, and batch normalisation uses
+running statistics.
 
-This file is written by `python tests/torch_nn.py`, and what it says is tested by `tests/coverage/`.
+This file is written by `python tests/torch_nn.py` and tested by `tests/coverage/`.
 """
 
 
 def modules_of_torch() -> list[str]:
-    """The names of all module classes in torch.nn."""
+    """Return the names of all module classes in torch.nn."""
     return [name for name, kind in vars(nn).items() if inspect.isclass(kind) and issubclass(kind, nn.Module)]
 
 
 def document() -> str:
-    """The table, as it is to be in docs."""
+    """Return the text of docs/coverage.md."""
     columns = [f"{kind}, {mode}" for kind in ("Hessian", "GGN") for mode in MODES]
     lines = [ABOUT, f"| | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|"]
     for row in ROWS:
@@ -400,7 +400,7 @@ def document() -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a criterion and one batch, and the same as functions that share no code with the package."""
+    """Model, criterion and one batch, and the same as functions that share no code with the package."""
 
     model: nn.Module
     criterion: Callable[[Tensor, Tensor], Tensor]
@@ -417,18 +417,18 @@ class Case:
         return torch.func.functional_call(self.plain, params | constants, (batch[0],))
 
     def losses(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Each example's by itself, which is what a mean over it is."""
+        """Compute the loss of each example by itself."""
         rows = zip(outputs.split(1), batch[1].split(1), strict=True)
         return torch.stack([self.criterion(z, y).sum() for z, y in rows])
 
 
 def log_cosh(outputs: Tensor, targets: Tensor) -> Tensor:
-    """A convex loss of examples with derivatives of every order."""
+    """Compute a convex loss per example that has derivatives of every order."""
     return torch.log(torch.cosh(outputs.flatten(1) - targets.unsqueeze(1))).mean(1)
 
 
 def model_of(name: str) -> nn.Module:
-    """The model of a row of the table, in float64; the same one each time."""
+    """Make the model of a row of the table in float64, the same one each time."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(1)
         if name in LOSSES:
@@ -446,7 +446,7 @@ def model_of(name: str) -> nn.Module:
 
 
 def case(name: str) -> Case:
-    """The problem of a row of the table."""
+    """Make the problem of a row of the table."""
     shape = FIRST[name][1] if name in FIRST else (2,) if name in LOSSES else (1,)
     inputs = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     criterion, targets = log_cosh, torch.full((3,), 0.3, dtype=torch.float64)

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run ``hvpkit``; exit with code 2 if a package that it needs is missing."""
+    """Run the command line ``hvpkit``; exit with code 2 and a message if its packages are not installed."""
     try:
         from hvpkit.cli import app
     except ImportError as error:

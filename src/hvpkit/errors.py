@@ -4,20 +4,24 @@ from __future__ import annotations
 
 
 class NonFiniteError(ArithmeticError):
-    """A product, a gradient or a loss gave NaN or infinity. The message names the first batch that did."""
+    """A matvec, a gradient or a loss is NaN or infinite. The message names the first such batch."""
 
 
 class NotSymmetricError(ValueError):
-    """An operator that was taken for a symmetric one is not. The message says by how much."""
+    """An operator that must be symmetric is not. The message states the relative asymmetry."""
 
 
 class AsymmetryWarning(UserWarning):
-    """A solver saw an asymmetry that rounding does not explain, though it is less than what ends a solve."""
+    """An operator is less symmetric than rounding explains, but symmetric enough for the solve to continue."""
 
 
 class CompileWarning(UserWarning):
-    """``compile=True`` was asked for, and torch cannot compile the product, or compiles another one."""
+    """``compile=True`` is ignored: torch cannot compile the matvec, or its compiled matvec is wrong."""
 
 
 class UnstableDataError(RuntimeError):
-    """The data gave another number of examples in a later pass than in the first one."""
+    """Data gave other examples, or another number of them, in a later pass than in the first one."""
+
+
+class CapturedParameterWarning(UserWarning):
+    """A loss depends on parameters that are not in ``params``; they are taken for constants."""

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[Tensor, Tensor, dict]] = {
 
 
 def derivatives(function: Callable, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, gradient and Hessian product of a function that is not linear in the losses."""
+    """Compute value, gradient and Hessian-vector product of a function that is not linear in the losses."""
     point = z.detach().requires_grad_()
     losses = function(point)
     (slope,) = torch.autograd.grad(losses.sin().sum(), point, create_graph=True)
@@ -44,7 +44,7 @@ def derivatives(function: Callable, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_torchs_own_with_both_derivatives(case: str) -> None:
+def test_value_and_both_derivatives_are_those_of_torch(case: str) -> None:
     z, target, options = CASES[case]
     found = derivatives(lambda z: cross_entropy(z, target, **options), z)
     expected = derivatives(lambda z: F.cross_entropy(z, target, **options), z)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit.autodiff.overrides import DEFINITIONS, WrittenOut, without_cudnn
+from hvpkit.autodiff.overrides import OVERRIDES, FunctionOverrides, without_cudnn
 from oracles import hessian_by_differences, relative_error
 
 MODES = ("forward-over-reverse", "reverse-over-reverse", "finite-difference")
@@ -74,9 +74,9 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_is_written_out_has_torchs_values(name: str) -> None:
+def test_overrides_have_the_values_of_torch(name: str) -> None:
     expected = CALLS[name]()
-    with WrittenOut(DEFINITIONS):
+    with FunctionOverrides(OVERRIDES):
         found = CALLS[name]()
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
@@ -88,13 +88,13 @@ def test_what_is_written_out_has_torchs_values(name: str) -> None:
 def test_the_older_names_of_reductions_mean_what_they_did(loss: Callable, old: dict[str, bool]) -> None:
     targets = {F.soft_margin_loss: SIGNS, F.multilabel_margin_loss: NAMED, F.multi_margin_loss: CLASSES}[loss]
     expected = loss(SCORES, targets, **old)
-    with WrittenOut(DEFINITIONS):
+    with FunctionOverrides(OVERRIDES):
         assert torch.allclose(loss(SCORES, targets, **old), expected, rtol=1e-12)
 
 
 def test_an_inplace_hardsigmoid_writes_to_its_input() -> None:
     x = SCORES.clone()
-    with WrittenOut(DEFINITIONS):
+    with FunctionOverrides(OVERRIDES):
         assert F.hardsigmoid(x, inplace=True) is x
     assert torch.allclose(x, F.hardsigmoid(SCORES), rtol=1e-14)
 
@@ -106,7 +106,7 @@ def old_weight_norm() -> nn.Module:
 
 
 class Padded(nn.Module):
-    """Whose padding row is used by the embedding, where it is a constant, and by nothing else."""
+    """Network whose padding row is used only by the embedding, where it is a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ RAW: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", RAW)
-def test_losses_that_call_modules_by_themselves_have_right_products_too(name: str, mode: str) -> None:
+def test_matvecs_are_right_without_from_module(name: str, mode: str) -> None:
     make, inputs = RAW[name]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -187,7 +187,7 @@ def test_embeddings_that_change_their_weight_are_refused_before_they_do(loss_fn:
     assert torch.equal(w, reals(4, 3))
 
 
-def test_forms_that_are_not_written_out_say_which_is() -> None:
+def test_forms_without_an_override_are_refused_with_the_form_that_has_one() -> None:
     flat, offsets = TOKENS.flatten(), torch.arange(0, 12, 3)
     with pytest.raises(ValueError, match=r"model: an EmbeddingBag with offsets .* pass a matrix of indices"):
         hk.hvp(
@@ -204,6 +204,33 @@ def test_forms_that_are_not_written_out_say_which_is() -> None:
         hk.hvp(joined, reals(6, 4, 3), TOKENS, reals(6, 4, 3))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_inputs_may_be_made_to_require_grad(mode: str) -> None:
+    def losses(w: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(x @ w.clone().requires_grad_()).square() + torch.ones(3).requires_grad_(True)
+
+    x, w = reals(3, 2), reals(2)
+    oracle = hessian_by_differences(lambda p, x: losses(p["w"], x), {"w": w}, x)
+    assert relative_error(hk.hvp(losses, w, x, w, mode=mode), oracle @ w) < TOLERANCE[mode]
+    assert relative_error(hk.quadratic_form(losses, w, x, w).mean(), w @ oracle @ w) < 1e-8
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_derivatives_by_inputs_need_a_mode_that_has_them(mode: str) -> None:
+    def gradient_norm(w: Tensor, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(torch.tanh(x @ w).sum(), x, create_graph=True)
+        return slope.square().sum(1)
+
+    x, w = reals(3, 2), reals(2)
+    if mode == MODES[0]:
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            hk.hvp(gradient_norm, w, x, w, mode=mode)
+    else:
+        oracle = hessian_by_differences(lambda p, x: gradient_norm(p["w"], x), {"w": w}, x)
+        assert relative_error(hk.hvp(gradient_norm, w, x, w, mode=mode), oracle @ w) < TOLERANCE[mode]
+
+
 @pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
 def test_recurrent_layers_leave_cudnn_aside_and_put_it_back(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -212,10 +239,10 @@ def test_recurrent_layers_leave_cudnn_aside_and_put_it_back(
     watch = without_cudnn(
         lambda *_: (seen.append(torch.backends.cudnn.enabled), torch.ones(2, 3, 2).double())
     )
-    monkeypatch.setitem(DEFINITIONS, getattr(torch, name), lambda *args: watch(*args)[1:] * 2)
+    monkeypatch.setitem(OVERRIDES, getattr(torch, name), lambda *args: watch(*args)[1:] * 2)
     layer = {"lstm": nn.LSTM, "gru": nn.GRU}.get(name, nn.RNN)
     options = {"nonlinearity": "relu"} if name == "rnn_relu" else {}
-    with WrittenOut(DEFINITIONS):
+    with FunctionOverrides(OVERRIDES):
         layer(2, 2, **options).double()(reals(2, 3, 2))
     assert seen == [False]
     assert torch.backends.cudnn.enabled

@@ -149,7 +149,7 @@ def test_a_vector_of_another_length_is_refused() -> None:
 
 
 @pytest.mark.parametrize("leaf", [1.0, "text", None, [1, 2]])
-def test_what_is_no_tensor_is_refused_by_name(leaf: object) -> None:
+def test_leaves_that_are_no_tensors_are_refused_by_type(leaf: object) -> None:
     with pytest.raises(TypeError, match="data must be a tree of tensors, but has a leaf of type"):
         batch_size((torch.ones(2), leaf))
 

@@ -76,7 +76,7 @@ def test_losses_that_draw_the_same_numbers_are_taken(name: str, mode: str) -> No
 
 
 class Functional(nn.Module):
-    """Dropout by a function, which goes by the module's own mode."""
+    """Dropout by a function call that follows the module's own mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(x, 0.3, self.training)

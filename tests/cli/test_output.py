@@ -85,7 +85,7 @@ for number in range(2):
             pass
     os.close(ours)
     text = found.decode()
-    assert "-1.25 ± 0.1 and 8.5 ± 0.2, 7 passes" in text
+    assert "smallest -1.25 ± 0.1, largest 8.5 ± 0.2, 7 passes" in text
     begin = text.index("line 0\r\n") + len("line 0\r\n")
     assert "\x1b[1A" not in text[begin : text.index("Both ends", begin)]  # not up into the printed line
 

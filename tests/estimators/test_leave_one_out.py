@@ -9,18 +9,18 @@ from torch import Tensor
 
 import hvpkit as hk
 from hvpkit.estimators import sketch
-from hvpkit.estimators.estimate import make_plan
 from hvpkit.estimators.leave_one_out import leave_one_out, left_out, samples, shared_variance
+from hvpkit.estimators.sampling import make_plan
 from problems import matrix
 
 N, K = 30, 6
 A = matrix([-2.0, *torch.linspace(-1, 1, N - 3).tolist(), 3.0, 9.0])
 
 
-def state(method: str, block_size: int = 4) -> sketch.State:
+def state(method: str, block_size: int = 4) -> sketch.SketchState:
     op = hk.aslinearoperator(A)
-    options = {"num_matvecs": K * sketch.PRODUCTS[method], "tol": None, "block_size": block_size, "seed": 3}
-    plan = make_plan(op, method, sketch.PRODUCTS, probe="sphere", **options)
+    options = {"num_matvecs": K * sketch.COSTS[method], "tol": None, "block_size": block_size, "seed": 3}
+    plan = make_plan(op, method, sketch.COSTS, probe="sphere", **options)
     found = sketch.init(op, plan, keep_images=True)
     while found.num_probes < K:
         found = sketch.step(op, plan, found)

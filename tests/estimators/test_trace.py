@@ -12,8 +12,9 @@ from torch import Tensor
 import hvpkit as hk
 from estimators.spread import SPREAD, Counting, calibration, diagonal_operator, z_score
 from hvpkit.estimators import sketch
-from hvpkit.estimators.estimate import Estimate, make_plan
+from hvpkit.estimators.sampling import make_plan
 from hvpkit.estimators.trace import evaluate, trace
+from hvpkit.results.estimate import Estimate
 from problems import SPECTRA, matrix
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
@@ -69,7 +70,7 @@ def test_within_its_standard_error_on_every_spectrum(
     unlikely = stats.t.isf(1e-4, found.num_samples - 1) if found.num_samples > 1 else 0.0
     assert abs(found.value - float(A.double().trace())) <= unlikely * found.stderr + rounding
     assert found.num_matvecs == sum(counting.widths) <= budget
-    assert found.status is (hk.Status.INVARIANT_SUBSPACE if len(A) <= 14 else hk.Status.MAX_MATVECS)
+    assert found.status is (hk.Status.INVARIANT_SUBSPACE if len(A) <= 14 else hk.Status.COMPLETED)
     assert found.message
     if len(A) > 14:
         assert found.samples.shape == (found.num_samples,)
@@ -159,7 +160,7 @@ def test_probes_of_a_block_share_products_and_its_size_does_not_change_the_value
     A = matrix(SPECTRA["indefinite"])
     found = {}
     for block_size in (1, 4, 100):
-        counting, budget = Counting(A), 12 * sketch.PRODUCTS[method]
+        counting, budget = Counting(A), 12 * sketch.COSTS[method]
         found[block_size] = trace(
             counting.operator(), method=method, num_matvecs=budget, block_size=block_size
         )
@@ -194,7 +195,12 @@ def test_tol_stops_on_a_standard_error_that_holds(method: str) -> None:
 def test_tol_that_the_budget_does_not_allow_is_a_status() -> None:
     found = trace(hk.aslinearoperator(matrix(SPECTRA["indefinite"])), tol=1e-6, num_matvecs=60)
     assert found.status is hk.Status.MAX_MATVECS
+    assert "raise num_matvecs or tol" in found.message
     assert not found.converged
+    without = trace(hk.aslinearoperator(matrix(SPECTRA["indefinite"])), num_matvecs=60)
+    assert without.status is hk.Status.COMPLETED
+    assert not without.converged
+    assert without.value == found.value
     assert found.stderr > 1e-6 * abs(found.value)
 
 
@@ -216,7 +222,7 @@ def test_samples_that_agree_by_chance_do_not_stop_before_ten() -> None:
 @each_method
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_product_that_is_not_finite_ends_with_the_value_of_the_probes_before(method: str, bad: float) -> None:
-    A, each = matrix(SPECTRA["indefinite"]), sketch.PRODUCTS[method]
+    A, each = matrix(SPECTRA["indefinite"]), sketch.COSTS[method]
     counting = Counting(A, good=8 * each + 3, bad=bad)
     found = trace(counting.operator(), method=method, num_matvecs=20 * each, block_size=4)
     before = trace(hk.aslinearoperator(A), method=method, num_matvecs=8 * each, block_size=4)
@@ -245,7 +251,7 @@ def test_same_seed_gives_the_same_bits_and_leaves_the_global_generator(method: s
 def test_run_that_is_resumed_from_its_state_repeats_exactly(method: str) -> None:
     op = hk.aslinearoperator(matrix(SPECTRA["indefinite"]))
     options = {"num_matvecs": 36, "tol": None, "block_size": 2, "seed": 7}
-    plan = make_plan(op, method, sketch.PRODUCTS, **options)
+    plan = make_plan(op, method, sketch.COSTS, **options)
     state = sketch.init(op, plan)
     for _ in range(2):
         state = sketch.step(op, plan, state)
@@ -259,12 +265,12 @@ def test_run_that_is_resumed_from_its_state_repeats_exactly(method: str) -> None
 
 
 def test_monitor_sees_the_value_with_its_error_and_what_it_cost() -> None:
-    seen: list[hk.Progress] = []
+    seen: list[hk.EstimateProgress] = []
     op = hk.aslinearoperator(matrix(SPECTRA["indefinite"]))
     found = trace(op, num_matvecs=90, block_size=2, monitor=seen.append)
     assert tuple(seen) == found.history
     assert all(a.num_matvecs < b.num_matvecs for a, b in itertools.pairwise(seen))
-    assert (seen[-1].smallest, seen[-1].largest_bound) == (found.value, found.stderr)
+    assert (seen[-1].value, seen[-1].stderr) == (found.value, found.stderr)
     assert seen[-1].num_matvecs == found.num_matvecs
 
 

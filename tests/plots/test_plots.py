@@ -333,11 +333,16 @@ def test_missing_matplotlib_is_said_with_what_to_install():
     script = """
 import sys
 sys.modules["matplotlib"] = None
+import torch
 import hvpkit
 try:
     import hvpkit.plots
 except ImportError as error:
     print(error)
+try:
+    hvpkit.spectral_density(hvpkit.aslinearoperator(torch.eye(3))).plot()
+except ImportError as error:
+    print(error)
 """
     result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    assert "pip install 'hvpkit[plots]'" in result.stdout
+    assert result.stdout.count("pip install 'hvpkit[plots]'") == 2

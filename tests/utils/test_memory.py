@@ -18,11 +18,11 @@ def test_storages_count_once_while_they_live_and_at_their_height() -> None:
         view = a[10:]
         a += 1
         b = torch.zeros(500, dtype=torch.float64)  # 4,000
-        assert (made.now, made.most) == (8000, 8000)
+        assert (made.now, made.peak) == (8000, 8000)
         del a
         assert made.now == 8000  # the view holds it
         del view
-        assert (made.now, made.most) == (4000, 8000)
+        assert (made.now, made.peak) == (4000, 8000)
         given += 1
         given[3:].mul_(2)
     del b

@@ -1,1 +1,1 @@
-"""Helpers that belong to no subject: checks of arguments, files, memory, random vectors."""
+"""Shared helpers without a subject of their own: argument checks, files, memory, random vectors."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes: a file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A draft to write, which takes the place of ``path`` at the end; after an error the old file is as it was."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, which replaces ``path`` at the end; an error leaves ``path`` as it was."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield draft

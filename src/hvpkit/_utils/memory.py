@@ -1,4 +1,4 @@
-"""How much memory there is, and how much a computation holds."""
+"""Free memory of a device, and the memory that a computation allocates."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-"""Where Linux says how much a container may use, and how much it does: version 2 and 1."""
+"""Files with the memory limit and usage of a Linux container in bytes: cgroup version 2, then 1."""
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that may still be allocated on the device, infinite where nobody knows."""
+    """Return how many bytes can still be allocated on the device; infinite if unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
@@ -45,14 +45,14 @@ def _physical() -> float:
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of storages that are made inside: those that live ``now``, and the ``most`` at any time.
+    """Counter of the bytes in storages allocated inside: alive ``now``, and at the ``peak``.
 
-    What an operation uses within itself is not seen.
+    Temporary memory within one operation is not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
+        self.now = self.peak = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -68,7 +68,7 @@ class Allocations(TorchDispatchMode):
 
     def _count(self, num_bytes: int) -> None:
         self.now += num_bytes
-        self.most = max(self.most, self.now)
+        self.peak = max(self.peak, self.now)
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

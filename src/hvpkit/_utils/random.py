@@ -12,7 +12,7 @@ from hvpkit._utils.typing import Seed
 
 
 def resolve_seed(seed: Seed) -> int:
-    """An integer seed: the one given, or one number drawn from the generator given.
+    """Return an integer seed: ``seed`` itself, or one number drawn from it if it is a generator.
 
     Raises:
         TypeError: ``seed`` is neither an int nor a ``torch.Generator``.
@@ -28,13 +28,13 @@ def resolve_seed(seed: Seed) -> int:
 
 
 def generator(seed: int, stream: int = 0) -> torch.Generator:
-    """A CPU generator for stream number ``stream`` of ``seed``; streams are independent of each other."""
+    """Return a CPU generator for stream number ``stream`` of ``seed``; streams are independent of each other."""
     word = int(np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(word)
 
 
 def normal_vector(n: int, *, dtype: torch.dtype, device: torch.device, seed: int, stream: int = 0) -> Tensor:
-    """A standard normal vector ``[n]``, the same on every device: drawn on the CPU, then moved.
+    """Draw a standard normal vector ``[n]`` on the CPU and move it: the same numbers on every device.
 
     Example:
         >>> import torch

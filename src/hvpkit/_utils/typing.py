@@ -18,4 +18,4 @@ LossFn: TypeAlias = Callable[[Tree, Batch], Tensor]
 """``loss_fn(params, batch)``: one loss per example ``[B]``, or the batch mean as a 0-d tensor."""
 
 Seed: TypeAlias = int | torch.Generator
-"""Where all randomness comes from."""
+"""The only source of randomness: an integer, or a generator from which one integer is drawn."""

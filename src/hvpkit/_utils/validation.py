@@ -1,4 +1,4 @@
-"""Checks of arguments that every front door shares."""
+"""Argument checks that all public functions share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def check_count(name: str, value: int, low: int, high: int | None = None) -> int:
-    """Returns ``value`` if it is a whole number in ``[low, high]``; a ValueError naming it if not."""
+    """Return ``value``; raise TypeError or ValueError unless it is an integer in ``[low, high]``."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
     if value < low or (high is not None and value > high):
@@ -19,7 +19,7 @@ def check_count(name: str, value: int, low: int, high: int | None = None) -> int
 
 
 def check_positive(name: str, value: float) -> float:
-    """Returns ``value`` if it is a positive finite number; a ValueError naming it if not."""
+    """Return ``value``; raise TypeError or ValueError unless it is a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not (value > 0 and math.isfinite(value)):
@@ -28,7 +28,7 @@ def check_positive(name: str, value: float) -> float:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """Returns ``value`` if it is one of ``choices``; a ValueError that lists them if not."""
+    """Return ``value``; raise ValueError unless it is one of ``choices``."""
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
@@ -36,7 +36,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def check_like(leaf: Tensor, reference: Tensor, *, name: str = "v") -> Tensor:
-    """The leaf, detached; a ValueError if its dtype or device is not the reference's."""
+    """Return ``leaf`` detached; raise ValueError if its dtype or device is not that of ``reference``."""
     for what in ("dtype", "device"):
         found, expected = getattr(leaf, what), getattr(reference, what)
         if found != expected:

@@ -1,1 +1,1 @@
-"""Torch's derivatives as they are: pytrees, exact second derivatives, and what torch gets wrong, written out."""
+"""Corrections to torch's automatic differentiation: pytrees, exact settings, overrides, fixed random numbers."""

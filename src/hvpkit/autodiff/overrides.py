@@ -1,12 +1,13 @@
-"""Functions whose second derivatives torch gets wrong or lacks, written out from their definitions.
+"""Replacements, written from the definitions, of functions whose second derivatives torch lacks or gets wrong.
 
-They are called as ``torch.overrides`` hands calls on, where what is optional in torch's functions comes by name, or,
-while torch compiles, as the module wrote it.
+Optional arguments come by name, as ``torch.overrides`` passes calls on; while torch compiles, they come as the caller
+wrote them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 Table = dict[Callable[..., Any], Callable[..., Any]]
 
 
-class WrittenOut(TorchFunctionMode):
-    """Inside, functions are replaced by others, whoever calls them: modules and losses alike.
+class FunctionOverrides(TorchFunctionMode):
+    """Context in which functions are replaced by others, in modules and losses alike.
 
     Args:
-        table: what each function is replaced by, which is called with the same arguments.
+        table: from each function to its replacement, which is called with the same arguments.
     """
 
     def __init__(self, table: Table) -> None:
@@ -35,6 +36,20 @@ class WrittenOut(TorchFunctionMode):
         return self.table.get(func, func)(*args, **(kwargs or {}))
 
 
+@contextmanager
+def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Replace an attribute of a module or a class, where the override of calls does not reach, and restore it."""
+    own = vars(owner).get(name)  # a class may inherit it
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
 def embedding(
     input: Tensor,
     weight: Tensor,
@@ -43,11 +58,11 @@ def embedding(
     *_: Any,
     **__: Any,
 ) -> Tensor:
-    """Rows of ``weight``, the one for padding a constant: torch's forward mode takes it for a variable."""
+    """Return rows of ``weight``, with the padding row a constant: in torch's forward mode it is a variable."""
     check_max_norm(max_norm)
     rows = F.embedding(
         input, weight
-    )  # not sparse, not scaled by frequency: the derivative of what it computes
+    )  # sparse and scale_grad_by_freq change the gradient only: leave them out
     return rows if padding_idx is None else _padded(rows, rows.detach(), input, padding_idx % len(weight))
 
 
@@ -56,7 +71,7 @@ def _padded(rows: Tensor, padding: Tensor, input: Tensor, padding_idx: int) -> T
 
 
 def check_max_norm(max_norm: float | None) -> None:
-    """A ValueError for an embedding that changes its own weight."""
+    """Raise ValueError for an embedding that rescales its own weight."""
     if max_norm is not None:
         raise ValueError(
             "model: an embedding with max_norm rescales its weight whenever it is called, so the loss is no "
@@ -74,7 +89,7 @@ def embedding_bag(
     padding_idx: int | None,
     **_: Any,
 ) -> Tensor:
-    """Sum, mean or maximum over rows of ``weight``, of which torch has no second derivative."""
+    """Reduce rows of ``weight`` by sum, mean or maximum; torch has no second derivative of it."""
     check_max_norm(max_norm)
     if input.ndim != 2:
         raise ValueError(
@@ -94,12 +109,12 @@ def embedding_bag(
 
 
 def weight_norm(v: Tensor, g: Tensor, _: int) -> Tensor:
-    """The weight of directions ``v`` and lengths ``g``, of which torch's second derivative is wrong."""
+    """Compute ``g v / |v|``, of which torch's second derivative is wrong."""
     return v * (g / v.square().sum_to_size(g.shape).sqrt())
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """A ramp from 0 at -3 to 1 at 3, of which torch has no second derivative."""
+    """Compute ``relu6(x + 3) / 6``, of which torch has no second derivative."""
     ramp = F.relu6(input + 3) / 6
     return input.copy_(ramp) if inplace else ramp
 
@@ -111,20 +126,20 @@ def huber_loss(
     delta: float = 1.0,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Quadratic up to ``delta`` and linear beyond, of which torch has no forward mode."""
+    """Compute the Huber loss, of which torch has no forward-mode derivative."""
     losses = delta * F.smooth_l1_loss(input, target, reduction="none", beta=delta)
     return _reduce(losses if weight is None else losses * weight, reduction)
 
 
 def soft_margin_loss(input: Tensor, target: Tensor, **reduction: Any) -> Tensor:
-    """``log(1 + exp(-target * input))``, of which torch has no forward mode."""
+    """Compute ``log(1 + exp(-target * input))``, of which torch has no forward-mode derivative."""
     return _reduce(-F.logsigmoid(target * input), **reduction)
 
 
 def multi_margin_loss(
     input: Tensor, target: Tensor, *, p: int, margin: float, weight: Tensor | None, **reduction: Any
 ) -> Tensor:
-    """Mean of ``relu(margin - score of the class + other score) ** p``, without a second derivative in torch."""
+    """Compute the mean of ``relu(margin - input[target] + input[other]) ** p``; torch has no second derivative."""
     target = target.unsqueeze(-1)
     hinges = F.relu(margin - input.gather(-1, target) + input) ** p
     if weight is not None:
@@ -133,7 +148,7 @@ def multi_margin_loss(
 
 
 def multilabel_margin_loss(input: Tensor, target: Tensor, **reduction: Any) -> Tensor:
-    """Hinges of each class of the target over each other class, without a second derivative in torch."""
+    """Compute the mean of ``relu(1 - input[target] + input[other])``; torch has no second derivative."""
     named = (target >= 0).cumprod(dim=-1).bool().unsqueeze(-1)  # the classes up to the first -1
     classes = target.clamp(min=0)
     matches = (classes.unsqueeze(-1) == torch.arange(input.shape[-1], device=input.device)) & named
@@ -152,9 +167,9 @@ def ctc_loss(
     reduction: str,
     zero_infinity: bool,
 ) -> Tensor:
-    """Minus the log of the probability of all alignments, without a second derivative in torch.
+    """Compute minus the log probability of all alignments; torch has no second derivative.
 
-    The forward recursion of Graves et al., ICML 2006, doi:10.1145/1143844.1143891, over labels between blanks.
+    By the forward recursion of Graves et al., ICML 2006, doi:10.1145/1143844.1143891, over labels between blanks.
     """
     if log_probs.ndim != 3 or targets.ndim != 2:
         raise ValueError(
@@ -191,7 +206,7 @@ def _reduce(
 
 
 def without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The recurrent layer without cuDNN, which has no second derivative of it."""
+    """Make a recurrent layer run without cuDNN, which has no second derivative."""
 
     def definition(*args: Any) -> Any:
         enabled = torch.backends.cudnn.enabled
@@ -204,7 +219,17 @@ def without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
     return definition
 
 
-DEFINITIONS: Table = {
+def requires_grad_(input: Tensor, requires_grad: bool = True) -> Tensor:
+    """Call ``input.requires_grad_``, except where torch.func refuses it: inside a transform, which does not need it."""
+    functorch = torch._C._functorch
+    refused = (
+        functorch.maybe_current_level() is not None and not functorch.get_inplace_requires_grad_allowed()
+    )
+    return input if requires_grad and refused else input.requires_grad_(requires_grad)
+
+
+OVERRIDES: Table = {
+    Tensor.requires_grad_: requires_grad_,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
     torch._weight_norm: weight_norm,
@@ -218,8 +243,8 @@ DEFINITIONS: Table = {
 }
 
 
-def padding_held(moved: Sequence[Tensor], base: Sequence[Tensor]) -> WrittenOut:
-    """Inside, where embeddings by the weights ``moved`` have padding rows, those are the rows of ``base``."""
+def fixed_padding(moved: Sequence[Tensor], base: Sequence[Tensor]) -> FunctionOverrides:
+    """Give embeddings with weights in ``moved`` the padding rows of the corresponding weights in ``base``."""
     bases = {weight.data_ptr(): before for weight, before in zip(moved, base, strict=True)}
 
     def held(input: Tensor, weight: Tensor, *, padding_idx: int | None, **options: Any) -> Tensor:
@@ -234,4 +259,4 @@ def padding_held(moved: Sequence[Tensor], base: Sequence[Tensor]) -> WrittenOut:
             )
         return _padded(rows, before[padding_idx], input, padding_idx % len(weight))
 
-    return WrittenOut({F.embedding: held})
+    return FunctionOverrides({F.embedding: held})

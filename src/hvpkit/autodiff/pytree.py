@@ -1,8 +1,7 @@
 """Trees of tensors and their flat vectors.
 
-The order of the leaves is the order in which containers hold them (dict keys are not sorted), so that
-for ``dict(model.named_parameters())`` a flat vector is that of
-``torch.nn.utils.parameters_to_vector(model.parameters())``.
+Leaves keep the order of their containers (dict keys are not sorted), so that the flat vector of
+``dict(model.named_parameters())`` is that of ``torch.nn.utils.parameters_to_vector(model.parameters())``.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from hvpkit._utils.typing import Tree
 
 
 def flatten(tree: Tree, *, name: str = "tree") -> tuple[list[Tensor], _pytree.TreeSpec]:
-    """The leaves of ``tree`` and its structure.
+    """Return the leaves of ``tree`` and its structure.
 
     Raises:
         TypeError: a leaf is not a tensor.
     """
-    leaves, spec = _pytree.tree_flatten(_plain(tree))
+    leaves, spec = _pytree.tree_flatten(plain(tree))
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise TypeError(
@@ -34,25 +33,25 @@ def flatten(tree: Tree, *, name: str = "tree") -> tuple[list[Tensor], _pytree.Tr
     return leaves, spec
 
 
-def _plain(tree: Tree) -> Tree:
-    """The tree with mappings that are leaves to torch (a UserDict, as tokenizers return) as dicts."""
-    return _pytree.tree_map(lambda leaf: _plain(dict(leaf)) if isinstance(leaf, Mapping) else leaf, tree)
+def plain(tree: Tree) -> Tree:
+    """Convert mappings that torch takes for leaves (such as a tokenizer's UserDict) to dicts."""
+    return _pytree.tree_map(lambda leaf: plain(dict(leaf)) if isinstance(leaf, Mapping) else leaf, tree)
 
 
 def unflatten(leaves: Sequence[Tensor], spec: _pytree.TreeSpec) -> Tree:
-    """The tree of structure ``spec`` with these leaves."""
+    """Return the tree of structure ``spec`` with these leaves."""
     return _pytree.tree_unflatten(leaves, spec)
 
 
 def leaf_names(tree: Tree) -> list[str]:
-    """Dotted names of the leaves: keys and indices from the root, joined by dots.
+    """Return the dotted names of the leaves: keys and indices from the root, joined by dots.
 
     Example:
         >>> import torch
         >>> leaf_names({"conv.weight": torch.ones(2), "head": [torch.ones(1), torch.ones(1)]})
         ['conv.weight', 'head.0', 'head.1']
     """
-    paths, _ = _pytree.tree_flatten_with_path(_plain(tree))
+    paths, _ = _pytree.tree_flatten_with_path(plain(tree))
     return [".".join(_key_name(key) for key in path) for path, _ in paths]
 
 
@@ -64,7 +63,7 @@ def _key_name(key: object) -> str:
 
 
 def batch_size(batch: Tree) -> int:
-    """The common leading dimension of the leaves of ``batch``.
+    """Return the common leading dimension of the leaves of ``batch``.
 
     Raises:
         ValueError: the tree has no leaves, a leaf is 0-d, or leading dimensions disagree.
@@ -84,7 +83,7 @@ def batch_size(batch: Tree) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tree of parameters lies in a flat vector ``[n]``."""
+    """Correspondence between a tree of parameters and a flat vector ``[n]``."""
 
     spec: _pytree.TreeSpec
     names: tuple[str, ...]
@@ -98,12 +97,12 @@ class Layout:
 
     @classmethod
     def of(cls, tree: Tree) -> Layout:
-        """The layout of ``tree``."""
+        """Return the layout of ``tree``."""
         leaves, spec = flatten(tree, name="params")
         return cls(spec, tuple(leaf_names(tree)), tuple(leaf.shape for leaf in leaves))
 
     def leaves(self, tree: Tree, *, name: str = "v") -> list[Tensor]:
-        """The leaves of a tree that must have this layout, but for the order of keys.
+        """Return the leaves of a tree that has this layout, up to the order of keys.
 
         Raises:
             ValueError: ``tree`` has another structure or other shapes.
@@ -127,39 +126,39 @@ class Layout:
         return leaves
 
     def flatten(self, tree: Tree, *, name: str = "v") -> Tensor:
-        """The flat vector ``[n]`` of a tree of this layout: a copy."""
+        """Return the flat vector ``[n]`` of a tree of this layout, a copy."""
         return join(self.leaves(tree, name=name))
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Views of ``vector [n]`` in the shapes of the leaves."""
+        """Split ``vector [n]`` into views with the shapes of the leaves."""
         pieces = vector.split(self.numels)
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def unflatten(self, vector: Tensor) -> Tree:
-        """The tree whose flat vector is ``vector [n]``: its leaves are views of the vector."""
+        """Return the tree whose flat vector is ``vector [n]``; its leaves are views of ``vector``."""
         if vector.shape != (self.n,):
             raise ValueError(f"vector must have shape [{self.n}], got {list(vector.shape)}")
         return unflatten(self.split(vector), self.spec)
 
 
 def join(leaves: Sequence[Tensor]) -> Tensor:
-    """The flat vector of these leaves, in order: a copy."""
+    """Concatenate the leaves to a flat vector, a copy."""
     return torch.cat([leaf.reshape(-1) for leaf in leaves])
 
 
 def snapshot(leaf: Tensor) -> Tensor:
-    """A copy that nobody else writes to, and that autograd can use even if made in inference mode."""
+    """Return a detached copy that autograd can use, even inside inference mode."""
     with torch.inference_mode(False):
         return leaf.detach().clone()
 
 
 def usable(leaf: Tensor) -> Tensor:
-    """The tensor, as a copy if it was made in inference mode, where autograd cannot use it."""
+    """Return the tensor, or a copy if it was made in inference mode, so that autograd can use it."""
     return snapshot(leaf) if leaf.is_inference() else leaf
 
 
 def check_params(params: Tree, *, finite: bool = True) -> tuple[Layout, list[Tensor]]:
-    """The layout and the detached leaves of a tree of parameters.
+    """Validate a tree of parameters; return its layout and its detached leaves.
 
     Raises:
         TypeError: a leaf is not a tensor of floating dtype (integers, complex numbers).

@@ -1,4 +1,4 @@
-"""Random numbers in a loss: found, to be refused, or fixed by a seed and the example."""
+"""Random numbers in a loss: detected, to be refused, or fixed by a seed and the example."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvpkit._utils.typing import Batch
-from hvpkit.autodiff.overrides import WrittenOut
+from hvpkit.autodiff.overrides import FunctionOverrides
 from hvpkit.autodiff.pytree import batch_size, flatten
 
 T = TypeVar("T")
 
 
 def check_repeatable(loss: Callable[[], T], device: torch.device) -> T:
-    """The value of ``loss()``; a ValueError if that draws random numbers, other ones in each call.
+    """Return ``loss()``; raise ValueError if it draws random numbers that differ between calls.
 
-    The global generators are put back. Random numbers of NumPy and Python are not seen.
+    The global generators are restored. Random numbers of NumPy and Python are not detected.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         with _Draws() as draws:
@@ -42,7 +42,7 @@ def check_repeatable(loss: Callable[[], T], device: torch.device) -> T:
 
 
 class _Draws(TorchDispatchMode):
-    """The random operators inside, and the states that generators are in before each."""
+    """Recorder of the random operators called inside, and of the generators' states before each."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -63,18 +63,20 @@ class _Draws(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def fixed_dropout(seed: int, batch: Batch) -> WrittenOut:
-    """Inside, a mask of dropout is a function of the seed, the example, and which of the dropouts it is.
+def fixed_dropout(seed: int, batch: Batch) -> FunctionOverrides:
+    """Make each dropout mask a function of the seed, the example, and the dropout's position in the call order.
 
-    The example is known by its content, so that a mask is the same in whatever batch it comes. Dropout inside
-    fused functions (attention, recurrent layers) stays random.
+    Examples are identified by their content, so that a mask does not depend on the batch. Dropout inside fused
+    functions (attention, recurrent layers) stays random.
     """
     examples = _keys(batch)
     low, high = (torch.tensor(part & _MASK, device=examples.device) for part in (seed, seed >> 32))
     stream = _mix(low ^ _mix(high))
     dropouts = itertools.count()
 
-    def dropout(input: Tensor, *, p: float, training: bool, inplace: bool, whole: bool = False) -> Tensor:
+    def dropout(
+        input: Tensor, *, p: float, training: bool, inplace: bool, by_channel: bool = False
+    ) -> Tensor:
         if not training or p == 0.0:
             return input
         if input.ndim == 0 or len(input) != len(examples):
@@ -83,27 +85,29 @@ def fixed_dropout(seed: int, batch: Batch) -> WrittenOut:
                 f"shape {list(input.shape)} in a batch of {len(examples)}: its first dimension must be the "
                 "examples (batch_first=True)"
             )
-        shape = input.shape[1:2] if whole else input.shape[1:]
-        places = _mix(_mix(stream + next(dropouts)) + torch.arange(prod(shape), device=examples.device))
-        kept = _mix(examples.unsqueeze(1) ^ places) >= p * 2**32
+        shape = input.shape[1:2] if by_channel else input.shape[1:]
+        positions = _mix(_mix(stream + next(dropouts)) + torch.arange(prod(shape), device=examples.device))
+        kept = _mix(examples.unsqueeze(1) ^ positions) >= p * 2**32
         kept = kept.view(len(input), *shape, *(1,) * (input.ndim - 1 - len(shape)))
         scaled = torch.where(kept, input / (1 - p), 0.0) if p < 1 else torch.zeros_like(input)
         return input.copy_(scaled) if inplace else scaled
 
-    channels = partial(dropout, whole=True)
-    return WrittenOut({F.dropout: dropout} | dict.fromkeys((F.dropout1d, F.dropout2d, F.dropout3d), channels))
+    channels = partial(dropout, by_channel=True)
+    return FunctionOverrides(
+        {F.dropout: dropout} | dict.fromkeys((F.dropout1d, F.dropout2d, F.dropout3d), channels)
+    )
 
 
 def _keys(batch: Batch) -> Tensor:
-    """A number for each example ``[B]``, from the bits of all that the batch holds of it."""
+    """Hash the content of each example to a number, ``[B]``: the bits of all its tensors."""
     leaves, _ = flatten(batch)
     keys = torch.zeros(batch_size(batch), dtype=torch.int64, device=leaves[0].device)
     for leaf in leaves:
         real = torch.view_as_real(leaf) if leaf.is_complex() else leaf
         rows = real.detach().reshape(len(keys), -1).contiguous()
         bits = rows.view(_INTEGERS[rows.itemsize]).to(torch.int64)
-        places = _mix(torch.arange(bits.shape[1], device=keys.device))
-        keys = _mix(keys + _mix(bits ^ (bits >> 32) ^ places).sum(dim=1))
+        positions = _mix(torch.arange(bits.shape[1], device=keys.device))
+        keys = _mix(keys + _mix(bits ^ (bits >> 32) ^ positions).sum(dim=1))
     return keys
 
 
@@ -112,9 +116,9 @@ _MASK = 2**32 - 1
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A hash to 32 bits, kept in int64 so that no product overflows.
+    """Hash to 32 bits, stored in int64 so that no multiplication overflows.
 
-    The constants are those of C. Wellons, https://github.com/skeeto/hash-prospector.
+    Constants of C. Wellons, https://github.com/skeeto/hash-prospector.
     """
     x = x & _MASK
     x = (x ^ (x >> 16)) * 0x21F0AAAD & _MASK

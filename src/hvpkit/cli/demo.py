@@ -12,7 +12,7 @@ from rich.console import Console
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from hvpkit.cli.application import command
 from hvpkit.cli.output import as_json, results_stream, table, write_picture
 from hvpkit.zoo import digits, digits_cnn, train_classifier
@@ -97,7 +97,7 @@ def train_and_solve(
         "dtype": str(H.dtype).removeprefix("torch."),
         "seed": seed,
     }
-    with written_whole(out / "extremes.json") as draft:
+    with atomic_write(out / "extremes.json") as draft:
         draft.write_text(as_json({**ex.to_dict(), "problem": problem}, indent=2) + "\n", encoding="utf-8")
     title = f"Hessian of the mean loss over all {H.num_examples:,} digits, {H.n:,} parameters"
     write_picture(out / "extremes.png", lambda: plots.extremes(ex, objective, params, data, title=title))

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import hvpkit as hk
-from hvpkit.autodiff.pytree import unflatten
 from hvpkit.cli.application import command
 from hvpkit.cli.options import CurvatureProblem, Solve
 from hvpkit.cli.output import Output, print_message, table
@@ -75,15 +74,13 @@ def result_items(title: str, ex: hk.ExtremeResult) -> list[Any]:
     return [table(title, header, rows), f"{ex.operator}\n{close}"]
 
 
-def draw_result(H: hk.LinearOperator, ex: hk.ExtremeResult, title: str) -> Any:
+def draw_result(H: hk.CurvatureOperator, ex: hk.ExtremeResult, title: str) -> Any:
     """Draw the loss along both eigenvectors, and both values against passes."""
     from hvpkit import plots
 
     origin = H.origin
     assert origin is not None
-    return plots.extremes(
-        ex, origin.loss_fn, unflatten(origin.leaves, origin.layout.spec), origin.data, title=title
-    )
+    return plots.extremes(ex, origin.loss_fn, origin.params, origin.data, title=title)
 
 
 def interrupted(entry: hk.Progress, tol: float, H: hk.LinearOperator) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hvpkit.cli.choices import Arithmetic, BatchNorm, Curvature, Dtype, Extremes
 from hvpkit.cli.model_checkpoints import load_into
 from hvpkit.cli.user_problems import FORMS, Target, load_target
 
-CONSTRUCTORS: dict[Curvature, Callable[..., hk.LinearOperator]] = {
+CONSTRUCTORS: dict[Curvature, Callable[..., hk.CurvatureOperator]] = {
     Curvature.HESSIAN: hk.hessian,
     Curvature.GGN: hk.ggn,
     Curvature.FISHER: hk.fisher,
@@ -174,7 +174,7 @@ class CurvatureProblem(Problem):
         typer.Option("--compile", help="Compile matvecs: takes up to a minute at first, pays in long runs."),
     ] = False
 
-    def operator(self) -> tuple[Target, hk.LinearOperator]:
+    def operator(self) -> tuple[Target, hk.CurvatureOperator]:
         """Return the problem and its curvature matrix.
 
         Raises:
@@ -199,7 +199,7 @@ class CurvatureProblem(Problem):
         )
         return target, H
 
-    def describe(self, target: Target, H: hk.LinearOperator) -> dict[str, Any]:
+    def describe(self, target: Target, H: hk.CurvatureOperator) -> dict[str, Any]:
         """Return a record of the problem."""
         return {
             "target": self.target,

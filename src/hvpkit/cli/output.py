@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from hvpkit.results.eigen import ExtremeResult
 
 MAX_UNBROKEN = 28
@@ -90,7 +90,7 @@ def write_picture(path: Path, draw: Callable[[], Any]) -> None:
     drawn = draw()
     figure = getattr(drawn, "figure", None) or drawn
     try:
-        with written_whole(path) as draft:
+        with atomic_write(path) as draft:
             figure.savefig(draft, dpi=150, format="png")
     finally:
         pyplot.close(figure)
@@ -137,7 +137,7 @@ class Output:
             others: names of further files that were written, to be listed with these.
         """
         if self.out is not None:
-            with written_whole(self.out / f"{name}.json") as draft:
+            with atomic_write(self.out / f"{name}.json") as draft:
                 draft.write_text(as_json(record, indent=2) + "\n", encoding="utf-8")
         self.print(record, *shown)
         if self.out is not None and draw is not None:

@@ -64,5 +64,4 @@ def trace(
     }
     shown = [table(target.title, header, [("trace", *row)]), f"{found.status}: {found.message}."]
     output.write("trace", record, shown)
-    stopped_early = found.status in (Status.TIME_LIMIT, Status.NON_FINITE)
-    return found.converged or (tol is None and not stopped_early)
+    return found.converged or found.status is Status.COMPLETED

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from torch.nn import functional as F
 
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from hvpkit.cli.application import command
 from hvpkit.cli.choices import Mode
 from hvpkit.cli.model_checkpoints import load_into
@@ -116,5 +116,5 @@ def _claim(folder: Path, asked: dict[str, object]) -> None:
             )
     elif (folder / SPECTRUM).exists():
         raise ValueError(f"out: {folder} has the {SPECTRUM} of something else; name another folder")
-    with written_whole(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text(as_json(record, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 import typer
 from torch.nn import functional as F
 
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from hvpkit.cli.application import command
 from hvpkit.cli.choices import Mode, TrainingMethod
 from hvpkit.cli.model_checkpoints import load
@@ -165,7 +165,7 @@ def _saved(out: Path, run: dict[str, Any]) -> State | None:
 
 
 def _save(path: Path, content: Any) -> None:
-    with written_whole(path) as draft:
+    with atomic_write(path) as draft:
         torch.save(content, draft)
 
 

@@ -1,8 +1,9 @@
-"""Which of the parameters an operator is about."""
+"""Selection of the parameters that an operator differentiates by: ``wrt``."""
 
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,23 +15,22 @@ from hvpkit.autodiff.pytree import Layout, flatten, snapshot, unflatten
 from hvpkit.objective import Objective
 
 Selection = str | Sequence[str] | Callable[[str], bool] | None
-"""Globs over dotted parameter names, or a predicate of a name; None: all."""
+"""Names or globs over dotted parameter names, or a predicate of a name; None: all parameters."""
 
 
 def restrict(loss_fn: LossFn, params: Tree, wrt: Selection) -> tuple[LossFn, Tree]:
-    """The loss as a function of the chosen parameters, a dict by name; the others are constants.
+    """Return the loss as a function of the selected parameters, a dict by name; the others are constants.
 
     Raises:
-        ValueError: ``wrt`` matches nothing.
+        ValueError: a pattern of ``wrt`` matches no parameter; two parameters have the same dotted name.
     """
     if wrt is None:
         return loss_fn, params
     leaves, spec = flatten(params)
     names = Layout.of(params).names
-    chosen = _matcher(wrt)
-    selected = {name: leaf for name, leaf in zip(names, leaves, strict=True) if chosen(name)}
-    if not selected:
-        raise ValueError(f"wrt={wrt!r} matches no parameter; their names: {', '.join(names)}")
+    _check_distinct(names)
+    chosen = _select(names, wrt)
+    selected = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name in chosen}
     constants = [snapshot(leaf) for leaf in leaves]
 
     def restricted(function: Callable[[Tree, Batch], Any]) -> Callable[[dict[str, Tensor], Batch], Any]:
@@ -45,8 +45,34 @@ def restrict(loss_fn: LossFn, params: Tree, wrt: Selection) -> tuple[LossFn, Tre
     return restricted(loss_fn), selected
 
 
-def _matcher(wrt: Selection) -> Callable[[str], bool]:
+def _select(names: Sequence[str], wrt: Selection) -> set[str]:
+    """Return the names that ``wrt`` selects; raise ValueError if a part of it selects none.
+
+    A pattern that is itself a name selects that parameter alone, so that ``w[0]`` is no character class.
+    """
     if callable(wrt):
-        return wrt
-    globs = [wrt] if isinstance(wrt, str) else list(wrt or ())
-    return lambda name: any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+        chosen = {name for name in names if wrt(name)}
+        unmatched: list[object] = [] if chosen else [wrt]
+    else:
+        patterns = [wrt] if isinstance(wrt, str) else list(wrt or ())
+        found = {pattern: _matches(pattern, names) for pattern in patterns}
+        chosen = set().union(*found.values())
+        unmatched = [pattern for pattern, matched in found.items() if not matched]
+    if chosen and not unmatched:
+        return chosen
+    which = "" if not chosen else f": {', '.join(map(repr, unmatched))}"
+    raise ValueError(f"wrt={wrt!r}{which} matches no parameter; their names: {', '.join(names)}")
+
+
+def _matches(pattern: str, names: Sequence[str]) -> set[str]:
+    return {pattern} if pattern in names else {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+
+
+def _check_distinct(names: Sequence[str]) -> None:
+    """Raise ValueError if two leaves share one dotted name: ``wrt`` could not tell them apart."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"params: several leaves have the dotted name {repeated[0]!r}, so that wrt cannot tell them apart; "
+            "rename one of their keys"
+        )

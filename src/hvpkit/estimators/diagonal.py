@@ -1,46 +1,51 @@
-r"""The diagonal, from products with random signs.
+r"""The diagonal, from matvecs with random signs.
 
 Method: :math:`a_{jj} = E\,\omega_j (A\omega)_j` for signs :math:`\omega` (Bekas, Kokiopoulou, Saad), with variance
 :math:`\sum_{i \ne j} a_{ij}^2`; or (XDiag), for the part :math:`QQ'A` exactly, with Q a basis of the range that the
 probes themselves make, and for each probe the basis of the others.
 
-Cost: one product a probe, or two. Memory: two vectors for each probe in a step and two more; with XDiag, one and a half
-vectors for each product.
+Cost: one matvec per probe, or two. Memory: two vectors per probe of a step and two more; with XDiag, one and a half
+vectors per matvec.
 Source: Bekas, Kokiopoulou, Saad, Appl. Numer. Math. 57 (2007) 1214-1229, doi:10.1016/j.apnum.2007.01.003; Epperly,
 Tropp, Webber, SIAM J. Matrix Anal. Appl. 45 (2024) 1-23, doi:10.1137/23M1548323.
 
-Departures: signs only, as their variance has no term of the diagonal itself and nothing is divided by a number that
-may be small; low rank as in :mod:`hvpkit.estimators.leave_one_out`.
+Departures: signs only, as their variance has no term of the diagonal itself and no division by a small number is
+needed; low rank as in :mod:`hvpkit.estimators.leave_one_out`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Seed
 from hvpkit.estimators import sketch
-from hvpkit.estimators.estimate import Estimate, Mean, Plan, estimate, make_plan
 from hvpkit.estimators.leave_one_out import angles, left_out
 from hvpkit.estimators.probe import draw, unit_order
+from hvpkit.estimators.sampling import Monitor, Plan, estimate, make_plan
 from hvpkit.operators.base import LinearOperator
-from hvpkit.solvers.common.block import CHUNK, power_of_two
-from hvpkit.solvers.driver import Monitor, full_precision
+from hvpkit.results.estimate import Estimate, Mean
+from hvpkit.solvers.common.orthogonalize import CHUNK, power_of_two
+from hvpkit.solvers.driver import full_precision
+
+COSTS = {"hutchinson": 1, "xdiag": 2}
+"""Matvecs per probe."""
 
 
 @dataclass(frozen=True)
-class State:
-    """Mean and spread of the samples so far, over ``scale``.
+class DiagonalState:
+    """Mean and spread of the samples so far, over ``scale`` (Welford's update).
 
     Attributes:
         mean: ``[n]``.
         spread: sum of squared distances from it ``[n]``.
-        scale: what products are divided by, 0-d.
-        num_good: probes before the first of which a product is not finite, 0-d.
+        scale: divisor of matvecs, 0-d.
+        num_good: probes before the first whose matvec is not finite, 0-d.
         num_probes: so far.
-        num_matvecs: full-data products so far.
+        num_matvecs: full-data matvecs so far.
     """
 
     mean: Tensor
@@ -51,14 +56,14 @@ class State:
     num_matvecs: float = 0.0
 
 
-def init(op: LinearOperator) -> State:
-    """A state without a probe."""
+def init(op: LinearOperator) -> DiagonalState:
+    """Return a state without a probe."""
     zero = torch.zeros(op.n, dtype=op.dtype, device=op.device)
-    return State(zero, zero, zero.new_ones(()), torch.zeros((), dtype=torch.int64, device=op.device))
+    return DiagonalState(zero, zero, zero.new_ones(()), torch.zeros((), dtype=torch.int64, device=op.device))
 
 
-def step(op: LinearOperator, plan: Plan, state: State) -> State:
-    """Multiplies the next block of probes and takes its samples into mean and spread."""
+def step(op: LinearOperator, plan: Plan, state: DiagonalState) -> DiagonalState:
+    """Multiply the next block of probes and add its samples to mean and spread."""
     numbers = plan.next_block(state.num_probes)
     k, w = numbers.start, len(numbers)
     probes = draw(op, plan.probe, plan.seed, numbers)
@@ -69,7 +74,7 @@ def step(op: LinearOperator, plan: Plan, state: State) -> State:
     change = mean - state.mean
     spread = state.spread + (found - mean).square().sum(dim=0) + change.square() * (k * w / (k + w))
     good = torch.isfinite(images).all() & (state.num_good == k)
-    return State(
+    return DiagonalState(
         torch.where(good, state.mean + change * (w / (k + w)), state.mean),
         torch.where(good, spread, state.spread),
         scale,
@@ -79,8 +84,8 @@ def step(op: LinearOperator, plan: Plan, state: State) -> State:
     )
 
 
-def evaluate(op: LinearOperator, plan: Plan, state: State, k: int) -> Mean:
-    """The diagonal from a state's k probes."""
+def evaluate(op: LinearOperator, plan: Plan, state: DiagonalState, k: int) -> Mean:
+    """Return the diagonal, over scale, from a state's k probes."""
     if plan.exact:
         seen = unit_order(op.n, plan.seed)[:k].to(op.device)
         value = torch.full_like(state.mean, torch.nan)
@@ -92,12 +97,12 @@ def evaluate(op: LinearOperator, plan: Plan, state: State, k: int) -> Mean:
     return Mean(state.mean, (state.spread / (k * (k - 1))).sqrt(), state.mean[None][:0])
 
 
-def evaluate_xdiag(op: LinearOperator, state: sketch.State, k: int) -> Mean:
-    r"""The diagonal from the first k probes of a state that keeps images.
+def evaluate_xdiag(op: LinearOperator, _: Plan, state: sketch.SketchState, k: int) -> Mean:
+    r"""Return the diagonal, over scale, from the first k probes of a state that keeps images.
 
     Sample i is :math:`\operatorname{diag}(QQ'A) - u_i v_i + c_i\, \omega_i u_i`, entry by entry, with
-    :math:`u_i = Q s_i`, :math:`v_i = A u_i` and :math:`c_i = s_i'r_i`, the part of the product with probe i that
-    the others' basis leaves.
+    :math:`u_i = Q s_i`, :math:`v_i = A u_i` and :math:`c_i = s_i'r_i`, the component of :math:`A\omega_i` outside
+    of the basis of the others.
     """
     value = torch.full((op.n,), torch.nan, dtype=op.dtype, device=op.device)
     stderr = torch.full_like(value, torch.inf)
@@ -115,18 +120,18 @@ def evaluate_xdiag(op: LinearOperator, state: sketch.State, k: int) -> Mean:
     return Mean(value, stderr * (1 + _shared(state, lost, left)) ** 0.5, value[None][:0])
 
 
-def _changes(state: sketch.State, lost: Tensor, left: Tensor, at: slice) -> Tensor:
-    """What samples add to the diagonal of QQ'A at some entries, ``[k, ...]``."""
+def _changes(state: sketch.SketchState, lost: Tensor, left: Tensor, at: slice) -> Tensor:
+    """Return the difference of each sample from the diagonal of QQ'A at some entries, ``[k, ...]``."""
     k, s = len(left), lost.to(state.basis)
     u, v = s.mT @ state.basis[:k, at], s.mT @ state.images[:k, at]
     return u * (left.to(s)[:, None] * state.probes[:k, at] - v)
 
 
-def _shared(state: sketch.State, lost: Tensor, left: Tensor) -> float:
-    r"""The covariance of samples beside their own variance over k, in sum over a part of the entries; in [0, 1].
+def _shared(state: sketch.SketchState, lost: Tensor, left: Tensor) -> float:
+    r"""Return the samples' mean covariance over their variance / k, summed over part of the entries; in [0, 1].
 
-    As :func:`hvpkit.estimators.leave_one_out.shared_variance`: with the direction :math:`b = Q u_{ij}` that the basis
-    without j lacks too, :math:`\Delta_{ij} = b\, Ab - \omega_i b\, u_{ij}'r_i`, and :math:`u_{ij}'r_i = -c\,c_i /
+    As :func:`hvpkit.estimators.leave_one_out.shared_variance`: with the further direction :math:`b = Q u_{ij}` that
+    the basis without j lacks, :math:`\Delta_{ij} = b\, Ab - \omega_i b\, u_{ij}'r_i`, and :math:`u_{ij}'r_i = -c\,c_i /
     \sqrt{1 - c^2}`.
     """
     k = len(left)
@@ -158,30 +163,27 @@ def diagonal(
     seed: Seed = 0,
     monitor: Monitor | None = None,
 ) -> Estimate[Tensor]:
-    r"""The diagonal ``[n]``, with the standard error of each entry.
+    r"""Estimate the diagonal ``[n]``, with the standard error of each entry.
 
     With XDiag and a spectrum that decays fast, standard errors are right in norm, but those of single entries may be
-    several times too small.
-
-    Where ``num_matvecs`` pays for all n columns, these are multiplied, and the value is exact to rounding, whatever
-    the method; entries that a limit then cut off are NaN.
+    several times too small. If ``num_matvecs`` suffices for all n columns, the value is exact to rounding; entries
+    that a limit then leaves out are NaN.
 
     Args:
         op: symmetric operator.
-        method: ``"hutchinson"``, or ``"xdiag"``, which is far better where the spectrum decays, and keeps vectors.
-        num_matvecs: full-data products, at most; all are spent, up to one, unless ``tol`` ends the run before.
+        method: ``"hutchinson"``, or ``"xdiag"``, which is more accurate where the spectrum decays, and keeps vectors.
+        num_matvecs: budget, as for :func:`hvpkit.trace`.
         tol: stop where ``norm(stderr) <= tol * norm(value)``, at ten samples or more.
-        block_size: probes that share a product.
+        block_size: probes that are multiplied together.
         time_limit: seconds.
         seed: of random vectors.
-        monitor: called with a :class:`hvpkit.Progress` after each look.
+        monitor: called with a :class:`hvpkit.EstimateProgress` after each assessment.
 
     Returns:
-        The estimate; ``hvpkit.LinearOperator.unflatten`` makes a tree of its value. A product that is not finite is a
-        status, with the value from the probes before it.
+        The estimate, as of :func:`hvpkit.trace`; ``op.unflatten`` converts its value to a tree.
 
     Raises:
-        ValueError: an argument out of its range, named.
+        ValueError: an argument is out of its range.
 
     Cost:
         As ``num_matvecs`` says. Memory: :mod:`hvpkit.estimators.diagonal`.
@@ -195,25 +197,9 @@ def diagonal(
         >>> diagonal(op, num_matvecs=10).value[:3]
         tensor([0., 1., 2.])
     """
-    products = {"hutchinson": 1, "xdiag": 2}
-    plan = make_plan(op, method, products, num_matvecs=num_matvecs, tol=tol, block_size=block_size, seed=seed)
+    plan = make_plan(op, method, COSTS, num_matvecs=num_matvecs, tol=tol, block_size=block_size, seed=seed)
+    limits: Any = {"time_limit": time_limit, "monitor": monitor}
     if plan.method == "hutchinson":
-        return estimate(
-            op,
-            plan,
-            init(op),
-            lambda state: step(op, plan, state),
-            lambda state, k: evaluate(op, plan, state, k),
-            time_limit=time_limit,
-            monitor=monitor,
-        )
+        return estimate(op, plan, init(op), step, evaluate, **limits)
     plan = replace(plan, method="xtrace")
-    return estimate(
-        op,
-        plan,
-        sketch.init(op, plan, keep_images=True),
-        lambda state: sketch.step(op, plan, state),
-        lambda state, k: evaluate_xdiag(op, state, k),
-        time_limit=time_limit,
-        monitor=monitor,
-    )
+    return estimate(op, plan, sketch.init(op, plan, keep_images=True), sketch.step, evaluate_xdiag, **limits)

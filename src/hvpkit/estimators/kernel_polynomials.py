@@ -1,70 +1,69 @@
-r"""Kernel polynomials: the spectrum from Chebyshev moments, damped against ripples.
+r"""Kernel polynomial method: spectral measures from Chebyshev moments, damped against Gibbs oscillations.
 
 Method: with :math:`x = (A - c)/h` scaled into [-1, 1], :math:`\mu_j = v'T_j(x)v` for unit vectors v, by
-:math:`T_{j+1} = 2xT_j - T_{j-1}`. Two moments come of each product: :math:`\mu_{2j} = 2\|T_jv\|^2 - 1` and
+:math:`T_{j+1} = 2xT_j - T_{j-1}`. Each matvec gives two moments: :math:`\mu_{2j} = 2\|T_jv\|^2 - 1` and
 :math:`\mu_{2j+1} = 2\,(T_{j+1}v)'T_jv - \mu_1`. The density is :math:`\frac{1}{\pi\sqrt{1-x^2}} (g_0\mu_0 + 2\sum_j
 g_j\mu_jT_j(x))`: with Jackson's factors g nowhere negative, and a peak has the width :math:`\pi h/N` for N moments.
 Without them it integrates polynomials of degree below N exactly.
 
-Cost: one product a step and vector, and a few for the ends of the spectrum. Memory: four vectors for each in a group.
+Cost: one matvec per step and vector, and a few for the ends of the spectrum. Memory: four vectors for each of a group.
 Source: Weisse, Wellein, Alvermann, Fehske, Rev. Mod. Phys. 78 (2006) 275-306, doi:10.1103/RevModPhys.78.275.
 
 Departures:
-1. The ends are those of Lanczos' intervals, beyond which an eigenvalue is unlikely. Should there be one, moments
-   grow beyond one: the interval is widened, and the vectors begin anew.
-2. Vectors are orthonormal, as in :mod:`hvpkit.estimators.quadrature`.
+1. The ends are those of Lanczos' intervals, beyond which an eigenvalue is unlikely. If there is one, moments exceed
+   one: the interval is widened, and the recurrence restarts.
+2. Start vectors are orthonormal, as in :mod:`hvpkit.estimators.quadrature`.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hvpkit.estimators.quadrature import Goal
+from hvpkit.estimators.quadrature import MESSAGES, Goal, Measured
 from hvpkit.operators.base import LinearOperator
-from hvpkit.results.eigen import EigenResult, Status
-from hvpkit.results.spectral_measure import Measure, Measured
+from hvpkit.results.eigen import EigenResult, Progress, Status
+from hvpkit.results.spectral_measure import Measure
 from hvpkit.solvers import krylov
-from hvpkit.solvers.driver import Assessment, Limits, Monitor, run_solver
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, run
 from hvpkit.solvers.lanczos import lanczos
 
 MARGIN, WIDER = 1.01, 1.5
-"""Of the interval's half width: what is added at once, and when an eigenvalue turns out to lie outside."""
+"""Factors of the interval's half width: at once, and whenever an eigenvalue is found outside. Chosen by feel."""
 
-END_PRODUCTS, CONFIDENCE = 40, 1 - 1e-6
-"""For the ends of the spectrum: products at most, and how unlikely an eigenvalue is beyond."""
+END_MATVECS, CONFIDENCE = 40, 1 - 1e-6
+"""For the ends of the spectrum: matvecs at most, and confidence that no eigenvalue lies outside. Chosen by feel."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """The interval that is scaled to [-1, 1]."""
+    """The interval that is mapped to [-1, 1]."""
 
     center: float
     half_width: float
 
     @classmethod
     def around(cls, ends: EigenResult, dtype: torch.dtype) -> Band:
-        """The intervals of both ends; not narrower than rounding allows."""
+        """Return the hull of both ends' intervals, not narrower than rounding allows."""
         low, high, limits = ends.intervals[0].lower, ends.intervals[-1].upper, torch.finfo(dtype)
         rounding = limits.eps**0.5 * max(abs(low), abs(high))
         return cls((low + high) / 2, max(MARGIN * (high - low) / 2, rounding, limits.tiny / limits.eps))
 
 
 @dataclass(frozen=True)
-class State:
-    """Chebyshev recurrences under way, and what those before them gave.
+class KernelState:
+    """The Chebyshev recurrences of the present group of vectors, and the measures of the groups before.
 
     Attributes:
         band: of the present vectors.
         start: orthonormal rows ``[b, n]``.
-        current, previous: ``T_j`` and ``T_{j-1}`` of them.
-        moments: each ``[b]``: two for each product.
+        current, previous: ``T_j`` and ``T_{j-1}`` times them.
+        moments: each ``[b]``, two for each step.
         finished: of the vectors before.
-        num_matvecs: full-data products so far.
+        num_matvecs: full-data matvecs so far.
     """
 
     band: Band
@@ -77,19 +76,19 @@ class State:
 
     @property
     def degree(self) -> int:
-        """Of the current polynomial: products with each vector."""
+        """Degree of the current polynomial: matvecs with each vector."""
         return len(self.moments) // 2
 
 
-def init(op: LinearOperator, goal: Goal, band: Band, group: int = 0) -> State:
-    """The state before the first product of a group of vectors."""
+def init(op: LinearOperator, goal: Goal, band: Band, group: int = 0) -> KernelState:
+    """Return the state before the first matvec of a group of vectors."""
     size = goal.sizes[group]
     start = krylov.start(op, size, size, goal.seed_of(group)).basis
-    return State(band, start, start, torch.zeros_like(start))
+    return KernelState(band, start, start, torch.zeros_like(start))
 
 
-def step(op: LinearOperator, state: State) -> State:
-    """The next polynomial and its two moments."""
+def step(op: LinearOperator, state: KernelState) -> KernelState:
+    """Compute the next polynomial and its two moments."""
     band, current = state.band, state.current
     factor = (2 if state.degree else 1) / band.half_width
     images = op.product(current.mT.contiguous()).mT
@@ -107,7 +106,7 @@ def step(op: LinearOperator, state: State) -> State:
 
 
 def jackson(count: int) -> Tensor:
-    """Jackson's damping factors of ``count`` moments.
+    """Return Jackson's damping factors of ``count`` moments.
 
     Example:
         >>> jackson(3)
@@ -118,7 +117,7 @@ def jackson(count: int) -> Tensor:
 
 
 def measure(band: Band, moments: Tensor) -> Measure:
-    """The rules ``[b, 2 N]`` that have these moments ``[b, N]``, the first of them one, at Chebyshev's nodes."""
+    """Return the rules ``[b, 2 N]`` at Chebyshev's nodes with these moments ``[b, N]``, the first of them one."""
     count = moments.shape[1]
     angles = (torch.arange(2 * count, dtype=torch.float64) + 0.5) * (math.pi / (2 * count))
     series = torch.cos(torch.arange(count, dtype=torch.float64)[:, None] * angles) / count
@@ -129,12 +128,12 @@ def measure(band: Band, moments: Tensor) -> Measure:
     return Measure(nodes.flip(0), weights.flip(1), masses.clamp(min=0).flip(1), unknown)
 
 
-def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
-    """Whether moments are what they can be; the next group if this one is done."""
-    status, group = None, len(state.finished)
+def assess(op: LinearOperator, goal: Goal, state: KernelState) -> Assessment[KernelState]:
+    """Check that moments are finite and at most one; go on to the next group if this one is done."""
+    status, suspect, group = None, None, len(state.finished)
     moments = known_moments(state)
     if moments.shape[1] <= 2 * state.degree:
-        status = Status.NON_FINITE
+        status, suspect = Status.NON_FINITE, state.previous.mT
     elif bool((moments.abs() > 1 + torch.finfo(op.dtype).eps ** 0.5).any()):
         wider = replace(state.band, half_width=WIDER * state.band.half_width)
         fresh = init(op, goal, wider, group)
@@ -142,58 +141,91 @@ def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
     elif state.degree == goal.num_steps:
         finished = (*state.finished, measure(state.band, moments))
         if len(finished) == len(goal.sizes):
-            state, status = replace(state, finished=finished), Status.MAX_MATVECS
+            state, status = replace(state, finished=finished), Status.COMPLETED
         else:
             fresh = init(op, goal, state.band, group + 1)
             state = replace(fresh, finished=finished, num_matvecs=state.num_matvecs)
     low, high = state.band.center - state.band.half_width, state.band.center + state.band.half_width
     num_steps = max(1, min(goal.num_steps - state.degree, state.degree // 4))
-    return Assessment(state, low, high, math.nan, math.nan, status, num_steps)
+    return Assessment(state, Progress(0.0, 0.0, low, high, math.nan, math.nan), num_steps, status, suspect)
 
 
-def known_moments(state: State) -> Tensor:
-    """The moments ``[b, N]`` before the first that is not finite, with that of degree zero, which is one."""
+def known_moments(state: KernelState) -> Tensor:
+    """Return the moments ``[b, N]`` before the first that is not finite, from that of degree zero, which is one."""
     ones = torch.ones_like(state.start[:, 0])
     moments = torch.stack([ones, *state.moments], dim=1).to("cpu", torch.float64)
     finite = torch.isfinite(moments).all(dim=0).tolist()
     return moments[:, : finite.index(False)] if False in finite else moments
 
 
-def measures(state: State) -> list[Measure]:
-    """What the groups gave; a group that a limit cut off only if there is no other."""
+def measures(state: KernelState) -> list[Measure]:
+    """Return the measures of complete groups; if there is none, of the group that a limit cut."""
     moments = known_moments(state)
     if state.finished or moments.shape[1] < 2:
         return list(state.finished)
     return [measure(state.band, moments)]
 
 
+@dataclass(frozen=True)
+class KernelPolynomials:
+    """The functions of this file as a :class:`hvpkit.solvers.driver.Solver`.
+
+    Attributes:
+        op: the operator.
+        goal: the checked arguments.
+        band: the first interval.
+        spent: full-data matvecs that it has cost.
+        time_limit: seconds, or None.
+    """
+
+    op: LinearOperator
+    goal: Goal
+    band: Band
+    spent: float
+    time_limit: float | None
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        return max(self.goal.sizes) * self.op.cost
+
+    @property
+    def limits(self) -> Limits:
+        """The time limit, and the matvecs of the goal."""
+        budget = self.spent + sum(self.goal.sizes) * self.goal.num_steps * self.op.cost
+        return Limits(budget, self.time_limit, 0.0, self.spent + self.step_cost)
+
+    def init(self) -> KernelState:
+        return replace(init(self.op, self.goal, self.band), num_matvecs=self.spent)
+
+    def step(self, state: KernelState) -> KernelState:
+        return step(self.op, state)
+
+    def assess(self, state: KernelState) -> Assessment[KernelState]:
+        return assess(self.op, self.goal, state)
+
+    def finalize(self, state: KernelState, status: Status) -> Measured:
+        return Measured(measures(state), state.num_matvecs, status, MESSAGES[status])
+
+
 def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: Monitor | None) -> Measured:
-    """The ends of the spectrum, and the measures of all groups, or of as many as the time allows for."""
-    begin = time.perf_counter()
+    """Find the ends of the spectrum, and measure all groups, or as many as the time allows."""
     ends = lanczos(
         op,
         2,
         which="BE",
         confidence=CONFIDENCE,
-        max_matvecs=END_PRODUCTS * op.cost,
+        max_matvecs=END_MATVECS * op.cost,
         time_limit=time_limit,
         seed=goal.seed,
         monitor=monitor,
     )
     if ends.status is Status.NON_FINITE:
-        return Measured(
-            [], ends.status, ends.history, ends.num_matvecs, init(op, goal, Band(0.0, 1.0)).start.mT
-        )
+        start = init(op, goal, Band(0.0, 1.0)).start.mT
+        message = f"{MESSAGES[ends.status]}; {op.blame(start)}"
+        return Measured([], ends.num_matvecs, ends.status, message, ends.seconds, ends.history)
     if time_limit is not None:
-        time_limit = max(time_limit - (time.perf_counter() - begin), 1e-9)
-    spent, step_cost = ends.num_matvecs, max(goal.sizes) * op.cost
-    ended = run_solver(
-        replace(init(op, goal, Band.around(ends, op.dtype)), num_matvecs=spent),
-        lambda state: step(op, state),
-        lambda state: assess(op, goal, state),
-        step_cost=step_cost,
-        limits=Limits(spent + sum(goal.sizes) * goal.num_steps * op.cost, time_limit, 0.0, spent + step_cost),
-        monitor=monitor,
-    )
-    history, blame = ends.history + ended.history, ended.state.previous.mT
-    return Measured(measures(ended.state), ended.status, history, ended.state.num_matvecs, blame)
+        time_limit = max(time_limit - ends.seconds, 1e-9)
+    solver = KernelPolynomials(op, goal, Band.around(ends, op.dtype), ends.num_matvecs, time_limit)
+    found = run(solver, monitor=monitor)
+    return replace(found, seconds=ends.seconds + found.seconds, history=ends.history + found.history)

@@ -1,13 +1,13 @@
-"""Trace estimates from small matrices: probes against a basis that they have, or have not, a part in.
+"""Leave-one-out trace estimates from small matrices: each probe with the basis that the others make.
 
 Source: Epperly, Tropp, Webber, SIAM J. Matrix Anal. Appl. 45 (2024) 1-23, doi:10.1137/23M1548323.
 
 Departures from the paper:
-1. It takes the products of probes for independent; here those that are not are safe (:func:`left_out`): operators
+1. It assumes linearly independent matvecs of probes; here dependent ones are allowed (:func:`left_out`): operators
    of low rank, and signs that happen to agree.
-2. Its standard error takes the samples for independent, and is then too small by a quarter or more; here what they
-   share is estimated and added (:func:`shared_variance`).
-3. Its small matrices are formed anew when all probes are known; here they grow with them.
+2. Its standard error assumes independent samples, and is then too small by a quarter or more; here their covariance
+   is estimated and added (:func:`shared_variance`).
+3. It forms its small matrices once, from all probes; here they are extended with each block.
 """
 
 from __future__ import annotations
@@ -17,35 +17,39 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hvpkit.estimators.estimate import Mean, mean_of
 from hvpkit.estimators.sketch import Small
+from hvpkit.results.estimate import Mean, mean_of
 
 
 def left_out(factor: Tensor, eps: float) -> Tensor:
-    r"""For each column of R ``[r, k]``, the unit direction that it alone has a part in, or zero: ``[r, k]``.
+    r"""Return the leave-one-out null direction of each column of R ``[r, k]``, a unit column or zero: ``[r, k]``.
 
-    It is orthogonal to all other columns: :math:`s_i \propto (R^+)'e_i`, unless column i is a combination of them.
-    Singular values at rounding, ``eps`` of the largest, count as zero.
+    It is orthogonal to all other columns: :math:`s_i \propto (R^+)'e_i`, or zero if column i is a combination of them,
+    which it is if :math:`e_i` has a component in the null space of R. Singular values up to :math:`\text{eps}\,
+    \max(r, k)\, \sigma_1` count as zero, and components up to :math:`\text{eps}\, \sigma_1 / \sigma` with the smallest
+    nonzero one: the perturbation of the null space by rounding in R. (Measured in float32: a quarter of that.)
     """
-    u, singular, v = torch.linalg.svd(factor, full_matrices=False)
-    real = singular > eps * len(factor) * singular.amax() if len(singular) else singular > 0
-    share = v * real[:, None]
-    directions = u @ (share / torch.where(real, singular, 1.0)[:, None])
-    lengths = torch.linalg.vector_norm(directions, dim=0)
-    alone = ((share * share).sum(dim=0) > 0.999) & (lengths > 0)
-    return torch.where(alone, directions / lengths, 0.0)
+    u, singular, v = torch.linalg.svd(factor)
+    rank = int((singular > eps * max(factor.shape) * singular.amax()).sum()) if len(singular) else 0
+    if not rank:
+        return torch.zeros_like(factor)
+    directions = (u[:, :rank] / singular[:rank]) @ v[:rank]
+    norms = torch.linalg.vector_norm(directions, dim=0)
+    components = torch.linalg.vector_norm(v[rank:], dim=0)
+    alone = (components <= eps * singular[0] / singular[rank - 1]) & (norms > 0)
+    return torch.where(alone, directions / norms, 0.0)
 
 
 def samples(found: Small, lost: Tensor, *, normalise: bool) -> Tensor:
-    r"""Estimates ``[k]`` of the trace, one for each probe, each unbiased.
+    r"""Return unbiased estimates ``[k]`` of the trace, one for each probe.
 
-    With Q the basis that probe :math:`\omega` meets, :math:`\operatorname{tr} Q'AQ + \omega'(I - QQ')A(I - QQ')\omega`.
+    With Q the basis for probe :math:`\omega`, :math:`\operatorname{tr} Q'AQ + \omega'(I - QQ')A(I - QQ')\omega`.
 
     Args:
         found: small matrices.
-        lost: what the basis that probe i meets lacks of the whole one: a unit column, or zero ``[r, k]``.
-        normalise: give what the basis leaves of the probe the length that its dimension asks for, which a probe that
-            is uniform on a sphere allows.
+        lost: direction of the whole basis that the one for probe i lacks: a unit column, or zero ``[r, k]``.
+        normalise: rescale the part of the probe outside of its basis to the norm expected in its dimension; for
+            probes that are uniform on a sphere.
     """
     inside, forms = _left(found, lost)
     kept = found.projected.trace() - (lost * (found.projected @ lost)).sum(dim=0)
@@ -53,13 +57,13 @@ def samples(found: Small, lost: Tensor, *, normalise: bool) -> Tensor:
 
 
 def _left(found: Small, lost: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients ``[r, k]`` of each probe on its basis, and the form ``[k]`` of what that leaves."""
+    """Return the coefficients ``[r, k]`` of each probe on its basis, and the form ``[k]`` of its remainder."""
     inside = found.dots - lost * (lost * found.dots).sum(dim=0)
     return inside, found.forms - (inside * (2 * found.crossed - found.projected @ inside)).sum(dim=0)
 
 
 def _factor(found: Small, squares: Tensor, num_lost: Tensor, normalise: bool) -> Tensor | float:
-    """What forms are multiplied by, from squared lengths inside of bases and the directions that these lack."""
+    """Return the factor of forms, from squared norms inside of the bases and the directions that these lack."""
     if not normalise:
         return 1.0
     dimension = found.n - found.rank + num_lost
@@ -67,22 +71,22 @@ def _factor(found: Small, squares: Tensor, num_lost: Tensor, normalise: bool) ->
 
 
 def angles(lost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines and sines between columns, and which pairs are two, and not parallel; each ``[k, k]``."""
+    """Return cosines and sines between columns, and a mask of distinct, nonparallel pairs; each ``[k, k]``."""
     cosines = lost.mT @ lost
     pairs = (1 - cosines**2 > 1e-8) & ~torch.eye(len(cosines), dtype=torch.bool)
     return cosines, torch.where(pairs, 1 - cosines**2, 1.0).sqrt(), pairs
 
 
 def shared_variance(found: Small, lost: Tensor, *, normalise: bool) -> Tensor:
-    r"""An unbiased estimate of the mean covariance of two samples, which share most of their bases.
+    r"""Return an unbiased estimate of the mean covariance of two samples, which share most of their bases.
 
-    Let :math:`t_{i|j}` be the estimate from probe i with the basis that neither i nor j has a part in, and
-    :math:`\Delta_{ij} = t_i - t_{i|j}`. Whatever the other probes are, each of these is unbiased over its own, so that
+    Let :math:`t_{i|j}` be the estimate from probe i with the basis of all but i and j, and
+    :math:`\Delta_{ij} = t_i - t_{i|j}`. Given the other probes, each of these is unbiased over its own probe, so that
     :math:`t_{i|j}` has no covariance with :math:`t_{j|i}`, nor with :math:`\Delta_{ji}`, and
 
     .. math:: \operatorname{Cov}(t_i, t_j) = E\, \Delta_{ij} \Delta_{ji}.
 
-    Without j the basis lacks :math:`u_{ij} = (s_j - c\, s_i) / \sqrt{1 - c^2}` too, where :math:`c = s_i's_j`.
+    Without j the basis also lacks :math:`u_{ij} = (s_j - c\, s_i) / \sqrt{1 - c^2}`, where :math:`c = s_i's_j`.
     """
     k = lost.shape[1]
     inside, forms = _left(found, lost)
@@ -90,7 +94,7 @@ def shared_variance(found: Small, lost: Tensor, *, normalise: bool) -> Tensor:
     images = found.projected @ lost
 
     def along_u(columns: Tensor) -> Tensor:
-        """Inner products ``[i, j]`` of u_ij with column i."""
+        """Return the inner products ``[i, j]`` of u_ij with column i."""
         dots = columns.mT @ lost
         return (dots - cosines * dots.diagonal()[:, None]) / sines
 
@@ -106,10 +110,10 @@ def shared_variance(found: Small, lost: Tensor, *, normalise: bool) -> Tensor:
 
 
 def leave_one_out(found: Small, lost: Tensor, *, normalise: bool) -> Mean:
-    """XTrace: the mean of estimates with the bases that their probes have no part in.
+    """Return the mean of the leave-one-out estimates (XTrace), with its standard error.
 
-    What the samples share counts for at least nothing and at most as much again as what they do not: where the
-    spectrum decays fast, the estimate of it is noise.
+    The estimate of the shared variance is clamped between zero and the samples' own variance: where the spectrum
+    decays fast, it is noise.
     """
     mean = mean_of(samples(found, lost, normalise=normalise))
     if len(mean.samples) < 2:

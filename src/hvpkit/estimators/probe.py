@@ -17,11 +17,11 @@ from hvpkit.operators.base import LinearOperator
 KINDS = ("rademacher", "gaussian", "sphere")
 
 UNIT = "unit"
-"""Columns of the identity in random order, no two the same: what there is for all n of them."""
+"""The kind of probes that are the columns of the identity, in random order without repetition."""
 
 
 def draw(op: LinearOperator, kind: str, seed: int, numbers: range) -> Tensor:
-    """The probes of these numbers as rows ``[len(numbers), n]``, whichever others are drawn."""
+    """Return the probes of these numbers as rows ``[len(numbers), n]``, independent of which others are drawn."""
     if kind == UNIT:
         rows = torch.zeros(len(numbers), op.n, dtype=op.dtype, device=op.device)
         rows[range(len(numbers)), unit_order(op.n, seed)[numbers.start : numbers.stop]] = 1
@@ -30,7 +30,7 @@ def draw(op: LinearOperator, kind: str, seed: int, numbers: range) -> Tensor:
 
 
 def unit_order(n: int, seed: int) -> Tensor:
-    """The places of the ones of unit probes, ``[n]``."""
+    """Return the index of the one in each unit probe, ``[n]``."""
     return torch.randperm(n, generator=generator(seed))
 
 

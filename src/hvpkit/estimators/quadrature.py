@@ -1,20 +1,20 @@
-r"""Stochastic Lanczos quadrature: the spectrum as random vectors see it.
+r"""Stochastic Lanczos quadrature: spectral measures of random vectors.
 
 Method: for a unit vector v, Ritz values :math:`\theta_k` of its Krylov space of m steps and the squared first
 components :math:`w_k` of their coefficients are a Gauss rule, :math:`v'f(A)v \approx \sum_k w_k f(\theta_k)`, exact
 for polynomials of degree up to 2m - 1; the mean over random v is :math:`\operatorname{tr} f(A) / n`. Several vectors
 share one basis, each with a rule of its own on all of its Ritz values.
 
-Cost: one product a step and vector; orthogonalisation as for :mod:`hvpkit.solvers.lanczos`.
+Cost: one matvec per step and vector; orthogonalisation as for :mod:`hvpkit.solvers.lanczos`.
 Memory: the basis, ``num_steps + 1`` vectors for each that shares it.
 Source: Golub and Meurant, Matrices, Moments and Quadrature, Princeton (2010), doi:10.1515/9781400833887; Ubaru, Chen,
 Saad, SIAM J. Matrix Anal. Appl. 38 (2017) 1075-1099, doi:10.1137/16M1104974; Ghorbani, Krishnan, Xiao, ICML 2019,
 arXiv:1901.10159.
 
 Departures:
-1. Full reorthogonalisation, twice: no copies of Ritz values that have converged.
-2. Vectors are orthonormal, and not independent: each is uniform on the sphere, together they see more. With n of
-   them and one step the spectrum is exact.
+1. Full reorthogonalisation, twice: no copies of converged Ritz values.
+2. Start vectors are orthonormal, and not independent: each is uniform on the sphere, and their mean has a smaller
+   variance. With n of them and one step the spectrum is exact.
 3. A block Krylov space, whose rules are at least as exact as those of its vectors alone.
 """
 
@@ -27,21 +27,22 @@ import torch
 
 from hvpkit._utils.random import generator
 from hvpkit.operators.base import LinearOperator
-from hvpkit.results.eigen import Status
-from hvpkit.results.spectral_measure import Measure, Measured
+from hvpkit.results.eigen import Progress, Status
+from hvpkit.results.spectral_measure import Measure
 from hvpkit.solvers import krylov
-from hvpkit.solvers.common.rayleigh_ritz import Ritz
-from hvpkit.solvers.driver import Assessment, Limits, Monitor, run_solver
+from hvpkit.solvers.common.convergence import progress_of
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, run
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked for.
+    """The checked arguments of a spectral density.
 
     Attributes:
-        num_steps: products with each vector.
-        sizes: vectors that share a basis, one basis after another.
-        width: columns of a product, at most.
+        num_steps: matvecs with each vector.
+        sizes: number of vectors that share a basis, one basis after another.
+        width: columns of a block matvec, at most.
         seed: of random vectors.
     """
 
@@ -51,109 +52,154 @@ class Goal:
     seed: int
 
     def seed_of(self, group: int) -> int:
-        """The seed of a group of vectors."""
+        """Return the seed of a group of vectors."""
         return generator(self.seed, group).initial_seed()
 
     def spans(self, n: int) -> bool:
-        """Whether the vectors are a whole basis of n dimensions."""
+        """Return True if the vectors are a basis of all n dimensions."""
         return self.sizes == (n,)
 
 
+MESSAGES = {
+    Status.INVARIANT_SUBSPACE: "every column was multiplied: the spectrum is exact to rounding",
+    Status.COMPLETED: "all steps of all probes are taken; raise num_probes or num_steps for more accuracy",
+    Status.MAX_MATVECS: "the matvecs are spent before all steps were taken; the density is from the matvecs before",
+    Status.TIME_LIMIT: "the time limit is reached; the density is from the matvecs before it",
+    Status.NON_FINITE: "a matvec gave NaN or infinity; the density is from the matvecs before it",
+}
+
+
 @dataclass(frozen=True)
-class State:
-    """A Krylov space under way, and what those before it gave.
+class Measured:
+    """The measures that a method found.
+
+    Attributes:
+        measures: one for each group of vectors.
+        num_matvecs: full-data matvecs spent.
+        status: why it stopped.
+        message: the status in words.
+        seconds: wall time.
+        history: one entry for each assessment.
+    """
+
+    measures: list[Measure]
+    num_matvecs: float
+    status: Status
+    message: str
+    seconds: float = 0.0
+    history: tuple[Progress, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuadratureState:
+    """The Krylov space of the present group of vectors, and the measures of the groups before.
 
     Attributes:
         krylov: of the present vectors.
         finished: of the vectors before.
-        num_before: full-data products that they took.
+        num_before: full-data matvecs that those took.
     """
 
-    krylov: krylov.State
+    krylov: krylov.KrylovState
     finished: tuple[Measure, ...] = ()
     num_before: float = 0.0
 
     @property
     def num_matvecs(self) -> float:
-        """Full-data products so far."""
+        """Full-data matvecs so far."""
         return self.num_before + self.krylov.num_matvecs
 
 
-def init(op: LinearOperator, goal: Goal, group: int = 0) -> State:
-    """The state before the first product of a group of vectors."""
+def init(op: LinearOperator, goal: Goal, group: int = 0) -> QuadratureState:
+    """Return the state before the first matvec of a group of vectors."""
     size, seed = goal.sizes[group], goal.seed_of(group)
     if not goal.spans(op.n):
-        return State(krylov.start(op, size * (goal.num_steps + 1), size, seed))
+        return QuadratureState(krylov.start(op, size * (goal.num_steps + 1), size, seed))
     normal = torch.randn(op.n, op.n, generator=generator(seed), dtype=torch.float64)
     everything = torch.linalg.qr(normal).Q.to(op.device, op.dtype)
     start = krylov.start(op, op.n, 1, seed)
-    return State(replace(start, basis=everything, alive=torch.ones_like(start.alive), num_frontier=op.n))
+    return QuadratureState(
+        replace(start, basis=everything, alive=torch.ones_like(start.alive), num_frontier=op.n)
+    )
 
 
-def step(op: LinearOperator, goal: Goal, state: State) -> State:
-    """One product, with as many vectors of the frontier as it may have columns."""
-    return replace(state, krylov=krylov.step(op, state.krylov, min(goal.width, products_left(goal, state))))
+def step(op: LinearOperator, goal: Goal, state: QuadratureState) -> QuadratureState:
+    """Multiply as many vectors of the frontier as a block matvec may have columns."""
+    return replace(state, krylov=krylov.step(op, state.krylov, min(goal.width, matvecs_left(goal, state))))
 
 
-def products_left(goal: Goal, state: State) -> int:
-    """Products that the present group has left."""
+def matvecs_left(goal: Goal, state: QuadratureState) -> int:
+    """Return the number of matvecs left for the present group."""
     return goal.sizes[len(state.finished)] * goal.num_steps - state.krylov.num_products
 
 
-def measure(krylov_state: krylov.State, pairs: Ritz, size: int) -> Measure:
-    """The rules of the start vectors, which are the first rows of the basis."""
-    scale, weights = float(krylov_state.scale), pairs.coefficients[:size] ** 2
+def measure(krylov_state: krylov.KrylovState, pairs: RitzPairs, size: int) -> Measure:
+    """Return the rules of the start vectors, which are the first rows of the basis."""
+    scale, weights = float(krylov_state.scale), pairs.vectors[:size] ** 2
     return Measure(pairs.values * scale, weights, weights, pairs.residual_norms * scale)
 
 
-def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
-    """Ritz values so far; the next group if this one is done."""
+def assess(op: LinearOperator, goal: Goal, state: QuadratureState) -> Assessment[QuadratureState]:
+    """Find the Ritz values so far; go on to the next group if this one is done."""
     space, poisoned = krylov.compact(state.krylov)
     pairs, _ = krylov.project(op, space)
-    state, status, scale = replace(state, krylov=space), None, float(space.scale)
+    state, status, suspect, scale = replace(state, krylov=space), None, None, space.scale
     if poisoned:
-        status = Status.NON_FINITE
-    elif not (products_left(goal, state) and space.num_frontier):
+        status, suspect = Status.NON_FINITE, space.basis[space.num_multiplied].unsqueeze(1)
+    elif not (matvecs_left(goal, state) and space.num_frontier):
         finished = (*state.finished, measure(space, pairs, goal.sizes[len(state.finished)]))
         if len(finished) < len(goal.sizes):
             state = replace(init(op, goal, len(finished)), finished=finished, num_before=state.num_matvecs)
         else:
             state = replace(state, finished=finished)
-            status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.MAX_MATVECS
-    some = len(pairs.values) > 0
-    done, left = state.krylov.num_products, 0 if status else products_left(goal, state)
-    return Assessment(
-        state,
-        smallest=float(pairs.values[0]) * scale if some else math.nan,
-        largest=float(pairs.values[-1]) * scale if some else math.nan,
-        smallest_bound=float(pairs.residual_norms[0]) * scale if some else math.inf,
-        largest_bound=float(pairs.residual_norms[-1]) * scale if some else math.inf,
-        status=status,
-        num_steps=max(1, min(math.ceil(left / goal.width), done // goal.width // 4)),
-    )
+            status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.COMPLETED
+    progress = progress_of(pairs.values, pairs.residual_norms, scale)
+    done, left = state.krylov.num_products, 0 if status else matvecs_left(goal, state)
+    num_steps = max(1, min(math.ceil(left / goal.width), done // goal.width // 4))
+    return Assessment(state, progress, num_steps, status, suspect)
 
 
-def measures(op: LinearOperator, goal: Goal, state: State) -> list[Measure]:
-    """What the groups gave; a group that a limit cut off only if there is no other."""
+def measures(op: LinearOperator, goal: Goal, state: QuadratureState) -> list[Measure]:
+    """Return the measures of complete groups; if there is none, of the group that a limit cut."""
     if state.finished or not state.krylov.num_multiplied:
         return list(state.finished)
     space, _ = krylov.compact(state.krylov)
     return [measure(space, krylov.project(op, space)[0], goal.sizes[0])]
 
 
+@dataclass(frozen=True)
+class Quadrature:
+    """The functions of this file as a :class:`hvpkit.solvers.driver.Solver`."""
+
+    op: LinearOperator
+    goal: Goal
+    time_limit: float | None
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        return self.goal.width * self.op.cost
+
+    @property
+    def limits(self) -> Limits:
+        """The time limit, and a budget that is never reached: assessments keep to the matvecs of the goal."""
+        num_matvecs = sum(self.goal.sizes) * self.goal.num_steps
+        return Limits(num_matvecs * self.op.cost + self.step_cost, self.time_limit, 0.0, self.step_cost)
+
+    def init(self) -> QuadratureState:
+        return init(self.op, self.goal)
+
+    def step(self, state: QuadratureState) -> QuadratureState:
+        return step(self.op, self.goal, state)
+
+    def assess(self, state: QuadratureState) -> Assessment[QuadratureState]:
+        return assess(self.op, self.goal, state)
+
+    def finalize(self, state: QuadratureState, status: Status) -> Measured:
+        found = measures(self.op, self.goal, state)
+        return Measured(found, state.num_matvecs, status, MESSAGES[status])
+
+
 def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: Monitor | None) -> Measured:
-    """The measures of all groups, or of as many as the time allows for."""
-    products, step_cost = sum(goal.sizes) * goal.num_steps, goal.width * op.cost  # looks keep to the products
-    ended = run_solver(
-        init(op, goal),
-        lambda state: step(op, goal, state),
-        lambda state: assess(op, goal, state),
-        step_cost=step_cost,
-        limits=Limits(products * op.cost + step_cost, time_limit, 0.0, step_cost),
-        monitor=monitor,
-    )
-    space = ended.state.krylov
-    blame = space.basis[space.num_multiplied : space.num_multiplied + 1].mT
-    return Measured(
-        measures(op, goal, ended.state), ended.status, ended.history, ended.state.num_matvecs, blame
-    )
+    """Measure all groups, or as many as the time allows."""
+    return run(Quadrature(op, goal, time_limit), monitor=monitor)

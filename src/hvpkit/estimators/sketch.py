@@ -1,12 +1,12 @@
-r"""A basis of what an operator does to random vectors, and quadratic forms of what that basis leaves.
+r"""A randomized range basis, and quadratic forms of the probes outside of it.
 
-With Q an orthonormal basis of the range of :math:`A S`, for random S, and a probe :math:`\omega` that S does not know,
+With Q an orthonormal basis of the range of :math:`A S`, for random S, and a probe :math:`\omega` independent of S,
 
 .. math:: \operatorname{tr} A = \operatorname{tr} Q'AQ + E\,\omega'(I - QQ')\, A\, (I - QQ')\,\omega,
 
-and the second term varies little where the spectrum decays. Hutch++ draws S beside its probes; XTrace lets the probes
-be S, and takes for each of them the basis that the others make. All that either needs of vectors are small matrices,
-so that every probe counts with the last basis, and none is multiplied again.
+and the second term varies little where the spectrum decays. Hutch++ draws S beside its probes; XTrace takes the probes
+themselves for S, and for each of them the basis of the others. Both need only small matrices of inner products, so
+that every probe is used with the last basis, and none is multiplied again.
 
 Source: Meyer, Musco, Musco, Woodruff, SOSA 2021, arXiv:2010.09649; Epperly, Tropp, Webber, SIAM J. Matrix Anal. Appl.
 45 (2024) 1-23, arXiv:2301.07825.
@@ -19,37 +19,36 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hvpkit.estimators.estimate import Plan
 from hvpkit.estimators.probe import draw
+from hvpkit.estimators.sampling import Plan
 from hvpkit.operators.base import LinearOperator
-from hvpkit.solvers.common.block import power_of_two
-from hvpkit.solvers.common.orthogonalize import orthonormalise_
+from hvpkit.solvers.common.orthogonalize import orthonormalise_, power_of_two
 
-PRODUCTS = {"hutchinson": 1, "hutch++": 3, "xtrace": 2}
-"""Products that a probe takes: its own; of a random vector, and of the basis row that comes of it."""
+COSTS = {"hutchinson": 1, "hutch++": 3, "xtrace": 2}
+"""Matvecs per probe: its own; that of a column of S (Hutch++); that of the basis row made of it."""
 
 SKETCH = 2**32
-"""Where the numbers of the random vectors begin of which Hutch++ makes its basis."""
+"""Number of the first column of S in Hutch++, beyond the numbers of all probes."""
 
 
 @dataclass(frozen=True)
-class State:
-    """Probes, a basis, and their inner products over ``scale``. ``step`` takes over the state's buffers.
+class SketchState:
+    """Probes, a basis, and their inner products over ``scale``. ``step`` donates (reuses) the state's buffers.
 
     Attributes:
-        basis: orthonormal rows, or zero where nothing new was left ``[r, n]``; no rows for Hutchinson's method.
+        basis: orthonormal rows, zero where a vector was dependent ``[r, n]``; no rows for Hutchinson's method.
         probes: the same number of rows.
-        images: products with the basis, or no rows where they are not asked for.
+        images: A times the basis, or no rows where they are not kept.
         alive: 1, or 0 for a row of the basis that is zero ``[r]``.
         projected: ``Q'AQ`` ``[r, r]``.
-        dots: of the basis with probes ``[r, k]``.
-        crossed: of the basis with products of probes ``[r, k]``.
-        forms: of probes with their products ``[k]``.
-        squares: of the norms of their products ``[k]``.
-        scale: what products are divided by, 0-d.
-        num_good: probes before the first of which a product is not finite, 0-d.
+        dots: ``Q'W`` for probes W ``[r, k]``.
+        crossed: ``Q'AW`` ``[r, k]``.
+        forms: quadratic forms of the probes ``[k]``.
+        squares: squared norms of A times the probes ``[k]``.
+        scale: divisor of matvecs, 0-d.
+        num_good: probes before the first whose matvec is not finite, 0-d.
         num_probes: so far.
-        num_matvecs: full-data products so far.
+        num_matvecs: full-data matvecs so far.
     """
 
     basis: Tensor
@@ -67,22 +66,22 @@ class State:
     num_matvecs: float = 0.0
 
 
-def init(op: LinearOperator, plan: Plan, *, keep_images: bool = False) -> State:
-    """A state without a probe, with room for all."""
+def init(op: LinearOperator, plan: Plan, *, keep_images: bool = False) -> SketchState:
+    """Return a state without a probe, with buffers for all."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=op.dtype, device=op.device)
 
     k, n = plan.num_probes, op.n
-    r = 0 if plan.num_products == 1 else k
+    r = 0 if plan.cost == 1 else k
     matrices = empty(r, r), empty(r, k), empty(r, k)
     vectors = empty(r, n), empty(r, n), empty(r if keep_images else 0, n)
     none = torch.zeros((), dtype=torch.int64, device=op.device)
-    return State(*vectors, empty(r), *matrices, empty(k), empty(k), empty().fill_(1.0), none)
+    return SketchState(*vectors, empty(r), *matrices, empty(k), empty(k), empty().fill_(1.0), none)
 
 
-def step(op: LinearOperator, plan: Plan, state: State) -> State:
-    """Multiplies the next block of probes, and what they add to the basis."""
+def step(op: LinearOperator, plan: Plan, state: SketchState) -> SketchState:
+    """Multiply the next block of probes, and the rows that they add to the basis."""
     numbers = plan.next_block(state.num_probes)
     new = slice(numbers.start, numbers.stop)
     probes = draw(op, plan.probe, plan.seed, numbers)
@@ -98,30 +97,33 @@ def step(op: LinearOperator, plan: Plan, state: State) -> State:
         if plan.method == "xtrace":
             _extend_(op, state, numbers, images)
             basis_images, state = _multiply(op, state, state.basis[new])
-    _file_(op, state, numbers, probes, images, basis_images)
-    if plan.method == "xtrace":
-        state.crossed[new, : numbers.start] = (
-            0  # a row of the basis is orthogonal to products that came before it
-        )
+    _store_(op, state, numbers, probes, images, basis_images)
+    if plan.method == "xtrace":  # a row of the basis is orthogonal to the matvecs before it
+        state.crossed[new, : numbers.start] = 0
     return replace(state, num_probes=numbers.stop, num_good=_num_good(state, numbers))
 
 
-def _multiply(op: LinearOperator, state: State, rows: Tensor) -> tuple[Tensor, State]:
+def _multiply(op: LinearOperator, state: SketchState, rows: Tensor) -> tuple[Tensor, SketchState]:
     images = op.product(rows.mT.contiguous()).mT
     scale = state.scale if state.num_matvecs else power_of_two(images.abs().max())
     return images / scale, replace(state, scale=scale, num_matvecs=state.num_matvecs + len(rows) * op.cost)
 
 
-def _extend_(op: LinearOperator, state: State, numbers: range, vectors: Tensor) -> None:
-    """Writes what is new in ``vectors`` to the rows of the basis of these numbers."""
+def _extend_(op: LinearOperator, state: SketchState, numbers: range, vectors: Tensor) -> None:
+    """Orthonormalise ``vectors`` against the basis, into its rows of these numbers."""
     for row, vector in zip(numbers, vectors, strict=True):
         _, _, state.alive[row] = orthonormalise_(op.space, state.basis, row, vector, op.space.norm(vector))
 
 
-def _file_(
-    op: LinearOperator, state: State, numbers: range, probes: Tensor, images: Tensor, basis_images: Tensor
+def _store_(
+    op: LinearOperator,
+    state: SketchState,
+    numbers: range,
+    probes: Tensor,
+    images: Tensor,
+    basis_images: Tensor,
 ) -> None:
-    """Writes probes of these numbers and their inner products; A is symmetric where a product is long gone."""
+    """Store the probes of these numbers and their inner products; by symmetry where an image is not kept."""
     new, old, upto = slice(numbers.start, numbers.stop), slice(numbers.start), slice(numbers.stop)
     state.forms[new] = op.space.reduce((probes * images).sum(dim=1))
     state.squares[new] = op.space.reduce((images * images).sum(dim=1))
@@ -137,8 +139,8 @@ def _file_(
         state.probes[new] = probes
 
 
-def _num_good(state: State, numbers: range) -> Tensor:
-    """The probes before the first one that is not finite, now with these numbers."""
+def _num_good(state: SketchState, numbers: range) -> Tensor:
+    """Return the number of probes before the first that is not finite, including those of these numbers."""
     new, upto = slice(numbers.start, numbers.stop), slice(numbers.stop)
     fresh = [state.forms[new], *(m[upto, new] for m in (state.projected, state.dots, state.crossed))]
     good = torch.stack([torch.isfinite(tensor).all() for tensor in fresh]).all()
@@ -147,12 +149,12 @@ def _num_good(state: State, numbers: range) -> Tensor:
 
 @dataclass(frozen=True)
 class Small:
-    """All that estimates need of k probes, on the CPU in float64.
+    """The inner products of k probes and their basis, on the CPU in float64.
 
     Attributes:
         n: dimension of the operator.
-        rank: of the basis.
-        projected, dots, crossed, forms: as in :class:`State`, of the operator or of its square.
+        rank: number of nonzero rows of the basis.
+        projected, dots, crossed, forms: as in :class:`SketchState`, of the operator or of its square.
     """
 
     n: int
@@ -163,8 +165,8 @@ class Small:
     forms: Tensor
 
 
-def small(op: LinearOperator, state: State, k: int) -> Small:
-    """The small matrices of a state's first k probes."""
+def small(op: LinearOperator, state: SketchState, k: int) -> Small:
+    """Return the small matrices of a state's first k probes."""
     r = min(k, len(state.basis))
 
     def take(tensor: Tensor) -> Tensor:

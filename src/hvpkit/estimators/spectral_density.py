@@ -1,9 +1,8 @@
-"""The spectral density, and its moments."""
+"""The spectral density and its moments."""
 
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 from torch import Tensor
@@ -12,20 +11,21 @@ from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_choice, check_count, check_positive
 from hvpkit.estimators import kernel_polynomials, quadrature
-from hvpkit.estimators.estimate import Estimate, mean_of
-from hvpkit.estimators.quadrature import Goal
+from hvpkit.estimators.quadrature import Goal, Measured
 from hvpkit.operators.base import LinearOperator
-from hvpkit.results.density import Density, density
+from hvpkit.results.density import Density
+from hvpkit.results.estimate import Estimate, mean_of
+from hvpkit.results.spectral_measure import grid_around, join, smoothed, smoothing_width
 from hvpkit.solvers.driver import Monitor, full_precision
 from hvpkit.solvers.lanczos import BASIS_BYTES
 
 METHODS = ("lanczos", "chebyshev")
 
-WHOLE = 1000
-"""The largest n of which all columns are multiplied."""
+MAX_EXACT_N = 1000
+"""Largest n for which all columns are multiplied, and the n by n projection is solved. Chosen by feel."""
 
 DEFAULT_WIDTH = 8
-"""Columns of a product where the caller does not say, and memory does not."""
+"""Default number of columns of a block matvec. Chosen by feel."""
 
 
 @full_precision
@@ -40,36 +40,36 @@ def spectral_density(
     seed: Seed = 0,
     monitor: Monitor | None = None,
 ) -> Density:
-    r"""The density of all eigenvalues, by stochastic Lanczos quadrature or by kernel polynomials.
+    r"""Estimate the density of all eigenvalues, by stochastic Lanczos quadrature or by kernel polynomials.
 
     Stochastic Lanczos quadrature resolves outliers to rounding and the rest of the spectrum, of span L, to about
-    ``L / num_steps``; kernel polynomials all of it to about ``pi * span / (4 * num_steps)``, without keeping
-    vectors. What is left to chance is the share that random vectors have in eigenvectors: its standard error falls
-    as ``1 / sqrt(n * num_probes)`` for functions of the whole spectrum.
+    ``L / num_steps``; kernel polynomials resolve all of it to about ``pi * span / (4 * num_steps)``, without keeping
+    vectors. The random part of the error is that of the vectors' components along eigenvectors: its standard error
+    falls as ``1 / sqrt(n * num_probes)`` for functions of the whole spectrum.
 
-    Where ``num_steps * num_probes`` products pay for all n columns, and n is at most 1,000, these are multiplied,
-    and the spectrum is exact to rounding, whatever the method.
+    If ``num_steps * num_probes`` matvecs suffice for all n columns, and n is at most 1,000, these are multiplied,
+    and the spectrum is exact to rounding, with either method.
 
     Args:
         op: symmetric operator.
         method: ``"lanczos"`` or ``"chebyshev"``.
-        num_steps: products with each probe.
+        num_steps: matvecs with each probe.
         num_probes: random vectors; two or more give standard errors.
-        block_size: probes that share a product and, with Lanczos, a basis; by default as many as 2 GiB hold, in
-            products of eight columns; eight with Chebyshev.
+        block_size: probes that are multiplied together and, with Lanczos, share a basis; by default as many as 2 GiB
+            hold, in block matvecs of eight columns; eight with Chebyshev.
         time_limit: seconds.
         seed: of random vectors.
-        monitor: called with a :class:`hvpkit.Progress` after each look.
+        monitor: called with a :class:`hvpkit.Progress` after each assessment.
 
     Returns:
-        The density. A time limit, or a product that is not finite, is a status, with what was known until then.
+        The density. A time limit, or a matvec that is not finite, is a status, with the density until then.
 
     Raises:
-        ValueError: an argument out of its range, named; ``op`` of less precision than float32.
+        ValueError: an argument is out of its range; ``op`` is of less precision than float32.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
 
     Cost:
-        ``num_steps * num_probes`` products; with Chebyshev at most 40 more for the ends. Memory: ``num_steps + 1``
+        ``num_steps * num_probes`` matvecs; with Chebyshev at most 40 more for the ends. Memory: ``num_steps + 1``
         vectors for each probe of a block, or four.
 
     Source:
@@ -82,7 +82,6 @@ def spectral_density(
         >>> d.outliers()[0], round(float(d.cdf(0.5)), 1)
         (tensor([30.0000], dtype=torch.float64), 0.5)
     """
-    begin = time.perf_counter()
     if op.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"op has dtype {op.dtype}, whose rounding hides most of a spectrum; make the operator of float32 parameters"
@@ -98,25 +97,54 @@ def spectral_density(
     by_moments = method == "chebyshev" and not goal.spans(op.n)
     solve = kernel_polynomials.solve if by_moments else quadrature.solve
     found = solve(op, goal, time_limit=time_limit, monitor=monitor)
-    return density(op, method, found, time.perf_counter() - begin)
+    return _density(op, method, found)
 
 
 def make_goal(
     op: LinearOperator, method: str, num_steps: int, num_probes: int, block_size: int | None, seed: int
 ) -> Goal:
-    """How probes are put into groups; all directions at once where that many products are made anyway."""
+    """Split the probes into groups; take all n directions at once where the budget allows."""
     width = block_size or DEFAULT_WIDTH
-    if op.n <= min(num_steps * num_probes, WHOLE):
+    if op.n <= min(num_steps * num_probes, MAX_EXACT_N):
         return Goal(1, (op.n,), min(width, op.n), seed)
     size = width
     if method == "lanczos" and block_size is None:
         size = max(1, BASIS_BYTES // 2 // ((num_steps + 1) * op.n * op.dtype.itemsize))
     size = min(size, num_probes)
     whole, rest = divmod(num_probes, size)
-    sizes = (rest,) * (rest > 0) + (
-        size,
-    ) * whole  # the small one first: no step costs more than what is left
+    sizes = (rest,) * (rest > 0) + (size,) * whole  # the small one first: later steps then fit the budget
     return Goal(num_steps, sizes, min(width, size), seed)
+
+
+def _density(op: LinearOperator, method: str, found: Measured) -> Density:
+    """Return the density of these measures, with its smooth curve."""
+    measure = join(found.measures)
+    num_sharing = max((len(m.weights) for m in found.measures), default=0)
+    noise = 32 * op.precision * float(measure.nodes.abs().max()) if len(measure.nodes) else 0.0
+    share, curve, width, grid = num_sharing / op.n, mean_of(measure.masses), 0.0, measure.nodes
+    if len(grid):
+        width = smoothing_width(measure.nodes, noise, num_sharing if method == "lanczos" else 1)
+        grid = grid_around(measure.nodes, width)
+        curve = mean_of(smoothed(measure.nodes, measure.masses, width, grid), share)
+    return Density(
+        grid,
+        curve.value,
+        curve.stderr,
+        measure.nodes,
+        measure.weights,
+        measure.masses,
+        measure.residual_norms,
+        op.n,
+        width,
+        noise,
+        share,
+        method,
+        found.num_matvecs,
+        found.seconds,
+        found.status,
+        found.message,
+        found.history,
+    )
 
 
 @full_precision
@@ -130,24 +158,25 @@ def moments(
     seed: Seed = 0,
     monitor: Monitor | None = None,
 ) -> Estimate[Tensor]:
-    r"""Moments of the spectral density, :math:`\frac1n \operatorname{tr} A^p` for p from 0 to ``order``.
+    r"""Estimate the moments of the spectral density, :math:`\frac1n \operatorname{tr} A^p` for p from 0 to ``order``.
 
-    From stochastic Lanczos quadrature with as many steps as make it exact for these powers, ``order // 2 + 1``.
+    By stochastic Lanczos quadrature with the least number of steps that is exact for these powers,
+    ``order // 2 + 1``.
 
     Args:
         op: symmetric operator.
         order: the highest power.
-        num_matvecs: full-data products, at most; where they pay for all n columns, moments are exact to rounding.
+        num_matvecs: full-data matvecs, at most; if they suffice for all n columns, moments are exact to rounding.
         block_size: as for :func:`hvpkit.spectral_density`.
         time_limit: seconds.
         seed: of random vectors.
-        monitor: called with a :class:`hvpkit.Progress` after each look.
+        monitor: called with a :class:`hvpkit.Progress` after each assessment.
 
     Returns:
         Moments ``[order + 1]``, float64, with their standard errors; powers beyond float64's range are infinite.
 
     Raises:
-        ValueError: an argument out of its range, named.
+        ValueError: an argument is out of its range.
 
     Example:
         >>> import torch, hvpkit as hk
@@ -171,7 +200,4 @@ def moments(
         seed=seed,
         monitor=monitor,
     )
-    powers = d.nodes[:, None] ** torch.arange(order + 1)
-    found = mean_of(d.probe_weights @ powers, d.share)
-    rest = len(found.samples), d.num_matvecs, d.seconds, d.status, d.message, d.history
-    return Estimate(found.value, found.stderr, found.samples, *rest)
+    return d.integrate(d.nodes[:, None] ** torch.arange(order + 1))

@@ -1,10 +1,10 @@
-r"""The trace, from products with random probes.
+r"""The trace, from matvecs with random probes.
 
 Method: :math:`\operatorname{tr} A = E\,\omega'A\omega` for probes with :math:`E\,\omega\omega' = I` (Hutchinson), of
-which the part that a random basis captures is taken exactly (Hutch++, XTrace): see :mod:`hvpkit.estimators.sketch`.
+which the part that a random basis captures is computed exactly (Hutch++, XTrace): see :mod:`hvpkit.estimators.sketch`.
 
-Cost: one, three or two products a probe. Memory: two vectors for each probe in a step; beside them, two thirds of a
-vector for each product (Hutch++), or one (XTrace).
+Cost: one, three or two matvecs per probe. Memory: two vectors per probe of a step; beside them, two thirds of a
+vector per matvec (Hutch++), or one (XTrace).
 Source: Hutchinson, Commun. Stat. Simul. Comput. 19 (1990) 433-450, doi:10.1080/03610919008812866; Meyer, Musco, Musco,
 Woodruff, SOSA 2021, doi:10.1137/1.9781611976496.16; Epperly, Tropp, Webber, SIAM J. Matrix Anal. Appl. 45 (2024) 1-23,
 doi:10.1137/23M1548323.
@@ -15,15 +15,16 @@ from __future__ import annotations
 import torch
 
 from hvpkit._utils.typing import Seed
-from hvpkit.estimators.estimate import Estimate, Mean, Plan, as_floats, estimate, make_plan, mean_of
 from hvpkit.estimators.leave_one_out import leave_one_out, left_out, samples
-from hvpkit.estimators.sketch import PRODUCTS, State, init, small, step
+from hvpkit.estimators.sampling import Monitor, Plan, estimate, make_plan
+from hvpkit.estimators.sketch import COSTS, SketchState, init, small, step
 from hvpkit.operators.base import LinearOperator
-from hvpkit.solvers.driver import Monitor, full_precision
+from hvpkit.results.estimate import Estimate, Mean, as_floats, mean_of
+from hvpkit.solvers.driver import full_precision
 
 
-def evaluate(op: LinearOperator, plan: Plan, state: State, k: int) -> Mean:
-    """The trace from a state's first k probes."""
+def evaluate(op: LinearOperator, plan: Plan, state: SketchState, k: int) -> Mean:
+    """Return the trace, over scale, from a state's first k probes."""
     found, normalise = small(op, state, k), plan.probe == "sphere"
     if plan.exact:
         return mean_of(op.n * found.forms, k / op.n)
@@ -45,34 +46,35 @@ def trace(
     seed: Seed = 0,
     monitor: Monitor | None = None,
 ) -> Estimate[float]:
-    r"""The trace, with its standard error.
+    r"""Estimate the trace, with its standard error.
 
-    Relative to the trace, standard errors fall with m products as :math:`1/\sqrt m` by Hutchinson's method; by the
-    other two as :math:`1/m` for semidefinite operators, and exponentially where the spectrum decays so. XTrace makes
-    more of the same products. Where the spectrum is narrow, nothing is gained by a basis, and
-    Hutchinson's method has three samples for each of Hutch++.
+    Relative to the trace, standard errors fall with m matvecs as :math:`1/\sqrt m` by Hutchinson's method; by the
+    other two as :math:`1/m` for semidefinite operators, and exponentially where the spectrum decays so. XTrace is
+    the most accurate per matvec. Where the spectrum is narrow, a basis gains nothing, and Hutchinson's method has
+    three samples for each of Hutch++.
 
-    Where ``num_matvecs`` pays for all n columns, these are multiplied, and the value is exact to rounding, whatever
-    the method.
+    If ``num_matvecs`` suffices for all n columns, these are multiplied, and the value is exact to rounding, with
+    every method.
 
     Args:
         op: symmetric operator.
         method: ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``.
-        num_matvecs: full-data products, at most. They are all spent, up to two, unless ``tol`` ends the run before.
-        tol: stop where ``stderr <= tol * |value|``, at ten samples or more; looked at after each block.
+        num_matvecs: full-data matvecs, at most. All are spent, but for a remainder of less than one probe's, unless
+            ``tol`` ends the run before.
+        tol: stop where ``stderr <= tol * |value|``, at ten samples or more; checked after each block.
         probe: ``"rademacher"``, ``"gaussian"`` or ``"sphere"``: see :mod:`hvpkit.estimators.probe`. With
-            ``"sphere"`` what a basis leaves of a probe gets the length that its dimension asks for.
-        block_size: probes that share a product with ``[n, block_size]`` (or twice as many columns). The values do
-            not depend on it, but for rounding.
+            ``"sphere"`` the part of a probe outside of a basis is rescaled to the norm expected in its dimension.
+        block_size: probes that are multiplied together, as ``[n, block_size]`` (or twice as many columns). The
+            value does not depend on it, except for rounding.
         time_limit: seconds.
         seed: of random vectors.
-        monitor: called with a :class:`hvpkit.Progress` after each block.
+        monitor: called with a :class:`hvpkit.EstimateProgress` after each assessment.
 
     Returns:
-        The estimate. A product that is not finite is a status, with the value from the probes before it.
+        The estimate. A matvec that is not finite is a status, with the value from the probes before it.
 
     Raises:
-        ValueError: an argument out of its range, named.
+        ValueError: an argument is out of its range.
 
     Cost:
         As ``num_matvecs`` says. Memory: :mod:`hvpkit.estimators.trace`.
@@ -90,7 +92,7 @@ def trace(
     plan = make_plan(
         op,
         method,
-        PRODUCTS,
+        COSTS,
         num_matvecs=num_matvecs,
         tol=tol,
         block_size=block_size,
@@ -101,8 +103,8 @@ def trace(
         op,
         plan,
         init(op, plan),
-        lambda state: step(op, plan, state),
-        lambda state, k: evaluate(op, plan, state, k),
+        step,
+        evaluate,
         time_limit=time_limit,
         monitor=monitor,
     )

@@ -1,4 +1,4 @@
-"""A spectrum, and the two ends of it."""
+"""Pictures of a spectrum and of its two ends."""
 
 from __future__ import annotations
 
@@ -10,77 +10,31 @@ import torch
 from matplotlib.axes import Axes
 
 from hvpkit._utils.validation import check_choice
-from hvpkit.estimators.estimate import Estimate
 from hvpkit.plots.style import BELOW, COLORS, ENDS, HEIGHT, WIDTH, in_words, styled
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, ExtremeResult
+from hvpkit.results.estimate import Estimate
 
 
-@styled
 def density(
     d: Density, *, extremes: ExtremeResult | None = None, ax: Axes | None = None, log: bool = True
 ) -> Axes:
-    """A spectral density: its curve with a band of one standard error, outliers as spikes, and both ends marked.
-
-    Args:
-        d: a density of :func:`hvpkit.spectral_density`.
-        extremes: both ends with their intervals, in place of the density's own ends.
-        ax: where to draw.
-        log: whether the density's axis is logarithmic, from a tenth of what one eigenvalue makes up.
-
-    Returns:
-        The axes, with eigenvalues against their density.
-    """
-    ax = ax or plt.subplots()[1]
-    values, outliers = d.values, d.outliers()[0]
-    one = 1 / (d.n * d.width * (2 * torch.pi) ** 0.5) if d.width else 1.0
-    floor = 0.1 * min(one, float(values.max())) if len(values) else one
-    if bool(torch.isfinite(d.stderr).all()):
-        low, high = (values - d.stderr).clamp(min=floor if log else 0), values + d.stderr
-        ax.fill_between(
-            d.grid, low, high, color=COLORS["measured"], alpha=0.3, linewidth=0, label="standard error"
-        )
-    ax.plot(d.grid, values, color=COLORS["measured"], label="density")
-    if len(outliers):
-        ax.vlines(outliers, floor if log else 0, one, color=COLORS["single"], label="single eigenvalues")
-    known = d.nodes[torch.isfinite(d.residual_norms)]
-    if extremes is not None:
-        for name in ENDS:
-            _mark(ax, name, getattr(extremes, name))
-    elif len(known):
-        for name, end in zip(ENDS, known[[0, -1]].tolist(), strict=True):
-            ax.axvline(end, color=COLORS[name], linestyle=":", linewidth=1.2, label=f"{name} {end:.4g}")
-    if log:
-        ax.set_yscale("log")
-        ax.set_ylim(bottom=floor)
-    ax.set_xlabel("eigenvalue")
-    ax.set_ylabel("density")
-    ax.legend(**BELOW)
-    return ax
-
-
-def _mark(ax: Axes, name: str, pair: Eigenpair) -> None:
-    """An end as a vertical line, with its interval as a band."""
-    lower, upper = pair.interval.lower, pair.interval.upper
-    if not math.isfinite(pair.value):
-        return
-    ax.axvline(pair.value, color=COLORS[name], linestyle=":", linewidth=1.2, label=in_words(name, pair))
-    if math.isfinite(lower) and math.isfinite(upper):
-        ax.axvspan(lower, upper, color=COLORS[name], alpha=0.3, linewidth=0)
+    """Draw a spectral density: see :meth:`hvpkit.Density.plot`."""
+    return d.plot(ax, log, extremes=extremes)
 
 
 @styled
 def convergence(ex: ExtremeResult, end: str = "both", *, ax: Axes | None = None) -> Axes:
-    """Ritz values against passes over the data, with their residual intervals as bands and the last interval as a bar.
+    """Draw Ritz values against passes over the data, residual intervals as bands and the last interval as a bar.
 
     Args:
         ex: a result.
-        end: ``"smallest"``, ``"largest"``, or ``"both"`` on one axis: then each over the size of its result, so that
-            both settle at one or minus one, however far apart they are.
+        end: ``"smallest"``, ``"largest"``, or ``"both"`` on one axis: then each is divided by the magnitude of its
+            result, so that both converge to one or minus one, however far apart they are.
         ax: where to draw.
 
     Returns:
-        The axes, cut to the last two thirds of the values if the first ones are far off.
+        The axes, scaled to the last two thirds of the values.
 
     Raises:
         ValueError: another ``end``; a result without a history or without a finite value.
@@ -124,19 +78,19 @@ def layers(
     quantity: str = "trace",
     ax: Axes | None = None,
 ) -> Axes:
-    """Both ends, or an estimate, for each layer: bars with their intervals or standard errors, and their values.
+    """Draw both ends, or an estimate, of each layer: bars with intervals or standard errors, and their values.
 
     Args:
-        results: by name of the layer, all of one kind.
-        quantity: what the estimates are of.
-        ax: where to draw; by default as high as the layers need.
+        results: by name of the layer, all of one type.
+        quantity: name of the estimated quantity.
+        ax: where to draw; by default of :func:`layers_height`.
 
     Returns:
         The axes, with a group of bars for each layer, the first on top.
 
     Raises:
         ValueError: no results.
-        TypeError: results of several kinds, or of another one.
+        TypeError: results of several types, or of another one.
     """
     if not results:
         raise ValueError("results is empty; pass a result for each layer by its name")
@@ -179,7 +133,7 @@ def layers(
 
 
 def layers_height(num_layers: int) -> float:
-    """Inches that a picture of so many layers needs."""
+    """Return the height of a picture of so many layers, in inches."""
     return max(HEIGHT, 1.0 + 0.42 * num_layers)
 
 
@@ -187,11 +141,11 @@ def layers_height(num_layers: int) -> float:
 def training(
     results: Sequence[tuple[float, ExtremeResult]], *, log: bool = True, ax: Axes | None = None
 ) -> Axes:
-    """Both ends over training, with their intervals as bands.
+    """Draw both ends over training, with their intervals as bands.
 
     Args:
         results: pairs of a step and the result there.
-        log: whether the axis of eigenvalues is logarithmic, to both sides of zero.
+        log: draw the axis of eigenvalues logarithmic, to both sides of zero.
         ax: where to draw.
 
     Returns:

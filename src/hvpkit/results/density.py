@@ -1,32 +1,29 @@
-"""A spectral density: quadrature nodes and weights, and the curve that they make."""
+"""Spectral densities: quadrature nodes and weights, and the smooth curve of them."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hvpkit._utils.files import written_whole
-from hvpkit.estimators.estimate import Estimate, Mean, mean_of
-from hvpkit.operators.base import LinearOperator
-from hvpkit.results.eigen import Progress, Status
-from hvpkit.results.spectral_measure import Measured, grid_around, join, smoothed, smoothing_width
+from hvpkit._utils.files import atomic_write
+from hvpkit.results.drawing import BELOW, COLORS, ENDS, in_words, styled
+from hvpkit.results.eigen import Eigenpair, ExtremeResult, Progress, Status
+from hvpkit.results.estimate import Estimate, as_floats, mean_of
+from hvpkit.results.spectral_measure import smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MESSAGES = {
-    Status.INVARIANT_SUBSPACE: "every column was multiplied: the spectrum is exact to rounding",
-    Status.MAX_MATVECS: "the products asked for are spent; the density has no accuracy to converge to",
-    Status.TIME_LIMIT: "the time limit is reached; the density is from the products before it",
-    Status.NON_FINITE: "a product gave NaN or infinity; the density is from the products before it",
-}
+OUTLIER_GAP, OUTLIER_MASS = 3.0, 0.1
+"""An outlier's cluster is this many widths from the next node at least, and has less than this share of the mass.
+Chosen by feel."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,23 +33,23 @@ class Density:
     All tensors are float64 on the CPU.
 
     Attributes:
-        grid: ascending ``[G]``; dense wherever there is something, and only there.
+        grid: ascending ``[G]``; dense wherever the density is not zero, and only there.
         values: the density on the grid: each node's mass as a Gaussian of ``width``.
-        stderr: of the values, over probes; infinite for one probe.
+        stderr: standard error of the values over probes; infinite for one probe.
         nodes: of the quadrature rule, ascending ``[K]``.
         probe_weights: weights of each probe's rule ``[num_probes, K]``.
-        probe_masses: the same, none negative, as the curve and :meth:`cdf` take them ``[num_probes, K]``.
-        residual_norms: an eigenvalue lies within so much of the node ``[K]``; infinite where nothing is known.
-        n: how many eigenvalues there are.
-        width: of the smoothing.
-        noise: rounding of the products: an eigenvalue that is smaller may be zero.
-        share: of all directions that there are, those that the probes took: 1 where the spectrum is exact.
-        method: which made it.
-        num_matvecs: full-data products spent.
+        probe_masses: the nonnegative masses that the curve and :meth:`cdf` use ``[num_probes, K]``.
+        residual_norms: an eigenvalue lies within this distance of the node ``[K]``; infinite where unknown.
+        n: number of eigenvalues.
+        width: standard deviation of the smoothing.
+        noise: rounding error of eigenvalues: a smaller one may be zero.
+        share: dimension of the probes' span over n, 1 where the spectrum is exact: the finite-population correction.
+        method: ``"lanczos"`` or ``"chebyshev"``.
+        num_matvecs: full-data matvecs spent.
         seconds: wall time.
         status: why it stopped.
         message: the status in words.
-        history: both ends against passes, one entry a look.
+        history: both ends against passes, one entry for each assessment.
     """
 
     grid: Tensor
@@ -88,7 +85,7 @@ class Density:
         return f"<Density: {ends}, {len(self.probe_weights)} probes, {self.status}, {self.num_matvecs:g} products>"
 
     def cdf(self, x: Tensor | float) -> Tensor:
-        """The share of eigenvalues up to ``x``: a step at each node; NaN if nothing was measured."""
+        """Return the share of eigenvalues up to ``x``: a step at each node; NaN if nothing was measured."""
         points = torch.as_tensor(x, dtype=torch.float64)
         if not len(self.nodes):
             return torch.full_like(points, torch.nan)
@@ -96,7 +93,7 @@ class Density:
         return below[torch.searchsorted(self.nodes, points, right=True)]
 
     def expectation(self, f: Callable[[Tensor], Tensor]) -> Estimate[float]:
-        r"""The mean of a function over all eigenvalues, :math:`\frac1n \operatorname{tr} f(A)`.
+        r"""Return the mean of a function over all eigenvalues, :math:`\frac1n \operatorname{tr} f(A)`.
 
         n times it is the trace of a function: of :math:`\log(\lambda + \delta)` the log-determinant of a shifted
         operator, of :math:`\lambda / (\lambda + \delta)` its effective dimension, of ``(a < x) & (x <= b)`` the
@@ -106,8 +103,8 @@ class Density:
             f: from nodes ``[K]`` to values ``[K]``.
 
         Returns:
-            The mean, with its standard error over probes (infinite for one probe), which does not know the error of
-            the quadrature: that falls with ``num_steps``, fast for smooth functions, as its inverse for steps.
+            The mean, with its standard error over probes (infinite for one probe). This leaves out the quadrature
+            error, which falls with ``num_steps``: fast for smooth functions, as its inverse for step functions.
 
         Raises:
             ValueError: ``f`` returns another shape, NaN or infinity.
@@ -130,29 +127,30 @@ class Density:
             raise ValueError(
                 f"f gave NaN or infinity at {where:.6g}; shift it, or keep it out by torch.where"
             )
-        return self.estimate(mean_of(self.probe_weights @ values, self.share))
+        return as_floats(self.integrate(values))
 
-    def estimate(self, mean: Mean) -> Estimate[float]:
-        """A mean over the probes as an estimate."""
-        rest = len(mean.samples), self.num_matvecs, self.seconds, self.status, self.message, self.history
-        return Estimate(float(mean.value), float(mean.stderr), mean.samples, *rest)
+    def integrate(self, values: Tensor) -> Estimate[Tensor]:
+        """Return the mean over all eigenvalues of a function with these values ``[K, ...]`` at the nodes."""
+        found = mean_of(self.probe_weights @ values, self.share)
+        rest = len(found.samples), self.num_matvecs, self.seconds, self.status, self.message, self.history
+        return Estimate(found.value, found.stderr, found.samples, *rest)
 
     def outliers(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues that stand apart from all others, and their masses: both ``[q]``, ascending by eigenvalue.
+        """Return isolated eigenvalues and their masses: both ``[q]``, ascending by eigenvalue.
 
-        Nodes form clusters where they are nearer to each other than three widths. A cluster that is no wider than a
-        width, has converged to within one, and holds less than a tenth of the mass is an outlier; a multiple
-        eigenvalue is one.
+        Nodes nearer to each other than ``OUTLIER_GAP`` widths form a cluster. A cluster that is no wider than one
+        width, has converged to within one, and holds less than ``OUTLIER_MASS`` of the mass is an outlier; a
+        multiple eigenvalue is one.
         """
         if not len(self.nodes):
             return self.nodes, self.nodes
-        ends = (self.nodes.diff() > 3 * self.width).nonzero().flatten() + 1
+        ends = (self.nodes.diff() > OUTLIER_GAP * self.width).nonzero().flatten() + 1
         clusters = torch.arange(len(self.nodes)).tensor_split(ends)
         masses = torch.stack([self.masses[c].sum() for c in clusters])
         found = [
             place
             for place, c in enumerate(clusters)
-            if masses[place] < 0.1
+            if masses[place] < OUTLIER_MASS
             and self.nodes[c[-1]] - self.nodes[c[0]] <= self.width
             and self.residual_norms[c].max() <= self.width
         ]
@@ -160,18 +158,18 @@ class Density:
         return torch.stack([*centers, self.nodes[0]])[:-1], masses[found]
 
     def log_density(self, *, width: float = 0.1, num_points: int = 401) -> tuple[Tensor, Tensor, Tensor]:
-        """The density per decade of size, for spectra over many decades (Papyan, JMLR 21 (2020) 252).
+        """Return the density per decade of magnitude, for spectra over many decades (Papyan, JMLR 21 (2020) 252).
 
         Args:
-            width: of the Gaussians, in decades.
-            num_points: of the grid.
+            width: standard deviation of the Gaussians, in decades.
+            num_points: points of the grid.
 
         Returns:
-            A geometric grid of sizes ``[num_points]``, and on it the density of positive and of negative eigenvalues.
-            Sizes up to ``noise`` are left out; sizes below the resolution of the method lie in lumps.
+            A geometric grid of magnitudes ``[num_points]``, and on it the density of positive and of negative
+            eigenvalues. Magnitudes up to ``noise`` are left out; those below the resolution of the method lie in lumps.
 
         Raises:
-            ValueError: there are no others.
+            ValueError: every node is zero to rounding.
         """
         sizes = self.nodes.abs()
         seen = sizes > self.noise
@@ -188,19 +186,54 @@ class Density:
         up, down = smoothed(logs, both, width, grid)
         return 10**grid, up, down
 
-    def plot(self, ax: Axes | None = None, log: bool = True) -> Axes:
-        """Draws the curve, outliers as spikes, and the two ends; needs ``hvpkit[plots]``.
+    @styled
+    def plot(
+        self, ax: Axes | None = None, log: bool = True, *, extremes: ExtremeResult | None = None
+    ) -> Axes:
+        """Draw the curve with a band of one standard error, outliers as spikes, and both ends; needs ``hvpkit[plots]``.
 
         Args:
             ax: where to draw.
-            log: whether the density's axis is logarithmic.
+            log: draw the density's axis logarithmic, from a tenth of what one eigenvalue contributes.
+            extremes: both ends with their intervals, in place of the density's own ends.
+
+        Returns:
+            The axes, with eigenvalues against their density.
+
+        Raises:
+            ImportError: matplotlib is not installed.
         """
-        plots: Any = import_module("hvpkit.plots")  # by name: pictures lie above estimators
-        axes: Axes = plots.density(self, ax=ax, log=log)
-        return axes
+        from matplotlib import pyplot as plt
+
+        ax = ax or plt.subplots()[1]
+        values, outliers = self.values, self.outliers()[0]
+        one = 1 / (self.n * self.width * (2 * torch.pi) ** 0.5) if self.width else 1.0
+        floor = 0.1 * min(one, float(values.max())) if len(values) else one
+        bottom = floor if log else 0.0
+        if bool(torch.isfinite(self.stderr).all()):
+            low, high = (values - self.stderr).clamp(min=bottom), values + self.stderr
+            style: Any = {"color": COLORS["measured"], "alpha": 0.3, "linewidth": 0}
+            ax.fill_between(self.grid, low, high, label="standard error", **style)
+        ax.plot(self.grid, values, color=COLORS["measured"], label="density")
+        if len(outliers):
+            ax.vlines(outliers, bottom, one, color=COLORS["single"], label="single eigenvalues")
+        known = self.nodes[torch.isfinite(self.residual_norms)]
+        if extremes is not None:
+            for name in ENDS:
+                _mark(ax, name, getattr(extremes, name))
+        elif len(known):
+            for name, end in zip(ENDS, known[[0, -1]].tolist(), strict=True):
+                ax.axvline(end, color=COLORS[name], linestyle=":", linewidth=1.2, label=f"{name} {end:.4g}")
+        if log:
+            ax.set_yscale("log")
+            ax.set_ylim(bottom=floor)
+        ax.set_xlabel("eigenvalue")
+        ax.set_ylabel("density")
+        ax.legend(**BELOW)
+        return ax
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the density to a file of NumPy's ``.npz`` format, whole or not at all."""
+        """Write the density to a file of NumPy's ``.npz`` format, whole or not at all."""
         import numpy as np
 
         target = Path(path)
@@ -210,15 +243,15 @@ class Density:
         arrays["history"] = np.array([astuple(entry) for entry in self.history]).reshape(
             -1, len(fields(Progress))
         )
-        with written_whole(target) as draft, open(draft, "wb") as file:
+        with atomic_write(target) as draft, open(draft, "wb") as file:
             np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Density:
-        """The density that :meth:`save` wrote.
+        """Load the density that :meth:`save` wrote.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file holds no density.
         """
         import numpy as np
 
@@ -236,35 +269,11 @@ class Density:
         return cls(**found)
 
 
-def density(op: LinearOperator, method: str, found: Measured, seconds: float) -> Density:
-    """The density of what was measured, with its curve."""
-    message = MESSAGES[found.status]
-    if found.status is Status.NON_FINITE:
-        message += "; " + op.blame(found.blame)
-    measure = join(found.measures)
-    sharing = max((len(m.weights) for m in found.measures), default=0)
-    noise = 32 * op.precision * float(measure.nodes.abs().max()) if len(measure.nodes) else 0.0
-    share, curve, width, grid = sharing / op.n, mean_of(measure.masses), 0.0, measure.nodes
-    if len(grid):
-        width = smoothing_width(measure.nodes, noise, sharing if method == "lanczos" else 1)
-        grid = grid_around(measure.nodes, width)
-        curve = mean_of(smoothed(measure.nodes, measure.masses, width, grid), share)
-    return Density(
-        grid,
-        curve.value,
-        curve.stderr,
-        measure.nodes,
-        measure.weights,
-        measure.masses,
-        measure.residual_norms,
-        op.n,
-        width,
-        noise,
-        share,
-        method,
-        found.num_matvecs,
-        seconds,
-        found.status,
-        message,
-        found.history,
-    )
+def _mark(ax: Axes, name: str, pair: Eigenpair) -> None:
+    """Draw an end as a vertical line, with its interval as a band."""
+    lower, upper = pair.interval.lower, pair.interval.upper
+    if not math.isfinite(pair.value):
+        return
+    ax.axvline(pair.value, color=COLORS[name], linestyle=":", linewidth=1.2, label=in_words(name, pair))
+    if math.isfinite(lower) and math.isfinite(upper):
+        ax.axvspan(lower, upper, color=COLORS[name], alpha=0.3, linewidth=0)

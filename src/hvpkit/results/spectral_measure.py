@@ -1,4 +1,4 @@
-"""What random vectors see of a spectrum: masses at nodes, and curves of them."""
+"""Discrete spectral measures of random vectors: masses at nodes, and smooth curves of them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvpkit.results.eigen import Progress, Status
-
 REACH = 7
-"""Widths of a Gaussian after which it counts as zero."""
+"""Widths from its centre at which a Gaussian counts as zero: exp(-24.5) = 2e-11."""
+
+SMOOTHING = 1.5
+"""Width of the smoothing, in median distances of neighbouring nodes. Chosen by feel."""
+
+MAX_BRIDGED = 4
+"""Neighbouring nodes that the smoothing bridges, at most, where vectors share a basis. Chosen by feel."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What some start vectors see of the spectrum, each vector one unit of mass; float64, on the CPU.
+    """The spectral measures of some start vectors, each vector one unit of mass; float64, on the CPU.
 
     Attributes:
         nodes: ``[K]``.
         weights: of a quadrature rule for each vector ``[b, K]``.
-        masses: not negative, for distributions and curves ``[b, K]``; the weights themselves where these are so.
-        residual_norms: an eigenvalue lies within so much of the node ``[K]``; infinite where nothing is known.
+        masses: nonnegative, for distributions and curves ``[b, K]``; the weights themselves where these are so.
+        residual_norms: an eigenvalue lies within this distance of the node ``[K]``; infinite where nothing is known.
     """
 
     nodes: Tensor
@@ -30,27 +34,8 @@ class Measure:
     residual_norms: Tensor
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a method found.
-
-    Attributes:
-        measures: of its groups of vectors.
-        status: why it stopped.
-        history: one entry a look.
-        num_matvecs: full-data products spent.
-        blame: vectors ``[n, k]`` of which a product was the last.
-    """
-
-    measures: list[Measure]
-    status: Status
-    history: tuple[Progress, ...]
-    num_matvecs: float
-    blame: Tensor
-
-
 def join(measures: list[Measure]) -> Measure:
-    """All of them as one, nodes ascending."""
+    """Join measures into one, nodes ascending."""
     if not measures:
         nothing = torch.empty(0, 0, dtype=torch.float64)
         return Measure(nothing[0:0].flatten(), nothing, nothing, nothing.flatten())
@@ -64,26 +49,28 @@ def join(measures: list[Measure]) -> Measure:
 
 
 def smoothing_width(nodes: Tensor, noise: float, num_sharing: int) -> float:
-    """One and a half times the median distance of neighbours that are further apart than ``noise``.
+    """Return ``SMOOTHING`` times the median distance of neighbours that are further apart than ``noise``.
 
-    Where vectors share a basis, as many nodes lie close together with weights that vary, and up to four are bridged.
+    Where ``num_sharing`` vectors share a basis, as many nodes lie close together with weights that vary, and up to
+    ``MAX_BRIDGED`` are bridged.
     """
     gaps = nodes.diff()
     gaps = gaps[gaps > noise]
     if len(gaps):
-        return min(1.5 * min(num_sharing, 4) * float(gaps.median()), float(nodes[-1] - nodes[0]) / 20)
+        width = SMOOTHING * min(num_sharing, MAX_BRIDGED) * float(gaps.median())
+        return min(width, float(nodes[-1] - nodes[0]) / 20)
     return 0.01 * (float(nodes.abs().max()) or 1.0)
 
 
 def smoothed(nodes: Tensor, masses: Tensor, width: float, grid: Tensor) -> Tensor:
-    """Gaussians of this width at the nodes, on the grid: ``[b, G]`` for masses ``[b, K]``."""
+    """Return Gaussians of this width at the nodes, on the grid: ``[b, G]`` for masses ``[b, K]``."""
     kernel = torch.exp(-0.5 * ((grid - nodes[:, None]) / width) ** 2) / (width * (2 * torch.pi) ** 0.5)
     curves: Tensor = masses @ kernel
     return curves
 
 
 def grid_around(nodes: Tensor, width: float) -> Tensor:
-    """Points wherever Gaussians at the nodes are not zero, four to a width."""
+    """Return points wherever Gaussians at the nodes are not zero, four to a width."""
     steps = torch.arange(-4 * REACH, 4 * REACH + 1, dtype=torch.float64)
     places: Tensor = torch.unique((nodes[:, None] / width * 4).round() + steps)
     return places * (width / 4)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hvpkit._utils.files import written_whole
+from hvpkit._utils.files import atomic_write
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count, check_positive
@@ -182,13 +181,13 @@ class SpectrumTracker:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw both ends over training, with their intervals; needs ``hvpkit[plots]``."""
-        plots: Any = import_module("hvpkit.plots")  # by name, as it needs an extra
-        axes: Axes = plots.training(self.results, ax=ax)
-        return axes
+        from hvpkit import plots  # matplotlib is an extra
+
+        return plots.training(self.results, ax=ax)
 
     def _write(self, path: Path) -> None:
         lines = [json.dumps({"step": step, **ex.to_dict()}) + "\n" for step, ex in self.results]
-        with written_whole(path) as draft:
+        with atomic_write(path) as draft:
             draft.write_text("".join(lines), encoding="utf-8")
 
     def _read(self, path: Path) -> None:

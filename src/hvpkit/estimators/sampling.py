@@ -1,0 +1,220 @@
+"""The sampling loop of every estimator: a plan of probes, steps until it is done, a mean with its standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from hvpkit._utils.random import resolve_seed
+from hvpkit._utils.typing import Seed
+from hvpkit._utils.validation import check_choice, check_count, check_positive
+from hvpkit.estimators.probe import KINDS, UNIT, draw
+from hvpkit.operators.base import LinearOperator
+from hvpkit.results.eigen import Status
+from hvpkit.results.estimate import Estimate, EstimateProgress, Mean
+from hvpkit.solvers.driver import Assessment, Limits, run
+
+MIN_SAMPLES = 10
+"""Samples before a standard error may end a run: from fewer, it is itself too uncertain. Chosen by feel."""
+
+Monitor = Callable[[EstimateProgress], object]
+"""Called with each entry of the history; its return value is ignored, an exception from it ends the run."""
+
+MESSAGES = {
+    Status.CONVERGED: "the standard error is at most tol * |value|",
+    Status.INVARIANT_SUBSPACE: "every column was multiplied: the value is exact to rounding",
+    Status.COMPLETED: (
+        "all samples asked for are taken; stderr says how well the value is known; raise num_matvecs for more accuracy"
+    ),
+    Status.MAX_MATVECS: "num_matvecs is spent and stderr is more than tol * |value|; raise num_matvecs or tol",
+    Status.TIME_LIMIT: "the time limit is reached; stderr says how well the value is known",
+    Status.NON_FINITE: "a matvec gave NaN or infinity; the value is from the probes before it",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The checked arguments of an estimator.
+
+    Attributes:
+        method: name of the method.
+        probe: kind of probes.
+        seed: of all random vectors.
+        num_probes: at most.
+        block_size: probes of a step.
+        cost: matvecs per probe.
+        tol: relative standard error to stop at, or None.
+    """
+
+    method: str
+    probe: str
+    seed: int
+    num_probes: int
+    block_size: int
+    cost: int
+    tol: float | None
+
+    @property
+    def exact(self) -> bool:
+        """True if the probes are all columns of the identity."""
+        return self.probe == UNIT
+
+    def next_block(self, num_probes: int) -> range:
+        """Return the numbers of the next probes; an incomplete block comes first, so that later ones fit the budget."""
+        first = (self.num_probes - 1) % self.block_size + 1
+        return range(num_probes, num_probes + (self.block_size if num_probes else first))
+
+
+def make_plan(
+    op: LinearOperator,
+    method: str,
+    costs: dict[str, int],
+    *,
+    num_matvecs: float,
+    tol: float | None,
+    block_size: int,
+    seed: Seed,
+    probe: str = KINDS[0],
+) -> Plan:
+    """Check an estimator's arguments; take all columns instead of random probes where the budget allows.
+
+    Args:
+        op: the operator.
+        method: a key of ``costs``.
+        costs: matvecs per probe of each method.
+        num_matvecs: budget in full-data matvecs.
+        tol: relative standard error to stop at, or None.
+        block_size: probes of a step, at most.
+        seed: of random vectors.
+        probe: kind of probes.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    check_choice("method", method, tuple(costs))
+    check_choice("probe", probe, KINDS)
+    budget = math.floor(check_positive("num_matvecs", num_matvecs) / op.cost * (1 + 1e-12))
+    tol = None if tol is None else check_positive("tol", tol)
+    block_size, seed = check_count("block_size", block_size, 1), resolve_seed(seed)
+    if op.n <= budget:
+        return Plan("hutchinson", UNIT, seed, op.n, min(block_size, op.n), 1, None)
+    cost = costs[method]
+    if budget < 2 * cost:
+        raise ValueError(
+            f"num_matvecs must be at least {2 * cost * op.cost:g}, two probes of {cost} products each, without "
+            f"which there is no standard error; got {num_matvecs:g}"
+        )
+    return Plan(method, probe, seed, budget // cost, min(block_size, budget // cost), cost, tol)
+
+
+class Sampled(Protocol):
+    """The part of an estimator's state that the loop reads."""
+
+    @property
+    def num_probes(self) -> int: ...
+    @property
+    def num_matvecs(self) -> float: ...
+    @property
+    def scale(self) -> Tensor: ...
+    @property
+    def num_good(self) -> Tensor: ...
+
+
+S = TypeVar("S", bound=Sampled)
+
+
+@dataclass(frozen=True)
+class Estimator(Generic[S]):
+    """Sampling until a plan is done, as a :class:`hvpkit.solvers.driver.Solver`.
+
+    Attributes:
+        op: the operator.
+        plan: the checked arguments.
+        start: state without a sample.
+        advance: takes the next block of samples.
+        evaluate: returns the mean over a state's first k probes, over its scale.
+        time_limit: seconds, or None.
+    """
+
+    op: LinearOperator
+    plan: Plan
+    start: S
+    advance: Callable[[LinearOperator, Plan, S], S]
+    evaluate: Callable[[LinearOperator, Plan, S, int], Mean]
+    time_limit: float | None
+    _cached: dict[int, Mean] = field(default_factory=dict, init=False)
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        return self.plan.block_size * self.plan.cost * self.op.cost
+
+    @property
+    def limits(self) -> Limits:
+        """Cost of the plan, and the time limit."""
+        budget = self.plan.num_probes * self.plan.cost * self.op.cost
+        return Limits(budget, self.time_limit, 0.0, self.step_cost)
+
+    def init(self) -> S:
+        return self.start
+
+    def step(self, state: S) -> S:
+        return self.advance(self.op, self.plan, state)
+
+    def assess(self, state: S) -> Assessment[S]:
+        found, scale = self._mean(state), float(state.scale)
+        value, stderr = (
+            float(x if x.ndim == 0 else torch.linalg.vector_norm(x)) * scale
+            for x in (found.value, found.stderr)
+        )
+        status, suspect = _final_status(self.op, self.plan, state, found), None
+        if status is Status.NON_FINITE:
+            block = self.plan.next_block(int(state.num_good))
+            suspect = draw(self.op, self.plan.probe, self.plan.seed, block).mT
+        num_steps = 1 + state.num_probes // (8 * self.plan.block_size)
+        return Assessment(state, EstimateProgress(0.0, 0.0, value, stderr), num_steps, status, suspect)
+
+    def finalize(self, state: S, status: Status) -> Estimate[Tensor]:
+        found, scale = self._mean(state), float(state.scale)
+        scaled = found.value * scale, found.stderr * scale, found.samples * scale
+        return Estimate(*scaled, int(state.num_good), state.num_matvecs, 0.0, status, MESSAGES[status], ())
+
+    def _mean(self, state: S) -> Mean:
+        k = int(state.num_good)
+        if k not in self._cached:
+            self._cached.clear()
+            self._cached[k] = self.evaluate(self.op, self.plan, state, k)
+        return self._cached[k]
+
+
+def estimate(
+    op: LinearOperator,
+    plan: Plan,
+    state: S,
+    step: Callable[[LinearOperator, Plan, S], S],
+    evaluate: Callable[[LinearOperator, Plan, S, int], Mean],
+    *,
+    time_limit: float | None,
+    monitor: Monitor | None,
+) -> Estimate[Tensor]:
+    """Sample until the plan is done: see :class:`Estimator`."""
+    return run(Estimator(op, plan, state, step, evaluate, time_limit), monitor=monitor)
+
+
+def _final_status(op: LinearOperator, plan: Plan, state: Sampled, found: Mean) -> Status | None:
+    """Return the status of an estimate that is done, else None."""
+    if state.num_good < state.num_probes:
+        return Status.NON_FINITE
+    if plan.exact:
+        return Status.INVARIANT_SUBSPACE if state.num_probes == op.n else None
+    if plan.tol is None:
+        return Status.COMPLETED if state.num_probes == plan.num_probes else None
+    if state.num_probes < min(MIN_SAMPLES, plan.num_probes):
+        return None
+    error, size = torch.linalg.vector_norm(found.stderr), torch.linalg.vector_norm(found.value)
+    return Status.CONVERGED if bool(error <= plan.tol * size) else None

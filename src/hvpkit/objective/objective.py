@@ -1,0 +1,76 @@
+"""A loss in two parts: the outputs, and the loss of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hvpkit._utils.typing import Batch, LossFn, Tree
+from hvpkit.data import Data
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss function of two pure functions, callable as ``loss_fn(params, batch)``.
+
+    Attributes:
+        forward: ``forward(params, batch)``: the outputs.
+        output_loss: ``output_loss(outputs, batch)``: losses ``[B]``, or their mean as a 0-d tensor.
+        batchnorm: ``"eval"``, or ``"batch"`` where losses depend on the batch that an example is in.
+
+    Example:
+        >>> import torch
+        >>> objective = Objective(lambda p, batch: batch[0] @ p, lambda z, batch: (z - batch[1]) ** 2)
+        >>> objective(torch.ones(2), (torch.ones(3, 2), torch.zeros(3)))
+        tensor([4., 4., 4.])
+    """
+
+    forward: Callable[[Tree, Batch], Any]
+    output_loss: Callable[[Any, Batch], Tensor]
+    batchnorm: str = "eval"
+
+    def __call__(self, params: Tree, batch: Batch) -> Tensor:
+        """Return the losses of the batch."""
+        return self.output_loss(self.forward(params, batch), batch)
+
+
+def check_loss_fn(loss_fn: object, params: object) -> None:
+    """Raise TypeError if ``loss_fn`` and ``params`` are in the other order, or a module and its criterion."""
+    if not callable(loss_fn):
+        order = "; the order of arguments is (loss_fn, params, data)" if callable(params) else ""
+        raise TypeError(
+            f"loss_fn must be a function loss_fn(params, batch), got {type(loss_fn).__name__}{order}"
+        )
+    if callable(params):
+        raise TypeError(
+            f"params must be a tree of tensors, got {type(params).__name__}; of a module and its criterion make "
+            "objective, params = hvpkit.from_module(model, criterion)"
+        )
+
+
+def goes_by_batches(loss_fn: LossFn) -> bool:
+    """Return True if the loss of an example depends on its batch, so that batches must not be cut otherwise."""
+    return isinstance(loss_fn, Objective) and loss_fn.batchnorm == "batch"
+
+
+def check_batches(loss_fn: LossFn, data: Data) -> None:
+    """Raise ValueError if ``data`` does not fit a ``loss_fn`` that uses the statistics of batches."""
+    if goes_by_batches(loss_fn):
+        check_statistics(data.smallest_batch)
+        if data.weights is not None:
+            raise ValueError(
+                'batchnorm="batch" makes the loss of an example depend on its batch, so that examples cannot be '
+                'weighted; leave weights out, or take batchnorm="eval"'
+            )
+
+
+def check_statistics(smallest_batch: int | None) -> None:
+    """Raise ValueError for a batch of one example, which has no batch statistics."""
+    if smallest_batch == 1:
+        raise ValueError(
+            'batchnorm="batch" needs at least two examples in each batch, and data has a batch of one; '
+            'choose another batch_size, leave the example out, or take batchnorm="eval"'
+        )
