@@ -271,6 +271,8 @@ def test_every_measuring_command_gives_a_partial_result(
     assert (found["status"], found["converged"]) == ("interrupted", False)
     partial = found["extremes"] if command == "report" else found
     assert partial["converged"] == (0.5 in options)
+    if command == "trace":  # of diag(linspace(-1, 3, 300)): 300
+        assert abs(partial["value"] - 300) < 5 * partial["stderr"]
     assert partial.get("num_matvecs", partial.get("num_passes")) > 1
     assert strict((tmp_path / f"{command}.json").read_text()) == found
     result = call(*args, code=143)

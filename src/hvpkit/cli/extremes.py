@@ -57,7 +57,7 @@ def find_both_ends(
         with watch:
             return hk.extreme_eigenvalues(H, **vars(solve), seed=seed, monitor=watch)
     except KeyboardInterrupt:
-        if watch.last is not None:
+        if isinstance(watch.last, hk.Progress):
             record = interrupted(watch.last, solve.tol, H)
             write_partial(record, partial_items(record))
         raise
