@@ -23,7 +23,7 @@ NumProbes = Annotated[
 
 
 @command(
-    "hvpkit density digits --num-steps 80 --num-probes 4 --out results",
+    "hvpkit density digits --num-steps 80 --out results",
     "hvpkit density problem.py:make --method chebyshev --json",
 )
 def density(

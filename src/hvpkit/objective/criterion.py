@@ -73,11 +73,14 @@ def as_criterion(criterion: Callable[..., Tensor]) -> Criterion:
     """Return ``criterion`` with its reduction undone.
 
     Raises:
-        TypeError: it cannot be called.
+        TypeError: it cannot be called, or is a class.
         ValueError: it has parameters of its own that require gradients.
     """
     if not callable(criterion):
         raise TypeError(f"criterion must be callable, got {type(criterion).__name__}")
+    if isinstance(criterion, type):
+        name = criterion.__name__
+        raise TypeError(f"criterion must be an instance, got the class {name}: pass {name}()")
     if isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
         raise ValueError(
             "criterion has parameters of its own, which would be constants; make them part of model, or say so "
