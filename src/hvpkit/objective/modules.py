@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hvpkit._utils.typing import Batch, Tree
 from hvpkit._utils.validation import check_choice, check_count
+from hvpkit.autodiff.fixed_random import fixed_random_numbers
 from hvpkit.autodiff.pytree import batch_size, snapshot
-from hvpkit.autodiff.randomness import fixed_dropout
 from hvpkit.objective.criterion import per_example
 from hvpkit.objective.module_copy import copy_structure, unwrap
 from hvpkit.objective.objective import Objective, check_statistics
@@ -46,7 +46,9 @@ def from_module(
             ``"batch"``: by the statistics of each batch, so that it depends on the batches.
         dropout: off by default. A seed: on, with masks that are functions of the seed and of each example's
             content, and so the same in every product and batch. The modules are then as in training, but for
-            those that keep statistics. Dropout inside attention and recurrent layers has to be 0.
+            those that keep statistics. Other random numbers of the model are fixed in the same way (noise, samples
+            of a variational encoder), if their first dimension is the examples. Dropout inside recurrent layers has
+            to be 0.
         include_frozen: make parameters with ``requires_grad=False`` variables too; by default they are
             constants.
 
@@ -61,7 +63,8 @@ def from_module(
             its own; uninitialised lazy parameters; an unknown ``batchnorm``, ``"eval"`` without running
             statistics, or ``"batch"`` with a ``SyncBatchNorm``; an embedding with ``max_norm``; a
             ``FractionalMaxPool`` without ``_random_samples``; a ``CrossMapLRN2d``. On call: one example only,
-            under batch statistics; dropout of a tensor whose first dimension is not the examples.
+            under batch statistics; dropout of a tensor whose first dimension is not the examples, or inside a
+            recurrent layer.
 
     Cost:
         A copy of the parameters and buffers.
@@ -95,7 +98,7 @@ def from_module(
             check_statistics(batch_size(batch))
         args, kwargs, _ = _split(batch)
         own_buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # modules may write to them
-        with nullcontext() if dropout is None else fixed_dropout(dropout, batch):
+        with nullcontext() if dropout is None else fixed_random_numbers(dropout, batch):
             return torch.func.functional_call(skeleton, {**constants, **own_buffers, **params}, args, kwargs)
 
     def output_loss(outputs: Any, batch: Batch) -> Tensor:
