@@ -13,7 +13,7 @@ from torch import Tensor
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_count, check_like
-from hvpkit.autodiff.pytree import Layout
+from hvpkit.autodiff.pytree import Layout, as_real
 from hvpkit.curvature.importance_sampling import Importance, inclusion, scores, systematic
 from hvpkit.curvature.products import Leaves
 from hvpkit.data import Data
@@ -153,7 +153,8 @@ class LinearOperator:
 
     def _is_leaf(self, v: Tensor) -> bool:
         """Whether ``v`` is itself a tree, as parameters that are one matrix are."""
-        return self.layout is not None and v.ndim != 1 and self.layout.shapes == (v.shape,)
+        is_vector = v.ndim == 1 and not v.is_complex()
+        return self.layout is not None and not is_vector and self.layout.shapes == (as_real(v).shape,)
 
     def blame(self, vectors: Tensor) -> str:
         """Where a product with ``vectors`` ``[n, k]`` that is not finite comes from."""
