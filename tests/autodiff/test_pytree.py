@@ -143,6 +143,22 @@ def test_two_leaves_of_one_dotted_name_are_told_apart_by_structure() -> None:
         layout.flatten(OrderedDict(params))
 
 
+def test_a_complex_leaf_is_pairs_of_coordinates() -> None:
+    params = {"c": torch.tensor([[1 + 2j, 3 + 4j]]), "r": torch.tensor([5.0])}
+    layout = Layout.of(params)
+    assert layout.n == 5
+    assert layout.flatten(params).tolist() == [1, 2, 3, 4, 5]
+    assert layout.flatten({"c": params["c"].conj(), "r": params["r"]}).tolist() == [1, -2, 3, -4, 5]
+    assert same(layout.unflatten(torch.arange(1.0, 6.0)), params)
+    assert same(layout.unflatten(torch.arange(7.0)[1:6]), params), "pairs may begin anywhere"
+    with pytest.raises(ValueError, match="v must be like the parameters: leaf 'c' is real, expected complex"):
+        layout.flatten({"c": torch.ones(1, 2), "r": params["r"]})
+    with pytest.raises(ValueError, match="leaf 'r' is complex, expected real"):
+        layout.flatten({"c": params["c"], "r": params["c"][0, :1]})
+    with pytest.raises(ValueError, match=r"leaf 'c' has shape \(2,\), expected \(1, 2\)"):
+        layout.flatten({"c": params["c"][0], "r": params["r"]})
+
+
 def test_a_vector_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match=r"vector must have shape \[2\], got \[3\]"):
         Layout.of(torch.zeros(2)).unflatten(torch.zeros(3))
@@ -170,7 +186,8 @@ def test_a_batch_without_tensors_is_refused() -> None:
     [
         ({"w": torch.ones(2, dtype=torch.int64)}, TypeError, r"params\['w'\] has dtype torch.int64"),
         (torch.ones(2, dtype=torch.bool), TypeError, "params has dtype torch.bool"),
-        ([torch.ones(2, dtype=torch.complex64)], TypeError, r"params\['0'\] has dtype torch.complex64"),
+        ([torch.ones(1, dtype=torch.complex128), torch.ones(1)], ValueError, "share one dtype"),
+        ([torch.ones(1) * torch.tensor(complex(0, float("inf")))], ValueError, "contains NaN or infinity"),
         ({"w": torch.ones(1), "b": torch.ones(1).double()}, ValueError, "params must share one dtype: .*'b'"),
         ([torch.ones(1), torch.ones(1, device="meta")], ValueError, "params must share one device: .*meta"),
         ({"w": torch.tensor([1.0, float("nan")])}, ValueError, r"params\['w'\] contains NaN or infinity"),

@@ -2,6 +2,9 @@
 
 Leaves keep the order of their containers (dict keys are not sorted), so that the flat vector of
 ``dict(model.named_parameters())`` is that of ``torch.nn.utils.parameters_to_vector(model.parameters())``.
+
+A complex parameter is a real one with a last dimension of two, as ``torch.view_as_real`` gives it: each complex entry
+is two coordinates of the flat vector. All derivatives are taken by real leaves; trees have complex ones.
 """
 
 from __future__ import annotations
@@ -38,9 +41,26 @@ def plain(tree: Tree) -> Tree:
     return _pytree.tree_map(lambda leaf: plain(dict(leaf)) if isinstance(leaf, Mapping) else leaf, tree)
 
 
-def unflatten(leaves: Sequence[Tensor], spec: _pytree.TreeSpec) -> Tree:
-    """Return the tree of structure ``spec`` with these leaves."""
+@dataclass(frozen=True)
+class ParamSpec:
+    """Structure of a tree of parameters, and which of its leaves are complex."""
+
+    tree: _pytree.TreeSpec
+    is_complex: tuple[bool, ...]
+
+
+def unflatten(leaves: Sequence[Tensor], spec: _pytree.TreeSpec | ParamSpec) -> Tree:
+    """Return the tree of structure ``spec`` with these leaves; by a ``ParamSpec`` real leaves become complex."""
+    if isinstance(spec, ParamSpec):
+        pairs = zip(leaves, spec.is_complex, strict=True)
+        leaves = [torch.complex(*leaf.unbind(-1)) if is_complex else leaf for leaf, is_complex in pairs]
+        spec = spec.tree
     return _pytree.tree_unflatten(leaves, spec)
+
+
+def as_real(leaf: Tensor) -> Tensor:
+    """Return a complex tensor as a real one with a last dimension of two, and a real one as it is."""
+    return torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
 
 
 def leaf_names(tree: Tree) -> list[str]:
@@ -85,7 +105,7 @@ def batch_size(batch: Tree) -> int:
 class Layout:
     """Correspondence between a tree of parameters and a flat vector ``[n]``."""
 
-    spec: _pytree.TreeSpec
+    spec: ParamSpec
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     numels: tuple[int, ...] = field(init=False)
@@ -99,16 +119,18 @@ class Layout:
     def of(cls, tree: Tree) -> Layout:
         """Return the layout of ``tree``."""
         leaves, spec = flatten(tree, name="params")
-        return cls(spec, tuple(leaf_names(tree)), tuple(leaf.shape for leaf in leaves))
+        is_complex = tuple(leaf.is_complex() for leaf in leaves)
+        shapes = tuple(as_real(leaf).shape for leaf in leaves)
+        return cls(ParamSpec(spec, is_complex), tuple(leaf_names(tree)), shapes)
 
     def leaves(self, tree: Tree, *, name: str = "v") -> list[Tensor]:
-        """Return the leaves of a tree that has this layout, up to the order of keys.
+        """Return the leaves, as real tensors, of a tree that has this layout up to the order of keys.
 
         Raises:
-            ValueError: ``tree`` has another structure or other shapes.
+            ValueError: ``tree`` has another structure or other shapes, or is real where parameters are complex.
         """
         leaves, spec = flatten(tree, name=name)
-        if spec != self.spec:
+        if spec != self.spec.tree:
             named = dict(zip(leaf_names(tree), leaves, strict=True))
             if sorted(named) != sorted(self.names):
                 raise ValueError(
@@ -117,13 +139,20 @@ class Layout:
                     f"got another structure with {len(leaves)} leaves"
                 )
             leaves = [named[key] for key in self.names]
-        for leaf, shape, leaf_name in zip(leaves, self.shapes, self.names, strict=True):
-            if leaf.shape != shape:
+        of_params = zip(self.names, self.shapes, self.spec.is_complex, strict=True)
+        for leaf, (leaf_name, shape, is_complex) in zip(leaves, of_params, strict=True):
+            if leaf.is_complex() != is_complex:
+                kinds = ("complex", "real") if leaf.is_complex() else ("real", "complex")
+                raise ValueError(
+                    f"{name} must be like the parameters: leaf {leaf_name!r} is {kinds[0]}, expected {kinds[1]}"
+                )
+            expected = shape[:-1] if is_complex else shape
+            if leaf.shape != expected:
                 raise ValueError(
                     f"{name} must be shaped like the parameters: leaf {leaf_name!r} has shape "
-                    f"{tuple(leaf.shape)}, expected {tuple(shape)}"
+                    f"{tuple(leaf.shape)}, expected {tuple(expected)}"
                 )
-        return leaves
+        return [as_real(leaf) for leaf in leaves]
 
     def flatten(self, tree: Tree, *, name: str = "v") -> Tensor:
         """Return the flat vector ``[n]`` of a tree of this layout, a copy."""
@@ -135,7 +164,7 @@ class Layout:
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def unflatten(self, vector: Tensor) -> Tree:
-        """Return the tree whose flat vector is ``vector [n]``; its leaves are views of ``vector``."""
+        """Return the tree whose flat vector is ``vector [n]``; its real leaves are views of ``vector``."""
         if vector.shape != (self.n,):
             raise ValueError(f"vector must have shape [{self.n}], got {list(vector.shape)}")
         return unflatten(self.split(vector), self.spec)
@@ -158,10 +187,10 @@ def usable(leaf: Tensor) -> Tensor:
 
 
 def check_params(params: Tree, *, finite: bool = True) -> tuple[Layout, list[Tensor]]:
-    """Validate a tree of parameters; return its layout and its detached leaves.
+    """Validate a tree of parameters; return its layout and its detached leaves, as real tensors.
 
     Raises:
-        TypeError: a leaf is not a tensor of floating dtype (integers, complex numbers).
+        TypeError: a leaf is not a tensor of floating dtype, real or complex.
         ValueError: no leaves at all, several dtypes or devices, or (unless ``finite=False``) NaN or infinity.
     """
     layout = Layout.of(params)
@@ -172,7 +201,7 @@ def check_params(params: Tree, *, finite: bool = True) -> tuple[Layout, list[Ten
     for label, leaf in zip(labels, leaves, strict=True):
         if not leaf.dtype.is_floating_point:
             raise TypeError(
-                f"{label} has dtype {leaf.dtype}; parameters must be real floating point "
+                f"{label} has dtype {leaf.dtype}; parameters must be floating point, real or complex "
                 "(pass anything else as part of the batch, or close over it)"
             )
     for what, values in (

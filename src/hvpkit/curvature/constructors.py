@@ -55,7 +55,7 @@ def hessian(
 
     Args:
         loss_fn: ``loss_fn(params, batch)``: losses ``[B]``, or their mean as a 0-d tensor. Pure.
-        params: tree of floating tensors of one dtype and device, the point.
+        params: tree of floating tensors of one dtype and device, the point; a complex entry is two real coordinates.
         data: tensors, a Dataset, a DataLoader or a re-iterable of batches: see :func:`hvpkit.as_data`.
         wrt: glob or globs over dotted parameter names, or a predicate of a name: the block of the matrix
             that belongs to those parameters, the others held constant.

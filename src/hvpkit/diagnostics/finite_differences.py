@@ -121,15 +121,14 @@ class _Float64(TorchFunctionMode):
         given = (args, kwargs or {})
         if func == Tensor.dtype.__get__ and args[0].is_floating_point():  # type: ignore[attr-defined]
             return torch.float64  # modules compare it with that of their parameters
-        if any(
-            isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in _pytree.tree_leaves(given)
-        ):
+        wide = (torch.float64, torch.complex128)
+        if any(isinstance(leaf, Tensor) and leaf.dtype in wide for leaf in _pytree.tree_leaves(given)):
             given = _pytree.tree_map(_widened, given)
             func = Tensor.double if func in (Tensor.float, Tensor.half, Tensor.bfloat16) else func
         return func(*given[0], **given[1])
 
 
 def _widened(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.double()
+    if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+        return value.to(torch.complex128 if value.is_complex() else torch.float64)
     return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value

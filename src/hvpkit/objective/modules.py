@@ -83,7 +83,9 @@ def from_module(
             ``"batch"``: by the statistics of each batch, so that it depends on the batches.
         dropout: off by default. A seed: on, with masks that are functions of the seed and of each example's
             content, and so the same in every product and batch. The modules are then as in training, but for
-            those that keep statistics. Dropout inside attention and recurrent layers has to be 0.
+            those that keep statistics. Other random numbers of the model are fixed in the same way (noise, samples
+            of a variational encoder), if their first dimension is the examples. Dropout inside recurrent layers has
+            to be 0.
         include_frozen: make parameters with ``requires_grad=False`` variables too; by default they are
             constants.
         targets: of a dict, the key or keys of the targets; of a tuple, how many there are at its end. By default
@@ -100,7 +102,7 @@ def from_module(
             ``SyncBatchNorm``; an embedding with ``max_norm``; a ``FractionalMaxPool`` without ``_random_samples``; a
             ``CrossMapLRN2d``. On call: a criterion that reads parameters of the model or values that its forward
             pass stored; one whose reduction is no mean or sum over examples; one example only, under batch
-            statistics; dropout of a tensor whose first dimension is not the examples.
+            statistics; dropout of a tensor whose first dimension is not the examples, or inside a recurrent layer.
 
     Warns:
         UserWarning: a hook or an attribute of the model cannot be copied.

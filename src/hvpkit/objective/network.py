@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hvpkit._utils.typing import Batch, Tree
+from hvpkit.autodiff.fixed_random import fixed_random_numbers
 from hvpkit.autodiff.pytree import batch_size, snapshot
-from hvpkit.autodiff.randomness import fixed_dropout
 from hvpkit.objective.first_call import run_original
 from hvpkit.objective.module_copy import ModuleCopy, attributes_restored
 from hvpkit.objective.objective import check_statistics
@@ -85,7 +85,7 @@ class Network:
 
     def dropouts(self, batch: Batch) -> Any:
         """Return the context that fixes dropout masks."""
-        return nullcontext() if self.dropout is None else fixed_dropout(self.dropout, batch)
+        return nullcontext() if self.dropout is None else fixed_random_numbers(self.dropout, batch)
 
 
 def original_call(model: nn.Module, network: Network, copied: ModuleCopy) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvpkit._utils.typing import Tree
 from hvpkit._utils.validation import check_like
-from hvpkit.autodiff.pytree import Layout
+from hvpkit.autodiff.pytree import Layout, as_real
 from hvpkit.errors import NonFiniteError
 from hvpkit.operators.space import LOCAL, Space
 
@@ -115,8 +115,9 @@ class LinearOperator:
         return self.layout
 
     def _is_tree(self, v: Tensor) -> bool:
-        """Return True if the tensor ``v`` is a tree of one leaf: parameters that are one matrix."""
-        return self.layout is not None and v.ndim != 1 and self.layout.shapes == (v.shape,)
+        """Return True if the tensor ``v`` is a tree of one leaf: parameters that are one matrix, or complex."""
+        is_vector = v.ndim == 1 and not v.is_complex()
+        return self.layout is not None and not is_vector and self.layout.shapes == (as_real(v).shape,)
 
     def flatten(self, tree: Tree) -> Tensor:
         """Return the vector ``[n]`` of a tree shaped like the parameters, in ``parameters_to_vector`` order."""
