@@ -9,7 +9,8 @@ from hvpkit._utils.random import normal_vector, resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count
 from hvpkit.autodiff.exact import exact_derivatives
-from hvpkit.autodiff.pytree import check_params, snapshot
+from hvpkit.autodiff.pytree import check_params, snapshot, unflatten
+from hvpkit.curvature.batch_means import check_batch_mean
 from hvpkit.curvature.batch_size import best_size
 from hvpkit.curvature.batches import (
     MODES,
@@ -32,7 +33,7 @@ from hvpkit.curvature.operator import Curvature, CurvatureOperator
 from hvpkit.curvature.param_selection import Selection, restrict
 from hvpkit.data import Data, as_data
 from hvpkit.errors import NonFiniteError
-from hvpkit.objective import Objective, check_batches, check_loss_fn, goes_by_batches
+from hvpkit.objective import Objective, check_batches, check_loss_fn, goes_by_batches, normalized
 
 TRIAL_EXAMPLES = 32
 """The most examples of the first batch on which modes are tried and errors measured. By feel."""
@@ -299,9 +300,13 @@ def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> 
         batch_size = None  # until trials have chosen it
     examples = as_data(data, batch_size=batch_size, device=device)
     check_batches(loss_fn, examples)
+    function = normalized(function, examples)
     first = examples.first()
     with exact_derivatives(device):
         value = check_loss(next(loss_shares(function, layout, first)), leaves)
+        check_batch_mean(
+            function, unflatten(leaves, layout.spec), examples, first, resized=options.batch_size == "auto"
+        )
     if not all_finite([value]):
         raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
     return Problem(function, layout, leaves, examples), first.first(TRIAL_EXAMPLES)

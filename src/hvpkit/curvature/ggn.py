@@ -26,7 +26,7 @@ from hvpkit.curvature.batches import (
     central_difference,
 )
 from hvpkit.curvature.functional import batch_matvec, checked
-from hvpkit.objective import Objective
+from hvpkit.objective import Objective, normalized_in_batch
 
 
 def ggnvp(
@@ -66,7 +66,7 @@ def ggnvp(
         >>> ggnvp(objective, torch.zeros(2), torch.tensor([[1.0, 2.0]]), torch.tensor([1.0, 0.0]))
         tensor([2., 4.])
     """
-    check_objective(objective)
+    objective = check_objective(normalized_in_batch(check_objective(objective), batch))
     safe = replace(objective, forward=checked(objective.forward))
     return batch_matvec(ggn_of_batch, safe, params, batch, v, mode)
 
