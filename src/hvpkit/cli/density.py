@@ -12,6 +12,7 @@ from hvpkit.cli.app import command
 from hvpkit.cli.options import HessianProblem
 from hvpkit.cli.output import Output, Watch, table
 from hvpkit.results.eigen import Status
+from hvpkit.results.estimate import plus_minus
 
 NumSteps = Annotated[int, typer.Option(help="Products with each probe.")]
 NumProbes = Annotated[int, typer.Option(help="Random vectors; two or more give standard errors.")]
@@ -53,7 +54,7 @@ def density(
         ("largest node", f"{found.nodes[-1]:.6g}" if len(found.nodes) else "none"),
         ("single eigenvalues", ", ".join(f"{value:.5g}" for value in single) or "none"),
         ("share below zero", f"{float(found.cdf(-found.noise)):.3g}"),
-        ("trace", f"{trace['value']:.5g} ± {trace['stderr']:.2g}"),
+        ("trace", plus_minus(trace["value"], trace["stderr"], digits=5)),
         ("passes", f"{found.num_matvecs:g}"),
     ]
     record = {

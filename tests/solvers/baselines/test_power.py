@@ -260,9 +260,7 @@ def test_a_published_case_is_as_exact_with_twenty_products(solve: object) -> Non
 
 def test_states_are_not_changed_by_later_steps_and_go_on_to_the_bit() -> None:
     op = mean_of(scattered(SPECTRA["negative_dominant"]))
-    goal = goal_of(
-        op, 2, "BE", momentum=None, num_examples=64, schedule=lambda _: 8, anchored=True
-    )
+    goal = goal_of(op, 2, "BE", momentum=None, num_examples=64, schedule=lambda _: 8, anchored=True)
     state = after(op, goal, 20)
     kept = {name: value.clone() for name, value in vars(state).items() if isinstance(value, Tensor)}
     ends = []
