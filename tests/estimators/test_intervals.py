@@ -19,7 +19,7 @@ NUM_MATRICES, NUM_SEEDS = 48, 3
 
 @cache
 def matrices() -> list[tuple[hk.LinearOperator, Tensor]]:
-    """Operators with their eigenvalues: bulks of three shapes, with none to six outliers of 5 to 100 times their size."""
+    """Operators with their eigenvalues: bulks of three shapes, none to six outliers of 5 to 100 times their size."""
     found, g = [], torch.Generator().manual_seed(3)
     for i in range(NUM_MATRICES):
         n, count, size = (60, 100, 140)[i % 3], (0, 1, 1, 2, 3, 6)[i % 6], (5, 20, 50, 100)[i // 6 % 4]

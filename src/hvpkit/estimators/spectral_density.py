@@ -54,7 +54,8 @@ def spectral_density(
         op: symmetric operator.
         method: ``"lanczos"`` or ``"chebyshev"``.
         num_steps: matvecs with each probe.
-        num_probes: random vectors; two or more give standard errors.
+        num_probes: random vectors; of one, standard errors are unknown (infinite). With Lanczos, two or more that share
+            a basis leave converged single eigenvalues out of the random error: see :meth:`hvpkit.Density.expectation`.
         block_size: probes that are multiplied together and, with Lanczos, share a basis; by default as many as 2 GiB
             hold, in block matvecs of eight columns; eight with Chebyshev.
         time_limit: seconds.

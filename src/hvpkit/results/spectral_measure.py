@@ -77,7 +77,7 @@ def deflate(nodes: Tensor, weights: Tensor, residual_norms: Tensor, n: int, nois
         apart = bool(len(outside)) and residual_norms[cluster].max() <= CONVERGED * outside.min()
         known[cluster] = bool(apart) and len(cluster) < len(weights)
     rest, num_rest = weights[:, ~known].sum(dim=1, keepdim=True), n - int(known.sum())
-    if num_rest <= 0 or not bool((rest > 0).all()):
+    if not bool(known.any()) or num_rest <= 0 or not bool((rest > 0).all()):
         return weights
     return torch.where(known, 1 / n, weights * (num_rest / n) / rest)
 
