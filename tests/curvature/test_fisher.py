@@ -173,7 +173,7 @@ def test_the_exact_one_is_the_gauss_newton_matrix(case: str) -> None:
     oracle = ggn_by_jacobian(objective.forward, objective.output_loss, params, data)
     for name in (None, likelihood):
         F = fisher(objective, params, data, likelihood=name, batch_size=4)
-        assert F.origin.kind == "fisher"
+        assert F.terms[0][1].kind == "fisher"
         assert relative_error(F @ eye(F.n), oracle) < 1e-13
 
 
