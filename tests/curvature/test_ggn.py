@@ -216,7 +216,12 @@ def test_a_mean_over_the_batch_gives_what_losses_of_examples_give(mode: str) -> 
     G = ggn(objective, problem.params, problem.data, batch_size=4, mode=mode)
     assert relative_error(G @ eye(G.n), oracle) < TOLERANCE[mode]
     with pytest.raises(ValueError, match="0-d mean, which cannot be weighted by example"):
-        ggn(objective, problem.params, hk.as_data(problem.data).subset([0, 1], torch.ones(2)), mode=mode)
+        ggn(
+            objective,
+            problem.params,
+            hk.as_data(problem.data).subset([0, 1], torch.tensor([1.0, 2.0])),
+            mode=mode,
+        )
 
 
 @each_mode

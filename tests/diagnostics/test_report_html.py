@@ -193,7 +193,7 @@ def test_report_of_a_solve_that_found_nothing_says_so(tmp_path):
     page = Page(report(H, ex, path=tmp_path / "r.html").read_text(encoding="utf-8"))
     assert page.texts.get("figcaption") is None
     (status,) = (row[1] for row in page.rows if row[0] == "status")
-    assert status.startswith("non-finite: a product gave NaN")
+    assert status.startswith("non-finite: a matvec gave NaN")
     assert [row[1] for row in page.rows if row[0] in ("smallest", "largest")] == ["nan", "nan"]
 
 

@@ -9,6 +9,7 @@ import torch
 import hvpkit as hk
 from hvpkit.results.eigen import Progress, Status
 from hvpkit.solvers.driver import Assessment, Limits, conclude, iterate, run
+from variants import explained
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,9 @@ def test_vectors_of_a_non_finite_matvec_are_blamed() -> None:
     def assess(state: Counter) -> Assessment[Counter]:
         return Assessment(state, hk.Progress(), 1, Status.NON_FINITE if state.num_steps else None, suspect)
 
-    op = replace(
-        hk.aslinearoperator(torch.eye(1)),
-        product=lambda v: v * torch.nan,
-        explain=lambda v: f"{v.item():g} is at fault",
+    op = explained(
+        replace(hk.aslinearoperator(torch.eye(1)), product=lambda v: v * torch.nan),
+        lambda v: f"{v.item():g} is at fault",
     )
     assert run(Counting(assess, limits(), op=op)).message.endswith("; 7 is at fault")
 

@@ -15,14 +15,10 @@ MAX_NAMES = 4
 """Names that a message lists."""
 
 
-def checked_references(function: object, points: Sequence[Tensor], evaluate: Callable[[], Tensor]) -> Tensor:
-    """Return ``evaluate()``, a loss by ``function`` at ``points``, after checks of what else it used.
+def evaluate_unchanged(function: object, evaluate: Callable[[], Tensor]) -> Tensor:
+    """Return ``evaluate()``, a value of ``function``; raise ValueError if the call wrote to buffers of a module.
 
-    Raises:
-        ValueError: the call wrote to buffers of a module that ``function`` refers to; they are put back.
-
-    Warns:
-        CapturedParameterWarning: the loss depends on parameters that are not among ``points``.
+    They are put back.
     """
     with torch.inference_mode(False):
         before = [(name, buffer, buffer.clone()) for name, buffer in _buffers(function) if not buffer.is_meta]
@@ -38,6 +34,11 @@ def checked_references(function: object, points: Sequence[Tensor], evaluate: Cal
             "batch norm does in training mode; call model.eval(), pass copies of the buffers to "
             'torch.func.functional_call, or take hvpkit.from_module(model, criterion, batchnorm="batch")'
         )
+    return value
+
+
+def warn_captured(function: object, value: Tensor, points: Sequence[Tensor]) -> None:
+    """Warn if ``value``, a loss by ``function``, depends on parameters that are not among ``points``."""
     names = captured_parameters(function, value, points)
     if names:
         warnings.warn(
@@ -48,7 +49,6 @@ def checked_references(function: object, points: Sequence[Tensor], evaluate: Cal
             CapturedParameterWarning,
             stacklevel=5,
         )
-    return value
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Batch, LossFn, Tree
-from hvpkit.autodiff.captured import checked_references
+from hvpkit.autodiff.captured import evaluate_unchanged, warn_captured
 from hvpkit.autodiff.overrides import fixed_padding
 from hvpkit.autodiff.pytree import Layout, unflatten
 from hvpkit.autodiff.randomness import check_repeatable
@@ -179,13 +179,12 @@ def check_loss(share: LossShare, leaves: Leaves) -> Tensor:
     """Return the share's value. Raise ValueError if the loss is random or does not depend on the leaves."""
     with torch.enable_grad():
         points = [leaf.detach().requires_grad_() for leaf in leaves]
-        value = checked_references(
-            share, points, lambda: check_repeatable(lambda: share(points), points[0].device)
-        )
+        value = evaluate_unchanged(share, lambda: check_repeatable(lambda: share(points), points[0].device))
     # A loss that closes over a module has a graph too, but not one of the leaves.
     if not value.requires_grad:
         raise ValueError(INDEPENDENT)
     _check_dependent(torch.autograd.grad(value, points, allow_unused=True))
+    warn_captured(share, value, points)
     return value.detach()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +70,12 @@ class Network:
         if self.batchnorm == "batch":
             check_statistics(batch_size(batch))
         values = self.values(params)
-        with ExitStack() as stack:
-            if not torch.compiler.is_compiling():
-                replaced = {id(t): values[name] for name, t in self.tensors.items() if name in values}
-                stack.enter_context(attributes_restored(self.module))
-                stack.enter_context(ParameterAccess(replaced, self.originals, BESIDE_COPY))
-            stack.enter_context(self.dropouts(batch))
+        if torch.compiler.is_compiling():  # after a first call without, which has checked the module
+            with self.dropouts(batch):
+                return torch.func.functional_call(self.module, values, args, kwargs)
+        replaced = {id(t): values[name] for name, t in self.tensors.items() if name in values}
+        access = ParameterAccess(replaced, self.originals, BESIDE_COPY)
+        with attributes_restored(self.module), access, self.dropouts(batch):
             return torch.func.functional_call(self.module, values, args, kwargs)
 
     def values(self, params: Tree) -> dict[str, Tensor]:

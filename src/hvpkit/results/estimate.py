@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from hvpkit.results.eigen import Progress, Status
@@ -98,6 +97,8 @@ class Estimate(Generic[V]):
             raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
         k = self.num_samples
         value, stderr = (torch.as_tensor(x, dtype=torch.float64) for x in (self.value, self.stderr))
+        from scipy.special import stdtrit
+
         student = float(stdtrit(k - 1, (1 + confidence) / 2)) if k > 1 else math.inf
         reach = torch.tensor([-student, student], dtype=torch.float64).to(value.device)
         low, high = reach.reshape(2, *(1,) * value.ndim)

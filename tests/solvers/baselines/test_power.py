@@ -13,7 +13,7 @@ from hvpkit.solvers.baselines.momentum_block import Goal, MomentumBlockState, as
 from hvpkit.solvers.baselines.power import accelerated_power, power
 from hvpkit.solvers.common.request import check_arguments
 from problems import SPECTRA, matrix
-from variants import explained, variant
+from variants import explained
 
 BOTH = pytest.mark.parametrize("solve", [power, accelerated_power], ids=lambda solve: solve.__name__)
 
@@ -301,7 +301,7 @@ def test_minibatches_that_are_too_small_for_variance_reduction_double() -> None:
         return op.sample(num_examples, seed)
 
     found = accelerated_power(
-        variant(op, sample=sample), which="LA", variance_reduced=True, batch_size=1, tol=1e-4
+        replace(op, sample=sample), which="LA", variance_reduced=True, batch_size=1, tol=1e-4
     )
     assert found.converged
     assert float(found.values[0]) == pytest.approx(3.0, rel=1e-6)
