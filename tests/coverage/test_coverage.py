@@ -52,6 +52,15 @@ def test_products_equal_central_differences(row: str) -> None:
                 assert error < allowed, f"{operator!r}: {float(error / allowed):g} times what is allowed"
 
 
+@pytest.mark.parametrize("row", LACKING)
+def test_auto_confirms_the_only_mode_that_works_by_differences(row: str) -> None:
+    problem = case(row)
+    for kind in (hk.hessian, hk.ggn):
+        H = kind(*hk.from_module(problem.model, problem.criterion), problem.batch)
+        if H.mode != "finite-difference":
+            assert "agrees with finite differences to" in H.mode_reason
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 @pytest.mark.parametrize(
     ("model", "reason"),

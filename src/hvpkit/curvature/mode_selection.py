@@ -121,11 +121,16 @@ def _choose_mode(
             raise
         except (RuntimeError, NotImplementedError) as error:
             failed[mode] = f"{mode} does not work here ({str(error).splitlines()[0]:.120})"
-    if not found:
-        return Recipe(DIFFERENCES, f"{DIFFERENCES}: {', and '.join(failed.values())}", arithmetic)
     if failed:
         compared = compare(batch, in_float64, v, draw(1), found)
+        if not found:
+            why = ", and ".join(failed.values())
+            _check_symmetric(compared, why, preferred)
+            return Recipe(DIFFERENCES, f"{DIFFERENCES}: {why}", arithmetic)
         return _judge_alone(batch, v, compared, next(iter(found)), "".join(failed.values()), arithmetic)
+    if not any(bool(torch.isfinite(matvec).all()) for matvec in found.values()):
+        reason = f"{preferred}: no exact mode gives finite numbers here"  # the first matvec names the batch
+        return Recipe(preferred, reason, arithmetic)
     distance = _relative_distance(found[preferred], found[other])
     if not distance <= torch.finfo(v[0].dtype).eps ** 0.5:
         compared = compare(batch, in_float64, v, draw(1), found)
@@ -220,13 +225,7 @@ def _fall_back(
     Raises:
         ArithmeticError: they do not.
     """
-    if not compared.symmetric:
-        raise ArithmeticError(
-            f"mode='auto': {wrong}. The gradient is the gradient of no loss: by finite differences of it, its Jacobian "
-            f"H is not symmetric, w'(H v) and v'(H w) differ by {compared.relative(compared.asymmetry):.0e} of |H v|. "
-            "A backward in the loss is not the derivative of its forward, as in a gradient reversal layer, or a value "
-            f"is detached; correct that, or leave it out. Where it is meant so, name the mode, as mode={refuted[0]!r}"
-        )
+    _check_symmetric(compared, wrong, refuted[0])
     native = join(batch.linearize(DIFFERENCES)([v])[0])
     error = compared.relative(norm(native - compared.expected))
     if not error <= LARGEST_GAP:
@@ -241,6 +240,18 @@ def _fall_back(
         f"to be constants, name the mode, as mode={refuted[0]!r}"
     )
     return Recipe(DIFFERENCES, f"{DIFFERENCES}: {wrong}", arithmetic, error, refuted, warning)
+
+
+def _check_symmetric(compared: Comparison, why: str, mode: str) -> None:
+    """Raise ArithmeticError if the gradient is that of no loss, as far as differences in float64 tell."""
+    if compared.symmetric or not (compared.in_float64 and compared.decisive):
+        return
+    raise ArithmeticError(
+        f"mode='auto': {why}. The gradient is the gradient of no loss: by finite differences of it, its Jacobian H is "
+        f"not symmetric, w'(H v) and v'(H w) differ by {compared.relative(compared.asymmetry):.0e} of |H v|. A "
+        "backward in the loss is not the derivative of its forward, as in a gradient reversal layer, or a value is "
+        f"detached; correct that, or leave it out. Where it is meant so, name the mode, as mode={mode!r}"
+    )
 
 
 def _name(tensor: Tensor) -> str:
