@@ -1,144 +1,157 @@
-"""What a Lanczos step costs beside its product: over plain memory traffic, and of a whole solve of a network.
+"""Cost of a Lanczos step beside its matvec: over plain memory traffic, and as a share of a solve of a network.
 
-    python benchmarks/bench_step.py --out benchmarks/results/step.json
+    python benchmarks/bench_step.py [--n 1000000] [--vectors 60] [--repeats 5] [--networks NAME ...]
 
-Solves without restart of 60 products and one that verifies them, float32, whose products are timed and taken off:
+Solves without restart of 60 matvecs and one that verifies them, float32, whose matvecs are timed and taken off:
 
 1. n = 10^6, a diagonal matrix, against the inner products and updates of two passes of Gram-Schmidt with the same rows,
    written down plainly. Both in turn, several times, medians.
-2. Hessians of networks with 1.0 * 10^6 parameters: the share of the seconds that is not products. A perceptron's
-   products, 784-800-450-10 with GELU, are the cheapest that a network of this size has, as each parameter is used once
+2. Hessians of networks with 1.0 * 10^6 parameters: the share of the seconds that is not matvecs. A perceptron's
+   matvecs, 784-800-450-10 with GELU, are the cheapest that a network of this size has, as each parameter is used once
    an example; a convolution uses each at every place, as in a ResNet-20 of width 31.
+
+The result on the diagonal matrix is checked by its residuals and the angles of its vectors. Writes
+``benchmarks/results/step.json``.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn import functional as F
+from torch import Tensor
 
+import _harness as harness
 import hvpkit as hk
+from _harness import Record, timed
+from _problems import MODE, Data, diagonal, over
+from hvpkit.zoo import cifar_resnet, mlp
+
+ALLOWED = 1e-4
+"""Error of residual norms and inner products in float32, of a matrix of norm 1."""
 
 
-def solve(op: hk.LinearOperator, num_vectors: int) -> tuple[float, float]:
-    """Seconds of a solve beside its products, the final check included, and those in its products."""
-    spent = 0.0
-
-    def product(v: torch.Tensor) -> torch.Tensor:
-        nonlocal spent
-        begin = time.perf_counter()
-        image = op.product(v)
-        spent += time.perf_counter() - begin
-        return image
-
-    begin = time.perf_counter()
-    found = hk.lanczos(
-        replace(op, product=product),
-        10,  # so many that they are not all found before
-        which="BE",
-        tol=1e-7,
-        ncv=num_vectors + 2,
-        max_matvecs=num_vectors + 1,
-    )
-    seconds = time.perf_counter() - begin
-    assert found.num_matvecs == num_vectors + 1, found
-    return seconds - spent, spent
-
-
-def diagonal(n: int) -> hk.LinearOperator:
-    entries = torch.rand(n, generator=torch.Generator().manual_seed(0)) ** 4
-    return hk.LinearOperator(lambda v: entries[:, None] * v, n, entries.dtype, entries.device)
+def random_classes(num_examples: int, *shape: int) -> Data:
+    """Return random inputs in ten random classes."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(num_examples, *shape, generator=g), torch.randint(10, (num_examples,), generator=g)
 
 
 def perceptron(num_examples: int) -> hk.LinearOperator:
-    return hessian(hk.zoo.mlp(in_features=784, hidden=(800, 450)), (784,), num_examples, 1000)
+    model = mlp(in_features=784, hidden=(800, 450))
+    return over(model, random_classes(num_examples, 784), batch_size=1000, mode=MODE)
 
 
 def residual_network(num_examples: int) -> hk.LinearOperator:
-    return hessian(hk.zoo.cifar_resnet(20, width=31).eval(), (3, 32, 32), num_examples, 50)
-
-
-def hessian(
-    model: torch.nn.Module, shape: tuple[int, ...], num_examples: int, batch_size: int
-) -> hk.LinearOperator:
-    """Over noise, in the mode that is the faster on a CPU."""
-    g = torch.Generator().manual_seed(0)
-    data = torch.randn(num_examples, *shape, generator=g), torch.randint(10, (num_examples,), generator=g)
-    objective, params = hk.from_module(model, F.cross_entropy)
-    return hk.hessian(objective, params, data, batch_size=batch_size, mode="reverse-over-reverse")
+    model = cifar_resnet(20, width=31).eval()
+    return over(model, random_classes(num_examples, 3, 32, 32), batch_size=50, mode=MODE)
 
 
 NETWORKS: dict[str, Callable[[], hk.LinearOperator]] = {
-    "perceptron, 2,000 examples": partial(perceptron, 2000),
-    "perceptron, 5,000 examples": partial(perceptron, 5000),
-    "ResNet-20, 100 images": partial(residual_network, 100),
+    "perceptron, 2,000 examples": lambda: perceptron(2000),
+    "perceptron, 5,000 examples": lambda: perceptron(5000),
+    "ResNet-20, 100 images": lambda: residual_network(100),
 }
 
 
-def traffic(n: int, num_vectors: int) -> float:
-    """Seconds of two passes of Gram-Schmidt by plain matrix-vector calls, one row after the other."""
-    basis, vector = torch.randn(num_vectors + 1, n), torch.randn(n)
-    begin = time.perf_counter()
-    for row in range(1, num_vectors + 1):
+def solve(op: hk.LinearOperator, num_vectors: int) -> tuple[hk.EigenResult, float, float]:
+    """Return a result, the seconds of the solve beside its matvecs, and those in its matvecs."""
+    spent: list[float] = []
+    found, seconds = timed(
+        lambda: hk.lanczos(
+            harness.with_timed_matvecs(op, spent.append),
+            10,  # so many that they are not all found before
+            which="BE",
+            tol=1e-7,
+            ncv=num_vectors + 2,
+            max_matvecs=num_vectors + 1,
+        )
+    )
+    if found.num_matvecs != num_vectors + 1:
+        raise SystemExit(f"{op!r}: {found.num_matvecs:g} matvecs instead of {num_vectors + 1}; not timed")
+    return found, seconds - sum(spent), sum(spent)
+
+
+def check(op: hk.LinearOperator, found: hk.EigenResult) -> None:
+    """Compare residual norms with their definition, and the basis with an orthonormal one.
+
+    Raises:
+        SystemExit: the result is wrong.
+    """
+    values, vectors = found.values.to(op.dtype), found.vectors
+    residuals = torch.linalg.vector_norm(op @ vectors - vectors * values, dim=0)
+    gram = vectors.mT @ vectors - torch.eye(len(values), dtype=op.dtype)
+    off = max(float((residuals - found.residual_norms).abs().max()), float(gram.abs().max()))
+    if not off < ALLOWED:
+        raise SystemExit(f"{op!r}: residuals or vectors are off by {off:.2g}; not timed")
+
+
+def gram_schmidt(basis: Tensor, vector: Tensor) -> None:
+    """Make two passes of Gram-Schmidt by plain matrix-vector calls, one row after the other."""
+    for row in range(1, len(basis)):
         for _ in range(2):
             coefficients = basis[:row] @ vector
             vector = torch.addmv(vector, basis[:row].mT, coefficients, alpha=-1e-3)
         basis[row] = vector
-    return time.perf_counter() - begin
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def compare_with_traffic(n: int, num_vectors: int) -> Record:
+    """Return the seconds of a solve of a diagonal matrix beside its matvecs, of plain traffic, and their ratio."""
+    op = diagonal(torch.rand(n, generator=torch.Generator().manual_seed(0)) ** 4)
+    found, ours, _ = solve(op, num_vectors)
+    check(op, found)
+    g = torch.Generator().manual_seed(1)
+    basis, vector = torch.randn(num_vectors + 1, n, generator=g), torch.randn(n, generator=g)
+    plain = timed(lambda: gram_schmidt(basis, vector))[1]
+    return {"solve": ours, "traffic": plain, "ratio": ours / plain}
+
+
+def share_of_a_solve(name: str, num_vectors: int) -> Record:
+    """Return the seconds of a solve of a network in its matvecs and beside them."""
+    H = NETWORKS[name]()
+    solve(H, num_vectors)  # imports and first calls, and pages of memory
+    _, beside, matvecs = solve(H, num_vectors)
+    return {"n": H.n, "beside": beside, "products": matvecs, "share": beside / (beside + matvecs)}
+
+
+def table(record: Record) -> str:
+    """Return seconds and shares, as Markdown."""
+    runs = [
+        (f"{run['solve']:.2f} s", f"{run['traffic']:.2f} s", f"{run['ratio']:.2f}") for run in record["runs"]
+    ]
+    rows = [
+        (name, f"{row['n']:,}", f"{row['beside']:.2f} s", f"{row['products']:.2f} s", f"{row['share']:.1%}")
+        for name, row in record["networks"].items()
+    ]
+    return "\n\n".join(
+        [
+            harness.markdown(["a solve beside its matvecs", "plain traffic", "ratio"], runs),
+            f"median ratio {record['median']:.2f}",
+            harness.markdown(["network", "n", "beside matvecs", "matvecs", "share"], rows),
+        ]
     )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__, out=harness.RESULTS / "step.json")
+    harness.add_names(parser, "--networks", NETWORKS)
     parser.add_argument("--n", type=int, default=10**6)
     parser.add_argument("--vectors", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    n, m, op = arguments.n, arguments.vectors, diagonal(arguments.n)
-    rows = []
-    for _ in range(arguments.repeats):
-        (ours, _), plain = solve(op, m), traffic(n, m)
-        rows.append({"solve": ours, "traffic": plain, "ratio": ours / plain})
-        print(f"solve beside products {ours:.2f} s, plain traffic {plain:.2f} s, ratio {ours / plain:.2f}")
-    ratio = statistics.median(row["ratio"] for row in rows)
-    print(f"median ratio {ratio:.2f}")
-    networks = {}
-    for name, make in NETWORKS.items():
-        H = make()
-        solve(H, m)  # imports and first calls, and pages of memory
-        beside, products = solve(H, m)
-        share = beside / (beside + products)
-        print(
-            f"{name}: beside products {beside:.2f} s, products {products:.2f} s, share {share:.1%}",
-            flush=True,
-        )
-        networks[name] = {"n": H.n, "beside": beside, "products": products, "share": share}
-    if arguments.out:
-        machine = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        }
-        record = {
-            "n": n,
-            "vectors": m,
-            "machine": machine,
-            "median": ratio,
-            "runs": rows,
-            "networks": networks,
-        }
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    given = harness.parse(parser, argv)
+    if not given.report:
+        header = {"n": given.n, "vectors": given.vectors, "machine": harness.machine()}
+        record = harness.open_record(given.out, header, median=0.0, runs=[], networks={})
+        if not (given.resume and record["runs"]):
+            record["runs"] = [compare_with_traffic(given.n, given.vectors) for _ in range(given.repeats)]
+            record["median"] = statistics.median(run["ratio"] for run in record["runs"])
+            harness.write(given.out, record)
+        for name in harness.pending(given, given.networks, record["networks"]):
+            record["networks"][name] = share_of_a_solve(name, given.vectors)
+            harness.write(given.out, record)
+            print(f"{name}: {record['networks'][name]}", flush=True)
+    print(table(harness.read(given.out)))
 
 
 if __name__ == "__main__":

@@ -2,31 +2,26 @@
 
     python benchmarks/compare.py --cache DIR [--cifar10 DIR] [--problems NAME ...] [--tasks NAME ...] [--quick]
 
-installs nothing, says what is missing (``pip install --no-deps -r benchmarks/peers.txt``), and runs what is here in
+installs nothing, names missing libraries (``pip install --no-deps -r benchmarks/peers.txt``), and runs the others in
 one process, in turn: each task of each problem in several rounds, in each round every library once, with another seed.
-Every answer is judged by a stored reference. The first that is wrong beyond the task's tolerance is said to be, with
-its error, and its library is not timed at that task. Memory is that of a product, in a process of its own each time.
+Every answer is compared with a stored reference. A library whose first answer is wrong beyond the task's tolerance is
+marked as wrong, with its error, and is not timed at that task. Memory is that of a product, each time in a process of
+its own.
 
-Seconds include what a library needs to make its operator, but for products, gradients and memory, which are of an
-operator that is there; the product is the third with the same operator. A run ends at twenty times hvpkit's passes, at
+Seconds include making the library's operator, except for products, gradients and memory, which are measured with an
+operator that exists; the product is the third with the same operator. A run ends at twenty times hvpkit's passes, at
 least 100 and at most 400: "not converged". After ``--seconds`` no further round of a task begins. Trace, density and
-top-5 are of the problems with cheap products; ``--tasks`` runs what it names on any. Results are merged into ``--out``
-by problem and task; ``--report`` makes the tables and the picture anew, ``--readme FILE`` puts the tables between the
-markers in it.
+top-5 are measured on the problems with cheap products; ``--tasks`` runs the tasks that it names on any. Results are
+merged into ``--out`` by problem and task; ``--report`` only makes the tables and the picture from it, ``--readme FILE``
+puts the tables between the markers in that file.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
-import os
-import platform
 import random
-import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,21 +29,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from compare_peers import LIBRARIES, Library, OutOfPasses, derivable
-from compare_references import NUM_SKETCHES, TOL, Problem, available, error, load, probe, reference
-from compare_report import notes, picture, table, write_readme
+import _compare_memory as memory
+import _harness as harness
+from _compare_peers import LIBRARIES, Library, OutOfPasses, derivable
+from _compare_report import notes, picture, table, write_readme
+from _harness import Record
+from _problems import Problem, available, load
+from _references import NUM_SKETCHES, TOL, error, probe, reference
 
-RESULTS = Path(__file__).parent / "results" / "compare.json"
 TASKS = ("gradient", "product", "memory", "extremes", "top5", "trace", "density")
 ONE_PASS = ("gradient", "product")
 CHEAP = ("digits CNN, early", "digits CNN, late", "dense, 40,000 digits")
-"""Problems on which all tasks take minutes; on others the ones after the extremes would take hours."""
+"""Problems on which all tasks take minutes; on others the tasks after the extremes would take hours."""
 
-Entry = dict[str, Any]
+MAX_PASSES = 400.0
+"""Passes after which a run ends as not converged; chosen by feel."""
 
 
 def seed_global_generators(seed: int) -> None:
-    """Peers take their random numbers from global generators."""
+    """Seed the global generators, from which peers take their random numbers."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
@@ -57,7 +56,7 @@ def seed_global_generators(seed: int) -> None:
 def run_once(
     task: str, library: type[Library], problem: Problem, seed: int, effort: Any, limit: float
 ) -> tuple[Any, float, float]:
-    """Answer, seconds and passes of one run."""
+    """Return answer, seconds and passes of one run."""
     seed_global_generators(seed)
     with derivable():
         begin = time.perf_counter()
@@ -71,14 +70,14 @@ def run_once(
 
 
 def attempt(
-    task: str, library: type[Library], problem: Problem, truth: Entry, seed: int, effort: Any, limit: float
-) -> Entry:
-    """One run, judged."""
+    task: str, library: type[Library], problem: Problem, truth: Record, seed: int, effort: Any, limit: float
+) -> Record:
+    """Run once, and compare the answer with the reference."""
     try:
         answer, seconds, passes = run_once(task, library, problem, seed, effort, limit)
     except OutOfPasses as stopped:
         return {"status": "not converged", "message": str(stopped)}
-    except Exception as failed:  # a peer's, of any kind; it is shown
+    except Exception as failed:  # a peer may raise anything; the table shows it
         return {"status": "failed", "message": f"{type(failed).__name__}: {failed}".split("\n")[0][:200]}
     off = error(task, answer, truth["value"], problem.n)
     if off > TOL[task]:
@@ -86,28 +85,25 @@ def attempt(
     return {"status": "right", "error": off, "passes": passes, "seconds": seconds}
 
 
-def lacking(library: type[Library], task: str) -> Entry | None:
-    """Why a library cannot be asked, if it cannot."""
+def lacking(library: type[Library], task: str) -> Record | None:
+    """Return why a library cannot run a task, or None if it can."""
     if library.missing():
         return {"status": "missing"}
     return None if hasattr(library, task) else {"status": "not offered"}
 
 
-def first_right(
-    task: str, library: type[Library], problem: Problem, truth: Entry, limit: float
-) -> tuple[Entry, Any]:
-    """The library's first run that is right, over what its user has to choose; else its last."""
-    if (reason := lacking(library, task)) is not None:
-        return reason, None
-    for effort in efforts(library, task, truth):
-        found = attempt(task, library, problem, truth, 0, effort, limit)
+def first_right(task: str, library: type[Library], problem: Problem, truth: Record, limit: float) -> Record:
+    """Return the library's first run that is right, over the efforts that its user can choose; else its last."""
+    effort, found = None, lacking(library, task)
+    for choice in [] if found else efforts(library, task, truth):
+        effort, found = choice, attempt(task, library, problem, truth, 0, choice, limit)
         if found["status"] != "wrong":
             break
-    return found, effort
+    return found | {"how": library.HOW.get(task, "").format(effort=effort), "effort": effort}
 
 
-def efforts(library: type[Library], task: str, truth: Entry) -> list[Any]:
-    """Tolerances or counts to try; steps that a plain recurrence needs are known, with doubling if they do not do."""
+def efforts(library: type[Library], task: str, truth: Record) -> list[Any]:
+    """Return the tolerances or counts to try; steps of a plain recurrence are known, and doubled if too few."""
     choices: list[Any] = []
     for effort in library.EFFORT.get(task, ("",)):
         choices += [truth["steps"], 2 * truth["steps"]] if effort == "steps" else [effort]
@@ -115,52 +111,57 @@ def efforts(library: type[Library], task: str, truth: Entry) -> list[Any]:
 
 
 def measure(
-    task: str, names: list[str], problem: Problem, truth: Entry, repeats: int, max_seconds: float
-) -> Entry:
-    """A task of a problem, by all libraries in turn."""
-    begin, limit, cells, chosen = time.perf_counter(), 400.0, {}, {}
+    task: str, names: list[str], problem: Problem, truth: Record, repeats: int, max_seconds: float
+) -> Record:
+    """Return a cell for each library: its first right run, and further rounds in turn."""
+    begin, limit, cells = time.perf_counter(), MAX_PASSES, {}
     for name in names:
-        found, effort = first_right(task, LIBRARIES[name], problem, truth, limit)
+        cells[name] = found = first_right(task, LIBRARIES[name], problem, truth, limit)
         if name == "hvpkit" and "passes" in found:
-            limit = min(400.0, max(100.0, 20 * found["passes"]))
-        how = LIBRARIES[name].HOW.get(task, "")
-        runs = [found] if found["status"] == "right" else []
-        cells[name] = found | {"how": how.format(effort=effort), "effort": effort, "runs": runs}
-        chosen[name] = effort
+            limit = min(MAX_PASSES, max(100.0, 20 * found["passes"]))
         print(f"{problem.name}, {task}, {name}: {shown(found)}", flush=True)
-    timed = [name for name in names if cells[name]["status"] == "right"]
+    timed = {name: [cell] for name, cell in cells.items() if cell["status"] == "right"}
     rounds, least = (3 * repeats, repeats) if task in ONE_PASS else (repeats, 1)
     for seed in range(1, rounds):
         if seed >= least and time.perf_counter() - begin > max_seconds:
             break
         gc.collect()
-        for name in timed:
-            cells[name]["runs"].append(
-                attempt(task, LIBRARIES[name], problem, truth, seed, chosen[name], limit)
-            )
-    return {name: summary(cell, cells.get("hvpkit")) for name, cell in cells.items()}
+        for name, runs in timed.items():
+            runs.append(attempt(task, LIBRARIES[name], problem, truth, seed, cells[name]["effort"], limit))
+    own = timed.get("hvpkit", [])
+    return {name: summary(cell, timed.get(name, []), own) for name, cell in cells.items()}
+
+
+def memory_cells(names: list[str], problem: Problem, cache: Path, repeats: int) -> Record:
+    """Return the cells of peak memory."""
+    reasons = {name: lacking(LIBRARIES[name], "product") for name in names}
+    found = memory.measure([name for name in names if not reasons[name]], problem.name, cache, repeats)
+    cells = {name: reasons[name] or found[name] for name in names}
+    for name, cell in cells.items():
+        print(f"{problem.name}, memory, {name}: {cell}", flush=True)
+    return cells
 
 
 def warm_up(names: list[str], problem: Problem) -> None:
-    """Imports and first calls, which no round is to pay for."""
+    """Make imports and first calls, so that no round includes them."""
     for name in names:
         if lacking(LIBRARIES[name], "product") is None:
             attempt("product", LIBRARIES[name], problem, {"value": [1.0] * NUM_SKETCHES}, 0, "", math.inf)
 
 
-def shown(found: Entry) -> str:
+def shown(found: Record) -> str:
+    """Return a line on a run."""
     numbers = (f"{key} {found[key]:.3g}" for key in ("error", "passes", "seconds") if key in found)
     return ", ".join([found["status"], *numbers, *([found["message"]] if "message" in found else [])])
 
 
-def summary(cell: Entry, own: Entry | None) -> Entry:
-    """A cell of the table: lists over rounds, without what is not right, and ratios to hvpkit in the same round."""
-    runs = cell["runs"]
+def summary(cell: Record, runs: list[Record], own: list[Record]) -> Record:
+    """Return a cell of the table: lists over the right rounds, and ratios to hvpkit in the same round."""
     keys = ("status", "how", "effort", "message", "error")
     kept = {key: cell[key] for key in keys if cell.get(key) not in (None, "")}
     if not runs:
         return kept
-    pairs = zip(runs, (own or {"runs": []})["runs"], strict=False)
+    pairs = zip(runs, own, strict=False)
     return kept | {
         "error": max(run.get("error", 0.0) for run in runs),
         "right": sum(run["status"] == "right" for run in runs),
@@ -171,87 +172,9 @@ def summary(cell: Entry, own: Entry | None) -> Entry:
     }
 
 
-def measure_memory(names: list[str], problem: Problem, cache: Path, repeats: int) -> Entry:
-    """Peak memory of a product beyond that of a small one, in MB; each time in a new process."""
-    cells: Entry = {}
-    for _ in range(repeats):
-        for name in names:
-            if (reason := lacking(LIBRARIES[name], "product")) is not None:
-                cells[name] = reason
-                continue
-            options = ["--child", name, "--problems", problem.name, "--cache", str(cache)]
-            done = subprocess.run(
-                [sys.executable, __file__, *options], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                cells[name] = {"status": "failed", "message": done.stderr.strip().split("\n")[-1][:200]}
-                continue
-            found = json.loads(done.stdout.strip().split("\n")[-1])
-            cell = cells.setdefault(name, {"status": "right", "megabytes": []})
-            if found["error"] > TOL["product"]:
-                cells[name] = {"status": "wrong", "error": found["error"]}
-            elif cell["status"] == "right":
-                cell["megabytes"].append(found["megabytes"])
-    own = statistics.median(cells["hvpkit"]["megabytes"]) if "megabytes" in cells.get("hvpkit", {}) else None
-    for name in names:
-        print(f"{problem.name}, memory, {name}: {cells[name]}", flush=True)
-        if own and "megabytes" in cells[name]:
-            cells[name]["ratios"] = [value / own for value in cells[name]["megabytes"]]
-    return cells
-
-
-def child(name: str, problem: Problem, cache: Path) -> Entry:
-    """In a process of its own: what a product's peak adds to the process as it is after one on 32 examples."""
-    few = Problem(problem.name, problem.model, problem.x[:32], problem.y[:32], 32)
-    truth = reference(problem.name, "product", cache)
-    v = probe(problem.n)
-    error("product", v, truth["value"], problem.n)
-    with derivable():
-        LIBRARIES[name](few).product(v, "")
-        library = LIBRARIES[name](problem)
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = memory("VmRSS")
-        answer = library.product(v, "")
-        after = memory("VmHWM")
-    off = error("product", answer, truth["value"], problem.n)
-    return {"megabytes": (after - before) / 1000, "error": off}
-
-
-def memory(key: str) -> int:
-    """Kilobytes of this process, as Linux counts them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-
-def machine() -> Entry:
-    """Where and with what it is measured."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "versions": {
-            library.PACKAGE: library.version() for library in LIBRARIES.values() if not library.missing()
-        },
-    }
-
-
-def keep(file: Path, problem: Problem, task: str, cells: Entry, here: Entry) -> None:
-    """Puts a task of a problem into the file, which is of one machine and its versions."""
-    whole = json.loads(file.read_text()) if file.exists() else {"machine": here, "problems": {}}
-    entry = whole["problems"].setdefault(problem.name, {"tasks": {}})
-    entry |= {"n": problem.n, "num_examples": problem.num_examples, "batch_size": problem.batch_size}
-    entry["tasks"][task] = cells
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(whole, indent=1) + "\n")
-    partial.replace(file)
-
-
 def report(file: Path, readme: Path | None) -> None:
-    """Tables beside the JSON and on the screen, and the picture."""
-    found = json.loads(file.read_text())
+    """Write tables and the picture beside the JSON, and print the tables."""
+    found = harness.read(file)
     text = table(found)
     file.with_suffix(".md").write_text(f"{text}\n\n{notes(found)}\n")
     picture(found, file.with_suffix(".png"))
@@ -260,52 +183,43 @@ def report(file: Path, readme: Path | None) -> None:
     print(text)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cache", type=Path, default=Path("compare-cache"), help="trained parameters")
-    parser.add_argument("--cifar10", type=Path)
-    parser.add_argument("--problems", nargs="*")
-    parser.add_argument("--tasks", nargs="*", choices=TASKS)
-    parser.add_argument("--libraries", nargs="*", default=list(LIBRARIES), choices=list(LIBRARIES))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=30.0, help="after which no further round begins")
-    parser.add_argument("--quick", action="store_true", help="the smallest problem, one round")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--report", action="store_true", help="only tables and picture, from --out")
-    parser.add_argument("--readme", type=Path, help="put the tables into this file, between the markers")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.cifar10:
-        os.environ["CIFAR10"] = str(given.cifar10)
-    if given.child:
-        print(json.dumps(child(given.child, load(given.problems[0], given.cache), given.cache)))
-        return
-    if not given.report:
-        names = given.problems or (CHEAP[:1] if given.quick else available(given.cifar10 is not None))
-        run(given, names, 1 if given.quick else given.repeats)
-    report(given.out, given.readme)
-
-
 def run(given: argparse.Namespace, names: list[str], repeats: int) -> None:
-    """All that is asked for, into the file as it goes."""
-    here = machine()
-    if given.out.exists() and json.loads(given.out.read_text())["machine"] != here:
-        raise SystemExit(f"--out: {given.out} is of another machine or other versions; take another file")
+    """Measure all tasks of all problems, and write the file after each."""
+    versions = {library.PACKAGE: library.version() for library in LIBRARIES.values() if not library.missing()}
+    record = harness.open_record(given.out, {"machine": harness.machine(versions=versions)}, problems={})
     for name in given.libraries:
         if LIBRARIES[name].missing():
             print(f"{name} is missing: pip install --no-deps -r benchmarks/peers.txt", flush=True)
     for name in names:
         problem = load(name, given.cache)
         warm_up(given.libraries, problem)
-        for task in given.tasks or (TASKS if name in CHEAP else TASKS[:4]):
+        entry = record["problems"].setdefault(name, {"tasks": {}})
+        entry |= {"n": problem.n, "num_examples": problem.num_examples, "batch_size": problem.batch_size}
+        tasks = given.tasks or (TASKS if name in CHEAP else TASKS[:4])
+        for task in harness.pending(given, tasks, entry["tasks"]):
             if task == "memory":
-                cells = measure_memory(given.libraries, problem, given.cache, repeats)
+                entry["tasks"][task] = memory_cells(given.libraries, problem, given.cache, repeats)
             else:
                 truth = reference(name, task, given.cache)
-                cells = measure(task, given.libraries, problem, truth, repeats, given.seconds)
-            keep(given.out, problem, task, cells, here)
+                entry["tasks"][task] = measure(task, given.libraries, problem, truth, repeats, given.seconds)
+            harness.write(given.out, record)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = harness.parser(__doc__, out=harness.RESULTS / "compare.json")
+    harness.add_trained(parser)
+    harness.add_names(parser)
+    parser.add_argument("--tasks", nargs="*", choices=TASKS)
+    parser.add_argument("--libraries", nargs="*", default=list(LIBRARIES), choices=list(LIBRARIES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=30.0, help="after which no further round begins")
+    parser.add_argument("--quick", action="store_true", help="the smallest problem, one round")
+    parser.add_argument("--readme", type=Path, help="put the tables into this file, between the markers")
+    given = harness.parse(parser, argv)
+    if not given.report:
+        names = given.problems or (CHEAP[:1] if given.quick else available())
+        run(given, names, 1 if given.quick else given.repeats)
+    report(given.out, given.readme)
 
 
 if __name__ == "__main__":

@@ -3,28 +3,26 @@
     python benchmarks/headline.py --cifar10 FOLDER --cache DIR --out FILE --check
 
 Trains 11,173,962 parameters on 50,000 images by SGD with momentum, on a GPU under bfloat16 autocast, and measures after
-the epochs asked for: by :func:`hvpkit.extreme_eigenvalues`, in float32 unless ``--arithmetic`` says otherwise, over the
-images as they are. The aim is 15 s for both ends on an H200. Seconds are those of a user who has a trained network: the
-operator is made in them, its trial products with it. A product and a gradient are timed apart.
+the given epochs: by :func:`hvpkit.extreme_eigenvalues`, in float32 unless ``--arithmetic`` is given, over the images
+without augmentation. The aim is 15 s for both ends on an H200. Seconds are those of a user who has a trained network:
+they include making the operator, with its trial matvecs. A matvec and a gradient are timed separately.
 
 Without a GPU it is a narrow ResNet-18 on scikit-learn's digits, a minute on one core: it shows that the script runs.
 
-Into FILE, as JSON and after each measurement: settings, the script's SHA-256 and the machine; of each epoch both ends
-with their intervals, passes, seconds, and the most memory on the GPU. ``--check`` solves again by Lanczos alone, with a
-tenth of the tolerance, native arithmetic and another seed, which takes about twice as long. The script fails, once
-all is written, where the two differ by more than the tolerance or a solve has not converged. Into DIR: the training
-after each of these epochs, from which another run goes on.
+Writes FILE, as JSON and after each measurement: settings, the script's SHA-256 and the machine; for each epoch both
+ends with their intervals, passes, seconds, and the peak memory on the GPU. ``--check`` solves again by Lanczos alone,
+with a tenth of the tolerance, native arithmetic and another seed, which takes about twice as long. After all is
+written, the script fails where the two differ by more than the tolerance or a solve has not converged. Writes into DIR
+the training after each of these epochs, from which another run continues.
 
-BatchNorm's running statistics are taken anew over all images before each measurement, as in the study of BatchNorm.
+BatchNorm's running statistics are computed again over all images before each measurement, as in the study of BatchNorm.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +32,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit._utils.files import atomic_write
+from _harness import Record, machine, save, timed, write
+from _training import Data, accuracy, read_images, recompute_batchnorm, sgd, train_epoch
 from hvpkit.curvature.mode_selection import ARITHMETICS, check_arithmetic
-from study_batchnorm_residual import Data, accuracy, read_data, save, train_epoch, with_statistics_of
 
-TRAINING: dict[str, dict[str, Any]] = {
+TRAINING: dict[str, Record] = {
     "full": {
         "width": 64,
         "pixels": 32,
@@ -59,21 +57,19 @@ TRAINING: dict[str, dict[str, Any]] = {
     },
 }
 STATISTICS_BATCH = 1000
-"""Examples at once for BatchNorm's statistics, which are means over such batches."""
+"""Examples in each of the batches over which BatchNorm's statistics are means."""
 
 REPEATS = 3
-"""Of what is timed apart; the median counts."""
+"""Timings of a matvec and of a gradient, of which the median is reported."""
 
 
 def trained(
-    settings: dict[str, Any], data: Data, epochs: Sequence[int], cache: Path | None
+    settings: Record, data: Data, epochs: Sequence[int], cache: Path | None
 ) -> Iterator[tuple[int, nn.Module]]:
-    """The network after each of these epochs, from what the cache has."""
+    """Yield the network after each of these epochs; continue from the latest one in the cache."""
     device = data[0].device
     model = hk.zoo.resnet18_cifar(width=settings["width"]).to(device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), settings["lr"], momentum=0.9, weight_decay=settings["weight_decay"]
-    )
+    optimizer = sgd(model, settings)
     done = 0
     for epoch in epochs:
         files = {number: cache / f"epoch-{number}.pt" for number in range(done + 1, epoch + 1) if cache}
@@ -92,35 +88,24 @@ def trained(
                 train_epoch(model, data, optimizer, settings, number)
         if cache and done < epoch:
             state = {"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            with atomic_write(files[epoch]) as draft:
-                torch.save(state, draft)
+            save(files[epoch], state)
         done = epoch
         yield epoch, model
 
 
-def seconds(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What the work gives, and how long it takes, the device's part with it."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    begin = time.perf_counter()
-    found = work()
-    wait()
-    return found, time.perf_counter() - begin
-
-
-def measure(model: nn.Module, data: Data, options: dict[str, Any], tol: float, check: bool) -> dict[str, Any]:
-    """Both ends of a network in evaluation, and what they cost; ``options`` are of :func:`hvpkit.hessian`."""
+def measure(model: nn.Module, data: Data, options: Record, tol: float, check: bool) -> Record:
+    """Return both ends of a network in evaluation mode, and their cost; `options` of :func:`hvpkit.hessian`."""
     device = data[0].device
     objective, params = hk.from_module(model, F.cross_entropy)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    H, making = seconds(lambda: hk.hessian(objective, params, data, **options), device)
-    ex, solving = seconds(lambda: hk.extreme_eigenvalues(H, tol=tol), device)
+    H, making = timed(lambda: hk.hessian(objective, params, data, **options), device)
+    ex, solving = timed(lambda: hk.extreme_eigenvalues(H, tol=tol), device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     batches, v = H.origin.data, ex.largest.vector[:, None]
 
     def typical(work: Callable[[], Any]) -> float:
-        return statistics.median(seconds(work, device)[1] for _ in range(REPEATS))
+        return statistics.median(timed(work, device)[1] for _ in range(REPEATS))
 
     return {
         "loss": float(hk.loss(objective, params, batches)),
@@ -140,8 +125,8 @@ def measure(model: nn.Module, data: Data, options: dict[str, Any], tol: float, c
     }
 
 
-def checked(H: hk.LinearOperator, ex: hk.ExtremeResult, tol: float) -> dict[str, Any]:
-    """Another solve, and by how much the first one is off, over what it may be."""
+def checked(H: hk.LinearOperator, ex: hk.ExtremeResult, tol: float) -> Record:
+    """Solve again, and return the errors of the first solve in units of the tolerance."""
     again = hk.extreme_eigenvalues(H, method="lanczos", tol=tol / 10, seed=1)
     errors = {
         end: abs(pair.value - exact.value) / max(tol * abs(exact.value), exact.error_bound)
@@ -154,7 +139,8 @@ def checked(H: hk.LinearOperator, ex: hk.ExtremeResult, tol: float) -> dict[str,
     return {"right": right, "errors_over_tol": errors, "extremes": again.to_dict()}
 
 
-def shown(found: dict[str, Any]) -> str:
+def shown(found: Record) -> str:
+    """Return a line on a measurement."""
     ends, check = found["extremes"], found["check"]
     verdict = "" if check is None else f", {'right' if check['right'] else 'WRONG'} by another solve"
     return (
@@ -164,16 +150,14 @@ def shown(found: dict[str, Any]) -> str:
     )
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    cuda = device.type == "cuda"
+def gpu(device: torch.device) -> Record:
+    """Return the GPU and the versions of its libraries."""
+    if device.type != "cuda":
+        return {}
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "hvpkit": hk.__version__,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if cuda else None,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
     }
 
 
@@ -195,8 +179,8 @@ def share(text: str) -> float:
     return value
 
 
-def read_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any], Data]:
-    """The arguments, the settings of training, and the data on the device."""
+def read_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Record, Data]:
+    """Return the arguments, the settings of training, and the data on the device."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -206,10 +190,10 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict
     add("--cifar10", type=Path, help="the folder; the small size does without")
     add("--device", default="cuda" if gpu else "cpu", help="%(default)s here")
     add("--epochs", type=count, nargs="+", default=[1, 5, 15], help="after which to measure")
-    add("--examples", type=count, help="the first of the images; full 50,000, small 1,500")
-    add("--batch-size", type=count_or_auto, default=1000, help="examples at once in a product, or auto")
-    add("--mode", default="auto", help="of products, as hvpkit.hessian has it")
-    add("--arithmetic", choices=ARITHMETICS, default="native", help="of products")
+    add("--examples", type=count, help="the first of the images; default 50,000, or 1,500 for small")
+    add("--batch-size", type=count_or_auto, default=1000, help="examples at once in a matvec, or auto")
+    add("--mode", default="auto", help="mode of hvpkit.hessian")
+    add("--arithmetic", choices=ARITHMETICS, default="native", help="arithmetic of hvpkit.hessian")
     add("--tol", type=share, default=1e-2, help="relative error of both ends")
     add("--out", type=Path, help="a file of JSON")
     add("--cache", type=Path, help="a folder to keep the training in")
@@ -228,7 +212,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict
     settings = TRAINING[given.size] | {"data": "CIFAR-10" if given.cifar10 else "digits"}
     settings["examples"] = given.examples or settings["examples"]
     try:
-        train, _ = read_data(given.cifar10, settings, torch.device(given.device))
+        train, _ = read_images(given.cifar10, settings, torch.device(given.device))
     except (OSError, ValueError) as error:
         parser.error(f"--cifar10: {error}")
     return given, settings, train
@@ -243,15 +227,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "tol": given.tol,
         "training": settings,
         "product": options,
-        "machine": machine(data[0].device),
+        "machine": machine(**gpu(data[0].device)),
         "measured": (measured := []),
     }
     for epoch, model in trained(settings, data, sorted({*given.epochs}), given.cache):
-        frozen = with_statistics_of(model, data[0], STATISTICS_BATCH)
+        frozen = recompute_batchnorm(model, data[0], STATISTICS_BATCH)
         measured.append({"epoch": epoch, **measure(frozen, data, options, given.tol, given.check)})
         print(shown(measured[-1]), flush=True)
         if given.out:
-            save(given.out, record)
+            write(given.out, record)
     wrong = [
         str(found["epoch"])
         for found in measured

@@ -1,33 +1,29 @@
-"""Where the time of a solve goes: both ends to 1 %, with samples and by Lanczos alone.
+"""Seconds of a solve by part: both ends to 1 %, with samples and by Lanczos alone.
 
     python benchmarks/profile_solve.py --cache DIR [--problems NAME ...] [--repeats 3]
 
 writes ``benchmarks/results/profile.json`` and prints its table: seconds of making the operator, of scoring and drawing
-samples, of products with these, of the first product of the whole (nothing is kept yet), the second (which makes what
-is kept), those after, and of all that is beside. Of several solves with the same seed, that of median length.
+samples, of matvecs with these, of the first full-data matvec (nothing is kept yet), the second (which makes the graphs
+that are kept), those after, and of everything else. Of several solves with the same seed, the one with median seconds.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
+import _harness as harness
 import hvpkit as hk
-from compare_references import Problem, available, load
+from _harness import Record
+from _problems import RECIPES, Problem, load, over
 from hvpkit.extreme import sample_levels
+from hvpkit.solvers.multifidelity import solve_levels
 
-RESULTS = Path(__file__).parent / "results" / "profile.json"
+PROBLEMS = [name for name in RECIPES if name != "CIFAR-10 ResNet"]
+METHODS = ("multifidelity", "lanczos")
 PARTS = ("operator", "samples drawn", "products of samples", "first", "second", "later", "beside")
 WHOLE = PARTS[3:6]
 
@@ -39,44 +35,33 @@ class Clock:
         self.seconds: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
 
-    def timed(self, part: str, function: Callable[[], Any]) -> Any:
-        begin = time.perf_counter()
-        result = function()
-        self.seconds[part] += time.perf_counter() - begin
+    def note(self, part: str, seconds: float) -> None:
+        self.seconds[part] += seconds
         self.calls[part] += 1
+
+    def note_whole(self, seconds: float) -> None:
+        """Note a full-data matvec: the first, the second, or a later one."""
+        self.note(WHOLE[min(sum(self.calls[part] for part in WHOLE), 2)], seconds)
+
+    def timed(self, part: str, work: Any) -> Any:
+        result, seconds = harness.timed(work)
+        self.note(part, seconds)
         return result
 
-    def sample(self, op: hk.LinearOperator) -> hk.LinearOperator:
-        """The operator, with products that are timed."""
-        return replace(
-            op, product=lambda vectors: self.timed("products of samples", lambda: op.product(vectors))
-        )
 
-    def whole(self, op: hk.LinearOperator) -> hk.LinearOperator:
-        """The operator, with products that are timed, the first two apart."""
-
-        def product(vectors: Tensor) -> Tensor:
-            part = WHOLE[min(sum(self.calls[part] for part in WHOLE), 2)]
-            image: Tensor = self.timed(part, lambda: op.product(vectors))
-            return image
-
-        return replace(op, product=product)
-
-
-def profile(problem: Problem, method: str) -> dict[str, Any]:
-    """One solve."""
+def profile(problem: Problem, method: str) -> Record:
+    """Solve once, and return the seconds of each part."""
     clock, begin = Clock(), time.perf_counter()
-    objective, params = hk.from_module(problem.model, F.cross_entropy)
-    H = clock.timed(
-        "operator",
-        lambda: hk.hessian(objective, params, (problem.x, problem.y), batch_size=problem.batch_size),
-    )
+    data = (problem.x, problem.y)
+    H = clock.timed("operator", lambda: over(problem.model, data, batch_size=problem.batch_size))
+    whole = harness.with_timed_matvecs(H, clock.note_whole)
     if method == "multifidelity":
         levels, spent = clock.timed("samples drawn", lambda: sample_levels(H, 0))
-        levels = [*map(clock.sample, levels[:-1]), clock.whole(H)]
-        found = hk.multifidelity(levels, tol=1e-2, spent=spent)
+        note = partial(clock.note, "products of samples")
+        samples = [harness.with_timed_matvecs(level, note) for level in levels[:-1]]
+        found = solve_levels([*samples, whole], tol=1e-2, spent=spent)
     else:
-        found = hk.lanczos(clock.whole(H), 2, which="BE", tol=1e-2)
+        found = hk.lanczos(whole, 2, which="BE", tol=1e-2)
     total = time.perf_counter() - begin
     clock.seconds["beside"] = total - sum(clock.seconds.values())
     return {
@@ -88,8 +73,8 @@ def profile(problem: Problem, method: str) -> dict[str, Any]:
     }
 
 
-def shown(run: dict[str, Any], part: str) -> str:
-    """Its share, and how many calls if there were several."""
+def shown(run: Record, part: str) -> str:
+    """Return a part's share of the seconds, and its calls if there are several."""
     calls = run["calls"].get(part, 1)
     if not calls:
         return "-"
@@ -97,42 +82,39 @@ def shown(run: dict[str, Any], part: str) -> str:
     return f"{share} ({calls})" if calls > 1 else share
 
 
-def table(results: dict[str, Any]) -> str:
-    """A row for each solve."""
-    lines = [f"| network, method | seconds | passes | {' | '.join(PARTS)} |", "|---" * (len(PARTS) + 3) + "|"]
-    for name, runs in results.items():
-        for method, run in runs.items():
-            cells = " | ".join(shown(run, part) for part in PARTS)
-            lines.append(f"| {name}, {method} | {run['seconds']:.3g} | {run['passes']:.3g} | {cells} |")
-    return "\n".join(lines)
+def table(record: Record) -> str:
+    """Return shares of the seconds, a row for each solve, as Markdown."""
+    rows = [
+        [
+            f"{name}, {method}",
+            f"{run['seconds']:.3g}",
+            f"{run['passes']:.3g}",
+            *(shown(run, part) for part in PARTS),
+        ]
+        for name, runs in record["problems"].items()
+        for method, run in runs.items()
+    ]
+    return harness.markdown(["network, method", "seconds", "passes", *PARTS], rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cache", type=Path, required=True, help="trained parameters")
-    parser.add_argument("--problems", nargs="+", default=available(with_cifar10=False))
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__, out=harness.RESULTS / "profile.json")
+    harness.add_trained(parser)
+    harness.add_names(parser)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    machine = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    results: dict[str, Any] = {}
-    for name in given.problems:
-        problem = load(name, given.cache)
-        profile(problem, "lanczos")  # imports and first calls
-        for method in ("multifidelity", "lanczos"):
-            runs = sorted(
-                (profile(problem, method) for _ in range(given.repeats)), key=lambda run: run["seconds"]
-            )
-            results.setdefault(name, {})[method] = runs[len(runs) // 2]
-            given.out.write_text(json.dumps({"machine": machine, "problems": results}, indent=1) + "\n")
-        print("\n".join(table({name: results[name]}).splitlines()[2:]), flush=True)
-    print(table(results))
+    given = harness.parse(parser, argv)
+    if not given.report:
+        record = harness.open_record(given.out, {"machine": harness.machine()}, problems={})
+        for name in harness.pending(given, given.problems or PROBLEMS, record["problems"]):
+            problem, runs = load(name, given.cache), {}
+            profile(problem, "lanczos")  # imports and first calls
+            for method in METHODS:
+                solves = [profile(problem, method) for _ in range(given.repeats)]
+                runs[method] = sorted(solves, key=lambda run: run["seconds"])[len(solves) // 2]
+            record["problems"][name] = runs
+            harness.write(given.out, record)
+            print("\n".join(table({"problems": {name: runs}}).splitlines()[2:]), flush=True)
+    print(table(harness.read(given.out)))
 
 
 if __name__ == "__main__":

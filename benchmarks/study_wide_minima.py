@@ -3,51 +3,40 @@
     python benchmarks/study_wide_minima.py --small --out DIR
     python benchmarks/study_wide_minima.py --cifar10 FOLDER --device cuda --out DIR
 
-Source: Iyer, Thejas, Kwatra, Ramjee, Sivathanu, JMLR 24(65), 2023, arXiv:2003.03977. Wide minima, they say, are rarer
-than narrow ones, so that it takes time at a high learning rate to come upon one: the longer, the wider the minimum
-and the better the test accuracy, on average. Here the budget of epochs is fixed, and of it ``--explore`` epochs are at
-the peak rate; then the rate falls to zero. Each length is run from several seeds. A claim is judged by one slope a
-seed: of the quantity (the log of a curvature) over the share of epochs that explore.
+Source: Iyer, Thejas, Kwatra, Ramjee, Sivathanu, JMLR 24(65), 2023, arXiv:2003.03977. Its hypothesis: wide minima are
+rarer than narrow ones, so that finding one takes time at a high learning rate; the longer this phase, the wider the
+minimum and the better the test accuracy, on average. Here the number of epochs is fixed; the first ``--explore`` of
+them are at the peak rate, then the rate falls to zero. Each duration is run from several seeds. A claim is tested by
+one regression slope for each seed: of the quantity (the log of a curvature) over the share of epochs that explore.
 
 The full size is ResNet-18 on CIFAR-10, on a GPU. ``--small``, on one core, is a narrow network on small images: it
-shows that the study runs, and says little about the paper's networks.
+shows that the study runs, and is no evidence about the paper's networks.
 
-Into DIR: ``study.json`` after each network, from which an interrupted run goes on; parameters (``.pt``); at the end
-``study.md``, the claims and the means in tables, and ``study.png``.
+Writes into DIR: ``study.json`` after each network, from which an interrupted run continues; parameters (``.pt``); at
+the end ``study.md``, the claims and the means in tables, and ``study.png``.
 
-Departure from the paper: BatchNorm's running statistics are taken anew over all training examples before measuring.
+Departure from the paper: BatchNorm's running statistics are computed again over all training examples before measuring.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit._utils.files import atomic_write
-from study_batchnorm_residual import (
-    Data,
-    accuracy,
-    complete,
-    judge,
-    operator,
-    publish,
-    read_data,
-    read_settings,
-    train_epoch,
-    with_statistics_of,
-)
+from _harness import Record, markdown, save
+from _study import complete, judge, operator, publish, read_settings
+from _training import Data, accuracy, read_images, recompute_batchnorm, sgd, train_epoch
 
-FULL: dict[str, Any] = {
+FULL: Record = {
     "explore": [0, 30, 60, 100],
     "seeds": [0, 1, 2, 3, 4],
     "network": "resnet18",
@@ -64,7 +53,7 @@ FULL: dict[str, Any] = {
     "ascent_steps": 200,
     "augment": 1,
 }
-SMALL: dict[str, Any] = FULL | {
+SMALL: Record = FULL | {
     "explore": [0, 12, 24],
     "network": "resnet8",
     "width": 4,
@@ -84,19 +73,19 @@ CLAIMS = (
     ("a longer explore phase ends at a lower top eigenvalue", "largest", -1),
     ("a longer explore phase ends at higher test accuracy", "test_accuracy", 1),
 )
-"""Of the second the paper speaks only by way of the first."""
+"""The paper supports the second only through the first."""
 
 
-def network(settings: dict[str, Any], seed: int) -> nn.Module:
-    """``resnet18``, or ``resnet`` and the depth of a network for CIFAR."""
+def network(settings: Record, seed: int) -> nn.Module:
+    """Return ``resnet18``, or the network for CIFAR whose depth follows ``resnet``."""
     name, width = settings["network"], settings["width"]
     if name == "resnet18":
         return hk.zoo.resnet18_cifar(width=width, seed=seed)
     return hk.zoo.cifar_resnet(int(name.removeprefix("resnet")), width=width, seed=seed)
 
 
-def measure(model: nn.Module, train: Data, test: Data, settings: dict[str, Any]) -> dict[str, Any]:
-    """Keskar's sharpness and both ends of a network in evaluation, over all training examples."""
+def measure(model: nn.Module, train: Data, test: Data, settings: Record) -> Record:
+    """Return Keskar's sharpness and both ends of a network in evaluation mode, over all training examples."""
     H, loss = operator(model, train, settings["hessian_batch_size"])
     ex = hk.extreme_eigenvalues(H, tol=settings["tol"], max_matvecs=200)
     objective, params = hk.from_module(model, F.cross_entropy)
@@ -122,30 +111,25 @@ def measure(model: nn.Module, train: Data, test: Data, settings: dict[str, Any])
     }
 
 
-def run(
-    settings: dict[str, Any], train: Data, test: Data, explore: int, seed: int, place: Path
-) -> dict[str, Any]:
-    """Trains one network under the Knee schedule, writes its parameters and measures it."""
+def run(settings: Record, train: Data, test: Data, explore: int, seed: int, place: Path) -> Record:
+    """Train one network with the Knee schedule, write its parameters and measure it."""
     epochs = settings["epochs"]
     record = {"explore": explore, "share": explore / epochs, "seed": seed}
     model = network(settings, seed).to(train[0].device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), settings["lr"], momentum=0.9, weight_decay=settings["weight_decay"]
-    )
+    optimizer = sgd(model, settings)
     # one rate an epoch, and one epoch more: the schedule ends with a step of rate zero, which is left out
     schedule = hk.train.KneeLR(optimizer, explore_steps=explore + 1, total_steps=epochs + 1)
     for epoch in range(epochs):
         if not math.isfinite(train_epoch(model, train, optimizer, settings, epochs * seed + epoch)):
             return {**record, "status": "diverged"}
         schedule.step()
-    model = with_statistics_of(model, train[0], settings["hessian_batch_size"])
-    with atomic_write(place.with_suffix(".pt")) as draft:
-        torch.save(model.state_dict(), draft)
+    model = recompute_batchnorm(model, train[0], settings["hessian_batch_size"])
+    save(place.with_suffix(".pt"), model.state_dict())
     return {**record, "status": "trained", **measure(model, train, test, settings)}
 
 
-def slopes(runs: Sequence[dict[str, Any]], quantity: str) -> list[float]:
-    """One least-squares slope a seed, over the share of epochs that explore: of the log, but for accuracies."""
+def slopes(runs: Sequence[Record], quantity: str) -> list[float]:
+    """Return a least-squares slope for each seed, over the share of epochs that explore; of logs, except accuracies."""
     found = []
     for seed in sorted({run["seed"] for run in runs}):
         own = [
@@ -158,8 +142,8 @@ def slopes(runs: Sequence[dict[str, Any]], quantity: str) -> list[float]:
     return found
 
 
-def judge_claims(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each claim with the slopes that it is judged by."""
+def judge_claims(runs: Sequence[Record]) -> list[Record]:
+    """Return each claim with its slopes and the verdict."""
     return [
         {
             "claim": text,
@@ -172,12 +156,13 @@ def judge_claims(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
     return statistics.mean(values), spread / len(values) ** 0.5
 
 
-def means(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard error over seeds of each quantity, by length of the explore phase."""
+def means(runs: Sequence[Record]) -> list[Record]:
+    """Return mean and standard error over seeds of each quantity, by duration of the explore phase."""
     rows = []
     for explore in sorted({run["explore"] for run in runs}):
         own = [run for run in runs if run["explore"] == explore and run["status"] == "trained"]
@@ -187,27 +172,30 @@ def means(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def report(study: dict[str, Any]) -> str:
-    """The claims and the means, as Markdown."""
-    lines = [
-        f"Data: {study['settings']['data']}. A slope is that of the quantity (the log of a curvature) over the share",
-        "of epochs that explore; mean and standard error over seeds.",
-        "",
-        "| claim | slope | verdict |",
-        "|---|---|---|",
+def report(study: Record) -> str:
+    """Return the claims and the means, as Markdown."""
+    claims = [
+        [
+            claim["claim"],
+            "{:.3g} ± {:.2g}".format(*mean_and_stderr(claim["slopes"])) if claim["slopes"] else "no slope",
+            claim["verdict"],
+        ]
+        for claim in study["claims"]
     ]
-    for claim in study["claims"]:
-        value = "{:.3g} ± {:.2g}".format(*mean_and_stderr(claim["slopes"])) if claim["slopes"] else "no slope"
-        lines.append(f"| {claim['claim']} | {value} | {claim['verdict']} |")
-    lines += ["", f"| explore | seeds | {' | '.join(SHOWN)} |", "|---" * (2 + len(SHOWN)) + "|"]
-    for entry in means(list(study["runs"].values())):
-        cells = " | ".join("{:.4g} ± {:.2g}".format(*entry[name]) for name in SHOWN)
-        lines.append(f"| {entry['explore']} | {entry['seeds']} | {cells} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [f"{row['explore']}", f"{row['seeds']}", *("{:.4g} ± {:.2g}".format(*row[name]) for name in SHOWN)]
+        for row in means(list(study["runs"].values()))
+    ]
+    return (
+        f"Data: {study['settings']['data']}. A slope is that of the quantity (the log of a curvature) over the share\n"
+        "of epochs that explore; mean and standard error over seeds.\n\n"
+        f"{markdown(['claim', 'slope', 'verdict'], claims)}\n\n"
+        f"{markdown(['explore', 'seeds', *SHOWN], rows)}\n"
+    )
 
 
-def draw(study: dict[str, Any]) -> Any:
-    """Each quantity against the explore length: seeds as dots, means with standard errors."""
+def draw(study: Record) -> Figure:
+    """Draw each quantity over the duration of the explore phase: seeds as dots, means with standard errors."""
     import matplotlib.pyplot as plt
 
     from hvpkit.plots.style import COLORS, STYLE
@@ -226,9 +214,9 @@ def draw(study: dict[str, Any]) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    out, settings, cifar10, device = read_settings(__doc__ or "", FULL, SMALL, argv)
-    train, test = read_data(cifar10, settings, device)
-    wanted: dict[str, Callable[[], dict[str, Any]]] = {}
+    out, settings, cifar10, device = read_settings(__doc__, FULL, SMALL, argv)
+    train, test = read_images(cifar10, settings, device)
+    wanted = {}
     for seed, explore in product(settings["seeds"], settings["explore"]):
         place = out / f"explore{explore}-{seed}"
         wanted[place.name] = partial(run, settings, train, test, explore, seed, place)

@@ -4,12 +4,11 @@
 # The Hessian of the training loss says how the loss bends around the current weights. Its largest eigenvalue limits
 # the learning rate. Its smallest one says whether there is still a way down that the gradient does not see.
 #
-# A network with n weights has a Hessian with n² entries. hvpkit never writes it out. It multiplies it with vectors,
-# over all of your data, and finds both ends from a few dozen such products. It also says how far each value can be
-# off.
+# A network with n weights has a Hessian with n² entries. hvpkit never forms this matrix. It computes matrix-vector
+# products (matvecs) over all of your data, and finds both ends from a few dozen of them. It also gives an error
+# interval for each value.
 #
-# This notebook takes a trained network and goes through what you will need most. It runs in less than a minute on one
-# CPU core.
+# This notebook shows the most common tasks on a trained network. It runs in about a minute on one CPU core.
 
 # %%
 import json
@@ -38,11 +37,11 @@ print(f"{sum(p.numel() for p in model.parameters()):,} weights, mean loss while 
 # %% [markdown]
 # ## From a module to an operator
 #
-# `from_module` takes the module apart: into a pure function and a dict of its parameters. `hessian` puts both
-# together with the data. The result is a linear operator. It stands for the Hessian of the **mean loss over all
+# `from_module` splits the module into a pure function and a dict of its parameters. `hessian` combines both
+# with the data. The result is a linear operator. It represents the Hessian of the **mean loss over all
 # examples**, however they are cut into batches. You can pass tensors, as here, or a `Dataset`, or your `DataLoader`.
 #
-# The operator keeps a copy of the parameters. You can go on training: it does not change.
+# The operator keeps a copy of the parameters, so that it does not change if you continue training.
 
 # %%
 objective, params = hk.from_module(model, F.cross_entropy)
@@ -51,8 +50,8 @@ print(H)
 print(f"loss over all examples {float(hk.loss(objective, params, data)):.4f}")
 
 # %% [markdown]
-# `H @ v` is a product. `v` is a vector `[n]`, a block of vectors `[n, k]`, or a dict of tensors like `params`; the
-# product has the same form. One product is one pass over the data, at about the cost of three gradients.
+# `H @ v` is a matvec. `v` is a vector `[n]`, a block of vectors `[n, k]`, or a dict of tensors like `params`; the
+# result has the same form. A matvec is a pass over the data, at about the cost of three gradients.
 
 # %%
 v = torch.ones(H.n)
@@ -62,16 +61,16 @@ print({name: tuple(part.shape) for name, part in (H @ params).items()})
 # %% [markdown]
 # ## Check first
 #
-# `check` spends seven products on the question whether the operator is what a solver takes it for: the same at each
-# call, linear, symmetric, and in agreement with finite differences. If something is wrong, as with dropout or with a
-# layer whose second derivative torch gets wrong, it names the module and says what to do.
+# Solvers assume that an operator is the same at each call, linear and symmetric. `check` tests this with seven
+# matvecs, and compares the operator with finite differences. If something is wrong, as with dropout or with a layer
+# whose second derivative is wrong in PyTorch, it names the module and the remedy.
 
 # %%
 report = hk.check(H)
 print(report)
 
 # %% [markdown]
-# Each line has a figure, zero at best, and the most that is allowed.
+# Each line shows an error and the largest error that is allowed.
 #
 # ## Both ends
 #
@@ -88,53 +87,53 @@ print(f"{ex.status} after {ex.num_matvecs:g} passes: {ex.message}")
 # %% [markdown]
 # How to read this:
 #
-# - **value** is a Ritz value, $u^\top H u$ for a unit vector $u$. It never lies outside of the spectrum. So the true
-#   smallest eigenvalue is at most the value given, and the true largest one at least the value given.
-# - **residual** is $\|Hu - \theta u\|$ for the value $\theta$. Some eigenvalue lies within this distance of the
-#   value. The error of the value itself is usually far smaller: about the residual squared over the gap to the next
+# - **value** is a Ritz value, $u^\top H u$ for a unit vector $u$. It always lies within the spectrum. So the true
+#   smallest eigenvalue is at most this value, and the true largest one at least this value.
+# - **residual** is $\|Hu - \theta u\|$ for the value $\theta$. Some eigenvalue lies within this distance of the value.
+#   The error of the value itself is usually far smaller: about the residual squared over the gap to the next
 #   eigenvalue. That is why a solver need not go on until the residual is small.
-# - **interval** says where the eigenvalue lies, and its `kind` on what that rests. `residual` means: an eigenvalue is
-#   inside, and nothing is claimed about others further out. With many parameters and many examples, most of the work
-#   is done on samples of the data, for fewer passes, and this is what can be said then.
-# - **status** says why the solver stopped. It never raises because it ran out of passes or time (`max_matvecs`,
-#   `time_limit`). It returns what it has, with intervals that say how good it is.
+# - **interval** says where the eigenvalue lies, and its `kind` says why. `random-start` means: Lanczos started from a
+#   random vector, and with the probability `confidence` no eigenvalue lies beyond the outer end. The interval may be
+#   wider than `tol`; with `certify=True` the solver continues until it is not.
+# - **status** says why the solver stopped. It does not raise an error if passes or time run out (`max_matvecs`,
+#   `time_limit`). It returns the values it has, with their intervals.
 #
-# Could there be an eigenvalue further out that was never seen? `method="lanczos"` does all of the work on all of the
-# data, from a random vector, and its intervals answer that: with the probability `confidence`, nothing lies beyond the
-# outer end. They may be wider than `tol`; `certify=True` goes on until they are not.
+# From 10,000 examples on, the default method is `"multifidelity"`: most of the work is done on samples of the data,
+# which saves passes. Its intervals are of the kind `residual`: an eigenvalue lies inside, but nothing is claimed about
+# others further out.
 
 # %%
-sure = hk.extreme_eigenvalues(H, method="lanczos")
-interval = sure.smallest.interval
+sampled = hk.extreme_eigenvalues(H, method="multifidelity")
+interval = sampled.smallest.interval
 print(f"[{interval.lower:.5g}, {interval.upper:.5g}]: {interval.kind}, {interval.confidence}")
-print(f"{sure.num_matvecs:g} passes instead of {ex.num_matvecs:.1f}")
+print(f"{sampled.num_matvecs:.1f} passes instead of {ex.num_matvecs:g}")
 
 # %% [markdown]
 # `ex.summary()` prints all of this as a table, with seconds. `monitor=hk.progress_bar()` shows both values as they
 # converge.
 #
-# The picture shows how both values were found. Each is divided by its final size, so that both settle at plus or
-# minus one.
+# The picture shows both values against passes. Each is divided by the magnitude of its final value, so that both end at
+# plus or minus one.
 
 # %%
 ax = plots.convergence(ex)
 
 # %% [markdown]
-# The largest eigenvalue stands alone and is found at once. The smallest one sits at the edge of a crowd near zero,
-# and takes nearly all the passes. On the way its value seems to have settled, and has not: two eigenvalues are near
-# each other there. This is why the solver asks for more than a small residual before it stops.
+# The largest eigenvalue is well separated and is found at once. The smallest one has many neighbours near zero, and
+# takes nearly all of the passes. For a while its value seems to have converged, but has not: two eigenvalues are close
+# to each other there. This is why the solver requires more than a small residual before it stops.
 # [02_both_extremes](02_both_extremes.ipynb) is about this.
 #
-# The eigenvectors come with the values. Here is the loss along the one of the smallest eigenvalue. The weights are
-# not at a minimum: along this line the loss bends downwards.
+# The eigenvectors come with the values. Here is the loss along the one of the smallest eigenvalue. The weights are not
+# at a minimum: along this line the loss bends downwards.
 
 # %%
 print({name: f"{float(part.norm()):.2f}" for name, part in H.unflatten(ex.smallest.vector).items()})
 ax = plots.loss_along_eigenvector(objective, params, data, ex.smallest)
 
 # %% [markdown]
-# For a log or a file, `to_dict` gives plain numbers and strings. The history, with an entry for each look at the
-# solve, and the seconds are left out here.
+# For a log or a file, `to_dict` gives plain numbers and strings. The history, with an entry for each assessment
+# of the solve, and the seconds are left out here.
 
 # %%
 plain = {key: value for key, value in ex.to_dict().items() if key not in ("history", "seconds")}
@@ -143,9 +142,9 @@ print(json.dumps(plain, indent=2))
 # %% [markdown]
 # ## The same from SciPy
 #
-# Every operator goes out to SciPy, and any symmetric SciPy operator comes in by `hk.aslinearoperator`. SciPy's `tol`
-# is about its own estimate of the residual, and it does not say how many products it took. `hk.eigsh` is the same
-# method with `tol` about the eigenvalue, and counts them.
+# `to_scipy` makes a SciPy operator of any hvpkit operator, and `hk.aslinearoperator` does the reverse. SciPy's `tol`
+# refers to its own estimate of the residual, and SciPy does not report the number of matvecs. `hk.eigsh` is the same
+# method with `tol` as the relative error of the eigenvalue, and it counts matvecs.
 
 # %%
 start = torch.randn(H.n, generator=torch.Generator().manual_seed(0)).numpy()
@@ -156,8 +155,8 @@ print(f"hvpkit {ex.smallest.value:.5g} and {ex.largest.value:.5g}")
 # %% [markdown]
 # ## Gauss-Newton
 #
-# The generalised Gauss-Newton matrix leaves out the curvature of the network itself. It has no negative eigenvalues,
-# and in late training its large ones are those of the Hessian. All solvers take it as they take the Hessian.
+# The generalised Gauss-Newton matrix is the Hessian without the term of the network's own curvature. It has no negative
+# eigenvalues, and late in training its large ones are close to those of the Hessian. All solvers accept it.
 
 # %%
 G = hk.ggn(objective, params, data)
@@ -166,15 +165,15 @@ print(of_ggn)
 print(of_ggn.message)
 
 # %% [markdown]
-# Its smallest eigenvalue is zero, to the rounding of float32. A zero has no relative digits. So the solver stops
-# there and says so. It would be wrong to print digits, and a waste to search for them.
+# Its smallest eigenvalue is zero to the rounding of float32, and a zero has no relative accuracy. The solver stops
+# there, with this status.
 #
-# `hk.fisher` and `hk.empirical_fisher` are made in the same way.
+# `hk.fisher` and `hk.empirical_fisher` have the same form.
 #
 # ## Layer by layer
 #
-# `wrt` takes names of parameters, with `*` as in file names. It gives the block of the Hessian that belongs to them.
-# The others are held constant.
+# `wrt` takes names of parameters, with `*` as in file names. The result is the block of the Hessian for these
+# parameters; the others are constants.
 
 # %%
 names = {"first convolution": "0.*", "second convolution": "4.*", "linear": "9.*"}
@@ -202,12 +201,12 @@ for name in curvatures:
     print(f"{name:<9}first entry {entry:>8.4f} ± {stderr:.4f}, mean {float(curvatures[name].mean()):>8.4f}")
 
 # %% [markdown]
-# The whole distribution of eigenvalues is the subject of [03_spectral_density](03_spectral_density.ipynb).
+# For the distribution of all eigenvalues see [03_spectral_density](03_spectral_density.ipynb).
 #
 # ## A second checkpoint
 #
-# After another epoch the Hessian is another one. Here is the same question again, and both results in one picture.
-# `v0` takes the old eigenvectors as a start.
+# Another epoch of training changes the Hessian. Here are both ends again, with both results in one picture. `v0` starts
+# the solver from the eigenvectors of an earlier result.
 
 # %%
 train_classifier(model, data, max_epochs=1, seed=1)
@@ -222,14 +221,14 @@ ax = plots.training([(0, ex), (1, cold)])
 label = ax.set_xlabel("epochs later")
 
 # %% [markdown]
-# Both give the same values. Old vectors are a natural thing to begin with, but compare the passes: they save little, if
-# anything. The old vectors hold little of what is new, and it is this that has to be found, or excluded, before the
-# solver may stop. A random vector holds a bit of everything. Measure before you pass `v0`.
+# Both agree to within `tol`. Compare the passes: earlier eigenvectors save few or none. The solver has to find, or to
+# exclude, directions that the earlier eigenvectors do not contain, and a random vector contains a part of every
+# direction. Measure before you use `v0`.
 #
 # Note that `from_module` was called again for the second checkpoint. BatchNorm's running statistics are constants of
 # the objective, and training changed them.
 #
-# ## Your own
+# ## Your own model
 #
 # ```python
 # objective, params = hk.from_module(your_model, your_criterion)
@@ -237,7 +236,7 @@ label = ax.set_xlabel("epochs later")
 # ex = hk.extreme_eigenvalues(H, monitor=hk.progress_bar())
 # ```
 #
-# Or leave out the module. A loss is any function `loss_fn(params, batch)` that returns a loss for each example:
+# Or without a module: a loss is any function `loss_fn(params, batch)` that returns a loss for each example:
 
 # %%
 weights = torch.tensor([1.0, -2.0])

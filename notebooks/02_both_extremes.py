@@ -4,11 +4,11 @@
 # A researcher asked: *I train a ResNet on CIFAR-10. After each epoch I want the largest and the smallest eigenvalue
 # of the Hessian over all the data, with a reasonable relative error, in a minute. The largest is about 100, the
 # smallest about -1/2 or closer to zero. I have tried power iteration, accelerated and stochastic power methods, and
-# Oja's rule. They are too slow, or they give another answer at every run.*
+# Oja's rule. They are too slow, or they give a different answer in every run.*
 #
-# This notebook asks the same on a small scale, where the answer can be known: it writes out the Hessian of a small
-# network and computes all of its eigenvalues. Then each of these methods is run beside those that hvpkit recommends.
-# The cost is counted in **passes over the data**, which is what takes the time for a large network.
+# This notebook asks the same on a small scale, where the answer is known: it forms the Hessian of a small network and
+# computes all of its eigenvalues. Then it compares each of these methods with those that hvpkit recommends. The cost is
+# counted in **passes over the data**, which dominate the time for a large network.
 
 # %%
 from dataclasses import replace
@@ -34,11 +34,10 @@ print(network)
 print(f"loss over all examples {float(hk.loss(objective, params, data)):.4f}")
 
 # %% [markdown]
-# ## The truth
+# ## The exact spectrum
 #
-# 678 products make the whole matrix. From here on a product with **all** data is one with this matrix and takes no
-# time, so that slow methods can be run as long as they like. Products with minibatches are made from the network as
-# ever.
+# 678 matvecs give the whole matrix. From here on a matvec over **all** data uses this matrix and takes no time, so that
+# slow methods can be run for long. Matvecs over minibatches still use the network.
 
 # %%
 blocks = torch.eye(network.n).split(113, dim=1)
@@ -50,16 +49,16 @@ exact = torch.linalg.eigvalsh(matrix.double())
 low, high = float(exact[0]), float(exact[-1])
 print("smallest", [f"{value:.4f}" for value in exact[:4].tolist()])
 print("largest ", [f"{value:.4f}" for value in exact[-4:].tolist()])
-print(f"the largest is {high / -low:.0f} times the smallest in size")
+print(f"the largest is {high / -low:.0f} times the smallest in magnitude")
 
 # %% [markdown]
-# The situation is that of the question. The largest eigenvalue stands alone. The smallest one is tiny beside it, and
-# has neighbours.
+# The situation is that of the question. The largest eigenvalue is well separated. The smallest one is tiny in
+# comparison, and has close neighbours.
 #
 # ## Every method on the same operator
 #
-# Each is asked for both ends (`which="BE"`) to one per cent. Those that take passes without end stop at 2,000; those
-# on minibatches, whose products are real work here, at 60.
+# Each computes both ends (`which="BE"`) to one per cent, with at most 2,000 passes; the methods on minibatches, whose
+# matvecs take real time here, with at most 60.
 
 # %%
 both = {"k": 2, "which": "BE", "tol": 1e-2}
@@ -81,7 +80,7 @@ results = {name: solve(H) for name, solve in (tried | recommended).items()}
 
 # %%
 def ends(found):
-    """The pairs of both ends."""
+    """Return the pairs of both ends."""
     if isinstance(found, hk.ExtremeResult):
         return found.smallest, found.largest
     return found.pair(0), found.pair(1)
@@ -106,14 +105,14 @@ for name, found in results.items():
     )
 
 # %% [markdown]
-# Everyone finds the largest eigenvalue. The smallest one is what takes the passes. Power iteration has not found it
+# All methods find the largest eigenvalue. The smallest one takes most of the passes. Power iteration has not found it
 # after 2,000. The two methods on minibatches do not even have its sign; their status is not `converged`.
 #
-# The interval is that of the smallest, and "holds" says whether both intervals hold their eigenvalues. Where the
-# method is not Lanczos, an interval says only that *some* eigenvalue lies inside: see its `kind`. So the "no" is no
-# lie: these methods have an eigenvalue in their interval, but it is not the smallest.
+# The interval is that of the smallest eigenvalue, and "holds" is "yes" if both intervals contain their eigenvalues. For
+# methods other than Lanczos an interval only says that *some* eigenvalue lies inside: see its `kind`. So a "no" does
+# not contradict the interval: it contains an eigenvalue, but not the smallest.
 #
-# The picture shows the error of either end against passes, for somebody who knows the answer.
+# The picture shows the error of both ends against passes, computed with the exact values.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(7.6, 4), dpi=85, sharey=True)
@@ -133,11 +132,11 @@ legend = figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower 
 # %% [markdown]
 # ## Why power iteration takes so long
 #
-# Power iteration multiplies a vector with the operator again and again, and the component that is multiplied by the
-# most wins. For the smallest eigenvalue $\lambda_1$ the operator has to be shifted by the largest one, so that
-# $\lambda_1 - \lambda_n$ is the one of largest size. Then, in each step, the second smallest loses against the
-# smallest only by the factor $(\lambda_n - \lambda_2) / (\lambda_n - \lambda_1)$. It is close to one because the gap
-# is divided by the **span** of the whole spectrum:
+# Power iteration applies the operator to a vector again and again, and the eigenvector of the eigenvalue of largest
+# magnitude comes to dominate. For the smallest eigenvalue $\lambda_1$ the operator is shifted by the largest one, so
+# that $\lambda_1 - \lambda_n$ has the largest magnitude. Then each step reduces the component of the second smallest,
+# relative to that of the smallest, only by the factor $(\lambda_n - \lambda_2) / (\lambda_n - \lambda_1)$. It is close
+# to one because the gap is divided by the **span** of the whole spectrum:
 
 # %%
 gap, span = float(exact[1] - exact[0]), high - low
@@ -145,15 +144,15 @@ print(f"gap {gap:.4f}, span {span:.1f}: a step reduces the neighbour by a factor
 print(f"steps for a factor of 1/e: {span / gap:,.0f}, or {(span / gap) ** 0.5 / 2:,.0f} with momentum")
 
 # %% [markdown]
-# Several times as many are needed for the wanted digits. Momentum takes about the square root of the steps, if it is
-# tuned. So does Lanczos at worst. But Lanczos has the best of all polynomials of the operator, for both ends at once,
-# and needs no shift. It takes out the few outliers with a step or two each. After that only the span of the bulk
-# counts, which is far smaller. That is why it wins by so much just in this situation. The price is memory: one vector
-# for each step.
+# Several times as many are needed for the required accuracy. Tuned momentum takes about the square root of the number
+# of steps, and so does Lanczos in the worst case. But Lanczos finds the best of all polynomials of the operator, for
+# both ends at once, and needs no shift. It resolves the few outliers in a step or two each. After that only the span of
+# the bulk matters, which is far smaller. That is why it is so much better in this situation. The price is memory: one
+# vector for each step.
 #
-# ## Why one should not stop when the value stands still
+# ## Why a small change is not a stopping criterion
 #
-# The usual loop stops when the value changes little from one step to the next. This is what it does here.
+# A common loop stops when the value changes little from one step to the next. This is its result here.
 
 # %%
 v = torch.randn(H.n, generator=torch.Generator().manual_seed(0))
@@ -173,28 +172,28 @@ print(f"the smallest eigenvalue is {low:.4f}; the residual at the stop was {resi
 # $\|Hv - \theta v\|$ would have shown it: an eigenvalue lies within that distance of the value, and it is larger than
 # the value itself.
 #
-# The residual is a safe bound, and a wide one. For symmetric matrices the error of the eigenvalue is at most the
-# residual *squared* over the gap to the next one. So hvpkit's `tol` is about the eigenvalue, and it stops by the
-# better one of the two bounds:
+# The residual is a safe bound, but a wide one. For symmetric matrices the error of the eigenvalue is at most the
+# residual *squared* over the gap to the next one. So hvpkit's `tol` refers to the eigenvalue, and the solver stops by
+# the smaller of the two bounds:
 
 # %%
 ex = results["Lanczos"]
-print(f"residual of the smallest over its size: {100 * ex.smallest.residual_norm / -low:6.2f} %")
-print(f"error bound, which the stop is about:   {100 * ex.smallest.error_bound / -low:6.2f} %")
-print(f"error in truth:                         {100 * error(ex.smallest.value, low):6.2f} %")
+print(f"residual of the smallest over its magnitude: {100 * ex.smallest.residual_norm / -low:6.2f} %")
+print(f"error bound that the solver stops by:        {100 * ex.smallest.error_bound / -low:6.2f} %")
+print(f"true error:                                  {100 * error(ex.smallest.value, low):6.2f} %")
 strict = hk.lanczos(H, 2, which="BE", tol=1e-2, certify=True)
-print(f"passes: {ex.num_matvecs:g}, or {strict.num_matvecs:g} until the interval is as narrow as that")
+print(f"passes: {ex.num_matvecs:g}, or {strict.num_matvecs:g} until the interval is as narrow as tol")
 
 # %% [markdown]
-# A residual cannot exclude that another eigenvalue lies further out. For that there is the interval, with its
-# confidence: see [01_quickstart](01_quickstart.ipynb).
+# A residual cannot exclude that another eigenvalue lies further out. The interval of Lanczos can, with its confidence:
+# see [01_quickstart](01_quickstart.ipynb).
 #
-# ## Why minibatches give another answer at every run
+# ## Why minibatches give a different answer in every run
 #
 # A minibatch is cheaper, so why not take its smallest eigenvalue? Because it is not the same number. The Hessian of a
 # sample is the full one plus noise. The largest eigenvalue is large beside the noise. The smallest one is the minimum
-# over all directions, and the minimum picks the direction in which the noise is most negative. So its mean over
-# samples always lies further out than the true one, and the more so the smaller the sample.
+# over all directions, and the minimum selects the direction in which the noise is most negative. So its mean over
+# samples always lies further out than the true one, and further for smaller samples.
 
 # %%
 sizes = (64, 128, 256, 512, 1024)
@@ -228,20 +227,20 @@ axes[0].set_ylim(-10, 0)
 label = axes[0].set_ylabel("of the sample's Hessian")
 
 # %% [markdown]
-# The same noise is in each step of the stochastic methods. They can average it out, with ever smaller steps or ever
-# larger batches. But the noise has the size of the spectrum's largest part, and what they look for is hundreds of
-# times smaller.
+# Each step of the stochastic methods contains the same noise. They can average it out, with smaller and smaller steps
+# or larger and larger batches. But the noise is as large as the largest eigenvalues, and the smallest one is hundreds
+# of times smaller.
 #
-# Samples are still good for something: they say in which *direction* to look. `method="multifidelity"` does most of
-# its work on samples, and then takes values and residuals from products with all data only. With tens of thousands of
-# examples that saves a good part of the passes. It claims no confidence, as it has seen only what the samples pointed
-# at.
+# Samples are still useful: they show in which *directions* to search. `method="multifidelity"` does most of its work on
+# samples, and then computes values and residuals from matvecs over all data. With tens of thousands of examples that
+# saves a large part of the passes. It claims no confidence, as it searches only the directions from the samples.
 #
-# ## What to take
+# ## Which method to use
 #
-# - `hk.extreme_eigenvalues(H)` for both ends. With many parameters and examples it is `method="multifidelity"`.
-# - `method="lanczos"` where the interval has to claim something: the fewest passes for that.
-# - `hk.chebyshev` or `hk.lobpcg` if there is no room for some dozens of vectors.
-# - float64 if the smallest is more than about a thousand times smaller than the largest: for one per cent of it, the
-#   noise of float32 products is too large then. The status says so (`rounding-limited`, `zero-to-rounding`).
-# - Power iteration for the largest eigenvalue alone, if it must be; for the smallest, never.
+# - `hk.extreme_eigenvalues(H)` for both ends. From 1,000 parameters and 10,000 examples on it uses
+#   `method="multifidelity"`, else Lanczos.
+# - `method="lanczos"` for intervals with a confidence.
+# - `hk.chebyshev` or `hk.lobpcg` if memory does not hold some dozens of vectors.
+# - float64 if the smallest is more than about a thousand times smaller than the largest: the rounding of float32
+#   matvecs is then too large for one per cent. The status says so (`rounding-limited`, `zero-to-rounding`).
+# - Power iteration at most for the largest eigenvalue alone, never for the smallest.

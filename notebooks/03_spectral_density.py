@@ -1,12 +1,12 @@
 # %% [markdown]
 # # The whole spectrum: where the eigenvalues of a Hessian lie
 #
-# The two ends say how sharp the loss is at most. The density says how the other eigenvalues are spread: how many are
-# zero for all that one can see, how wide the bulk is, and which ones stand apart.
+# The two ends say how sharp the loss is at most. The density describes all other eigenvalues: how many are zero to
+# rounding, how wide the bulk is, and which ones are well separated.
 #
-# Nobody can write out the Hessian of a real network. Its density can still be estimated, from products with random
-# vectors. This notebook does so in two ways, on a network that is so small that we **can** write out its Hessian. So
-# each estimate is held against the truth.
+# The Hessian of a real network is too large to form. Its density can still be estimated, from matvecs with random
+# vectors. This notebook does so in two ways, on a network so small that we **can** form its Hessian. So each estimate
+# is compared with the exact spectrum.
 
 # %%
 import matplotlib.pyplot as plt
@@ -43,10 +43,10 @@ train_classifier(model, data)
 after = hessian_now()
 
 # %% [markdown]
-# ## The truth
+# ## The exact spectrum
 #
-# The product of the Hessian with the identity is the Hessian. We make it in blocks of columns, which share passes
-# over the data. This is what one cannot do for a real network: it takes n products.
+# The Hessian times the identity is the Hessian. We compute it in blocks of columns, which share passes over the data.
+# This is not possible for a real network: it takes n matvecs.
 
 
 # %%
@@ -64,15 +64,15 @@ print(
 )
 
 # %% [markdown]
-# This is what spectra of trained networks look like: a great crowd at zero, a few negative eigenvalues close to it,
-# and about as many large ones as there are classes.
+# Spectra of trained networks are like this: very many eigenvalues at zero, a few negative ones close to it, and about
+# as many large ones as there are classes.
 #
 # ## Lanczos quadrature
 #
-# Take a random vector and do 40 steps of Lanczos. Its Ritz values, weighted by the squares of the first entries of
-# their vectors, are a quadrature rule for the density. The mean over several random vectors is the estimate, and
-# their spread gives its standard error. Eight vectors share each pass over the data, so this costs 320 products. To
-# get standard errors at all, take two vectors or more.
+# Run 40 steps of Lanczos from a random vector. The Ritz values, weighted by the squares of the first entries of their
+# vectors, are a quadrature rule for the density. The mean over several random vectors is the estimate, and their spread
+# gives its standard error, which takes two vectors or more. Eight vectors cost 320 matvecs, and share each pass over
+# the data.
 
 # %%
 density = hk.spectral_density(after, num_steps=40, num_probes=8)
@@ -82,12 +82,12 @@ ax = plots.density(density)
 # %% [markdown]
 # How to read the picture:
 #
-# - The **curve** is the density, one in all. Each node of the quadrature is drawn as a narrow Gaussian. The axis is
-#   logarithmic: the peak at zero holds nearly all of the eigenvalues.
-# - The **band** is one standard error. Where it reaches to the bottom, the height there is not known at all.
-# - The **spikes** are eigenvalues that stand alone and that the solver has found to rounding. They are as high as one
-#   eigenvalue out of n is.
-# - The **dotted lines** are both ends, as this run has seen them. For their intervals pass
+# - The **curve** is the density; its integral is one. Each node of the quadrature is drawn as a narrow Gaussian. The
+#   axis is logarithmic: nearly all of the eigenvalues are in the peak at zero.
+# - The **band** is one standard error. Where it reaches the bottom, the density is unknown.
+# - The **spikes** are well separated eigenvalues that have converged to rounding. Their height is that of one
+#   eigenvalue out of n.
+# - The **dotted lines** are both ends, as far as this run found them. For their intervals pass
 #   `extremes=hk.extreme_eigenvalues(H)`.
 #
 # The same around zero:
@@ -97,7 +97,7 @@ ax = plots.density(density)
 limits = ax.set_xlim(-1, 6)
 
 # %% [markdown]
-# `outliers` gives the spikes as numbers. They agree with the exact eigenvalues.
+# `outliers` returns the spikes as numbers. They agree with the exact eigenvalues.
 
 # %%
 outliers, masses = density.outliers()
@@ -106,14 +106,14 @@ for value, mass in zip(outliers.flip(0).tolist(), masses.flip(0).tolist(), stric
     print(f"{value:10.5f}   exact {nearest:10.5f}   counted {after.n * mass:5.2f} times")
 
 # %% [markdown]
-# The values are sharp. How often each is counted is not: it is the share that random vectors happen to have in one
-# direction. This is the part that more probes improve.
+# The values are accurate. The counts are not: they are random, the share of the probe vectors in one direction. More
+# probes improve them.
 #
 # ## Kernel polynomials
 #
-# The other way expands the density in Chebyshev polynomials, damped by Jackson's kernel so that it does not ring. It
-# keeps four vectors instead of a basis. For that it blurs everything alike, by about $\pi/4$ times the span over the
-# number of steps: outliers become hills.
+# The other method expands the density in Chebyshev polynomials, damped by Jackson's kernel against oscillations. It
+# keeps four vectors instead of a basis. In return its resolution is the same everywhere, about $\pi/4$ times the span
+# over the number of steps: outliers become broad peaks.
 
 # %%
 smooth = hk.spectral_density(after, method="chebyshev", num_steps=40, num_probes=8)
@@ -121,10 +121,10 @@ print(smooth)
 print(f"resolution: {density.width:.3g} by Lanczos, {smooth.width:.3g} by kernel polynomials")
 
 # %% [markdown]
-# ## Both against the truth
+# ## Both against the exact spectrum
 #
-# The cumulative distribution needs no smoothing, and so shows best how near both are. The axis of eigenvalues is
-# linear around zero and logarithmic further out.
+# The cumulative distribution needs no smoothing, and so shows the errors best. The axis of eigenvalues is linear around
+# zero and logarithmic further out.
 
 # %%
 sizes = torch.logspace(-4, float(exact[-1].log10()) + 0.1, 300, dtype=torch.float64)
@@ -137,28 +137,28 @@ ax.plot(x, density.cdf(x), color=COLORS["measured"], label="Lanczos quadrature")
 ax.plot(x, smooth.cdf(x), color=COLORS["single"], linestyle="--", label="kernel polynomials")
 ax.set_xscale("symlog", linthresh=1e-3)
 ax.set_xlabel("eigenvalue")
-ax.set_ylabel("share of eigenvalues up to there")
+ax.set_ylabel("cumulative share of eigenvalues")
 legend = ax.legend(loc="upper left")
 
 
 # %%
 def distance(d):
-    """Wasserstein distance to the truth: the area between both cumulative distributions."""
+    """Return the Wasserstein distance to the exact spectrum: the area between the cumulative distributions."""
     grid = torch.linspace(float(exact[0]) - 1, float(exact[-1]) + 1, 200_001, dtype=torch.float64)
     steps = torch.searchsorted(exact, grid, right=True) / after.n
     return float(torch.trapezoid((d.cdf(grid) - steps).abs(), grid))
 
 
-print(f"mean size of an eigenvalue {float(exact.abs().mean()):.4f}")
+print(f"mean magnitude of an eigenvalue {float(exact.abs().mean()):.4f}")
 print(
-    f"distance to the truth: {distance(density):.4f} by Lanczos, {distance(smooth):.4f} by kernel polynomials"
+    f"distance to the exact spectrum: {distance(density):.4f} by Lanczos, {distance(smooth):.4f} by kernel polynomials"
 )
 
 # %% [markdown]
 # ## Many decades: the logarithmic form
 #
-# Most eigenvalues are far too small to be told apart on a linear axis. `log_density` shows the density for each
-# decade of size, positive and negative eigenvalues apart. The grey steps are the exact counts.
+# Most eigenvalues are far too small for a linear axis. `log_density` gives the density for each decade of magnitude,
+# separately for positive and negative eigenvalues. The grey steps are the exact counts.
 
 # %%
 grid, positive, negative = density.log_density(width=0.15)
@@ -170,24 +170,24 @@ for ax, sign, curve, name in zip(axes, (1, -1), (positive, negative), ("largest"
     counts = torch.histogram(of_sign, bins)[0] / (0.25 * after.n)
     ax.stairs(counts, 10**bins, fill=True, color="0.8", label="exact")
     ax.plot(grid, curve, color=COLORS[name], label="Lanczos quadrature")
-    ax.axvline(density.noise, color="0.5", linestyle=":", label="rounding of products")
+    ax.axvline(density.noise, color="0.5", linestyle=":", label="rounding of matvecs")
     ax.set_xscale("log")
-    ax.set_xlabel(f"size of {'positive' if sign > 0 else 'negative'} eigenvalues")
+    ax.set_xlabel(f"magnitude of {'positive' if sign > 0 else 'negative'} eigenvalues")
     ax.legend(loc="upper left", fontsize=8)
 label = axes[0].set_ylabel("density per decade")
 
 # %% [markdown]
-# Forty steps cannot resolve seven decades. Large eigenvalues are where they should be. What is smaller than about the
-# span over the number of steps lies in lumps. The picture says in which decades the masses are, and no more. What is
-# below the dotted line is zero to the rounding of float32 products; no method can see there.
+# Forty steps cannot resolve seven decades. Large eigenvalues are right. Those smaller than about the span over the
+# number of steps appear as a few separate peaks, which only show how the mass is distributed over the decades.
+# Eigenvalues below the dotted line are zero to the rounding of float32 matvecs, for every method.
 #
 # ## Functions of the spectrum
 #
-# `expectation(f)` is the mean of f over all eigenvalues; n times it is the trace of f of the matrix. It comes with a
-# standard error. Two that are in use:
+# `expectation(f)` is the mean of f over all eigenvalues; n times it is the trace of f of the matrix. It has a standard
+# error. Two common ones:
 #
-# - the **effective dimension** $\sum_i \lambda_i / (\lambda_i + \delta)$: how many directions the data determine,
-#   against a prior of precision $\delta$;
+# - the **effective dimension** $\sum_i \lambda_i / (\lambda_i + \delta)$: the number of directions that the data
+#   determine, given a prior of precision $\delta$;
 # - the **log-determinant** $\sum_i \log(\lambda_i + \delta)$, as in the Laplace approximation of the evidence.
 #
 # $\delta$ must be larger than the most negative eigenvalue, so that all are positive.
@@ -209,13 +209,13 @@ for name, f in functions.items():
     print(f"{name:<20}{value:9.2f} ± {stderr:6.2f}   exact {truth:9.2f}   off by {off:4.1f} standard errors")
 
 # %% [markdown]
-# All are right to within two standard errors. Note how large that of the trace is: it is made up of a few outliers,
-# which a random vector may or may not meet. `hk.trace` takes them out first and does far better. The other functions
-# are flat there, and are known well.
+# All errors are within two standard errors. That of the trace is large: the trace is dominated by a few outliers, and
+# the share of a random vector in them varies. `hk.trace` deflates them first and is far more accurate. The other
+# functions are flat there, and are known well.
 #
-# The standard error is about chance only. It does not know the error of the quadrature, which is small for smooth
-# functions and large for a **step in the midst of the crowd**, as that at zero. More steps help there, not more
-# probes. And where many eigenvalues are zero to rounding, the number of those below zero means little.
+# The standard error covers the random vectors only, not the error of the quadrature, which is small for smooth
+# functions and large for a **step in the middle of many eigenvalues**, such as the one at zero. More steps help there,
+# not more probes. If many eigenvalues are zero to rounding, the number of those below zero has little meaning.
 #
 # ## Before and after training
 
@@ -235,12 +235,12 @@ for name, d in (("before", untrained), ("after", density)):
 
 # %% [markdown]
 # Before training the spectrum is narrow, and its negative side is a third as long as its positive one. After training
-# the positive side is hundreds of times longer than the negative one, by a few eigenvalues that stand alone.
+# the positive side is hundreds of times longer than the negative one, because of a few outliers.
 #
 # ## Notes
 #
-# - `density.save(path)` and `hk.Density.load(path)` keep all of it, `num_probes` and `seed` make it repeatable.
-# - For `n` up to 1,000, where `num_steps * num_probes` pays for all columns, these are multiplied instead, and the
-#   density is exact. So no estimate costs more than the truth.
-# - Twice the steps resolve twice as much; four times the probes halve the standard errors. On a large network one
+# - `density.save(path)` and `hk.Density.load(path)` save and load it; the same `seed` gives the same numbers.
+# - For `n` up to 1,000, if `num_steps * num_probes` is at least n, the whole matrix is computed instead, and the
+#   density is exact. So no estimate costs more than the exact spectrum.
+# - Twice the steps give twice the resolution; four times the probes halve the standard errors. On a large network one
 #   probe is often enough, as standard errors also fall as one over the square root of n.

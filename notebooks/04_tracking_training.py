@@ -1,14 +1,12 @@
 # %% [markdown]
 # # Tracking training: both ends along the way
 #
-# The largest eigenvalue of the Hessian and the learning rate go together. Gradient descent with the rate $\eta$ is
-# stable along a direction only while its curvature is less than $2/\eta$. Beyond it each step overshoots by more than
-# it gains.
+# The largest eigenvalue of the Hessian limits the learning rate. Gradient descent with the rate $\eta$ is stable along
+# a direction only while its curvature is less than $2/\eta$. Beyond that each step overshoots by more than it gains.
 #
-# One would expect that one has to find the largest eigenvalue first, and then choose the rate. It turns out that the
-# network comes to the rate: its largest eigenvalue grows until it reaches $2/\eta$, and stays close to it. Cohen et
-# al. call this the edge of stability ([arXiv:2103.00065](https://arxiv.org/abs/2103.00065)). This notebook watches it
-# happen, with `SpectrumTracker`.
+# This suggests to find the largest eigenvalue first, and then to choose the rate. But the network adapts to the rate:
+# its largest eigenvalue grows until it reaches $2/\eta$, and stays close to it. Cohen et al. call this the edge of
+# stability ([arXiv:2103.00065](https://arxiv.org/abs/2103.00065)). This notebook shows it with `SpectrumTracker`.
 
 # %%
 from pathlib import Path
@@ -27,8 +25,8 @@ plt.rcParams.update(STYLE)
 # %% [markdown]
 # ## Data, network, loss
 #
-# As in the paper: the squared error, a network with tanh, and all examples in each step, so that nothing is random. We
-# take the first 500 of scikit-learn's digits.
+# As in the paper: the squared error, a network with tanh, and all examples in each step, so that nothing is random. The
+# data are the first 500 of scikit-learn's digits.
 
 # %%
 images, classes = digits()
@@ -48,11 +46,11 @@ print(f"{sum(p.numel() for p in new_model().parameters()):,} weights")
 # %% [markdown]
 # ## A tracker in a training loop
 #
-# `for_module` takes the criterion and **all** the data, however you train. Call it once in each step, with the module.
-# Every 50 steps it measures. The other calls return at once.
+# `for_module` takes the criterion and **all** the data, whatever batches you train on. Call the tracker once in each
+# step, with the module. It measures every 50 steps; the other calls return at once.
 #
-# It leaves the training as it is: the weights, `.grad`, `train()` or `eval()`, and torch's random numbers. A run with a
-# tracker has the same weights as one without it, to the bit.
+# It does not change the training: the weights, `.grad`, `train()` or `eval()`, and the global random state. A run with
+# a tracker has the same weights as one without it, to the bit.
 
 
 # %%
@@ -70,7 +68,7 @@ def train(model, optimizer, tracker, steps, scheduler=None):
     return losses
 
 
-rates = {0.2: "largest", 2 / 15: "smallest"}  # and the colours of their curves
+rates = {0.2: "largest", 2 / 15: "smallest"}  # and the names of their colours
 trackers, losses = {}, {}
 for lr in rates:
     model = new_model()
@@ -97,11 +95,11 @@ for ax in axes:
     ax.legend()
 
 # %% [markdown]
-# Both runs begin at the same weights. The largest eigenvalue grows until it is somewhat above $2/\eta$ of its own run.
-# There it stays. With the larger rate it gets there first.
+# Both runs start from the same weights. The largest eigenvalue grows until it is somewhat above $2/\eta$ of its run,
+# and stays there. With the larger rate it gets there first.
 #
-# Now look at the losses. From then on they do not fall in each step any more. If the loss were quadratic, it would blow
-# up. It goes up and down instead, and falls in the long run.
+# From then on the losses do not decrease in each step any more. A quadratic loss would diverge. This one goes up and
+# down instead, and decreases in the long run.
 
 # %%
 for lr in rates:
@@ -115,16 +113,16 @@ for lr in rates:
 # %% [markdown]
 # ## Both ends
 #
-# `plot` draws both ends with their intervals. The axis is logarithmic to both sides of zero.
+# `plot` draws both ends with their intervals. The axis is logarithmic on both sides of zero.
 
 # %%
 ax = trackers[0.2].plot()
 legend = ax.legend(loc=(0.8, 0.65))
 
 # %% [markdown]
-# At first there is a direction of strong negative curvature. After 50 steps it is gone. At the edge negative curvature
-# comes back: it is there while the loss goes up and down, and changes from one measurement to the next. The largest
-# eigenvalue alone would not have shown this.
+# At first there is a direction of strong negative curvature. After 50 steps it is about thirty times weaker. At the
+# edge of stability negative curvature comes back: it lasts while the loss goes up and down, and varies between
+# measurements. The largest eigenvalue alone would not have shown this.
 #
 # ## Records
 #
@@ -157,17 +155,17 @@ ax.set_ylabel("passes over the data")
 legend = ax.legend()
 
 # %% [markdown]
-# The number depends most on the smallest eigenvalue. `tol` is relative: one per cent of a value that is close to zero,
-# at the edge of a crowd of others, takes many more passes than one per cent of a value that stands apart. If you need
-# only a bound on it, pass a larger `tol`, or `max_matvecs`. The interval then says what is known.
+# The number depends most on the smallest eigenvalue. `tol` is relative: one per cent of a value close to zero, with
+# many neighbours, takes many more passes than one per cent of a well separated value. If you only need a bound on it,
+# pass a larger `tol`, or `max_matvecs`; the interval then is the bound.
 #
 # ## Restarts, and the Knee schedule
 #
-# With a `path` the tracker writes each measurement to a file of JSON lines as soon as it is made. A new tracker with
-# the same path goes on where the file ends. So training can stop at any time.
+# With a `path` the tracker writes each measurement to a file of JSON lines at once. A new tracker with the same path
+# continues after the last line. So training can stop at any time.
 #
-# We try this with another schedule. Knee (Iyer et al., [arXiv:2003.03977](https://arxiv.org/abs/2003.03977)) warms
-# up, stays at the peak rate for long, and then decays to zero. We stop half-way through.
+# Here is an example with another schedule. Knee (Iyer et al., [arXiv:2003.03977](https://arxiv.org/abs/2003.03977))
+# warms up, stays at the peak rate for long, and then decays to zero. The run stops half-way.
 
 # %%
 schedule = {"warmup_steps": 100, "explore_steps": 600, "total_steps": 1200}
@@ -191,7 +189,7 @@ torch.save(saved, "checkpoint.pt")
 print(f"{len(path.read_text().splitlines())} lines in {path}")
 
 # %% [markdown]
-# The program ends here, and another one goes on.
+# The program ends here, and another one continues.
 
 # %%
 tracker, _ = knee_run(range(620, 1200), torch.load("checkpoint.pt", weights_only=True))
@@ -199,7 +197,7 @@ print(f"{len(path.read_text().splitlines())} lines in {path}")
 
 # %%
 steps = [step for step, _ in tracker.results]
-limits = [2 / knee_lr(step, peak_lr=0.2, **schedule) if step else float("inf") for step in steps]
+limits = [2 / knee_lr(step, peak_lr=0.2, **schedule) for step in steps]
 
 figure, ax = plt.subplots()
 ax.plot(
@@ -218,14 +216,13 @@ ax.set_xlabel("training step")
 legend = ax.legend()
 
 # %% [markdown]
-# While the rate is at its peak the largest eigenvalue stays at the edge. As soon as the rate decays it grows again, and
-# the edge moves away faster than it can follow. So a high rate holds the curvature down for as long as it lasts. This
-# is what a schedule with a long peak, such as Knee, is for.
+# While the rate is at its peak, the largest eigenvalue stays near 2 / rate. As soon as the rate decays, the eigenvalue
+# grows again, but more slowly than 2 / rate. So a high rate keeps the curvature low for as long as it lasts. This is
+# the purpose of a schedule with a long peak, such as Knee.
 #
-# ## In a trainer of others
+# ## In other trainers
 #
-# For PyTorch Lightning and for Hugging Face's `Trainer` there are callbacks, and for TensorBoard the numbers as
-# scalars:
+# There are callbacks for PyTorch Lightning and for Hugging Face's `Trainer`, and scalars for TensorBoard:
 #
 # ```python
 # from hvpkit.train.lightning import SpectrumCallback

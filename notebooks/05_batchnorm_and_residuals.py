@@ -2,15 +2,15 @@
 # # What BatchNorm and residual connections do to the Hessian
 #
 # It is often said that BatchNorm and residual connections make the loss smoother. Yao, Gholami, Keutzer and Mahoney
-# measured it with the Hessian ([PyHessian](https://arxiv.org/abs/1912.07145)), for ResNets of 20 to 56 layers on
-# CIFAR-10. In our words, they found:
+# measured this with the Hessian ([PyHessian](https://arxiv.org/abs/1912.07145)), for ResNets of 20 to 56 layers on
+# CIFAR-10. They found:
 #
-# - Without BatchNorm, **deep** networks end in sharper places: larger top eigenvalue, larger trace.
-# - Without BatchNorm, **shallow** networks do not. There the contrary was seen.
-# - Without residual connections, networks end in sharper places, whatever their depth.
+# - Without BatchNorm, **deep** networks end in sharper minima: larger top eigenvalue, larger trace.
+# - Without BatchNorm, **shallow** networks do not. They found the opposite.
+# - Without residual connections, networks end in sharper minima, at any depth.
 #
-# This notebook asks the same of networks that train in seconds: 8 and 20 layers, four channels where the paper has 16,
-# 300 digits of 8 x 8 pixels. What comes out says something about *these* networks. The study at the paper's size is
+# This notebook does the same with networks that train in seconds: 8 and 20 layers, four channels where the paper has
+# 16, 300 digits of 8 x 8 pixels. The results are about *these* networks. The study at the paper's size is
 # `benchmarks/study_batchnorm_residual.py`; it needs a GPU.
 
 # %%
@@ -39,13 +39,13 @@ depths, seeds = (8, 20), (0, 1)
 # %% [markdown]
 # ## Which Hessian
 #
-# BatchNorm has two functions: with the statistics of the batch, as in training, and with running statistics. After a
-# short training the running ones lag behind, and the loss with them can be far from the one that was trained. So we
-# ask for the statistics of the batch, and give all examples as one batch: `batchnorm="batch"`.
+# BatchNorm normalises with the statistics of the batch in training, and with running statistics in evaluation. After a
+# short training the running statistics lag behind, and the loss with them can be far from the training loss. So the
+# Hessian here uses the statistics of the batch, `batchnorm="batch"`, with all examples in one batch.
 #
-# The size of the Hessian depends on the loss: where every example is classified with certainty, it is small. To
-# compare places of the same height, all networks are trained until the mean loss of an epoch is 0.05. The paper
-# trained for the same number of epochs instead.
+# The magnitude of the Hessian depends on the loss: where every example is classified with certainty, it is small. To
+# compare networks at the same loss, all of them are trained until the mean loss of an epoch is 0.05. The paper trained
+# all for the same number of epochs instead.
 
 
 # %%
@@ -81,7 +81,7 @@ for (depth, variant, _), one in found.items():
 # %% [markdown]
 # ## The ends and the trace
 #
-# Each dot is a network, two seeds for each kind.
+# Each dot is a network; there are two seeds of each kind.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
@@ -99,10 +99,10 @@ legend = figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower 
 # %% [markdown]
 # ## The whole spectrum
 #
-# Of the networks with 20 layers and the first seed: to the right of zero the share of all eigenvalues that are larger,
-# to the left the share of those that are smaller. Both axes are logarithmic, that of the eigenvalues to both sides of
-# zero. The steps are the nodes of the Lanczos quadrature. A smoothed density would be blurred by a share of its span,
-# and so make the wide spectra look wider than they are.
+# For the networks with 20 layers and the first seed: right of zero the share of all eigenvalues that are larger, left
+# of zero the share of those that are smaller. Both axes are logarithmic, that of the eigenvalues on both sides of zero.
+# The steps are the nodes of the Lanczos quadrature. A smoothed density has a width in proportion to the span, which
+# makes wide spectra appear wider than they are.
 
 # %%
 sizes = torch.logspace(-2, 2.5, 300, dtype=torch.float64)
@@ -117,9 +117,9 @@ ax.set_xscale("symlog", linthresh=0.1)
 legend = ax.legend()
 
 # %% [markdown]
-# ## What held here
+# ## Which findings hold here
 #
-# The ratio of the network without a part to that with both, for each seed.
+# The ratio of the network without a part to the network with both, for each seed.
 
 
 # %%
@@ -137,20 +137,22 @@ for variant in ("no BatchNorm", "no residual"):
             print(f"{variant:<13} {name:<8} {depth:>2} layers: {mean:6.1f} times ({shown})")
 
 # %% [markdown]
-# - **Without BatchNorm, deep networks end sharper**: seen at 20 layers, by about nine times in the top eigenvalue.
-#   The trace rises by far less: it is the outliers that grow.
-# - **Shallow networks do not**: *not* seen. The network with 8 layers is sharper without BatchNorm too, and by more.
-# - **Without residual connections networks end sharper**: at 20 layers, yes, but one seed says 3 times and the other
-#   33. At 8 layers there is no difference worth the name.
+# - **Without BatchNorm, deep networks end sharper**: yes at 20 layers, by a factor of about ten in the top eigenvalue.
+#   The trace grows much less: mainly the outliers grow.
+# - **Shallow networks do not**: *not* found here. The network with 8 layers is also sharper without BatchNorm, and by a
+#   larger factor.
+# - **Without residual connections networks end sharper**: yes at 20 layers, by factors of 74 and 25 for the two seeds.
+#   At 8 layers there is hardly a difference.
 #
-# The spectra say the same: without either part they reach further out, to both sides of zero.
+# The spectra agree: without either part they reach further out, on both sides of zero.
 #
-# ## How far to trust this
+# ## Limits of this comparison
 #
-# - Two seeds show a spread, not a law. The seeds without residual connections are the warning.
+# - Two seeds show a spread and prove nothing. Rounding on another machine also changes the trained networks of 20
+#   layers: there the factors without residual connections were 33 and 3.
 # - Four channels and digits are not ResNet-20 on CIFAR-10. "Shallow" means 20 layers in the paper, and 8 here.
-# - The comparison is at the same training loss. At the same number of epochs networks have other losses, and the
-#   ratios are others: `benchmarks/study_batchnorm_residual.py --small` compares so, as the paper does, with three
-#   seeds and a statistical test.
-# - Eigenvalues depend on how large the weights are. BatchNorm makes the loss the same for weights that are twice as
-#   large, and the curvature a quarter. So part of "flatter with BatchNorm" is the size of its weights.
+# - The comparison is at the same training loss. At the same number of epochs the losses differ, and so do the ratios:
+#   `benchmarks/study_batchnorm_residual.py --small` compares that way, as the paper does, with three seeds and a
+#   statistical test.
+# - Eigenvalues depend on the magnitude of the weights. With BatchNorm, weights twice as large give the same loss and a
+#   quarter of the curvature. So part of "flatter with BatchNorm" is due to larger weights.

@@ -12,16 +12,26 @@ import hvpkit as hk
 from problems import matrix
 
 
-def mean_of(matrices: Tensor, share: float = 1.0) -> hk.LinearOperator:
-    """Return the mean of ``[N, n, n]`` as an operator; its samples are means of random subsets."""
+@dataclass(frozen=True, eq=False, repr=False)
+class SampledMatrix(hk.LinearOperator):
+    """An operator with minibatches, as stochastic solvers need it."""
+
+    num_examples: int = 1
+    sample: Callable[[int, int], hk.LinearOperator] | None = None
+
+
+def mean_of(matrices: Tensor, share: float = 1.0) -> SampledMatrix:
+    """The mean of ``[N, n, n]``, whose samples are means of random subsets."""
     total = len(matrices)
 
     def sample(num_examples: int, seed: int) -> hk.LinearOperator:
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed % 2**62))
         return mean_of(matrices[order[:num_examples]], share * num_examples / total)
 
-    op = hk.aslinearoperator(matrices.mean(0))
-    return replace(op, sample=sample, num_examples=total, cost=share)
+    mean = matrices.mean(0)
+    return SampledMatrix(
+        lambda v: mean @ v, len(mean), mean.dtype, mean.device, num_examples=total, sample=sample, cost=share
+    )
 
 
 def scattered(

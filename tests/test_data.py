@@ -268,7 +268,7 @@ def test_a_sampler_of_its_own_gives_the_same_examples_in_every_pass(sampling: st
 
 
 class Noisy(Dataset):
-    """Examples that are drawn anew whenever they are read, from all three global generators."""
+    """Examples that draw from all three global generators whenever they are read."""
 
     def __len__(self) -> int:
         return 7
@@ -306,6 +306,185 @@ def test_random_examples_are_the_same_in_every_pass_and_leave_no_trace(
     assert len(first.unique()) > 7
     assert flat(ids(data)) == list(range(7))
     assert flat(ids(data.subset([5, 1]))) == [1, 5]
+    assert torch.equal(torch.cat([noise for noise, _ in data.subset([5, 1])]), first[[1, 5]])
+
+
+class Augmented(Dataset):
+    """Points that are flipped, scaled and shifted at random, each by another library's numbers."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x = X[index] * (1 if random.random() < 0.5 else -1) * np.random.uniform(0.5, 1.5)
+        return x + 0.3 * torch.randn(3, dtype=torch.float64), Y[index]
+
+
+class FromBatches(Augmented):
+    """As datasets that fetch a batch at once."""
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        return [self[index] for index in indices]
+
+
+def drawn(loss_of: Callable[[Tensor, Tensor], Tensor], batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return torch.autograd.functional.hessian(lambda p: loss_of(x @ p, y).mean(), P)
+
+
+AUGMENTED: dict[str, Callable[[], object]] = {
+    "dataset": Augmented,
+    "fetching batches": lambda: DataLoader(FromBatches(), batch_size=4),
+    "batches of 4": lambda: DataLoader(Augmented(), batch_size=4, shuffle=True),
+    "batches of 5": lambda: DataLoader(Augmented(), batch_size=5),
+    "two workers": lambda: DataLoader(Augmented(), batch_size=3, num_workers=2, persistent_workers=True),
+    "own sampler": lambda: DataLoader(Augmented(), batch_sampler=TwoByTwo()),
+    "subset": lambda: DataLoader(torch.utils.data.Subset(Augmented(), range(N)), batch_size=2),
+}
+
+
+@pytest.mark.parametrize("source", AUGMENTED)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_augmentation_is_one_draw_of_each_example_whatever_reads_it(source: str) -> None:
+    def quartic(z: Tensor, y: Tensor) -> Tensor:
+        return (z - y) ** 4
+
+    def loss_fn(params: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return quartic(batch[0] @ params, batch[1])
+
+    def dense(H: hk.LinearOperator) -> Tensor:
+        return H @ torch.eye(3, dtype=torch.float64)
+
+    stated = list(hk.as_data(Augmented()))
+    assert not torch.allclose(stated[0][0], X, atol=0.1)
+    before = global_states()
+    data = hk.as_data(AUGMENTED[source]())
+    H = hk.hessian(loss_fn, P, data)
+    assert torch.allclose(dense(H), drawn(quartic, stated), rtol=1e-12, atol=0.0)
+    assert hk.check(H).ok
+    disturb()
+    few = data.subset([7, 2, 3])
+    chosen = [(x[[2, 3, 7]], y[[2, 3, 7]]) for x, y in stated]
+    assert torch.allclose(dense(hk.hessian(loss_fn, P, few)), drawn(quartic, chosen), rtol=1e-12, atol=0.0)
+    sample = H.coarsen(5, importance="loss")
+    x, y = (torch.cat(parts) for parts in zip(*sample.origin.data, strict=True))
+    assert all(torch.equal(a, stated[0][0][int(i)]) for a, i in zip(x, y, strict=True))
+    random.setstate(before[3])
+
+
+class DrawsLate(Augmented):
+    """As a dataset that augments one class only."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return (X[index] * torch.rand(()) if index == 8 else X[index]), Y[index]
+
+
+def test_one_example_that_draws_is_fixed_too() -> None:
+    passes = [torch.cat([x for x, _ in hk.as_data(DrawsLate(), batch_size=size)]) for size in (1, 3, 11)]
+    assert torch.equal(passes[0], passes[1])
+    assert torch.equal(passes[0], passes[2])
+    assert torch.equal(passes[0] == X, (Y != 8)[:, None].expand(N, 3))
+
+
+def test_nothing_is_seeded_around_data_that_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [source() for name, source in SOURCES.items() if name not in ("loader_of_own_class",)]
+    held = [hk.as_data(source) for source in sources if not isinstance(source, DataLoader)]
+    held += [hk.as_data(loader(batch_size=4, shuffle=True)), hk.as_data(DataLoader(Plain()))]
+
+    def refuse(seed: int) -> None:
+        raise AssertionError(f"seeded with {seed}")
+
+    augmented = hk.as_data(Augmented())
+    monkeypatch.setitem(type(augmented.source.examples)._read_seeded.__globals__, "seed_global", refuse)
+    with pytest.raises(AssertionError, match="seeded with 0"):
+        list(augmented)
+    for data in held:
+        assert sum(len(batch) for batch in ids(data)) == N
+        assert len(ids(data.subset([3, 1]))) >= 1
+
+
+class OwnGenerator(Augmented):
+    def __init__(self) -> None:
+        self.random = np.random.default_rng(0)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return X[index] * self.random.uniform(), Y[index]
+
+
+def mixup(examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    x, y = torch.utils.data.default_collate(examples)
+    share = torch.distributions.Beta(0.2, 0.2).sample()
+    return share * x + (1 - share) * x.roll(1, 0), y
+
+
+class AugmentedStream(Stream):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((x + torch.randn(3), y) for x, y in super().__iter__())
+
+
+class OwnGeneratorStream:
+    def __init__(self) -> None:
+        self.generator_of_numpy = np.random.default_rng(0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield X * self.generator_of_numpy.uniform(), Y
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (
+            lambda **o: DataLoader(OwnGenerator(), batch_size=4, **o),
+            "dataset gives another example .* seeded for",
+        ),
+        (lambda **o: loader(batch_size=4, collate_fn=mixup, **o), "collate_fn draws random numbers .mixup"),
+        (
+            lambda **o: loader(
+                batch_sampler=BatchSampler(WeightedRandomSampler(Y + 1, 9), 4, False), collate_fn=mixup, **o
+            ),
+            "collate_fn draws random numbers",
+        ),
+        (
+            lambda **o: DataLoader(AugmentedStream(), batch_size=4, **o),
+            r"the examples are others when .* list\(...\)",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_random_data_that_no_seed_fixes_are_refused_with_the_remedy(
+    source: Callable[..., object], reason: str, num_workers: int
+) -> None:
+    before = global_states()
+    with pytest.raises(hk.UnstableDataError, match=f"data: .*{reason}"):
+        hk.as_data(source(num_workers=num_workers))
+    assert global_states() == before
+
+
+def test_a_stream_with_numbers_of_its_own_is_refused_and_its_list_is_not() -> None:
+    with pytest.raises(hk.UnstableDataError, match="data: the examples are others"):
+        hk.as_data(OwnGeneratorStream())
+    assert hk.as_data(list(OwnGeneratorStream())).num_examples == N
+
+
+class ShuffledStream:
+    """The same examples in an order that global or own random numbers give."""
+
+    def __init__(self, permutation: Callable[[int], np.ndarray]) -> None:
+        self.permutation = permutation
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.from_numpy(self.permutation(N))
+        return ((X[chosen], Y[chosen]) for chosen in order.split(3))
+
+
+def test_a_stream_in_random_order_is_no_other_data() -> None:
+    for permutation in (np.random.permutation, np.random.default_rng(0).permutation):
+        data = hk.as_data(ShuffledStream(permutation))
+        assert sorted(flat(ids(data))) == list(range(N))
+        assert same(hk.loss(losses, P, data), direct(list(range(N))))
+    repeated = hk.as_data(ShuffledStream(np.random.permutation))
+    assert ids(repeated) == ids(repeated)
 
 
 def test_a_pass_that_is_left_early_leaves_no_trace() -> None:
@@ -321,7 +500,7 @@ def test_batches_are_moved_to_the_device_asked_for() -> None:
     for source in SOURCES.values():
         data = hk.as_data(source(), device="meta")
         assert {leaf.device.type for batch in data for leaf in tree_leaves(batch)} == {"meta"}
-        assert {weights.device.type for _, weights in data.subset([1], [1.0]).weighted()} == {"meta"}
+        assert {weights.device.type for _, _, weights in data.subset([1], [1.0]).weighted()} == {"meta"}
         back = hk.as_data(data, device="cpu")
         assert {leaf.device.type for batch in back for leaf in tree_leaves(batch)} == {"cpu"}
 
@@ -347,7 +526,7 @@ class Changing:
     """One example fewer (or more) in each pass."""
 
     def __init__(self, step: int) -> None:
-        self.size, self.step = 5, step
+        self.size, self.step = 4, step
 
     def __iter__(self) -> Iterator[Tensor]:
         self.size += self.step
@@ -476,3 +655,197 @@ def test_a_choice_that_is_none_is_refused(
 def test_sequential_batch_samplers_cover_the_dataset_in_order() -> None:
     source = loader(batch_sampler=BatchSampler(SequentialSampler(range(N)), 5, True))
     assert ids(hk.as_data(source)) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10]]
+
+
+# Batches that are read whole.
+
+BOXES = [
+    torch.randn(k, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in range(1, 8)
+]
+
+
+class Pictures(Dataset):
+    """Pictures of different sizes, each with a name."""
+
+    def __len__(self) -> int:
+        return len(BOXES)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        return BOXES[index], f"{index}.png"
+
+
+def as_lists(examples: list[tuple[Tensor, str]]) -> tuple[list[Tensor], list[str]]:
+    pictures, names = zip(*examples, strict=True)
+    return list(pictures), list(names)
+
+
+def in_pairs(**options: object) -> DataLoader:
+    return DataLoader(Pictures(), collate_fn=as_lists, **({"batch_size": 2} | options))
+
+
+def pairs() -> list[tuple[list[Tensor], list[str]]]:
+    return [as_lists([Pictures()[i] for i in range(k, min(k + 2, 7))]) for k in range(0, 7, 2)]
+
+
+class PairsAgain:
+    def __iter__(self) -> Iterator[tuple[list[Tensor], list[str]]]:
+        return iter(pairs())
+
+
+def num_pictures(batch: tuple[list[Tensor], list[str]]) -> int:
+    return len(batch[1])
+
+
+WHOLE: dict[str, Callable[[], object]] = {
+    "loader": in_pairs,
+    "loader with workers": lambda: in_pairs(num_workers=2),
+    "loader shuffled": lambda: in_pairs(shuffle=True),
+    "loader of own sampler": lambda: in_pairs(
+        batch_size=1, batch_sampler=[[0, 1], [2, 3], [4, 5], [6]], shuffle=None
+    ),
+    "list": pairs,
+    "reiterable": PairsAgain,
+}
+of_each = pytest.mark.parametrize("source", WHOLE)
+
+
+@of_each
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_batches_of_any_form_are_read_whole(source: str) -> None:
+    data = hk.as_data(WHOLE[source](), num_examples=num_pictures)
+    assert (data.num_examples, data.num_units, data.smallest_batch, data.longest_batch) == (7, 4, 1, 2)
+    assert data.shares.tolist() == [2 / 7, 2 / 7, 2 / 7, 1 / 7]
+    for _ in range(2):
+        assert [names for _, names in data] == [
+            ["0.png", "1.png"],
+            ["2.png", "3.png"],
+            ["4.png", "5.png"],
+            ["6.png"],
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(flat([x for x, _ in data]), BOXES, strict=True))
+    assert isinstance(next(iter(data))[0], list)
+
+
+@of_each
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_subset_of_whole_batches_counts_batches(source: str) -> None:
+    data = hk.as_data(WHOLE[source](), num_examples=num_pictures)
+    part = data.subset([3, 1, 1])
+    assert [names for _, names in part] == [["2.png", "3.png"]] * 2 + [["6.png"]]
+    assert part.num_examples == 5
+    assert part.shares.tolist() == [0.4, 0.4, 0.2]
+    again = part.subset([2, 0], [0.25, 4.0])
+    assert [(names, float(w)) for (_, names), _, w in again.weighted()] == [
+        (["2.png", "3.png"], 4.0),
+        (["6.png"], 0.25),
+    ]
+    with pytest.raises(ValueError, match=r"indices must be in \[0, 4\), the batches, which are read whole"):
+        data.subset([4])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_restricted_data_estimate_the_mean_without_bias(weighted: bool) -> None:
+    data = hk.as_data(pairs(), num_examples=num_pictures)
+    if weighted:
+        data = data.subset([0, 1, 2, 3], [1.0, 0.5, 2.0, 4.0])
+    every = [data.restrict(torch.tensor(units)) for units in ([0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3])]
+    totals = dict.fromkeys(range(4), 0.0)
+    for part in every:
+        for (_, names), _, weight in part.weighted():
+            totals[int(names[0][0]) // 2] += float(weight) / len(every)
+    assert list(totals.values()) == pytest.approx(data.shares.tolist())
+
+
+def test_what_whole_batches_cannot_be_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"num_examples must be a function of a batch, .* got 3"):
+        hk.as_data(pairs(), num_examples=3)
+    with pytest.raises(ValueError, match="batch_size and num_examples exclude each other"):
+        hk.as_data(pairs(), batch_size=2, num_examples=num_pictures)
+    data = hk.as_data(pairs(), num_examples=num_pictures)
+    with pytest.raises(ValueError, match=r"batch_size=2: batches .* are read whole, and never split"):
+        hk.as_data(data, batch_size=2)
+    with pytest.raises(ValueError, match="num_examples goes with the data as you have them"):
+        hk.as_data(data, num_examples=num_pictures)
+    with pytest.raises(TypeError, match=r"num_examples of a batch must be an int, got 1\.5"):
+        hk.as_data(pairs(), num_examples=lambda _: 1.5)
+    with pytest.raises(ValueError, match="data is empty"):
+        hk.as_data(pairs(), num_examples=lambda _: 0)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: in_pairs(),
+        lambda: [(torch.ones(4, 2), torch.ones(3))],
+        lambda: (torch.ones(4, 2), torch.ones(3)),
+        lambda: [{"x": torch.ones(4), "energy": torch.tensor(1.0)}],
+    ],
+)
+def test_batches_without_a_common_first_dimension_are_told_of_num_examples(
+    source: Callable[[], object],
+) -> None:
+    with pytest.raises(
+        (TypeError, ValueError), match=r"hvpkit.as_data\(data, num_examples=lambda batch: ...\)"
+    ):
+        list(hk.as_data(source()))
+
+
+def test_a_batch_whose_number_of_examples_changes_is_an_error() -> None:
+    sizes = iter([2, 2, 2, 1, 2, 3, 2, 1])
+    data = hk.as_data(pairs(), num_examples=lambda _: next(sizes))
+    with pytest.raises(hk.UnstableDataError, match="data gave 3 examples in batch 1, not the 2 counted"):
+        list(data)
+
+
+def test_whole_batches_are_moved_as_far_as_they_can_be() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(1, 2)])
+    batch = {"boxes": BOXES[:2], "packed": packed, "names": ["a", "b"], "none": None, "user": UserDict(x=X)}
+    (read,) = hk.as_data([batch], num_examples=lambda b: len(b["names"]), device="meta")
+    assert {leaf.device.type for leaf in (*read["boxes"], read["packed"].data, read["user"]["x"])} == {"meta"}
+    assert read["packed"].batch_sizes.device.type == "cpu"
+    assert (read["names"], read["none"]) == (["a", "b"], None)
+    (one,) = hk.as_data((X, X[:3]), num_examples=lambda b: len(b[0]))
+    assert [len(x) for x in one] == [N, 3]
+
+
+# Errors and names.
+
+
+class Broken(Plain):
+    """Example 7 cannot be read."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index == 7:
+            raise OSError("truncated file")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_an_example_that_cannot_be_read_is_named(num_workers: int) -> None:
+    data = hk.as_data(DataLoader(Broken(), batch_size=3, num_workers=num_workers))
+    with pytest.raises(OSError, match="truncated file") as caught:
+        list(data)
+    text = str(caught.value) + "".join(caught.value.__notes__)
+    assert "while reading example 7 of the dataset" in text
+    assert "while reading batch 2 of data (counted from 0)" in text
+    with pytest.raises(OSError, match="truncated file") as caught:
+        list(data.subset([9, 7]))
+    assert "while reading example 7 of the dataset" in str(caught.value) + "".join(caught.value.__notes__)
+
+
+def test_examples_of_different_shapes_are_told_of_a_collate_function() -> None:
+    with pytest.raises(RuntimeError, match="equal size") as caught:
+        list(hk.as_data(Pictures()))
+    assert "pass a DataLoader with one that can, and num_examples=" in "".join(caught.value.__notes__)
+
+
+def test_data_have_a_short_name() -> None:
+    assert repr(hk.as_data((X, Y), batch_size=4)) == "<Data: 11 examples of tensors in batches of 4>"
+    named = hk.as_data(loader(batch_size=4), device="meta").subset([1, 2], [1.0, 2.0])
+    assert repr(named) == "<Data: 2 examples of TensorDataset in batches of 4 on meta, weighted>"
+    assert repr(hk.as_data([(X, Y)])) == "<Data: 11 examples of list>"
+    assert (
+        repr(hk.as_data(in_pairs(), num_examples=num_pictures))
+        == "<Data: 7 examples of Pictures in 4 whole batches>"
+    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hvpkit as hk
-from hvpkit.curvature.products import MODES
+from hvpkit.curvature.batches import MODES
 from oracles import hessian_by_double_backward, relative_error
 from problems import cross_entropy, matrix, network
 
@@ -21,7 +21,7 @@ SOURCES = sorted((TESTS.parent / "src" / "hvpkit").rglob("*.py"))
 COVERED = {
     # Wrong without an error
     "jvp(jacrev) through LayerNorm and BatchNorm, off by 4 to 9 %": (
-        "curvature/test_products.py::test_a_product_with_one_batch_equals_both_oracles",
+        "curvature/test_functional.py::test_a_product_with_one_batch_equals_both_oracles",
         "test_objective.py::test_batch_batchnorm_has_the_hessian_of_the_mean_over_batches",
         "diagnostics/test_check.py::test_jvp_of_jacrev_through_a_normalisation_is_asymmetric",
     ),
@@ -44,7 +44,7 @@ COVERED = {
     "spectral_norm changes buffers": ("test_objective.py::test_spectral_normalisation_keeps_its_vectors",),
     "ragged last batch averaged by batches (hessian-eigenthings, spectral-density)": (
         "test_known_defects.py::test_the_last_of_65_examples_counts_as_one_of_65",
-        "curvature/test_products.py::test_a_product_over_ragged_batches_equals_both_oracles",
+        "curvature/test_functional.py::test_a_product_over_ragged_batches_equals_both_oracles",
     ),
     "power iteration that stops at once where a negative value dominates (CoLA)": (
         "contracts/test_solver_contract.py::test_finds_the_wanted_pairs_of_every_spectrum",
@@ -68,7 +68,7 @@ COVERED = {
     ),
     # Fails loudly
     "attention on the default backend": (
-        "curvature/test_products.py::test_a_product_with_one_batch_equals_both_oracles",
+        "curvature/test_functional.py::test_a_product_with_one_batch_equals_both_oracles",
         "test_purity.py::test_losses_run_where_second_derivatives_exist_in_full_precision",
     ),
     "BatchNorm in train mode with tracked statistics": (
@@ -79,13 +79,13 @@ COVERED = {
     ),
     "DDP-wrapped modules": (
         "test_known_defects.py::test_a_distributed_module_is_taken_out_of_its_wrapper",
-        "test_objective.py::test_wrapped_modules_are_taken_out_of_their_wrappers",
+        "test_objective.py::test_wrapped_modules_are_unwrapped",
     ),
-    "compiled modules": ("test_objective.py::test_compiled_modules_inside_a_module_are_taken_out_too",),
-    "unused parameters": ("curvature/test_products.py::test_unused_parameters_have_zeros",),
+    "compiled modules": ("test_objective.py::test_compiled_submodules_are_unwrapped",),
+    "unused parameters": ("curvature/test_functional.py::test_unused_parameters_have_zeros",),
     "state_dict() as parameters": (
         "test_known_defects.py::test_a_state_dict_with_buffers_or_copies_is_refused",
-        "curvature/test_products.py::test_tied_weights_are_one_parameter",
+        "curvature/test_functional.py::test_tied_weights_are_one_parameter",
     ),
 }
 
@@ -104,7 +104,9 @@ def test_nothing_uses_what_torch_func_gets_wrong(path: Path) -> None:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     used = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
     used |= {f"{n.module}.{name.name}" for n in nodes if isinstance(n, ast.ImportFrom) for name in n.names}
-    assert not [name for name in used if name.endswith(("func.hessian", "linearize", "jacrev", "jacfwd"))]
+    assert not [
+        name for name in used if name.endswith(("func.hessian", "func.linearize", "jacrev", "jacfwd"))
+    ]
 
 
 @pytest.mark.parametrize("mode", ["reverse-over-forward", "forward-over-forward"])

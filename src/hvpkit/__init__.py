@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 from hvpkit.curvature.constructors import empirical_fisher, fisher, ggn, hessian
 from hvpkit.curvature.fisher import fisher_vp
 from hvpkit.curvature.forward_over_forward import quadratic_form
+from hvpkit.curvature.functional import grad, hvp, loss
 from hvpkit.curvature.ggn import ggnvp
-from hvpkit.curvature.products import grad, hvp, loss
-from hvpkit.curvature.sampling_error import sampling_error
+from hvpkit.curvature.importance_sampling import sampling_error
+from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.data import Data, as_data
 from hvpkit.diagnostics.check import Finding, Report, check
 from hvpkit.diagnostics.report_html import report
 from hvpkit.errors import (
     AsymmetryWarning,
+    CapturedParameterWarning,
     CompileWarning,
     NonFiniteError,
     NotSymmetricError,
@@ -33,16 +35,16 @@ from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
-from hvpkit.results.estimate import Estimate
+from hvpkit.results.estimate import Estimate, EstimateProgress
 from hvpkit.solvers.baselines.oja import oja
 from hvpkit.solvers.baselines.power import accelerated_power, power
 from hvpkit.solvers.baselines.scipy_eigs import eigsh, scipy_lobpcg
 from hvpkit.solvers.baselines.stochastic_power import stochastic_power
 from hvpkit.solvers.chebyshev import chebyshev
+from hvpkit.solvers.driver import progress_bar
 from hvpkit.solvers.lanczos import lanczos
 from hvpkit.solvers.lobpcg import lobpcg
 from hvpkit.solvers.multifidelity import multifidelity
-from hvpkit.solvers.progress import progress_bar
 
 if TYPE_CHECKING:
     from hvpkit import plots as plots
@@ -52,12 +54,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsymmetryWarning",
+    "CapturedParameterWarning",
     "CompileWarning",
+    "CurvatureOperator",
     "Data",
     "Density",
     "EigenResult",
     "Eigenpair",
     "Estimate",
+    "EstimateProgress",
     "ExtremeResult",
     "Finding",
     "Interval",

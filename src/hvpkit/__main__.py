@@ -12,7 +12,7 @@ def main() -> None:
     except ImportError as error:
         print(f"hvpkit: {error.name} is missing: pip install 'hvpkit[cli]'", file=sys.stderr)
         raise SystemExit(2) from None
-    app()
+    app(prog_name="hvpkit")
 
 
 if __name__ == "__main__":

@@ -20,4 +20,8 @@ class CompileWarning(UserWarning):
 
 
 class UnstableDataError(RuntimeError):
-    """A later pass over the data gave another number of examples than the first pass."""
+    """Data gave other examples, or another number of them, in a later pass than in the first one."""
+
+
+class CapturedParameterWarning(UserWarning):
+    """A loss depends on parameters that are not in ``params``; they are taken for constants."""

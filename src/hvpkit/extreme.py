@@ -1,4 +1,4 @@
-"""Both extreme eigenvalues: the front door."""
+"""Both extreme eigenvalues: the choice of the solver."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ import os
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_choice
-from hvpkit.objective import Objective
+from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval
 from hvpkit.solvers.common.request import Start
 from hvpkit.solvers.driver import Monitor, full_precision
 from hvpkit.solvers.lanczos import lanczos
-from hvpkit.solvers.multifidelity import multifidelity
+from hvpkit.solvers.multifidelity import solve_levels
 
 METHODS = ("auto", "lanczos", "multifidelity")
 
-SMALLEST_DATA = 10_000
-"""Examples: a tenth of fewer does not contain the extreme eigenvectors well enough to find the extreme eigenvalues."""
+MIN_EXAMPLES = 10_000
+"""Examples from which on samples are used: the extreme eigenvectors of a tenth of fewer are too far from those of all.
+Evidence: docs/multifidelity.md."""
 
-SMALLEST_SIZE = 1000
-"""Parameters: with fewer, Lanczos is soon through."""
+MIN_PARAMETERS = 1000
+"""Parameters from which on samples are used: for fewer, Lanczos completes in few passes. Chosen by feel."""
 
-LARGEST_SAMPLE = 4000
-"""Examples: what a sample is good for depends on their number, what it costs on their share."""
+SAMPLE_RATIO, MIN_SAMPLE, MAX_SAMPLE, MIDDLE_RATIO = 10, 200, 4000, 3
+"""All examples over those of the small sample, its size at least and at most, and size of the middle one over it: the
+accuracy of a sample depends on its number of examples, its cost on their share. Chosen by feel."""
 
-FORWARD_PASS = 1 / 9
-"""Of a product: what scores for a sample cost."""
+SCORE_COST = 1 / 9
+"""Cost of the scores for a sample, a forward pass, in full-data matvecs. By operations: docs/performance.md."""
 
 
 @full_precision
@@ -46,10 +48,10 @@ def extreme_eigenvalues(
     monitor: Monitor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> ExtremeResult:
-    r"""The smallest and the largest eigenvalue, with vectors, residuals and intervals.
+    r"""Compute the smallest and the largest eigenvalue, with vectors, residuals and intervals.
 
     The solve stops when for both ends ``error_bound <= tol * |value|``. By ``"lanczos"`` both come from one Krylov
-    space, the bound is the residual's norm or its square over the gap, and it has to be unlikely (probability 0.3) that
+    space, the bound is the residual norm or its square over the gap, and it has to be unlikely (probability 0.3) that
     an eigenvalue hides further out than ``2 tol * |value|``. By ``"multifidelity"`` most of the work is done on samples
     of the data, usually for a quarter to two thirds of the passes; the bound is an estimate of the error by a sample.
     Each interval's ``kind`` says what it rests on. An end that is zero to rounding has no relative digits: see
@@ -58,27 +60,28 @@ def extreme_eigenvalues(
     Args:
         H: symmetric operator, as from :func:`hvpkit.hessian`.
         tol: relative error of each eigenvalue.
-        method: ``"multifidelity"``, which turns to Lanczos where samples do not help; its intervals rest on residuals
-            alone, without a confidence, and where the next eigenvalue is only a few tol away it may have that one:
-            see :func:`hvpkit.multifidelity`. ``"lanczos"``: all of the work on all of the data. ``"auto"``: the first
-            for the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 10,000
+        method: ``"multifidelity"``, which continues by Lanczos where samples do not help; its intervals rest on
+            residuals alone, without a confidence, and where the next eigenvalue is only a few tol away it may have that
+            one: see :func:`hvpkit.multifidelity`. ``"lanczos"``: all of the work on all of the data. ``"auto"``: the
+            first for the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 10,000
             examples, if neither ``certify`` nor ``checkpoint`` is asked for; else the second.
         confidence: of each interval by Lanczos, over random starts.
-        certify: by Lanczos, and on until each interval is at most ``tol * |value|`` wide; about a third more passes.
-        max_matvecs: full-data products, at most; 1,000 by default.
+        certify: use Lanczos, and continue until each interval is at most ``tol * |value|`` wide; about a third more
+            passes.
+        max_matvecs: full-data matvecs, at most; 1,000 by default.
         time_limit: seconds.
         v0: start ``[n]`` or ``[n, p]``, or an earlier result.
         seed: of random vectors; the same seed gives the same bits.
-        monitor: called with a :class:`hvpkit.Progress` after each look, as :func:`hvpkit.progress_bar` is.
+        monitor: called with a :class:`hvpkit.Progress` after each assessment, as :func:`hvpkit.progress_bar` is.
         checkpoint: a file. The solve is saved there every minute, at a limit and when it is interrupted, and the
-            same call goes on from it; deleted once the solve has converged. See :func:`hvpkit.lanczos`.
+            same call continues from it; deleted on convergence. See :func:`hvpkit.lanczos`.
 
     Returns:
-        The two pairs, and how it went. The interval of an end reaches from the Ritz value, which never lies outside of
-        the spectrum, out to where, of kind ``"random-start"``, with probability ``confidence`` no eigenvalue is: see
-        :mod:`hvpkit.solvers.common.bounds`; of kind ``"residual"``, as far as the residual's norm. Without ``certify``
-        it may be wider than ``tol``. A limit that is reached, or a product that is not finite, is a status, with what
-        was found until then.
+        The two pairs, and how the solve went. The interval of an end reaches inwards to the Ritz value, which never
+        lies outside of the spectrum. Outwards, of kind ``"random-start"``, no eigenvalue lies beyond it with
+        probability ``confidence``: see :mod:`hvpkit.solvers.common.bounds`; of kind ``"residual"``, it reaches as far
+        as the residual norm. Without ``certify`` it may be wider than ``tol``. At a limit, or if a matvec is not
+        finite, the status says so, and the result holds the best pairs so far.
 
     Raises:
         ValueError: an argument out of its range, named; a checkpoint of another solve.
@@ -106,7 +109,7 @@ def extreme_eigenvalues(
             if method == "multifidelity":
                 raise
         else:
-            found = multifidelity(
+            found = solve_levels(
                 levels,
                 v0=v0,
                 tol=tol,
@@ -136,33 +139,35 @@ def extreme_eigenvalues(
 
 
 def worth_sampling(H: LinearOperator) -> bool:
-    """Whether samples of the data are likely to save passes: a large Hessian over many examples that have outputs."""
+    """Return True if samples are likely to save passes: for a large Hessian over many examples that have outputs."""
     return (
-        H.n >= SMALLEST_SIZE
-        and H.origin is not None
-        and H.origin.kind == "hessian"
-        and isinstance(H.origin.loss_fn, Objective)
-        and H.subset is not None
-        and H.origin.data.num_examples >= SMALLEST_DATA
+        isinstance(H, CurvatureOperator)
+        and H.samples_pay
+        and H.n >= MIN_PARAMETERS
+        and H.num_examples >= MIN_EXAMPLES
     )
 
 
 def sample_levels(H: LinearOperator, seed: int) -> tuple[list[LinearOperator], float]:
-    """Two nested samples and the operator itself, for :func:`hvpkit.multifidelity`, and the passes for their scores.
+    """Return two nested samples and the operator, for :func:`hvpkit.multifidelity`, and the cost of their scores.
 
-    The small sample is a tenth of the data, up to 4,000 examples; the other is three times that.
+    The small sample is a tenth of the data, up to 4,000 examples; the other is three times as large.
 
     Raises:
         TypeError, ValueError: ``H`` is not over examples that can be weighted.
     """
-    whole = H.num_examples or 1
-    importance = "residual" if H.origin and isinstance(H.origin.loss_fn, Objective) else "loss"
-    small = min(max(whole // 10, min(whole, 200)), LARGEST_SAMPLE)
-    middle = min(3 * small, whole)
+    if not isinstance(H, CurvatureOperator):
+        raise TypeError(
+            f'method="multifidelity" samples the data, but {H!r} is not over examples; take "lanczos"'
+        )
+    whole = H.num_examples
+    importance = "residual" if H.has_outputs else "loss"
+    small = min(max(whole // SAMPLE_RATIO, min(whole, MIN_SAMPLE)), MAX_SAMPLE)
+    middle = min(MIDDLE_RATIO * small, whole)
     coarse = H.coarsen(middle, importance=importance, seed=seed)
     small_one = coarse.coarsen(small, importance=importance, seed=seed)
-    levels = [small_one, *([coarse] if 2 * middle < whole else []), H]
-    return levels, FORWARD_PASS * (H.cost + coarse.cost)
+    levels: list[LinearOperator] = [small_one, *([coarse] if 2 * middle < whole else []), H]
+    return levels, SCORE_COST * (H.cost + coarse.cost)
 
 
 def _result(H: LinearOperator, found: EigenResult, tol: float) -> ExtremeResult:

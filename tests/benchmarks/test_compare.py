@@ -10,33 +10,23 @@ import pytest
 import torch
 from torch import nn
 
+import _compare_memory as memory
+import _compare_peers as peers
+import _compare_report as report
+import _problems as problems
+import _references as refs
 import compare
-import compare_peers as peers
-import compare_references as refs
-import compare_report as report
-import fidelity_problems as fidelity
 import hvpkit as hk
 from oracles import hessian_by_double_backward, relative_error
 
 NAME = "two layers"
 
 
-def examples():
-    g = torch.Generator().manual_seed(0)
-    return torch.randn(64, 5, generator=g), torch.randint(0, 3, (64,), generator=g)
-
-
-def network():
-    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
-    """The comparison on a problem of 75 parameters, in a folder of its own."""
+def bench(two_layers, monkeypatch, tmp_path):  # noqa: ARG001
+    """Run the comparison on a problem of 75 parameters, in its own folder."""
     monkeypatch.setattr(compare, "picture", lambda _found, _file: None)
     monkeypatch.setattr(compare.gc, "collect", lambda: 0)  # half a second each in a process full of tests
-    monkeypatch.setattr(refs, "RECIPES", {NAME: fidelity.Recipe(examples, network, 3)})
-    monkeypatch.setattr(refs, "FILE", tmp_path / "references.json")
 
     def run(*options, tasks=("extremes",), libraries=("hvpkit", "torch + SciPy"), out="found.json"):
         command = ["--cache", str(tmp_path), "--out", str(tmp_path / out), "--problems", NAME]
@@ -58,7 +48,7 @@ def pictures(bench, monkeypatch):  # noqa: ARG001
 
 @pytest.fixture
 def tiny(bench, tmp_path):  # noqa: ARG001
-    return refs.load(NAME, tmp_path, torch.float64)
+    return problems.load(NAME, tmp_path, torch.float64)
 
 
 @pytest.fixture
@@ -68,7 +58,7 @@ def exact(tiny):
 
 
 def library(monkeypatch, **methods):
-    """A library of another name in the place of a peer's, which does as told."""
+    """Register a library with these methods, and return the names to compare."""
     fake = type("Fake", (peers.Plain,), {"NAME": "fake", "EFFORT": {"extremes": (1, 2)}} | methods)
     monkeypatch.setitem(compare.LIBRARIES, "fake", fake)
     return ("hvpkit", "fake")
@@ -270,24 +260,24 @@ def test_task_that_is_not_offered_is_said(bench):
 def test_memory_holds_at_least_the_activations(tiny, tmp_path, name):
     big = replace(tiny, model=tiny.model.float(), x=tiny.x.float(), batch_size=64)
     many = replace(big, x=big.x.repeat(30_000, 1), y=big.y.repeat(30_000), batch_size=1_920_000)
-    found = compare.child(name, many, tmp_path)
+    found = memory.peak(name, many, tmp_path)
     assert found["megabytes"] > 1_920_000 * 8 * 4 / 1e6
     assert found["error"] < 0.01  # float32 sums of two million
 
 
-def test_memory_is_of_processes_of_their_own_and_judged_too(bench, monkeypatch):
+def test_memory_is_of_processes_of_their_own_and_judged_too(bench, monkeypatch, tmp_path):
     monkeypatch.setitem(compare.LIBRARIES, "away", type("Away", (peers.Plain,), {"MODULE": "no_such_module"}))
     said = {"hvpkit": (0, 1e-7), "torch + SciPy": (0, 0.5), "curvlinops": (1, 0.0)}
     grows = iter([10.0, 30.0])
 
     def run(command, **_options):
-        assert command[1:4] == [compare.__file__, "--child", command[3]]
-        code, off = said[command[3]]
-        megabytes = next(grows) if command[3] == "hvpkit" else 20.0
+        assert command[1:] == [memory.__file__, command[2], NAME, str(tmp_path)]
+        code, off = said[command[2]]
+        megabytes = next(grows) if command[2] == "hvpkit" else 20.0
         text = "noise\n" + json.dumps({"megabytes": megabytes, "error": off})
         return subprocess.CompletedProcess(command, code, text, "Traceback\nMemoryError: none left\n")
 
-    monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(memory.subprocess, "run", run)
     monkeypatch.setattr(peers.CurvLinOps, "missing", classmethod(lambda _: False))
     monkeypatch.setattr(peers.CurvLinOps, "version", classmethod(lambda _: "0"))
     monkeypatch.setattr(compare, "warm_up", lambda _names, _problem: None)
@@ -358,7 +348,7 @@ def test_tasks_are_merged_and_other_machines_are_not(bench, tmp_path):
     whole = json.loads(file.read_text())
     whole["machine"]["threads"] += 1
     file.write_text(json.dumps(whole))
-    with pytest.raises(SystemExit, match="another machine or other versions"):
+    with pytest.raises(SystemExit, match=r"--out: .* was made with another threads; choose another place"):
         bench(tasks=("product",))
     assert json.loads(file.read_text()) == whole
 
@@ -369,9 +359,10 @@ def test_mean_is_geometric_and_of_the_ratios_that_are_there():
 
 
 def test_batches_divide_the_examples(bench, tmp_path, monkeypatch):  # noqa: ARG001
-    x, y = examples()
-    many = fidelity.Recipe(lambda: (x.repeat(19, 1), y.repeat(19)), network, 1)
-    monkeypatch.setitem(refs.RECIPES, "more", many)
-    problem = refs.load("more", tmp_path)
+    recipe = problems.RECIPES[NAME]
+    x, y = recipe.data()
+    many = problems.Recipe(lambda: (x.repeat(19, 1), y.repeat(19)), recipe.model, 1)
+    monkeypatch.setitem(problems.RECIPES, "more", many)
+    problem = problems.load("more", tmp_path)
     assert [len(batch[1]) for batch in problem] == [608, 608]
-    assert len(list(refs.load(NAME, tmp_path))) == 1
+    assert len(list(problems.load(NAME, tmp_path))) == 1

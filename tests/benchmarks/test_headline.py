@@ -38,7 +38,7 @@ def saved(file):
 
 def both_ends(model, x, y):
     """By ARPACK, with products by double backward in float64, all examples at once."""
-    model = headline.with_statistics_of(model, x, 1000).double()
+    model = headline.recompute_batchnorm(model, x, 1000).double()
     weights = [*model.parameters()]
     gradient = torch.autograd.grad(F.cross_entropy(model(x.double()), y), weights, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradient])
@@ -62,7 +62,7 @@ def test_both_ends_are_those_of_the_network_that_is_kept(measured, place, epoch)
     assert ends["smallest"]["value"] == pytest.approx(smallest, rel=1e-2)
     assert ends["largest"]["value"] == pytest.approx(largest, rel=1e-2)
     assert found["check"]["extremes"]["smallest"]["value"] == pytest.approx(smallest, rel=2e-3)
-    outputs = headline.with_statistics_of(model, x, 1000)(x).detach()
+    outputs = headline.recompute_batchnorm(model, x, 1000)(x).detach()
     assert found["loss"] == pytest.approx(float(F.cross_entropy(outputs, y)), rel=1e-4)
     assert found["accuracy"] == float((outputs.argmax(1) == y).double().mean())
 

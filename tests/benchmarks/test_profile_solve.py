@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import profile_solve
-from compare_references import Problem
+from _problems import Problem
 
 
 @pytest.mark.parametrize("method", ["multifidelity", "lanczos"])
@@ -23,6 +23,6 @@ def test_parts_make_up_the_whole(method):
     else:
         assert samples > 0
         assert whole < run["passes"] <= whole + samples + 1
-    shown = profile_solve.table({"two layers": {method: run}}).splitlines()[-1]
+    shown = profile_solve.table({"problems": {"two layers": {method: run}}}).splitlines()[-1]
     assert shown.startswith(f"| two layers, {method} |")
     assert f"({calls['later']})" in shown

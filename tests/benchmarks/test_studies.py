@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import _training as training
 import hvpkit as hk
 import study_batchnorm_residual as residual
 import study_wide_minima as minima
@@ -58,7 +59,7 @@ def saved(model, path):
 
 
 def timeless(tree):
-    """A tree of JSON without what changes from run to run."""
+    """Drop the seconds from a tree of JSON."""
     if isinstance(tree, dict):
         return {key: timeless(value) for key, value in tree.items() if "seconds" not in key}
     return [timeless(value) for value in tree] if isinstance(tree, list) else tree
@@ -90,7 +91,7 @@ def test_what_the_study_says_of_a_network_is_true_of_its_saved_parameters(residu
 def test_what_is_measured_first_is_the_network_before_training(residual_study):
     first = residual_study[0]["runs"]["resnet8-both-0"]["measured"][0]
     model, (x, y) = hk.zoo.cifar_resnet(8, width=1, shortcut="projection", seed=0), digits(0, 60)
-    model = residual.with_statistics_of(model, x, 1000)
+    model = residual.recompute_batchnorm(model, x, 1000)
     assert first["epoch"] == 0
     assert first["loss"] == pytest.approx(float(F.cross_entropy(model(x), y).detach()), rel=1e-5)
 
@@ -149,7 +150,7 @@ def test_interrupted_study_goes_on_to_the_same(module, arguments, fixture, tmp_p
 def test_study_with_other_settings_is_not_mixed_in(residual_study):
     _, out = residual_study
     before = (out / "study.json").read_bytes()
-    with pytest.raises(SystemExit, match=r"--out: .* another lr, batch_size; take another folder"):
+    with pytest.raises(SystemExit, match=r"--out: .* another lr, batch_size; choose another place"):
         finished(residual, [*RESIDUAL, "--lr", "0.01", "--batch-size", "30"], out)
     assert (out / "study.json").read_bytes() == before
 
@@ -200,7 +201,7 @@ def test_verdict_errs_in_five_per_cent_of_cases_to_either_side():
 
 
 def made_up(factors, status="learnt"):
-    """Runs whose end is a factor, by depth and variant, times what the seed gives."""
+    """Make runs that end at a factor, by depth and variant, times a number that depends on the seed."""
     return [
         {
             "depth": depth,
@@ -292,7 +293,7 @@ def test_share_beyond_counts_eigenvalues_further_from_zero():
 def test_statistics_of_all_examples_are_taken_on_a_copy():
     model, (x, _) = hk.zoo.cifar_resnet(8, width=2), digits(0, 40)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = residual.with_statistics_of(model, x, 20)
+    found = residual.recompute_batchnorm(model, x, 20)
     stem = model.stem[0](x)
     halves = torch.stack([half.var((0, 2, 3)) for half in stem.split(20)])
     assert torch.allclose(found.stem[1].running_mean, stem.mean((0, 2, 3)), atol=1e-6)
@@ -304,7 +305,7 @@ def test_statistics_of_all_examples_are_taken_on_a_copy():
 
 def test_augmented_images_are_moved_and_mirrored():
     x = torch.arange(1.0, 1 + 12 * 3 * 64).view(12, 3, 8, 8)
-    found = residual.crop_and_flip(x, torch.Generator().manual_seed(0))
+    found = training.crop_and_flip(x, torch.Generator().manual_seed(0))
     padded = F.pad(x, (1,) * 4)
     moves = [(i, j, turned) for i in range(3) for j in range(3) for turned in (False, True)]
     seen = []
@@ -332,13 +333,13 @@ def test_cifar_is_read_and_made_smaller(monkeypatch, tmp_path):
         residual.SMALL,
         ["--small", "--examples", "15", "--cifar10", "c", "--out", str(tmp_path)],
     )
-    train, test = residual.read_data(folder, settings, device)
+    train, test = residual.read_images(folder, settings, device)
     assert (out, settings["data"]) == (tmp_path, "CIFAR-10")
     assert torch.allclose(train[0], x[:15].view(15, 3, 8, 4, 8, 4).mean((3, 5)))
     assert torch.equal(train[1], torch.arange(15) % 10)
     assert len(test[0]) == 10
     with pytest.raises(SystemExit, match="--examples: there are 20, got 25"):
-        residual.read_data(folder, settings | {"examples": 25}, device)
+        residual.read_images(folder, settings | {"examples": 25}, device)
 
 
 def test_full_size_is_the_papers():

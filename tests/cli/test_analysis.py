@@ -3,8 +3,11 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
+import signal
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,16 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import hvpkit as hk
-from hvpkit.cli import app
+from hvpkit.cli import app, choices
 from hvpkit.cli.options import Problem
+from hvpkit.cli.training_methods import LR
 from hvpkit.train import keskar_sharpness
 from hvpkit.zoo import cifar_resnet, digits, digits_cnn
 
 PROBLEM = """
+import os, signal, sys
 import torch
+import hvpkit as hk
 
 def make():
     print("a target may print")
@@ -61,6 +67,41 @@ def misfit():
     def loss_fn(p, b):
         return b @ p
     return loss_fn, torch.ones(4), torch.ones(3, 2)
+
+def interrupting():
+    name, at, calls = os.environ["TEST_SIGNAL"], int(os.environ["TEST_CALL"]), []
+    d = torch.linspace(-1, 3, 300, dtype=torch.float64)
+
+    def loss_fn(p, b):
+        calls.append(1)
+        if len(calls) == at:
+            signal.raise_signal(getattr(signal, name))
+        return (p**2 * d).sum(-1) / 2 + 0 * b.sum(-1)
+
+    return loss_fn, torch.ones(300, dtype=torch.float64), torch.ones(3, 2)
+
+def exits():
+    sys.exit(0)
+
+def exits_later():
+    def loss_fn(p, b):
+        raise SystemExit
+    return loss_fn, torch.ones(4), torch.ones(3, 2)
+
+def loss_class():
+    return torch.nn.CrossEntropyLoss, torch.ones(4), torch.ones(3, 2)
+
+def criterion_class():
+    objective, params = hk.from_module(torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss)
+    return objective, params, (torch.ones(3, 2), torch.arange(3))
+
+def objective():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, 3, generator=generator), torch.arange(20) % 4
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)).double()
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return *hk.from_module(model, torch.nn.CrossEntropyLoss()), (x.double(), y)
 
 number = 3
 """
@@ -171,32 +212,120 @@ def test_a_product_that_is_not_finite_is_said_in_strict_json_and_exits_with_1(
     assert "loss_fn gave NaN" in call("extremes", f"{file}:undefined", code=1).stderr
 
 
-def test_interruption_leaves_what_was_found(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Let the problem `interrupting` raise a signal in a call of its loss."""
+
+    def arrange(name: str, at: int) -> None:
+        monkeypatch.setenv("TEST_SIGNAL", name)
+        monkeypatch.setenv("TEST_CALL", str(at))
+
+    return arrange
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupted_solve_gives_its_last_assessment(
+    file: Path, tmp_path: Path, signal_at: Callable[[str, int], None], name: str
 ) -> None:
-    real, seen = hk.extreme_eigenvalues, []
-
-    def interrupted(H: Any, *, monitor: Callable[[Any], None], **options: Any) -> Any:
-        def stop(entry: Any) -> None:
-            monitor(entry)
-            seen.append(entry)
-            if len(seen) == 4:
-                raise KeyboardInterrupt
-
-        return real(H, monitor=stop, **options)
-
-    monkeypatch.setattr(hk, "extreme_eigenvalues", interrupted)
-    result = call("extremes", f"{file}:many", "--tol", 1e-9, "--json", "--out", tmp_path, code=130)
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    signal_at(name, 40)
+    args = ["extremes", f"{file}:interrupting", "--memory-limit", 0, "--tol", 1e-9]
+    result = call(*args, "--json", "--out", tmp_path, code=128 + number)
     found = strict(result.stdout)
-    assert "interrupted" in result.stderr
+    assert result.stderr.startswith(f"hvpkit: Wrote {tmp_path / 'extremes.json'}.\n")
+    assert ("hvpkit: interrupted\n" if name == "SIGINT" else f"interrupted by {name}") in result.stderr
     assert (found["status"], found["converged"]) == ("interrupted", False)
-    assert found["largest"]["value"] == seen[-1].largest
-    assert found["smallest"]["error_bound"] == seen[-1].smallest_bound
+    d = torch.linspace(-1, 3, 300, dtype=torch.float64)
+    for end, truth in (("smallest", d[0]), ("largest", d[-1])):
+        assert abs(found[end]["value"] - float(truth)) < 0.2
+        assert found[end]["error_bound"] > 0
+    assert found["history"][-1]["num_matvecs"] == found["num_matvecs"]
     assert strict((tmp_path / "extremes.json").read_text()) == found
-    seen.clear()
-    assert (
-        f"{found['largest']['value']:.6g}" in call("extremes", f"{file}:many", "--tol", 1e-9, code=130).stdout
-    )
+    assert f"{found['largest']['value']:.6g}" in call(*args, code=128 + number).stdout
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "at"),
+    [
+        ("trace", ["--num-matvecs", 100], 8),
+        ("density", ["--num-steps", 30], 20),
+        ("sharpness", ["--epsilon", 1e-2, "--optimizer", "sgd"], 8),
+        ("report", ["--tol", 1e-9, "--method", "lanczos"], 40),
+    ],
+)
+def test_every_measuring_command_gives_a_partial_result(
+    file: Path,
+    tmp_path: Path,
+    signal_at: Callable[[str, int], None],
+    command: str,
+    options: list[object],
+    at: int,
+) -> None:
+    signal_at("SIGTERM", at)
+    matvecs = ["--memory-limit", 0, "--mode", "reverse-over-reverse"] if command != "sharpness" else []
+    args = [command, f"{file}:interrupting", *options, *matvecs, "--out", tmp_path]
+    found = strict(call(*args, "--json", code=143).stdout)
+    partial = found["extremes"] if command == "report" else found
+    assert (partial["status"], partial["converged"]) == ("interrupted", False)
+    assert partial.get("num_matvecs", partial.get("num_passes")) > 1
+    assert strict((tmp_path / f"{command}.json").read_text()) == found
+    assert "interrupted" in call(*args, code=143).stdout
+
+
+def test_a_callers_handler_of_a_signal_is_kept(file: Path, signal_at: Callable[[str, int], None]) -> None:
+    seen: list[int] = []
+
+    def handler(number: int, _frame: object) -> None:
+        seen.append(number)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        signal_at("SIGTERM", 10)
+        call("extremes", f"{file}:interrupting", "--memory-limit", 0)
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
+
+
+def test_an_ignored_signal_stays_ignored(file: Path, signal_at: Callable[[str, int], None]) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        signal_at("SIGHUP", 10)
+        call("extremes", f"{file}:interrupting", "--memory-limit", 0)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
+def test_curvature_is_that_of_the_library(file: Path, curvature: str) -> None:
+    args = ["--curvature", curvature, "--tol", 1e-6, "--json"]
+    found = strict(call("extremes", f"{file}:objective", *args).stdout)
+    H = getattr(hk, curvature)(*made(file, "objective"))
+    eigenvalues = torch.linalg.eigvalsh(H @ torch.eye(H.n, dtype=H.dtype))
+    assert found["largest"]["value"] == pytest.approx(float(eigenvalues[-1]), rel=1e-5)
+    assert found["smallest"]["value"] == pytest.approx(float(eigenvalues[0]), rel=1e-5, abs=1e-12)
+    assert found["problem"]["curvature"] == curvature
+
+
+def test_curvature_of_a_plain_loss_and_its_compilation_are_refused(file: Path) -> None:
+    said = call("extremes", f"{file}:make", "--curvature", "ggn", code=2).stderr
+    assert "objective must be a hvpkit.Objective" in said
+    said = call("extremes", f"{file}:objective", "--curvature", "ggn", "--compile", code=2).stderr
+    assert "--compile: only for --curvature hessian" in said
+
+
+def test_batchnorm_is_that_of_the_library() -> None:
+    args = ["trace", "digits", "--num-examples", 40, "--num-matvecs", 9, "--dtype", "float64", "--json"]
+    x, y = digits()
+    for batchnorm in ("eval", "batch"):
+        found = strict(call(*args, "--batchnorm", batchnorm).stdout)
+        objective, params = hk.from_module(digits_cnn().double(), F.cross_entropy, batchnorm=batchnorm)
+        H = hk.hessian(objective, params, (x[:40].double(), y[:40]))
+        assert found["value"] == pytest.approx(hk.trace(H, num_matvecs=9).value, rel=1e-9)
 
 
 def test_density_is_that_of_the_library(file: Path, tmp_path: Path) -> None:
@@ -215,7 +344,10 @@ def test_density_is_that_of_the_library(file: Path, tmp_path: Path) -> None:
         assert found["status"] == "completed"
         assert strict((tmp_path / "density.json").read_text()) == found
         assert drawn(tmp_path / "density.png")
-    assert "share below zero" in call("density", f"{file}:many", "--num-steps", 5).stdout
+    text = call("density", f"{file}:many", "--num-steps", 5, "--num-probes", 1, "--out", tmp_path).stdout
+    assert "share below zero" in text
+    assert "one probe gives no standard error" in " ".join(text.split())
+    assert f"Wrote {tmp_path / 'density.json'} and {tmp_path / 'density.png'}." in text
 
 
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
@@ -241,7 +373,10 @@ def test_sharpness_is_that_of_the_library(file: Path) -> None:
     loss_fn, params, data = made(file)
     for options, mine in (
         (["--epsilon", 1e-2, "--seed", 1], {"epsilon": 1e-2, "lr": 1e-3, "optimizer": "adam", "seed": 1}),
-        (["--optimizer", "sgd", "--lr", 0.1, "--tol", 0.1], {"optimizer": "sgd", "lr": 0.1, "tol": 0.1}),
+        (
+            ["--optimizer", "sgd", "--lr", 0.1, "--tol", 0.1],
+            {"epsilon": 1e-3, "optimizer": "sgd", "lr": 0.1, "tol": 0.1},
+        ),
     ):
         found = strict(call("sharpness", f"{file}:make", *options, "--batch-size", 30, "--json").stdout)
         truth = keskar_sharpness(loss_fn, params, data, **mine)
@@ -252,6 +387,14 @@ def test_sharpness_is_that_of_the_library(file: Path) -> None:
     ).stdout
     assert "rising" in text
     assert "wrt" in call("sharpness", f"{file}:make", "--wrt", "w", code=2).stderr
+
+
+def test_defaults_on_digits_give_usable_answers() -> None:
+    examples = ["--num-examples", 200, "--json"]
+    found = strict(call("sharpness", "digits", *examples).stdout)
+    assert found["status"] == "converged"
+    found = strict(call("density", "digits", *examples).stdout)
+    assert 0 < found["trace"]["stderr"] < math.inf
 
 
 def test_check_says_whether_derivatives_are_right(file: Path) -> None:
@@ -290,35 +433,79 @@ def test_report_goes_to_the_working_folder(file: Path, monkeypatch: pytest.Monke
         ("{file}:raises", "KeyError: 'lost' ({file}:"),
         ("{file}:misfit", "in loss_fn: return b @ p"),
         ("no_such_package.module:make", "there is no module no_such_package.module"),
+        ("{file}:exits", "ended by SystemExit(0) ({file}:"),
+        ("{file}:exits_later", "ended by SystemExit(None) ({file}:"),
+        ("{file}:loss_class", "returns the class CrossEntropyLoss as its loss"),
+        ("{file}:criterion_class", "got the class CrossEntropyLoss: pass CrossEntropyLoss()"),
     ],
 )
 def test_a_bad_target_is_one_clear_line_and_exit_code_2(file: Path, target: str, said: str) -> None:
     places = {"file": str(file), "folder": str(file.parent)}
     result = call("extremes", target.format(**places), code=2)
     assert said.format(**places) in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert not result.stdout or result.stdout == "a target may print\n"
+    assert result.stderr.removeprefix("a target may print\n").count("\n") == 1
+    assert not result.stdout
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--tol", "-1"], "tol must be"),
-        (["--method", "newton"], "method must be"),
-        (["--dtype", "int8"], "dtype must be float32 or float64"),
+        (["--method", "newton"], "'newton' is not one of 'auto', 'lanczos', 'multifidelity'"),
+        (["--dtype", "int8"], "'int8' is not one of 'float32', 'float64'"),
+        (["--curvature", "kfac"], "'kfac' is not one of 'hessian', 'ggn', 'fisher'"),
+        (["--batchnorm", "batch"], "--batchnorm: only for digits and cifar10"),
         (["--device", "nowhere"], "device: nowhere cannot be used here"),
         (["--wrt", "x*"], "matches no parameter; their names: w, v"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--batch-size", "some"], "batch_size must be a number of examples or 'auto', got 'some'"),
-        (["--mode", "exact"], "mode must be one of 'auto', "),
-        (["--arithmetic", "int8"], "arithmetic must be"),
+        (["--mode", "exact"], "'exact' is not one of 'auto', "),
+        (["--arithmetic", "int8"], "'int8' is not one of 'native', "),
         (["--memory-limit", "-1"], "memory_limit must be"),
         (["--resume", "model.pt"], "--resume: only for digits and cifar10"),
         (["--nonsense"], "nonsense"),
     ],
 )
 def test_bad_options_are_named(file: Path, options: list[str], said: str) -> None:
-    assert said in call("extremes", f"{file}:make", *options, code=2).stderr
+    stderr = call("extremes", f"{file}:make", *options, code=2).stderr
+    assert said in " ".join(stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("choice", "refused"),
+    [
+        (choices.Mode, lambda *problem: hk.hessian(*problem, mode="?")),
+        (choices.Arithmetic, lambda *problem: hk.hessian(*problem, arithmetic="?")),
+        (choices.ExtremesMethod, lambda *problem: hk.extreme_eigenvalues(hk.hessian(*problem), method="?")),
+        (choices.DensityMethod, lambda *problem: hk.spectral_density(hk.hessian(*problem), method="?")),
+        (choices.TraceMethod, lambda *problem: hk.trace(hk.hessian(*problem), method="?")),
+        (choices.AscentOptimizer, lambda *problem: keskar_sharpness(*problem, optimizer="?")),
+        (choices.BatchNorm, lambda *_: hk.from_module(digits_cnn(), F.cross_entropy, batchnorm="?")),
+    ],
+)
+def test_choices_are_those_that_the_library_names(
+    file: Path, choice: type[StrEnum], refused: Callable[..., Any]
+) -> None:
+    with pytest.raises(ValueError, match="must be one of") as error:
+        refused(*made(file))
+    assert set(re.findall(r"'([^'?]+)'", str(error.value))) == set(choice)
+
+
+def test_every_training_method_has_a_learning_rate() -> None:
+    assert tuple(choices.TrainingMethod) == tuple(LR)
+
+
+def test_version_is_that_of_the_package() -> None:
+    assert call("--version").stdout == f"hvpkit {hk.__version__}\n"
+
+
+def test_shells_complete_commands_and_choices() -> None:
+    def completed(words: str) -> str:
+        env = {"_HVPKIT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        return CliRunner().invoke(app, prog_name="hvpkit", env=env).stdout
+
+    assert completed("hvpkit ext").split() == ["extremes"]
+    assert completed("hvpkit extremes --curvature g").split() == ["ggn"]
 
 
 def test_a_syntax_error_in_a_target_is_said(tmp_path: Path) -> None:
@@ -442,4 +629,4 @@ def test_every_command_shows_examples_and_exit_codes() -> None:
         assert "Exit codes" in text
     text = call("--help").stdout
     assert all(name in text for name in commands)
-    assert "130 interrupted" in " ".join(text.split())
+    assert "130 by Ctrl-C" in " ".join(text.split())

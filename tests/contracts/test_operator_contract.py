@@ -61,6 +61,10 @@ def curvature(kind: str, dtype: torch.dtype) -> tuple[hk.LinearOperator, Tensor]
         all_of_them = hk.hessian(objective, params, (x.to(dtype), y)).coarsen(len(x))
         return all_of_them, oracle("conv_layernorm")
     dense = ggn_by_jacobian(forward, output_loss, problem.params, problem.data)
+    if kind == "combination":
+        H, G = (make(objective, params, data) for make in (hk.hessian, hk.ggn))
+        eye = torch.eye(len(dense), dtype=torch.float64)
+        return 2.0 * (H - G / 4).shift(-0.5), 2 * (oracle("conv_layernorm") - dense / 4 - 0.5 * eye)
     return getattr(hk, kind)(objective, params, data), dense
 
 
@@ -98,6 +102,8 @@ OPERATORS: dict[str, Callable[[], tuple[hk.LinearOperator, Tensor]]] = {
     "fisher": lambda: curvature("fisher", F64),
     "empirical fisher": lambda: curvature("empirical_fisher", F64),
     "coarse": lambda: curvature("coarse", F64),
+    "combination": lambda: curvature("combination", F64),
+    "combination float32": lambda: curvature("combination", F32),
     "hessian float32 forward": lambda: hessian("gru", F32, "forward-over-reverse", 6),
 }
 for_each = pytest.mark.parametrize("name", OPERATORS)

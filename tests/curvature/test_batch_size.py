@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import hvpkit as hk
-from hvpkit.curvature import batch_size as batch_sizes
 from hvpkit.curvature.batch_size import best_size
-from hvpkit.curvature.products import Leaves
+from hvpkit.curvature.batches import Leaves
 from problems import network
 
 MODE = "reverse-over-reverse"
@@ -20,15 +20,15 @@ class Machine:
     def __init__(self, seconds: Callable[[int], float], bytes_each: int = 8) -> None:
         self.now, self.seconds, self.bytes_each, self.tried = 0.0, seconds, bytes_each, []
 
-    def term_of(self, size: int) -> Callable[[str], Callable[..., list[Leaves]]]:
+    def batch_of(self, size: int) -> SimpleNamespace:
         self.tried.append(size)
 
-        def products(vectors: Sequence[Leaves], *, again: bool = False) -> list[Leaves]:  # noqa: ARG001
+        def matvecs(vectors: Sequence[Leaves], *, retain_graph: bool = False) -> list[Leaves]:  # noqa: ARG001
             self.now += self.seconds(size)
             torch.zeros(size * self.bytes_each, dtype=torch.uint8)
             return [[2.0 * leaf for leaf in vector] for vector in vectors]
 
-        return lambda _mode: products
+        return SimpleNamespace(linearize=lambda _mode: matvecs)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_the_smallest_of_the_nearly_fastest_sizes_is_taken(
     seconds: Callable[[int], float], largest: int, chosen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(seconds)
-    monkeypatch.setattr(batch_sizes.time, "perf_counter", lambda: machine.now)
-    size = best_size(machine.term_of, [torch.ones(3)], MODE, largest, 1e12)
+    monkeypatch.setattr("time.perf_counter", lambda: machine.now)
+    size = best_size(machine.batch_of, [torch.ones(3)], MODE, largest, 1e12)
     rates = {tried: seconds(tried) / tried for tried in machine.tried}
     assert size == chosen
     assert rates[size] <= 1.1 * min(rates.values())
@@ -54,10 +54,10 @@ def test_the_smallest_of_the_nearly_fastest_sizes_is_taken(
 
 def test_no_size_is_tried_that_would_pass_the_limit_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(lambda _: 1.0, bytes_each=1000)
-    monkeypatch.setattr(batch_sizes.time, "perf_counter", lambda: machine.now)
-    assert best_size(machine.term_of, [torch.ones(3)], MODE, 10**6, 100_000) == 64
+    monkeypatch.setattr("time.perf_counter", lambda: machine.now)
+    assert best_size(machine.batch_of, [torch.ones(3)], MODE, 10**6, 100_000) == 64
     assert machine.tried == [16, 32, 64]
-    assert best_size(machine.term_of, [torch.ones(3)], MODE, 10**6, 10) == 16
+    assert best_size(machine.batch_of, [torch.ones(3)], MODE, 10**6, 10) == 16
 
 
 @pytest.mark.parametrize("form", ["tensors", "dataset", "batches"])

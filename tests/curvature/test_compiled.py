@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import hvpkit as hk
-from hvpkit.curvature import compiled
 from oracles import relative_error
 from problems import network
 
@@ -20,7 +19,7 @@ from problems import network
 def compiler(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     """Counts what is compiled; without making machine code of it, which takes long."""
     counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(compiled.torch, "compile", partial(torch.compile, backend=counter))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     return counter
 
 
@@ -103,7 +102,7 @@ def test_a_compiler_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     def off(function: Callable[..., list[Tensor]], **_: Any) -> Callable[..., list[Tensor]]:
         return lambda *args: [1.001 * leaf for leaf in function(*args)]
 
-    monkeypatch.setattr(compiled.torch, "compile", off)
+    monkeypatch.setattr(torch, "compile", off)
     with pytest.warns(hk.CompileWarning, match="the compiled product is off by 1e-03"):
         H = hk.hessian(problem.objective, problem.params, problem.data, compile=True)
     expected = hk.hessian(problem.objective, problem.params, problem.data) @ vectors(H)

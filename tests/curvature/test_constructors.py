@@ -263,8 +263,8 @@ def test_an_operator_knows_what_it_was_made_of(kind: str) -> None:
     data = hk.as_data(problem.data, batch_size=4).subset([0, 2, 3, 5, 8, 9], weights)
     H = KINDS[kind](problem.objective, problem.params, data, wrt="0.*", mode="reverse-over-reverse")
     origin = H.origin
-    assert origin.kind == kind.removeprefix("sampled ")
-    assert origin.mode == "reverse-over-reverse"
+    assert [(c, term.kind) for c, term in H.terms] == [(1.0, kind.removeprefix("sampled "))]
+    assert H.mode == "reverse-over-reverse"
     assert origin.layout == H.layout
     assert all(
         torch.equal(leaf, problem.params[name])
@@ -277,7 +277,8 @@ def test_an_operator_knows_what_it_was_made_of(kind: str) -> None:
         origin.loss_fn(variables, problem.data), problem.objective(problem.params, problem.data)
     )
     part = H.sample(3, 0)
-    assert (part.origin.kind, part.origin.data.num_examples) == (origin.kind, 3)
+    assert part.terms[0][1].kind == H.terms[0][1].kind
+    assert (part.origin.data.num_examples, part.num_examples) == (3, 3)
     for derived in (2.0 * H, H / 2, -H, H.shift(1.0), H + H, H - H, (2.0 * H).sample(3, 0)):
         assert derived.origin is None
 

@@ -146,7 +146,8 @@ def test_bad_argument_is_named(arguments: dict[str, object], error: type[Excepti
 
 def test_what_cannot_be_coarsened_is_refused() -> None:
     H, problem = operator()
-    for op in (2.0 * H, H.shift(1.0), H + H, hk.aslinearoperator(torch.eye(3))):
+    A = hk.aslinearoperator(torch.eye(H.n, dtype=H.dtype))
+    for op in (A, 2.0 * A, H + A, A - H):
         with pytest.raises(TypeError, match="not over examples"):
             op.coarsen(1)
     raw = hk.hessian(lambda p, b: problem.objective(p, b), problem.params, problem.data)

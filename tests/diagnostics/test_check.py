@@ -18,9 +18,10 @@ from hvpkit.diagnostics.check import CHECKS, Finding, Report, check
 from hvpkit.errors import AsymmetryWarning
 from hvpkit.solvers.common.convergence import warn_asymmetric
 from problems import NETWORKS, cross_entropy, matrix, network
+from variants import variant
 
 MODES = ("forward-over-reverse", "reverse-over-reverse", "finite-difference")
-OWN_CHECKS = {"data order", "differences", "batching"}
+OWN_CHECKS = {"data order", "differences", "batching", "constants"}
 
 
 def failed(report: Report) -> set[str]:
@@ -60,9 +61,8 @@ def mlp(**options: object) -> tuple:
 
 def replaced(H: hk.LinearOperator, product: Callable[[Tensor], Tensor]) -> hk.LinearOperator:
     """An operator that claims to be H, with products of its own."""
-    return dataclasses.replace(
-        H, product=lambda V: torch.stack([product(v) for v in V.unbind(1)], dim=1), sample=None
-    )
+    claimed = dataclasses.replace(H, product=lambda V: torch.stack([product(v) for v in V.unbind(1)], dim=1))
+    return variant(claimed, sample=None)
 
 
 def mean_loss(H: hk.LinearOperator, loss_fn: Callable, batch: tuple) -> Callable[[Tensor], Tensor]:
@@ -168,7 +168,7 @@ def test_dropout_in_training_is_not_repeatable():
         report = check(mutant)
     assert failed(report) == {"repeatable"}
     assert finding(report, "repeatable").suspects == ("1 (Dropout)",)
-    assert [found.verdict for found in report.findings[3:]] == ["not applicable"] * 4
+    assert [found.verdict for found in report.findings[3:]] == ["not applicable"] * 5
     assert finding(report, "symmetric").detail == "repeatable failed"
 
 
@@ -490,13 +490,47 @@ def test_differences_look_at_few_of_many_examples():
     assert finding(report, "batching").detail.startswith("40 examples")
 
 
-def test_sums_and_multiples_of_hessians_have_no_loss_to_check_against():
+def test_combinations_of_curvature_are_checked_as_their_terms_are():
+    given = network("tied_weights", num_examples=40)
+    options = {"batch_size": 7}
+    H, G = (kind(given.objective, given.params, given.data, **options) for kind in (hk.hessian, ggn))
+    for op in (2.0 * H, H.shift(1.0), -H / 3, H - G, 2 * (H.shift(0.1) - G), H - H.shift(1.0)):
+        assert passes(op), check(op)
+
+
+def test_combinations_with_a_wrong_derivative_fail():
+    class Wrong(torch.autograd.Function):
+        """A square whose gradient is right and whose second derivative is off by a tenth."""
+
+        @staticmethod
+        def forward(ctx, z):
+            ctx.save_for_backward(z)
+            return z.square()
+
+        @staticmethod
+        def backward(ctx, g):
+            (z,) = ctx.saved_tensors
+            return g * (2.2 * z - 0.2 * z.detach())
+
+    model, loss_fn, params, data = mlp()
+    wrong = hk.hessian(
+        lambda p, b: Wrong.apply(functional_call(model, p, (b[0],))).mean(1),
+        params,
+        data,
+        mode="reverse-over-reverse",
+    )
+    H = hk.hessian(loss_fn, params, data)
+    assert failed(check(wrong)) == {"differences"}
+    for op in (-2.0 * wrong, wrong.shift(0.1), H + wrong, wrong - H, 2 * (H - wrong.shift(0.5))):
+        assert failed(check(op)) == {"differences"}, check(op)
+
+
+def test_combinations_with_other_operators_have_no_loss_to_check_against():
     _, loss_fn, params, data = mlp()
     H = hk.hessian(loss_fn, params, data)
-    for other in (2.0 * H, H.shift(1.0), H - H.shift(1.0)):
-        report = check(other)
-        assert report.ok
-        assert finding(report, "differences").verdict == "not applicable"
+    report = check(H + hk.aslinearoperator(torch.eye(H.n, dtype=H.dtype)))
+    assert report.ok
+    assert {found.check for found in report.findings if found.verdict == "not applicable"} == OWN_CHECKS
 
 
 # The report.
@@ -549,4 +583,4 @@ def test_solvers_warn_above_rounding_only():
     warn_asymmetric(A, 1e-5, 1.0)
     with pytest.warns(AsymmetryWarning, match=r"differ by 1\.0e-04"):
         warn_asymmetric(A, 1e-3, 10.0)
-    warn_asymmetric(dataclasses.replace(A, precision=1e-4), 1e-3, 10.0)
+    warn_asymmetric(variant(A, precision=1e-4), 1e-3, 10.0)

@@ -8,23 +8,21 @@ from torch.autograd.functional import jacobian
 
 import hvpkit as hk
 from hvpkit.autodiff.pytree import Layout
+from hvpkit.curvature.batches import Problem
 from hvpkit.data import as_data
-from hvpkit.diagnostics.finite_differences import in_float64, product_by_differences
-from hvpkit.operators.base import Origin
+from hvpkit.diagnostics.finite_differences import in_float64, matvec_by_differences
 from oracles import _split, hessian_by_double_backward, relative_error
 from problems import network
 
 
-def origin_of(kind: str, given, *, mean: bool = False, weights: torch.Tensor | None = None) -> Origin:
+def problem_of(given, *, mean: bool = False, weights: torch.Tensor | None = None) -> Problem:
     loss_fn = given.objective
     if mean:
         loss_fn = hk.Objective(loss_fn.forward, lambda z, batch: given.objective.output_loss(z, batch).mean())
     data = as_data(given.data, batch_size=5)
     if weights is not None:
         data = data.subset(torch.arange(13), weights)
-    return Origin(
-        kind, loss_fn, Layout.of(given.params), list(given.params.values()), data, "reverse-over-reverse"
-    )
+    return Problem(loss_fn, Layout.of(given.params), list(given.params.values()), data)
 
 
 def dense(kind: str, given, weights: torch.Tensor) -> torch.Tensor:
@@ -57,11 +55,9 @@ KINDS = [(kind, w) for kind in ("hessian", "ggn", "empirical-fisher") for w in (
 def test_each_kind_is_its_dense_matrix_times_the_vector(name, kind, weighing):
     given = network(name)
     weights = torch.linspace(0.01, 0.3, 13, dtype=torch.float64)
-    origin = origin_of(
-        kind, given, mean=weighing == "mean", weights=weights if weighing == "weights" else None
-    )
-    v = torch.randn(origin.layout.n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found, unsettled = product_by_differences(origin, 100 * v)
+    problem = problem_of(given, mean=weighing == "mean", weights=weights if weighing == "weights" else None)
+    v = torch.randn(problem.layout.n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found, unsettled = matvec_by_differences(kind, problem, 100 * v)
     expected = 100 * dense(kind, given, weights if weighing == "weights" else torch.full((13,), 1 / 13)) @ v
     assert relative_error(found, expected) < 1e-6
     assert unsettled < 1e-5 * expected.norm()
@@ -72,15 +68,13 @@ def test_a_kink_within_the_step_shows_as_unsettled():
     for distance, settled in ((0.5, False), (1.5, False), (2.5, True)):  # in steps, on one side
         data = as_data(torch.tensor([[distance * step]], dtype=torch.float64))
         leaf = torch.zeros(1, dtype=torch.float64)
-        origin = Origin(
-            "hessian",
+        problem = Problem(
             lambda p, x: ((p - x[:, 0]).relu() + p**2).expand(1),
             Layout.of(leaf),
             [leaf],
             data,
-            "reverse-over-reverse",
         )
-        found, unsettled = product_by_differences(origin, torch.ones(1, dtype=torch.float64))
+        found, unsettled = matvec_by_differences("hessian", problem, torch.ones(1, dtype=torch.float64))
         assert (unsettled < 1e-6) == settled
         assert abs(float(found) - 2) <= 4 * unsettled + 1e-6
 

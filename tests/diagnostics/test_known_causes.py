@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hvpkit as hk
-from hvpkit.diagnostics.known_causes import MENDS, find_suspects, held
+from hvpkit.diagnostics.known_causes import REMEDIES, find_suspects, held
 
 MODEL = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
 
@@ -76,7 +76,7 @@ def test_a_loss_that_holds_itself_ends():
 
 def suspects(check: str, *modules: nn.Module) -> list[str]:
     found, mend = find_suspects(check, nn.Sequential(*modules))
-    assert (mend == MENDS[check]) == (not found)
+    assert (mend == REMEDIES[check]) == (not found)
     return list(found)
 
 

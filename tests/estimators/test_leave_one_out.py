@@ -17,7 +17,7 @@ N, K = 30, 6
 A = matrix([-2.0, *torch.linspace(-1, 1, N - 3).tolist(), 3.0, 9.0])
 
 
-def state(method: str, block_size: int = 4) -> sketch.State:
+def state(method: str, block_size: int = 4) -> sketch.SketchState:
     op = hk.aslinearoperator(A)
     options = {"num_matvecs": K * sketch.COSTS[method], "tol": None, "block_size": block_size, "seed": 3}
     plan = make_plan(op, method, sketch.COSTS, probe="sphere", **options)

@@ -265,12 +265,12 @@ def test_run_that_is_resumed_from_its_state_repeats_exactly(method: str) -> None
 
 
 def test_monitor_sees_the_value_with_its_error_and_what_it_cost() -> None:
-    seen: list[hk.Progress] = []
+    seen: list[hk.EstimateProgress] = []
     op = hk.aslinearoperator(matrix(SPECTRA["indefinite"]))
     found = trace(op, num_matvecs=90, block_size=2, monitor=seen.append)
     assert tuple(seen) == found.history
     assert all(a.num_matvecs < b.num_matvecs for a, b in itertools.pairwise(seen))
-    assert (seen[-1].smallest, seen[-1].largest_bound) == (found.value, found.stderr)
+    assert (seen[-1].value, seen[-1].stderr) == (found.value, found.stderr)
     assert seen[-1].num_matvecs == found.num_matvecs
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -10,10 +11,16 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
-from hvpkit.solvers import chebyshev as module
-from hvpkit.solvers.chebyshev import chebyshev
-from hvpkit.solvers.chebyshev_filter import MAX_DEGREE, Plan
+from hvpkit.solvers.chebyshev import (
+    MAX_DEGREE,
+    TERMS_PER_ASSESSMENT,
+    Chebyshev,
+    ChebyshevState,
+    FilterPlan,
+    chebyshev,
+)
 from hvpkit.solvers.common.request import check_arguments
+from hvpkit.solvers.driver import Assessment
 from problems import SPECTRA, matrix, network
 
 EACH_END = pytest.mark.parametrize("which", ["LA", "SA", "BE"])
@@ -41,18 +48,30 @@ def diagonal(values: Tensor, blocks: list[Tensor], good: float = float("inf")) -
     return hk.LinearOperator(product, len(values), values.dtype, values.device)
 
 
+def watch(monkeypatch: pytest.MonkeyPatch, see: Callable[[ChebyshevState], None]) -> None:
+    """Show ``see`` the state after each assessment of a solve."""
+    original = Chebyshev.assess
+
+    def watched(solver: Chebyshev, state: ChebyshevState) -> Assessment[ChebyshevState]:
+        found = original(solver, state)
+        see(found.state)
+        return found
+
+    monkeypatch.setattr(Chebyshev, "assess", watched)
+
+
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
-    """The plans of the filters of a solve, over the operator's norm, before the budget cuts their degrees."""
-    seen: list[Plan] = []
-    original = module.make_plan
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[FilterPlan]:
+    """The plans of the filters of a solve, over the operator's norm."""
+    seen: list[FilterPlan] = []
 
-    def watched(*arguments: object) -> Plan:
-        plan, norm = original(*arguments), arguments[4]
-        seen.append(replace(plan, center=plan.center / norm, half_width=plan.half_width / norm))
-        return plan
+    def see(state: ChebyshevState) -> None:
+        if state.filter is not None and not state.filter.num_terms:
+            plan = state.filter.plan
+            center, half_width = plan.center / state.norm, plan.half_width / state.norm
+            seen.append(replace(plan, center=center, half_width=half_width))
 
-    monkeypatch.setattr(module, "make_plan", watched)
+    watch(monkeypatch, see)
     return seen
 
 
@@ -68,7 +87,7 @@ LARGE: dict[str, Tensor] = {
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("block_size", [None, 6])
 def test_ends_of_large_operators(
-    name: str, which: str, k: int, block_size: int | None, plans: list[Plan]
+    name: str, which: str, k: int, block_size: int | None, plans: list[FilterPlan]
 ) -> None:
     blocks: list[Tensor] = []
     found = chebyshev(diagonal(LARGE[name], blocks), k, which=which, tol=1e-5, block_size=block_size)
@@ -95,7 +114,7 @@ def test_any_k_of_a_small_matrix(n: int, which: str) -> None:
             assert bool(((found.values - true).abs() <= tol * true.abs() + 1e-14).all())
 
 
-def test_each_vector_is_multiplied_as_often_as_its_degree_says(plans: list[Plan]) -> None:
+def test_each_vector_is_multiplied_as_often_as_its_degree_says(plans: list[FilterPlan]) -> None:
     blocks: list[Tensor] = []
     found = chebyshev(diagonal(LARGE["bulk"], blocks), 3, tol=1e-8)
     widths = [block.shape[1] for block in blocks]
@@ -110,7 +129,7 @@ def test_each_vector_is_multiplied_as_often_as_its_degree_says(plans: list[Plan]
 
 
 @EACH_END
-def test_the_last_interval_holds_what_is_not_wanted_and_no_more(which: str, plans: list[Plan]) -> None:
+def test_the_last_interval_holds_what_is_not_wanted_and_no_more(which: str, plans: list[FilterPlan]) -> None:
     truth = LARGE["bulk"].sort().values
     found = chebyshev(diagonal(truth, []), 2, which=which, tol=1e-6, block_size=2)
     assert found.converged
@@ -120,7 +139,7 @@ def test_the_last_interval_holds_what_is_not_wanted_and_no_more(which: str, plan
     assert center + half_width == pytest.approx(float(high), abs=0.02)
 
 
-def test_outliers_at_the_other_end_do_not_widen_the_interval(plans: list[Plan]) -> None:
+def test_outliers_at_the_other_end_do_not_widen_the_interval(plans: list[FilterPlan]) -> None:
     values = torch.tensor([-0.05, -0.045, *bulk(1995, -0.02, 0.3), 50.0, 80.0], dtype=torch.float64)
     found = chebyshev(diagonal(values, []), 2, which="SA", tol=1e-4)
     assert found.values.tolist() == pytest.approx([-0.05, -0.045], rel=1e-4)
@@ -131,16 +150,13 @@ def test_outliers_at_the_other_end_do_not_widen_the_interval(plans: list[Plan]) 
 
 def test_locked_rows_stay_orthogonal_to_what_is_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
     values, seen = LARGE["outliers"], []
-    original = module.step
 
-    def watched(op: hk.LinearOperator, goal: module.Goal, state: module.State) -> module.State:
-        state = original(op, goal, state)
-        if state.filter is not None and state.filter.plan.locked:
+    def see(state: ChebyshevState) -> None:
+        if state.filter is not None and state.filter.num_terms and state.filter.plan.locked:
             overlaps = state.rows[: len(state.filter.plan.locked)] @ state.filter.current.mT
             seen.append(float(overlaps.abs().max()))
-        return state
 
-    monkeypatch.setattr(module, "step", watched)
+    watch(monkeypatch, see)
     assert chebyshev(diagonal(values, []), 3, which="SA", tol=1e-8).converged
     assert len(seen) > 10
     assert max(seen) < 1e-13
@@ -148,19 +164,16 @@ def test_locked_rows_stay_orthogonal_to_what_is_filtered(monkeypatch: pytest.Mon
 
 def test_rows_are_orthonormal_ritz_vectors_with_their_products(monkeypatch: pytest.MonkeyPatch) -> None:
     values, counts = LARGE["bulk"], []
-    original = module._judged
 
-    def watched(*arguments: object) -> tuple[module.State, hk.Status | None]:
-        state, status = original(*arguments)
+    def see(state: ChebyshevState) -> None:
         rows = state.rows[: state.num_rows + state.num_new]
         assert torch.allclose(rows @ rows.mT, torch.eye(len(rows), dtype=rows.dtype), rtol=0, atol=1e-13)
         images = rows[: state.num_rows] * values / state.scale
         assert torch.allclose(state.images[: state.num_rows], images, rtol=0, atol=1e-13)
         assert len(state.rows) == len(state.images) == 32 + 4
         counts.append(state.num_rows)
-        return state, status
 
-    monkeypatch.setattr(module, "_judged", watched)
+    watch(monkeypatch, see)
     assert chebyshev(diagonal(values, []), 3, tol=1e-8).converged
     assert 32 < max(counts) <= 36
     assert len(counts) > 10
@@ -282,7 +295,7 @@ def test_not_finite_product_leaves_the_best_of_those_before(good: int) -> None:
     assert found.status is hk.Status.NON_FINITE
     assert len(found.values) == min(good, 2)
     assert found.num_matvecs == sum(block.shape[1] for block in blocks)
-    assert found.num_matvecs < good + 3 * (module.PACE + 1)  # seen soon, also within a filter
+    assert found.num_matvecs < good + 3 * (TERMS_PER_ASSESSMENT + 1)  # seen soon, also within a filter
     assert float(found.values[-1]) >= max((entry.largest for entry in history), default=-2.0) - 1e-12
     residuals = torch.linalg.vector_norm(
         values[:, None] * found.vectors - found.vectors * found.values, dim=0
@@ -308,15 +321,15 @@ def test_not_finite_product_in_a_filter_names_the_batch() -> None:
 def test_state_continues_to_the_bit(place: int) -> None:
     op = diagonal(LARGE["bulk"], [])
     asked = check_arguments(op, 2, "BE", v0=None, tol=1e-9, max_matvecs=None, time_limit=None, seed=0)
-    goal = module.Goal(**vars(asked), width=2, max_rows=16)
-    state, kept = module.init(op, goal), None
+    solver = Chebyshev(op, asked, width=2, max_rows=16)
+    state, kept = solver.init(), None
     filtering = set()
 
-    def onwards(state: module.State) -> module.State:
-        found = module.assess(op, goal, state)
+    def onwards(state: ChebyshevState) -> ChebyshevState:
+        found = solver.assess(state)
         state = found.state
         for _ in range(found.num_steps):
-            state = module.step(op, goal, state)
+            state = solver.step(state)
         return state
 
     for count in range(35):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
-from hvpkit.solvers.chebyshev_filter import MAX_DEGREE, Filter, Plan, make_plan, next_term
+from hvpkit.solvers.chebyshev import MAX_DEGREE, Filter, FilterPlan, make_plan, next_term
 from hvpkit.solvers.common.request import check_arguments
 from problems import matrix
 
@@ -32,7 +32,7 @@ def filtered(
     half_width: float,
     locked: Tensor = NOTHING,
 ) -> Tensor:
-    plan = Plan([], [*range(len(degrees))], degrees, center, half_width)
+    plan = FilterPlan([], [*range(len(degrees))], degrees, center, half_width)
     state = Filter(vectors.clone(), torch.zeros_like(vectors), plan)
     while state.num_left:
         state = next_term(op, state, ONE.to(vectors), locked)
@@ -95,12 +95,12 @@ NORMS = torch.tensor([1e-6, 0.1, 0.1, 0.1, 0.1, 0.05, 0.1, 0.01, 0.02], dtype=to
 
 def planned(
     which: str, k: int = 2, width: int = 2, room: int = 4, values: Tensor = RITZ, norms: Tensor = NORMS
-) -> Plan:
+) -> FilterPlan:
     asked = check_arguments(OP, k, which, v0=None, tol=1e-3, max_matvecs=None, time_limit=None, seed=0)
     return make_plan(OP, asked, width, room, 50.0, values, norms)
 
 
-def interval(plan: Plan) -> tuple[float, float]:
+def interval(plan: FilterPlan) -> tuple[float, float]:
     return plan.center - plan.half_width, plan.center + plan.half_width
 
 

@@ -106,8 +106,8 @@ def test_what_a_monitor_raises_can_be_gone_on_from(tmp_path: Path) -> None:
 
 
 def test_saves_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module, "SECONDS", 0.0)
-    monkeypatch.setattr(checkpoint_module, "SHARE", 0.0)
+    monkeypatch.setattr(checkpoint_module, "SAVE_INTERVAL", 0.0)
+    monkeypatch.setattr(checkpoint_module, "SAVE_COST_FACTOR", 0.0)
     file, seen = tmp_path / "solve.pt", []
 
     def assess(_: hk.Progress) -> None:

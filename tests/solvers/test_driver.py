@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pytest
+import torch
 
+import hvpkit as hk
 from hvpkit.results.eigen import Progress, Status
-from hvpkit.solvers.driver import Assessment, Limits, Run, run_solver
+from hvpkit.solvers.driver import Assessment, Limits, conclude, iterate, run
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ def advance(state: Counter) -> Counter:
 def looker(until: int | None = None, num_steps: int = 1) -> Callable[[Counter], Assessment[Counter]]:
     def assess(state: Counter) -> Assessment[Counter]:
         over = until is not None and state.num_steps >= until
-        found = -float(state.num_steps), float(state.num_steps), 0.5, 0.25
-        return Assessment(state, *found, Status.CONVERGED if over else None, num_steps)
+        progress = hk.Progress(0.0, 0.0, -float(state.num_steps), float(state.num_steps), 0.5, 0.25)
+        return Assessment(state, progress, num_steps, Status.CONVERGED if over else None)
 
     return assess
 
@@ -40,10 +42,28 @@ def limits(
     return Limits(max_matvecs, time_limit, reserve, minimum)
 
 
-def run(
-    state: Counter, look: Callable[[Counter], Assessment[Counter]], within: Limits, **options: object
-) -> Run[Counter]:
-    return run_solver(state, advance, look, step_cost=state.cost, limits=within, **options)
+@dataclass(frozen=True)
+class Counting:
+    """A solver that takes steps and finds nothing."""
+
+    assess: Callable[[Counter], Assessment[Counter]]
+    limits: Limits
+    start: Counter = Counter()
+    step: Callable[[Counter], Counter] = advance
+    op: hk.LinearOperator = field(default_factory=lambda: hk.aslinearoperator(torch.eye(1)))
+
+    @property
+    def step_cost(self) -> float:
+        return self.start.cost
+
+    def init(self) -> Counter:
+        return self.start
+
+    def finalize(self, state: Counter, status: Status) -> hk.EigenResult:
+        nothing = torch.zeros(0)
+        return hk.EigenResult(
+            nothing, nothing, nothing, nothing, (), state.num_matvecs, 0.0, status, status.advice, ()
+        )
 
 
 class Clock:
@@ -57,27 +77,62 @@ class Clock:
         return advance(state)
 
 
-def test_ends_at_the_first_look_that_says_so() -> None:
-    found = run(Counter(), looker(until=7, num_steps=3), limits())
+def test_run_gives_the_result_with_history_and_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(2.0)
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    found = run(Counting(looker(until=4), limits(), step=clock.step))
+    monkeypatch.undo()
+    assert (found.status, found.num_matvecs, found.seconds) == (Status.CONVERGED, 4.0, 8.0)
+    assert [entry.seconds for entry in found.history] == [2.0, 4.0, 6.0, 8.0]
+    assert found.message == Status.CONVERGED.advice
+
+
+def test_vectors_of_a_non_finite_matvec_are_blamed() -> None:
+    suspect = torch.full((1, 1), 7.0)
+
+    def assess(state: Counter) -> Assessment[Counter]:
+        return Assessment(state, hk.Progress(), 1, Status.NON_FINITE if state.num_steps else None, suspect)
+
+    op = replace(
+        hk.aslinearoperator(torch.eye(1)),
+        product=lambda v: v * torch.nan,
+        explain=lambda v: f"{v.item():g} is at fault",
+    )
+    assert run(Counting(assess, limits(), op=op)).message.endswith("; 7 is at fault")
+
+
+@pytest.mark.parametrize("budget", [5, 100])
+def test_a_handover_comes_before_a_limit_and_needs_a_status(budget: int) -> None:
+    def assess(state: Counter) -> Assessment[Counter]:
+        return Assessment(state, hk.Progress(), 1, handover=state.num_steps == 4)
+
+    solver = Counting(assess, limits(budget))
+    ended = iterate(solver)
+    assert (ended.status, ended.state.num_steps) == (None, 4)
+    assert conclude(solver, ended, Status.TIME_LIMIT).status is Status.TIME_LIMIT
+
+
+def test_ends_at_the_first_assessment_that_says_so() -> None:
+    found = iterate(Counting(looker(until=7, num_steps=3), limits()))
     assert found.status is Status.CONVERGED
     assert found.state.num_steps == 9
     assert [entry.num_matvecs for entry in found.history] == [3, 6, 9]
 
 
-def test_history_holds_what_looks_found_and_nothing_before_the_first_step() -> None:
-    found = run(Counter(cost=0.5), looker(until=2), limits())
+def test_history_holds_what_assessments_found_and_nothing_before_the_first_step() -> None:
+    found = iterate(Counting(looker(until=2), limits(), Counter(cost=0.5)))
     assert [(e.num_matvecs, e.smallest, e.largest) for e in found.history] == [(0.5, -1, 1), (1.0, -2, 2)]
     assert {(e.smallest_bound, e.largest_bound) for e in found.history} == {(0.5, 0.25)}
     seconds = [e.seconds for e in found.history]
     assert 0 <= seconds[0] <= seconds[1]
 
 
-def test_goes_on_from_the_state_that_a_look_returns() -> None:
+def test_goes_on_from_the_state_that_a_assessment_returns() -> None:
     def assess(state: Counter) -> Assessment[Counter]:
         moved = Counter(state.num_steps + 10)  # as a restart may
-        return Assessment(moved, 0, 0, 0, 0, Status.CONVERGED if moved.num_steps > 25 else None, 1)
+        return Assessment(moved, hk.Progress(), 1, Status.CONVERGED if moved.num_steps > 25 else None)
 
-    assert run(Counter(), assess, limits()).state.num_steps == 32
+    assert iterate(Counting(assess, limits())).state.num_steps == 32
 
 
 @pytest.mark.parametrize("cost", [1.0, 0.1, 3.0])
@@ -85,20 +140,20 @@ def test_goes_on_from_the_state_that_a_look_returns() -> None:
 @pytest.mark.parametrize("num_steps", [1, 7])
 def test_budget_is_used_to_its_end_and_never_passed(cost: float, reserve: int, num_steps: int) -> None:
     within = limits(20 * cost, reserve=reserve * cost, minimum=cost)
-    found = run(Counter(cost=cost), looker(num_steps=num_steps), within)
+    found = iterate(Counting(looker(num_steps=num_steps), within, Counter(cost=cost)))
     assert found.status is Status.MAX_MATVECS
     assert found.state.num_steps == 20 - reserve
     assert found.history[-1].num_matvecs == found.state.num_matvecs
 
 
 def test_convergence_at_the_last_step_counts() -> None:
-    found = run(Counter(), looker(until=9, num_steps=5), limits(10))
+    found = iterate(Counting(looker(until=9, num_steps=5), limits(10)))
     assert found.status is Status.CONVERGED
     assert found.state.num_steps == 9
 
 
-def test_a_look_that_finds_nothing_new_makes_no_second_entry() -> None:
-    found = run(Counter(), looker(), limits(5))
+def test_a_assessment_that_finds_nothing_new_makes_no_second_entry() -> None:
+    found = iterate(Counting(looker(), limits(5)))
     passes = [entry.num_matvecs for entry in found.history]
     assert passes == [1, 2, 3, 4]
 
@@ -110,7 +165,7 @@ def test_time_limit_is_kept_by_the_time_that_steps_took_so_far(
     clock = Clock(2.0)
     monkeypatch.setattr("time.perf_counter", lambda: clock.now)
     within = limits(time_limit=time_limit)
-    found = run_solver(Counter(), clock.step, looker(num_steps=3), step_cost=1, limits=within)
+    found = iterate(Counting(looker(num_steps=3), within, step=clock.step))
     monkeypatch.undo()
     assert found.status is Status.TIME_LIMIT
     assert found.state.num_steps == num_steps
@@ -121,7 +176,7 @@ def test_the_minimum_is_done_whatever_the_time_limit(monkeypatch: pytest.MonkeyP
     clock = Clock(100.0)
     monkeypatch.setattr("time.perf_counter", lambda: clock.now)
     within = limits(time_limit=1e-9, minimum=6)
-    found = run_solver(Counter(), clock.step, looker(), step_cost=1, limits=within)
+    found = iterate(Counting(looker(), within, step=clock.step))
     monkeypatch.undo()
     assert found.status is Status.TIME_LIMIT
     assert found.state.num_steps == 6
@@ -130,7 +185,7 @@ def test_the_minimum_is_done_whatever_the_time_limit(monkeypatch: pytest.MonkeyP
 def test_without_a_time_limit_time_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(1e9)
     monkeypatch.setattr("time.perf_counter", lambda: clock.now)
-    found = run_solver(Counter(), clock.step, looker(until=50), step_cost=1, limits=limits())
+    found = iterate(Counting(looker(until=50), limits(), step=clock.step))
     monkeypatch.undo()
     assert found.status is Status.CONVERGED
     assert [entry.seconds for entry in found.history] == [1e9 * i for i in range(1, 51)]
@@ -145,26 +200,20 @@ def test_monitor_gets_the_entries_of_the_history_as_they_come() -> None:
         done += 1
         return advance(state)
 
-    found = run_solver(
-        Counter(),
-        step,
-        looker(until=6, num_steps=2),
-        step_cost=1,
-        limits=limits(),
-        monitor=lambda entry: seen.append((done, entry)),
-    )
+    solver = Counting(looker(until=6, num_steps=2), limits(), step=step)
+    found = iterate(solver, monitor=lambda entry: seen.append((done, entry)))
     assert tuple(entry for _, entry in seen) == found.history
     assert [steps for steps, _ in seen] == [2, 4, 6]
 
 
 def test_what_a_monitor_returns_is_ignored_and_what_it_raises_is_not() -> None:
-    assert run(Counter(), looker(until=3), limits(), monitor=lambda _: False).state.num_steps == 3
+    assert iterate(Counting(looker(until=3), limits()), monitor=lambda _: False).state.num_steps == 3
 
     def stop(entry: Progress) -> None:
         raise InterruptedError(f"at {entry.num_matvecs:g}")
 
     with pytest.raises(InterruptedError, match="at 1"):
-        run(Counter(), looker(), limits(), monitor=stop)
+        run(Counting(looker(), limits()), monitor=stop)
 
 
 @pytest.mark.parametrize(
@@ -183,4 +232,4 @@ def test_limits_out_of_range_are_named(arguments: dict[str, float], message: str
 
 
 def test_least_budget_is_accepted() -> None:
-    assert run(Counter(), looker(), limits(5, reserve=2, minimum=3)).state.num_steps == 3
+    assert iterate(Counting(looker(), limits(5, reserve=2, minimum=3))).state.num_steps == 3

@@ -12,29 +12,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hvpkit as hk
 from hvpkit._utils.memory import Allocations
+from hvpkit.operators.space import Space
+from hvpkit.solvers.common.request import check_arguments
 from hvpkit.solvers.driver import Assessment
-from hvpkit.solvers.krylov import State, start, step
-from hvpkit.solvers.lanczos import Goal, assess
+from hvpkit.solvers.krylov import start, step
+from hvpkit.solvers.lanczos import Lanczos, LanczosState
 from problems import SPECTRA, matrix
 
-GOAL = Goal(
-    k=1, which="LA", tol=1e-10, block_size=1, seed=0, check_copies=True, confidence=0.99, certify=False
-)
 
-
-def begin(op: hk.LinearOperator, goal: Goal, ncv: int) -> State:
-    return start(op, ncv + goal.block_size, goal.block_size, goal.seed)
-
-
-def looks(A: Tensor, goal: Goal, ncv: int, count: int) -> Iterator[State]:
-    """States after each of ``count`` looks, with one step in between."""
+def solver_of(
+    A: Tensor, ncv: int, block_size: int, k: int, *, which: str = "LA", tol: float = 1e-10
+) -> Lanczos:
     op = hk.aslinearoperator(A)
-    found: Assessment[State] = assess(op, goal, begin(op, goal, ncv))
+    asked = check_arguments(op, k, which, v0=None, tol=tol, max_matvecs=None, time_limit=None, seed=0)
+    return Lanczos(op, asked, ncv, block_size, check_copies=True)
+
+
+def assessed(solver: Lanczos, count: int) -> Iterator[LanczosState]:
+    """States after each of ``count`` assessments, with one step in between."""
+    found = solver.assess(solver.init())
     for _ in range(count):
         if found.status is not None:
             return
         yield found.state
-        found = assess(op, goal, step(op, found.state, goal.block_size))
+        found = solver.assess(solver.step(found.state))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -42,17 +43,17 @@ def looks(A: Tensor, goal: Goal, ncv: int, count: int) -> Iterator[State]:
 @pytest.mark.parametrize(
     ("ncv", "block_size", "k"), [(100, 1, 1), (12, 1, 2), (7, 1, 2), (14, 2, 3), (15, 3, 2), (11, 3, 3)]
 )
-def test_krylov_relation_holds_at_every_look_and_through_restarts(
+def test_krylov_relation_holds_at_every_assessment_and_after_restarts(
     dtype: torch.dtype, spectrum: str, ncv: int, block_size: int, k: int
 ) -> None:
     A = matrix(SPECTRA[spectrum], dtype=dtype)
-    goal = replace(GOAL, k=k, which="BE", block_size=block_size, tol=torch.finfo(dtype).eps)
+    solver = solver_of(A, ncv, block_size, k, which="BE", tol=torch.finfo(dtype).eps)
     dense, eps = A.double(), torch.finfo(dtype).eps
     norm = float(torch.linalg.matrix_norm(dense, 2))
-    num_looks = 0
-    for state in looks(A, goal, ncv, count=60):
-        m, rows, num_looks = state.num_multiplied, state.num_rows, num_looks + 1
-        slack = (20 + 2 * num_looks) * eps  # each restart turns the basis, which adds rounding
+    count = 0
+    for state in assessed(solver, count=60):
+        m, rows, count = state.num_multiplied, state.num_rows, count + 1
+        slack = (20 + 2 * count) * eps  # each restart rotates the basis, which adds rounding
         V = state.basis[:rows].double()
         T = state.projected[:rows, :m].double() * float(state.scale)
         assert rows <= len(state.basis) == min(ncv + block_size, len(A))
@@ -61,7 +62,7 @@ def test_krylov_relation_holds_at_every_look_and_through_restarts(
         if m:
             assert float((dense @ V[:m].mT - V.mT @ T).abs().max()) <= slack * norm
             assert float((T[:m] - T[:m].mT).abs().max()) <= slack * norm
-    assert num_looks >= (1 if spectrum == "identity" else 4)
+    assert count >= (1 if spectrum == "identity" else 4)
 
 
 def test_more_start_columns_than_the_block_has_are_all_used() -> None:
@@ -74,27 +75,27 @@ def test_more_start_columns_than_the_block_has_are_all_used() -> None:
     assert bool((shares > 0.5).all())
 
 
-def parts(state: State) -> Iterator[Any]:
+def parts(state: LanczosState) -> Iterator[Any]:
     """What a state consists of; unused rows of the basis are whatever was there."""
     for name, part in vars(replace(state, basis=state.basis[: state.num_rows])).items():
-        yield from vars(part).values() if name == "filter" else [part]
+        yield from vars(part).values() if name == "polynomial" else [part]
 
 
 @pytest.mark.parametrize("block_size", [1, 2])
 def test_resumed_from_a_copied_state_gives_the_same_bits(block_size: int) -> None:
     A = matrix(SPECTRA["multiple"])
-    op, goal = hk.aslinearoperator(A), replace(GOAL, k=3, block_size=block_size, tol=1e-8)
+    solver = solver_of(A, 13, block_size, 3, tol=1e-8)
 
-    def run(state: State, num_looks: int) -> Assessment[State]:
-        found = assess(op, goal, state)
-        for _ in range(num_looks):
+    def run(state: LanczosState, count: int) -> Assessment[LanczosState]:
+        found = solver.assess(state)
+        for _ in range(count):
             if found.status is not None:
                 break
-            found = assess(op, goal, step(op, found.state, block_size))
+            found = solver.assess(solver.step(found.state))
         return found
 
     for pause in (1, 7, 15, 30):
-        halfway = run(begin(op, goal, 13), pause)
+        halfway = run(solver.init(), pause)
         assert halfway.status is None
         resumed, straight = run(copy.deepcopy(halfway.state), 200), run(halfway.state, 200)
         assert straight.status is hk.Status.CONVERGED
@@ -132,13 +133,13 @@ def test_the_guard_against_host_synchronisation_sees_it(wait: str) -> None:
 @pytest.mark.parametrize("spectrum", ["indefinite", "multiple", "identity", "zero"])
 def test_steps_do_not_wait_for_the_device(block_size: int, spectrum: str) -> None:
     A = matrix(SPECTRA[spectrum])
-    op, goal = hk.aslinearoperator(A), replace(GOAL, k=2, block_size=block_size)
-    state = assess(op, goal, begin(op, goal, 20)).state
+    solver = solver_of(A, 20, block_size, 2)
+    state = solver.assess(solver.init()).state
     for _ in range(2):
         with NoHostSynchronisation():
             for _ in range(3):
-                state = step(op, state, block_size)
-        state = assess(op, goal, state).state
+                state = solver.step(state)
+        state = solver.assess(state).state
     assert state.num_products >= 3 * block_size
 
 
@@ -154,7 +155,7 @@ def test_steps_work_where_no_number_can_be_read(block_size: int) -> None:
 
 def test_a_step_reads_its_basis_once_for_each_row_and_twice_for_the_last_two() -> None:
     num_dots = []
-    space = hk.space.Space(lambda partial: num_dots.append(partial.numel()) or partial)
+    space = Space(lambda partial: num_dots.append(partial.numel()) or partial)
     op = replace(hk.aslinearoperator(matrix(SPECTRA["indefinite"])), space=space)
     state = start(op, 20, 1, seed=0)
     for row in range(1, 12):

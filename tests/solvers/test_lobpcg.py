@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
-from hvpkit.solvers import lobpcg as module
-from hvpkit.solvers.common.convergence import Checked
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
 from hvpkit.solvers.common.request import check_arguments
 from hvpkit.solvers.driver import Assessment
-from hvpkit.solvers.lobpcg import Goal, State, lobpcg
+from hvpkit.solvers.lobpcg import Lobpcg, LobpcgState, lobpcg
 from problems import SPECTRA, matrix, network
 
 EPS = torch.finfo(torch.float64).eps
@@ -44,15 +43,16 @@ def recorded(A: Tensor, blocks: list[Tensor], good: float = float("inf")) -> hk.
     return replace(hk.aslinearoperator(A), product=product)
 
 
-def watch_looks(monkeypatch: pytest.MonkeyPatch, see: Callable[[State], None]) -> None:
-    original = module.look
+def watch(monkeypatch: pytest.MonkeyPatch, see: Callable[[LobpcgState], None]) -> None:
+    """Show ``see`` the state after each assessment of a solve."""
+    original = Lobpcg.assess
 
-    def watched(op: hk.LinearOperator, goal: Goal, state: State) -> Assessment[State]:
-        found = original(op, goal, state)
+    def watched(solver: Lobpcg, state: LobpcgState) -> Assessment[LobpcgState]:
+        found = original(solver, state)
         see(found.state)
         return found
 
-    monkeypatch.setattr(module, "look", watched)
+    monkeypatch.setattr(Lobpcg, "assess", watched)
 
 
 @EACH_END
@@ -75,7 +75,7 @@ def test_the_three_blocks_are_orthonormal_and_their_products_are_theirs(
     A = matrix([*bulk(297, -1, 1), 1.02, 1.04, 1.05])
     seen: list[tuple[int, int, int]] = []
 
-    def check(state: State) -> None:
+    def check(state: LobpcgState) -> None:
         old, used = state.num_rows, state.num_rows + state.num_new
         rows = state.rows[:used]
         assert torch.allclose(rows @ rows.mT, torch.eye(used, dtype=A.dtype), rtol=0, atol=1e-13)
@@ -83,7 +83,7 @@ def test_the_three_blocks_are_orthonormal_and_their_products_are_theirs(
         assert torch.allclose(state.images[:old], images, rtol=0, atol=1e-13)
         seen.append((state.num_block, old - state.num_block, state.num_new))
 
-    watch_looks(monkeypatch, check)
+    watch(monkeypatch, check)
     found = lobpcg(hk.aslinearoperator(A), 3, tol=1e-9)
     assert found.converged
     assert len(seen) > 20
@@ -125,18 +125,18 @@ def test_values_never_get_worse_and_the_history_shows_it() -> None:
 def test_the_best_block_is_kept_and_not_the_last(which: str) -> None:
     op = hk.aslinearoperator(torch.eye(9, dtype=torch.float64))
     asked = check_arguments(op, 2, which, v0=None, tol=1e-3, max_matvecs=None, time_limit=None, seed=0)
-    goal = Goal(**vars(asked), width=2, preconditioner=None)
+    solver = Lobpcg(op, asked, width=2)
     inner = torch.tensor([-1.0, 1.0], dtype=torch.float64)
     outward = torch.tensor({"LA": [1, 1], "SA": [-1, -1], "BE": [-1, 1]}[which], dtype=torch.float64)
 
-    def block(shift: float, residual: float) -> Checked:
+    def block(shift: float, residual: float) -> RitzPairs:
         vectors = torch.full((9, 2), shift, dtype=torch.float64)
-        return Checked(inner + shift * outward, vectors, torch.full((2,), residual))
+        return RitzPairs(inner + shift * outward, vectors, torch.full((2,), residual))
 
-    def kept(first: Checked, second: Checked) -> Tensor:
-        state = replace(module.init(op, goal), norm=1.0)
+    def kept(first: RitzPairs, second: RitzPairs) -> Tensor:
+        state = replace(solver.init(), norm=1.0)
         for pairs in (first, second):
-            state = module._keep_best(op, goal, state, pairs)
+            state = solver._keep_best(state, pairs)
         return state.best.vectors[0, 0]
 
     assert kept(block(0.0, 1e-6), block(0.1, 1.0)) == 0.1  # further out, whatever the residual
@@ -286,15 +286,15 @@ def test_every_budget_is_kept_and_used_to_the_last_block(budget: int, which: str
 def test_state_continues_to_the_bit(place: int) -> None:
     op = hk.aslinearoperator(matrix(SPECTRA["clustered"]))
     asked = check_arguments(op, 2, "BE", v0=None, tol=1e-9, max_matvecs=None, time_limit=None, seed=0)
-    goal = Goal(**vars(asked), width=4, preconditioner=None)
-    state, kept = module.init(op, goal), None
+    solver = Lobpcg(op, asked, width=4)
+    state, kept = solver.init(), None
     for count in range(25):
-        state = module.step(op, goal, module.assess(op, goal, state).state)
+        state = solver.step(solver.assess(state).state)
         if count == place:
             kept = deepcopy(state)
     assert kept is not None
     for _ in range(24 - place):
-        kept = module.step(op, goal, module.assess(op, goal, kept).state)
+        kept = solver.step(solver.assess(kept).state)
     assert torch.equal(kept.rows[: kept.num_rows], state.rows[: state.num_rows])
     assert torch.equal(kept.best.values, state.best.values)
 

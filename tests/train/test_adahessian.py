@@ -7,6 +7,7 @@ import math
 import pickle
 import warnings
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -67,7 +68,8 @@ def start_params() -> list[Tensor]:
     return [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in SHAPES]
 
 
-def averaged(flat: np.ndarray, block_size: int, kernels: bool) -> np.ndarray:
+def averaged(flat: np.ndarray, block_size: int, kernels: bool, absolute: bool) -> np.ndarray:
+    flat = np.abs(flat) if absolute else flat
     first, second, third = np.split(flat, np.cumsum(SIZES)[:-1])
     rows = first.reshape(2, 5).copy()
     for row in rows:
@@ -91,7 +93,7 @@ def by_hand(
         if (t - 1) % o["update_every"] == 0:
             z = [next(signs) for _ in range(o["num_probes"])]
             estimate = sum(v * (problem.hessian(theta) @ v) for v in z) / len(z)
-            squares.append(averaged(estimate, o["block_size"], o["average_kernels"]) ** 2)
+            squares.append(averaged(estimate, o["block_size"], o["average_kernels"], o["absolute"]) ** 2)
         weights = [beta1 ** (t - i) for i in range(1, t + 1)]
         m = (1 - beta1) * sum(w * g for w, g in zip(weights, gradients, strict=True)) / (1 - beta1**t)
         n = len(squares)
@@ -110,6 +112,7 @@ PLAIN = {
     "hessian_power": 1.0,
     "average_kernels": False,
     "block_size": 1,
+    "absolute": True,
     "update_every": 1,
     "num_probes": 1,
     "maximize": False,
@@ -120,7 +123,9 @@ OPTIONS = {
     "hessian_power": {"hessian_power": 0.5},
     "gradient_descent": {"hessian_power": 0.0},
     "kernels": {"average_kernels": True},
+    "signed_kernels": {"average_kernels": True, "absolute": False},
     "blocks": {"block_size": 2},
+    "signed_blocks": {"block_size": 2, "absolute": False},
     "wide_blocks": {"block_size": 9},
     "delayed": {"update_every": 3},
     "probes": {"num_probes": 3},
@@ -140,21 +145,29 @@ OPTIONS = {
 }
 
 
+def record_probes(params: list[Tensor], probes: list[Tensor]) -> None:
+    """Record the vectors that a step multiplies the Hessian by: the gradients of its second backward pass."""
+    for p in params:
+        if p.grad is not None and p.grad.requires_grad:
+            p.grad.register_hook(lambda z: probes.append(z.clone()))
+
+
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_steps_are_those_of_the_paper(name: str, foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_those_of_the_paper(name: str, foreach: bool) -> None:
     options, problem, num_steps = PLAIN | OPTIONS[name], Cubic(), 7
-    drawn: list[np.ndarray] = []
-    draw = adahessian._signs
-    monkeypatch.setattr(adahessian, "_signs", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    signs: list[np.ndarray] = []
     params = start_params()
     theta = torch.cat([p.detach().flatten() for p in params]).numpy()
     optimizer = AdaHessian(params, foreach=foreach, **options)
     for _ in range(num_steps):
         optimizer.zero_grad()
         problem(params).backward(create_graph=optimizer.needs_graph)
+        drawn: list[list[Tensor]] = [[] for _ in params]
+        for p, probes in zip(params, drawn, strict=True):
+            record_probes([p], probes)
         optimizer.step()
-    signs = [np.concatenate([z.numpy().ravel() for z in drawn[i : i + 3]]) for i in range(0, len(drawn), 3)]
+        signs += [np.concatenate([z.numpy().ravel() for z in parts]) for parts in zip(*drawn, strict=True)]
     assert all(set(np.abs(z)) == {1.0} for z in signs)
     assert len(signs) == math.ceil(num_steps / options["update_every"]) * options["num_probes"]
     expected = by_hand(problem, theta, signs, num_steps, options)
@@ -176,13 +189,13 @@ def test_step_on_a_diagonal_quadratic_is_newtons() -> None:
 def test_estimate_on_a_dense_quadratic_is_the_diagonal_in_expectation() -> None:
     A, num = matrix(np.linspace(-1, 3, 10).tolist()), 4000
     p = torch.zeros(10, dtype=torch.float64, requires_grad=True)
-    slope = A @ p
+    gradient = A @ p
     samples = []
     for seed in range(2):  # of many probes each, so that the mean over probes is looked at too
-        p.grad = slope
+        p.grad = gradient
         streams, group = {p: 1 << 32}, {"seed": seed, "num_probes": num}
         samples.append(adahessian._hutchinson({p: group}, streams)[p])
-        slope = A @ p
+        gradient = A @ p
     off = A - A.diag().diag()
     stderr = (off.square().sum(1) / num).sqrt()
     for sample in samples:
@@ -208,16 +221,65 @@ def test_estimate_is_that_of_the_loss_over_several_tensors() -> None:
     assert scores.abs().mean() > 0.3
 
 
-def test_probes_of_each_step_and_tensor_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def published_steps(
+    loss: Callable[[list[Tensor]], Tensor], params: list[Tensor], signs: list[list[Tensor]], lr: float
+) -> list[Tensor]:
+    """The steps of github.com/amirgholami/adahessian, image_classification/optim_adahessian.py, at its defaults."""
+    m, v = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
+    for t, z in enumerate(signs, 1):
+        grads = torch.autograd.grad(loss(params), params, create_graph=True)
+        images = torch.autograd.grad(grads, params, z)
+        sizes = [
+            image.abs().mean(dim=[2, 3], keepdim=True) if image.ndim == 4 else image.abs() for image in images
+        ]
+        moved = []
+        for p, g, size, mean, square in zip(params, grads, sizes, m, v, strict=True):
+            mean.mul_(0.9).add_(g.detach(), alpha=0.1)
+            square.mul_(0.999).addcmul_(size.expand_as(p), size.expand_as(p), value=0.001)
+            denominator = square.sqrt() / math.sqrt(1 - 0.999**t) + 1e-4
+            moved.append((p - lr * mean / (1 - 0.9**t) / denominator).detach().requires_grad_())
+        params = moved
+    return params
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_default_is_the_published_code(absolute: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(20, 1, 6, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 3, (20,), generator=generator)
+    params = [
+        torch.randn(s, generator=generator, dtype=torch.float64) / 2 for s in ((4, 1, 3, 3), (3, 64), (3,))
+    ]
+
+    def loss(params: list[Tensor]) -> Tensor:
+        features = torch.tanh(F.conv2d(x, params[0])).flatten(1)
+        return F.cross_entropy(features @ params[1].mT + params[2], y)
+
+    ours = [p.clone().requires_grad_() for p in params]
+    optimizer, signs = AdaHessian(ours, absolute=absolute), []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss(ours).backward(create_graph=True)
+        drawn: list[list[Tensor]] = [[] for _ in ours]
+        for p, probes in zip(ours, drawn, strict=True):
+            record_probes([p], probes)
+        optimizer.step()
+        signs.append([probe for (probe,) in drawn])
+    expected = published_steps(loss, [p.clone().requires_grad_() for p in params], signs, lr=0.15)
+    off = torch.cat([(a - b).detach().flatten() for a, b in zip(ours, expected, strict=True)]).norm()
+    size = torch.cat([p.detach().flatten() for p in expected]).norm()
+    assert (off < 1e-10 * size) if absolute else (off > 0.1 * size)
+
+
+def test_probes_of_each_step_and_tensor_are_others() -> None:
     drawn: list[Tensor] = []
-    draw = adahessian._signs
-    monkeypatch.setattr(adahessian, "_signs", lambda *a: drawn.append(draw(*a)) or drawn[-1])
     for seed in (0, 1):
         params = [torch.ones(64, requires_grad=True) for _ in range(2)]
         optimizer = AdaHessian(params, seed=seed, num_probes=2)
         for _ in range(3):
             optimizer.zero_grad()
             sum((p**2).sum() for p in params).backward(create_graph=True)
+            record_probes(params, drawn)
             optimizer.step()
     assert len(drawn) == 24
     products = torch.stack(drawn) @ torch.stack(drawn).T - 64 * torch.eye(24)
@@ -438,10 +500,10 @@ def test_a_step_lets_go_of_the_graph() -> None:
 def test_a_step_frees_what_the_graph_saved() -> None:
     w = torch.ones(3, requires_grad=True)
     (w**3).sum().backward(create_graph=True)
-    slope = w.grad
+    gradient = w.grad
     AdaHessian([w], num_probes=2).step()
     with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(slope.sum(), w)
+        torch.autograd.grad(gradient.sum(), w)
 
 
 def test_only_due_steps_want_a_graph() -> None:
@@ -529,6 +591,27 @@ def test_gradients_without_a_graph_are_named_and_nothing_moves() -> None:
         optimizer.step()
     assert w.tolist() == [1.0, 1.0]
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("num_probes", [1, 2])
+def test_attention_without_a_second_derivative_is_refused_with_the_remedy(num_probes: int) -> None:
+    model, tokens = hk.zoo.tiny_gpt(width=8, num_layers=1, num_heads=2), torch.arange(12).view(2, 6)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = AdaHessian(model.parameters(), num_probes=num_probes)
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(tokens).mT, tokens).backward(create_graph=True)
+
+    backward()
+    with pytest.raises(RuntimeError, match=r"sdpa_kernel\(SDPBackend.MATH\)"):
+        optimizer.step()
+    assert same_bits(before, list(model.parameters()))
+    assert not optimizer.state
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        backward()
+    optimizer.step()
+    assert not same_bits(before, list(model.parameters()))
 
 
 def test_sparse_gradients_are_refused() -> None:

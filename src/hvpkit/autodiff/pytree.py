@@ -26,7 +26,7 @@ def flatten(tree: Tree, *, name: str = "tree") -> tuple[list[Tensor], _pytree.Tr
     Raises:
         TypeError: a leaf is not a tensor.
     """
-    leaves, spec = _pytree.tree_flatten(_plain(tree))
+    leaves, spec = _pytree.tree_flatten(plain(tree))
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise TypeError(
@@ -36,9 +36,9 @@ def flatten(tree: Tree, *, name: str = "tree") -> tuple[list[Tensor], _pytree.Tr
     return leaves, spec
 
 
-def _plain(tree: Tree) -> Tree:
+def plain(tree: Tree) -> Tree:
     """Convert mappings that torch takes for leaves (such as a tokenizer's UserDict) to dicts."""
-    return _pytree.tree_map(lambda leaf: _plain(dict(leaf)) if isinstance(leaf, Mapping) else leaf, tree)
+    return _pytree.tree_map(lambda leaf: plain(dict(leaf)) if isinstance(leaf, Mapping) else leaf, tree)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def leaf_names(tree: Tree) -> list[str]:
         >>> leaf_names({"conv.weight": torch.ones(2), "head": [torch.ones(1), torch.ones(1)]})
         ['conv.weight', 'head.0', 'head.1']
     """
-    paths, _ = _pytree.tree_flatten_with_path(_plain(tree))
+    paths, _ = _pytree.tree_flatten_with_path(plain(tree))
     return [".".join(_key_name(key) for key in path) for path, _ in paths]
 
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import signal
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import typer
 
 import hvpkit
+from hvpkit.cli.interruption import signal_of, terminating_signals_raised
 from hvpkit.cli.output import DivertedStdout, print_message
 from hvpkit.errors import NonFiniteError
 
 EXIT_CODES = (
     "Exit codes: 0 converged or done; 1 not converged (a limit, NaN or infinity, a failed check); 2 wrong usage or a "
-    "target that cannot be used; 130 interrupted."
+    "target that cannot be used; 128 + the number of the signal if interrupted, as 130 by Ctrl-C."
 )
 INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError, SyntaxError, RuntimeError, ArithmeticError)
 """Errors that bad input causes. Any other that was not raised in the user's code is a defect: it shows a traceback."""
@@ -28,12 +30,25 @@ INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError, SyntaxError, Runtim
 LIBRARY_FOLDERS = tuple(Path(module.__file__ or "").parent for module in (torch, hvpkit, typer))
 """Where the code is that is not the user's, beside site-packages and the standard library."""
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Both extreme eigenvalues of a network's full-data Hessian, with error intervals.\n\n" + EXIT_CODES,
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"hvpkit {hvpkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    help=f"Both extreme eigenvalues of a network's full-data Hessian, with error intervals.\n\n{EXIT_CODES}"
 )
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
 
 
 def command(*examples: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
@@ -85,18 +100,20 @@ def _with_exit_code(function: Callable[..., bool]) -> Callable[..., None]:
     """End a function in an exit code, with one line on standard error if something went wrong."""
 
     def ending(**values: Any) -> None:
-        # a target may print: with --json that must not reach standard output
-        output: AbstractContextManager[Any] = (
-            redirect_stdout(DivertedStdout(sys.stdout)) if values.get("json") else nullcontext()
-        )
         try:
-            with output:
+            # standard output is for results only: whatever a target prints goes to standard error
+            with terminating_signals_raised(), redirect_stdout(DivertedStdout(sys.stdout)):
                 done = function(**values)
         except BrokenPipeError:
             raise  # nobody reads the output any more: click ends the program quietly
-        except KeyboardInterrupt:
-            print_message("interrupted")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as error:
+            number = signal_of(error)
+            print_message("interrupted" if number == signal.SIGINT else f"interrupted by {number.name}")
+            raise typer.Exit(128 + number) from None
+        except SystemExit as error:
+            place = user_code_location(error) or " (in the target)"
+            print_message(f"the program was ended by SystemExit({error.code!r}){place}: a target must return")
+            raise typer.Exit(2) from None
         except NonFiniteError as error:
             print_message(str(error))
             raise typer.Exit(1) from None

@@ -1,10 +1,10 @@
-"""``hvpkit check``: test a Hessian's matvecs before a long solve."""
+"""``hvpkit check``: test an operator's matvecs before a long solve."""
 
 from __future__ import annotations
 
 import hvpkit as hk
 from hvpkit.cli.application import command
-from hvpkit.cli.options import HessianProblem
+from hvpkit.cli.options import CurvatureProblem
 from hvpkit.cli.output import Output
 
 
@@ -12,10 +12,10 @@ from hvpkit.cli.output import Output
     "hvpkit check digits",
     "hvpkit check problem.py:make --dtype float64 --json",
 )
-def check(problem: HessianProblem, output: Output) -> bool:
+def check(problem: CurvatureProblem, output: Output) -> bool:
     """Check that matvecs repeat, are symmetric and agree with finite differences; name causes and remedies."""
     output.prepare()
-    target, H = problem.hessian()
+    target, H = problem.operator()
     found = hk.check(H, seed=problem.seed)
     record = {
         "ok": found.ok,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import hvpkit as hk
 from hvpkit._utils.files import atomic_write
 from hvpkit.cli.application import command
-from hvpkit.cli.output import as_json, table, write_picture
+from hvpkit.cli.output import as_json, results_stream, table, write_picture
 from hvpkit.zoo import digits, digits_cnn, train_classifier
 
 TRAINING = "Training a convolutional network on 1,797 digits"
@@ -37,7 +37,7 @@ def demo(
     missing = [module for module in ("sklearn", "matplotlib") if find_spec(module) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)} missing: pip install 'hvpkit[demo]'")
-    console = Console()
+    console = Console(file=results_stream())
     with console.status(TRAINING) as status:
 
         def show(text: str, number: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Annotated
 
@@ -9,7 +10,8 @@ import typer
 
 import hvpkit as hk
 from hvpkit.cli.application import command
-from hvpkit.cli.options import HessianProblem
+from hvpkit.cli.choices import DensityMethod
+from hvpkit.cli.options import CurvatureProblem
 from hvpkit.cli.output import Output, table
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.eigen import Status
@@ -25,11 +27,11 @@ NumProbes = Annotated[
     "hvpkit density problem.py:make --method chebyshev --json",
 )
 def density(
-    problem: HessianProblem,
+    problem: CurvatureProblem,
     output: Output,
-    method: Annotated[str, typer.Option(help="lanczos or chebyshev.")] = "lanczos",
-    num_steps: NumSteps = 100,
-    num_probes: NumProbes = 1,
+    method: Annotated[DensityMethod, typer.Option(help="Estimator.")] = DensityMethod.LANCZOS,
+    num_steps: NumSteps = 50,
+    num_probes: NumProbes = 4,
     time_limit: Annotated[float | None, typer.Option(help="Time limit in seconds.")] = None,
 ) -> bool:
     """Estimate the density of all eigenvalues of the full-data Hessian.
@@ -37,17 +39,22 @@ def density(
     It takes num-steps * num-probes matvecs, and has no tolerance to converge to.
     """
     output.prepare()
-    target, H = problem.hessian()
-    with ProgressLine("Density") as watch:
-        found = hk.spectral_density(
-            H,
-            method=method,
-            num_steps=num_steps,
-            num_probes=num_probes,
-            time_limit=time_limit,
-            seed=problem.seed,
-            monitor=watch,
-        )
+    target, H = problem.operator()
+    about, watch = problem.describe(target, H), ProgressLine("Density")
+    try:
+        with watch:
+            found = hk.spectral_density(
+                H,
+                method=method,
+                num_steps=num_steps,
+                num_probes=num_probes,
+                time_limit=time_limit,
+                seed=problem.seed,
+                monitor=watch,
+            )
+    except KeyboardInterrupt:
+        output.write_partial("density", watch.last, about)
+        raise
     mean = found.expectation(lambda eigenvalues: eigenvalues)
     single = found.outliers()[0].tolist()
     trace = {"value": H.n * mean.value, "stderr": H.n * mean.stderr}
@@ -56,7 +63,7 @@ def density(
         ("largest node", f"{found.nodes[-1]:.6g}" if len(found.nodes) else "none"),
         ("single eigenvalues", ", ".join(f"{value:.5g}" for value in single) or "none"),
         ("share below zero", f"{float(found.cdf(-found.noise)):.3g}"),
-        ("trace", f"{trace['value']:.5g} ± {trace['stderr']:.2g}"),
+        ("trace", f"{trace['value']:.5g} {_error(trace['stderr'])}"),
         ("passes", f"{found.num_matvecs:g}"),
     ]
     record = {
@@ -64,8 +71,12 @@ def density(
         "weights": found.weights,
         "outliers": single,
         "trace": trace,
-        "problem": problem.describe(target, H),
+        "problem": about,
     }
     shown = [table(target.title, ("density", "value"), rows), f"{found.status}: {found.message}."]
     output.write("density", record, shown, found.plot)
     return found.status in (Status.COMPLETED, Status.INVARIANT_SUBSPACE)
+
+
+def _error(stderr: float) -> str:
+    return f"± {stderr:.2g}" if math.isfinite(stderr) else "(one probe gives no standard error)"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import hvpkit as hk
-from hvpkit.autodiff.pytree import unflatten
 from hvpkit.cli.application import command
-from hvpkit.cli.options import HessianProblem, Solve
+from hvpkit.cli.options import CurvatureProblem, Solve
 from hvpkit.cli.output import Output, print_message, table
 from hvpkit.cli.progress_line import ProgressLine
 
@@ -18,20 +18,20 @@ from hvpkit.cli.progress_line import ProgressLine
     "hvpkit extremes problem.py:make --tol 1e-3 --method lanczos --json",
     "hvpkit extremes cifar10 --arch resnet20 --data-dir data --resume model.pt --out results",
 )
-def extremes(problem: HessianProblem, solve: Solve, output: Output) -> bool:
-    """Find the smallest and the largest eigenvalue of the full-data Hessian, with error intervals."""
+def extremes(problem: CurvatureProblem, solve: Solve, output: Output) -> bool:
+    """Find the smallest and the largest eigenvalue of the full-data Hessian, with error intervals.
+
+    Or of another curvature matrix, by --curvature.
+    """
     output.prepare()
-    target, H = problem.hessian()
+    target, H = problem.operator()
     about = problem.describe(target, H)
-    watch = ProgressLine("Both ends")
-    try:
-        with watch:
-            ex = hk.extreme_eigenvalues(H, **vars(solve), seed=problem.seed, monitor=watch)
-    except KeyboardInterrupt:
-        if watch.last is not None:
-            partial_result = interrupted(watch.last, solve.tol, H)
-            output.write("extremes", {**partial_result, "problem": about}, partial_items(partial_result))
-        raise
+    ex = find_both_ends(
+        H,
+        solve,
+        problem.seed,
+        lambda record, shown: output.write("extremes", {**record, "problem": about}, shown),
+    )
     drawable = bool(ex.vectors.isfinite().all())
     if output.out is not None and not drawable:
         print_message("no picture: the eigenvectors are not finite")
@@ -45,6 +45,24 @@ def extremes(problem: HessianProblem, solve: Solve, output: Output) -> bool:
     return ex.converged
 
 
+def find_both_ends(
+    H: hk.LinearOperator,
+    solve: Solve,
+    seed: int,
+    write_partial: Callable[[dict[str, Any], list[Any]], None],
+) -> hk.ExtremeResult:
+    """Find both ends; if interrupted, write the last assessment: a record and what to print of it."""
+    watch = ProgressLine("Both ends")
+    try:
+        with watch:
+            return hk.extreme_eigenvalues(H, **vars(solve), seed=seed, monitor=watch)
+    except KeyboardInterrupt:
+        if watch.last is not None:
+            record = interrupted(watch.last, solve.tol, H)
+            write_partial(record, partial_items(record))
+        raise
+
+
 def result_items(title: str, ex: hk.ExtremeResult) -> list[Any]:
     """Return a table of both ends, and a line with status and cost."""
     rows = []
@@ -56,15 +74,13 @@ def result_items(title: str, ex: hk.ExtremeResult) -> list[Any]:
     return [table(title, header, rows), f"{ex.operator}\n{close}"]
 
 
-def draw_result(H: hk.LinearOperator, ex: hk.ExtremeResult, title: str) -> Any:
+def draw_result(H: hk.CurvatureOperator, ex: hk.ExtremeResult, title: str) -> Any:
     """Draw the loss along both eigenvectors, and both values against passes."""
     from hvpkit import plots
 
     origin = H.origin
     assert origin is not None
-    return plots.extremes(
-        ex, origin.loss_fn, unflatten(origin.leaves, origin.layout.spec), origin.data, title=title
-    )
+    return plots.extremes(ex, origin.loss_fn, origin.params, origin.data, title=title)
 
 
 def interrupted(entry: hk.Progress, tol: float, H: hk.LinearOperator) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,15 @@ from torch.nn import functional as F
 
 import hvpkit as hk
 from hvpkit.cli.builtin_problems import ARCHITECTURES, NAMES, Classification, builtin
+from hvpkit.cli.choices import Arithmetic, BatchNorm, Curvature, Dtype, ExtremesMethod, Mode
 from hvpkit.cli.model_checkpoints import load_into
 from hvpkit.cli.user_problems import FORMS, Target, load_target
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+CONSTRUCTORS: dict[Curvature, Callable[..., hk.CurvatureOperator]] = {
+    Curvature.HESSIAN: hk.hessian,
+    Curvature.GGN: hk.ggn,
+    Curvature.FISHER: hk.fisher,
+}
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds CIFAR-10.")]
 Arch = Annotated[str, typer.Option(help=f"Network for cifar10: {ARCHITECTURES}.")]
@@ -24,11 +30,18 @@ Device = Annotated[
     str | None,
     typer.Option(help="Device, as cpu, cuda or cuda:1. By default the tensors stay where they are."),
 ]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32 or float64. By default the tensors keep their dtype.")
+DtypeOption = Annotated[
+    Dtype | None, typer.Option(help="Dtype of parameters and data; by default they keep theirs.")
 ]
+ModeOption = Annotated[Mode, typer.Option(help="Mode of automatic differentiation of matvecs.")]
 NumExamples = Annotated[
     int | None, typer.Option(help="Use only the first examples of a built-in problem; by default all.")
+]
+BatchNormOption = Annotated[
+    BatchNorm,
+    typer.Option(
+        help="BatchNorm of a built-in network: by its running statistics (eval) or those of each batch."
+    ),
 ]
 Seed = Annotated[
     int, typer.Option(help="Seed of random vectors, and of a built-in network's initial parameters.")
@@ -46,11 +59,9 @@ def check_device(device: str | None) -> str | None:
     return device
 
 
-def check_dtype(dtype: str | None) -> torch.dtype | None:
-    """Return the dtype of that name; raise ValueError if the name is unknown."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype}")
-    return None if dtype is None else DTYPES[dtype]
+def torch_dtype(dtype: Dtype | None) -> torch.dtype | None:
+    """Return the dtype of that name."""
+    return {None: None, Dtype.FLOAT32: torch.float32, Dtype.FLOAT64: torch.float64}[dtype]
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,9 @@ class Model:
     data_dir: DataDir = None
     num_examples: NumExamples = None
     device: Device = None
-    dtype: Dtype = None
+    dtype: DtypeOption = None
     seed: Seed = 0
+    batchnorm: BatchNormOption = BatchNorm.EVAL
 
     def load(self) -> Classification:
         """Return the network, not trained, and its data.
@@ -80,7 +92,7 @@ class Model:
             num_examples=self.num_examples,
             seed=self.seed,
             device=check_device(self.device) or "cpu",
-            dtype=check_dtype(self.dtype) or torch.float32,
+            dtype=torch_dtype(self.dtype) or torch.float32,
         )
 
 
@@ -100,8 +112,9 @@ class Problem:
     ] = None
     num_examples: NumExamples = None
     device: Device = None
-    dtype: Dtype = None
+    dtype: DtypeOption = None
     seed: Seed = 0
+    batchnorm: BatchNormOption = BatchNorm.EVAL
 
     def load(self) -> Target:
         """Return loss, parameters and data.
@@ -112,25 +125,34 @@ class Problem:
         if self.target not in NAMES:
             only = {"--resume": self.resume, "--data-dir": self.data_dir, "--num-examples": self.num_examples}
             given = [name for name, value in only.items() if value is not None]
+            given += ["--batchnorm"] if self.batchnorm is not BatchNorm.EVAL else []
             if given:
                 raise ValueError(
                     f"{', '.join(given)}: only for {' and '.join(NAMES)}; {self.target} is a function"
                 )
-            return load_target(self.target, device=check_device(self.device), dtype=check_dtype(self.dtype))
+            return load_target(self.target, device=check_device(self.device), dtype=torch_dtype(self.dtype))
         model = Model(
             self.target, self.arch, self.data_dir, self.num_examples, self.device, self.dtype, self.seed
         )
         found = model.load()
         if self.resume is not None:
             load_into(found.model, self.resume)
-        objective, params = hk.from_module(found.model, F.cross_entropy)
+        objective, params = hk.from_module(found.model, F.cross_entropy, batchnorm=self.batchnorm.value)
         title = found.title + (f", {self.resume.name}" if self.resume else ", not trained")
         return Target(title, objective, params, found.data)
 
 
 @dataclass(frozen=True)
-class HessianProblem(Problem):
-    """Options for a Hessian and its matvecs."""
+class CurvatureProblem(Problem):
+    """Options for a curvature matrix and its matvecs."""
+
+    curvature: Annotated[
+        Curvature,
+        typer.Option(
+            help="Matrix: the Hessian, the generalised Gauss-Newton matrix, or the Fisher matrix of the model's own "
+            "predictions. The last two need an hvpkit.Objective."
+        ),
+    ] = Curvature.HESSIAN
 
     wrt: Annotated[
         list[str] | None,
@@ -139,13 +161,8 @@ class HessianProblem(Problem):
     batch_size: Annotated[
         str | None, typer.Option(help="The most examples in one forward pass, or auto for the fastest.")
     ] = None
-    mode: Annotated[
-        str,
-        typer.Option(
-            help="Mode of matvecs: auto, forward-over-reverse, reverse-over-reverse or finite-difference."
-        ),
-    ] = "auto"
-    arithmetic: Annotated[str, typer.Option(help="Arithmetic of matvecs: native, bf16 or tf32.")] = "native"
+    mode: ModeOption = Mode.AUTO
+    arithmetic: Annotated[Arithmetic, typer.Option(help="Arithmetic of matvecs.")] = Arithmetic.NATIVE
     memory_limit: Annotated[
         float | None,
         typer.Option(help="Bytes to keep between matvecs; by default a quarter of the free memory."),
@@ -155,34 +172,37 @@ class HessianProblem(Problem):
         typer.Option("--compile", help="Compile matvecs: takes up to a minute at first, pays in long runs."),
     ] = False
 
-    def hessian(self) -> tuple[Target, hk.LinearOperator]:
-        """Return the problem and its Hessian.
+    def operator(self) -> tuple[Target, hk.CurvatureOperator]:
+        """Return the problem and its curvature matrix.
 
         Raises:
             ValueError: an option that is wrong, named.
         """
+        if self.compile and self.curvature is not Curvature.HESSIAN:
+            raise ValueError(f"--compile: only for --curvature hessian, got {self.curvature}")
         target = self.load()
         size: int | str | None = self.batch_size
         with suppress(ValueError):  # "auto", or text that the library refuses by name
             size = int(self.batch_size or "")
-        H = hk.hessian(
+        H = CONSTRUCTORS[self.curvature](
             target.loss_fn,
             target.params,
             target.data,
             wrt=self.wrt or None,
             batch_size=size,
-            mode=self.mode,
-            arithmetic=self.arithmetic,
+            mode=self.mode.value,
+            arithmetic=self.arithmetic.value,
             memory_limit=self.memory_limit,
-            compile=self.compile,
+            **({"compile": True} if self.compile else {}),
         )
         return target, H
 
-    def describe(self, target: Target, H: hk.LinearOperator) -> dict[str, Any]:
+    def describe(self, target: Target, H: hk.CurvatureOperator) -> dict[str, Any]:
         """Return a record of the problem."""
         return {
             "target": self.target,
             "title": target.title,
+            "curvature": self.curvature,
             "num_parameters": H.n,
             "num_examples": H.num_examples,
             "batch_size": H.batch_size,
@@ -198,6 +218,6 @@ class Solve:
     """Options of the solver for both ends."""
 
     tol: Annotated[float, typer.Option(help="Relative error of each eigenvalue.")] = 1e-2
-    method: Annotated[str, typer.Option(help="Solver: auto, lanczos or multifidelity.")] = "auto"
+    method: Annotated[ExtremesMethod, typer.Option(help="Solver.")] = ExtremesMethod.AUTO
     max_matvecs: Annotated[float | None, typer.Option(help="The most passes over the data.")] = None
     time_limit: Annotated[float | None, typer.Option(help="Time limit in seconds.")] = None

@@ -29,13 +29,19 @@ def print_message(text: str) -> None:
 
 
 class DivertedStdout:
-    """A stand-in for standard output that writes to standard error; ``results`` is the real one."""
+    """A stand-in for standard output that writes to standard error; :func:`results_stream` gives the real one."""
 
     def __init__(self, results: TextIO) -> None:
         self.results = results
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
+
+
+def results_stream() -> TextIO:
+    """Return the standard output that results go to."""
+    stream: TextIO = getattr(sys.stdout, "results", sys.stdout)
+    return stream
 
 
 def to_plain(value: Any) -> Any:
@@ -107,22 +113,59 @@ class Output:
             self.out.mkdir(parents=True, exist_ok=True)
 
     def write(
-        self, name: str, record: Any, shown: Sequence[Any], draw: Callable[[], Any] | None = None
+        self,
+        name: str,
+        record: Any,
+        shown: Sequence[Any],
+        draw: Callable[[], Any] | None = None,
+        others: Sequence[str] = (),
     ) -> None:
-        """Print a result, as JSON or as the items ``shown``, and write ``name.json`` and ``name.png``."""
+        """Print a result, as JSON or as the items ``shown``, and write ``name.json`` and ``name.png``.
+
+        Args:
+            name: of the files.
+            record: for JSON.
+            shown: tables and lines to print.
+            draw: draws the picture, which is written if this is given.
+            others: names of further files that were written, to be listed with these.
+        """
         if self.out is not None:
             with atomic_write(self.out / f"{name}.json") as draft:
                 draft.write_text(as_json(record, indent=2) + "\n", encoding="utf-8")
         self.print(record, *shown)
         if self.out is not None and draw is not None:
             write_picture(self.out / f"{name}.png", draw)
+        if self.out is not None:
+            self.print_written(*others, f"{name}.json", *([] if draw is None else [f"{name}.png"]))
+
+    def print_written(self, *names: str) -> None:
+        """Print which files were written into the folder; on standard error if standard output is for JSON."""
+        *first, last = [str((self.out or Path()) / name) for name in names]
+        text = f"Wrote {', '.join(first)} and {last}." if first else f"Wrote {last}."
+        if self.json:
+            print_message(text)
+        else:
+            self.print(None, text)
+
+    def write_partial(self, name: str, entry: Any, problem: dict[str, Any]) -> None:
+        """Print and write the last progress entry of an interrupted command; without one do nothing."""
+        if entry is None:
+            return
+        known = {key: value for key, value in asdict(entry).items() if not isinstance(value, Tensor)}
+        message = "interrupted: values so far, not verified"
+        record = {**known, "status": "interrupted", "converged": False, "message": message}
+        rows = [
+            (key, f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in known.items()
+        ]
+        shown = [table(f"{problem['title']}, so far", (name, "value"), rows), f"{message}."]
+        self.write(name, {**record, "problem": problem}, shown)
 
     def print(self, record: Any, *shown: Any) -> None:
         """Print a line of JSON, or the items ``shown``, on standard output."""
         if self.json:
-            print(as_json(record), file=getattr(sys.stdout, "results", sys.stdout), flush=True)
+            print(as_json(record), file=results_stream(), flush=True)
             return
-        console = Console()
+        console = Console(file=results_stream())
         for item in shown:
             console.print(item, markup=False, highlight=False, soft_wrap=isinstance(item, str))
 

@@ -6,13 +6,14 @@ from rich.console import Console
 from rich.status import Status
 
 from hvpkit.results.eigen import Progress
+from hvpkit.results.estimate import EstimateProgress
 
 
 class ProgressLine:
     """A monitor that shows the last entry of a solve's history on a terminal's standard error, inside ``with``.
 
     Attributes:
-        last: the last entry, or None.
+        last: the last entry of an eigensolver, or None.
     """
 
     def __init__(self, text: str) -> None:
@@ -30,15 +31,8 @@ class ProgressLine:
         if self.status is not None:
             self.status.stop()
 
-    def __call__(self, entry: Progress) -> None:
-        """Keep and show an entry."""
-        self.last = entry
+    def __call__(self, entry: Progress | EstimateProgress) -> None:
+        """Keep an entry of a solve, and show it."""
+        self.last = entry if isinstance(entry, Progress) else None
         if self.status is not None:
-            low, high = (
-                f"{value:.4g} ± {bound:.1g}"
-                for value, bound in (
-                    (entry.smallest, entry.smallest_bound),
-                    (entry.largest, entry.largest_bound),
-                )
-            )
-            self.status.update(f"{self.text}: {low} and {high}, {entry.num_matvecs:g} passes")
+            self.status.update(f"{self.text}: {entry}, {entry.num_matvecs:g} passes")

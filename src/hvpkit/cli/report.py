@@ -11,8 +11,8 @@ import typer
 import hvpkit as hk
 from hvpkit.cli.application import command
 from hvpkit.cli.density import NumProbes, NumSteps
-from hvpkit.cli.extremes import result_items
-from hvpkit.cli.options import HessianProblem, Solve
+from hvpkit.cli.extremes import find_both_ends, result_items
+from hvpkit.cli.options import CurvatureProblem, Solve
 from hvpkit.cli.output import Output
 from hvpkit.cli.progress_line import ProgressLine
 
@@ -22,11 +22,11 @@ from hvpkit.cli.progress_line import ProgressLine
     "hvpkit report cifar10 --arch c1 --data-dir data --resume model.pt --landscape --out results",
 )
 def report(
-    problem: HessianProblem,
+    problem: CurvatureProblem,
     solve: Solve,
     output: Output,
     num_steps: NumSteps = 40,
-    num_probes: NumProbes = 1,
+    num_probes: NumProbes = 2,
     landscape: Annotated[
         bool, typer.Option("--landscape", help="Also draw the loss on the plane of both eigenvectors.")
     ] = False,
@@ -37,20 +37,29 @@ def report(
     """
     output = output if output.out is not None else replace(output, out=Path())
     output.prepare()
-    target, H = problem.hessian()
-    with ProgressLine("Both ends") as watch:
-        ex = hk.extreme_eigenvalues(H, **vars(solve), seed=problem.seed, monitor=watch)
-    with ProgressLine("Density") as watch:
-        density = hk.spectral_density(
-            H, num_steps=num_steps, num_probes=num_probes, seed=problem.seed, monitor=watch
-        )
+    target, H = problem.operator()
+    about = problem.describe(target, H)
+    ex = find_both_ends(
+        H,
+        solve,
+        problem.seed,
+        lambda record, shown: output.write("report", {"extremes": record, "problem": about}, shown),
+    )
+    try:
+        with ProgressLine("Density") as watch:
+            density = hk.spectral_density(
+                H, num_steps=num_steps, num_probes=num_probes, seed=problem.seed, monitor=watch
+            )
+    except KeyboardInterrupt:
+        output.write("report", {"extremes": ex.to_dict(), "problem": about}, result_items(target.title, ex))
+        raise
     assert output.out is not None
     path = hk.report(H, ex, density, landscape=landscape, title=target.title, path=output.out / "report.html")
     record = {
         "extremes": ex.to_dict(),
         "density": density,
-        "problem": problem.describe(target, H),
+        "problem": about,
         "path": str(path),
     }
-    output.write("report", record, [*result_items(target.title, ex), f"Wrote {path}."])
+    output.write("report", record, result_items(target.title, ex), others=("report.html",))
     return ex.converged

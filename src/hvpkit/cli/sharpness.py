@@ -8,23 +8,26 @@ import typer
 
 import hvpkit as hk
 from hvpkit.cli.application import command
+from hvpkit.cli.choices import AscentOptimizer
 from hvpkit.cli.options import Problem
 from hvpkit.cli.output import Output, table
-from hvpkit.train import keskar_sharpness
+from hvpkit.train import Sharpness, keskar_sharpness
 
 
 @command(
-    "hvpkit sharpness digits --epsilon 1e-3",
+    "hvpkit sharpness digits",
     "hvpkit sharpness problem.py:make --optimizer sgd --lr 1e-3 --max-steps 500 --json",
 )
 def sharpness(
     problem: Problem,
     output: Output,
     epsilon: Annotated[
-        float, typer.Option(help="Size of the box: each coordinate moves by at most epsilon (|w| + 1).")
-    ] = 1e-4,
+        float, typer.Option(help="Size of the box: each parameter w moves by at most epsilon (|w| + 1).")
+    ] = 1e-3,
     max_steps: Annotated[int, typer.Option(help="The most steps of the ascent.")] = 1000,
-    optimizer: Annotated[str, typer.Option(help="adam or sgd.")] = "adam",
+    optimizer: Annotated[
+        AscentOptimizer, typer.Option(help="Optimiser of the ascent.")
+    ] = AscentOptimizer.ADAM,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate of the ascent; by default epsilon / 10.")
     ] = None,
@@ -37,24 +40,33 @@ def sharpness(
     output.prepare()
     target = problem.load()
     data = hk.as_data(target.data, batch_size=batch_size)
-    found = keskar_sharpness(
-        target.loss_fn,
-        target.params,
-        data,
-        epsilon=epsilon,
-        lr=epsilon / 10 if lr is None else lr,
-        max_steps=max_steps,
-        optimizer=optimizer,
-        tol=tol,
-        seed=problem.seed,
-    )
+    about = {
+        "target": problem.target,
+        "title": target.title,
+        "num_examples": data.num_examples,
+        "seed": problem.seed,
+    }
+    last: list[Sharpness] = []
+    try:
+        found = keskar_sharpness(
+            target.loss_fn,
+            target.params,
+            data,
+            epsilon=epsilon,
+            lr=epsilon / 10 if lr is None else lr,
+            max_steps=max_steps,
+            optimizer=optimizer,
+            tol=tol,
+            seed=problem.seed,
+            monitor=lambda entry: last.__setitem__(slice(None), [entry]),
+        )
+    except KeyboardInterrupt:
+        output.write_partial("sharpness", last[0] if last else None, about)
+        raise
     names = ("value", "loss", "max_loss", "gap", "num_steps", "num_passes", "status", "converged", "message")
     record = {name: getattr(found, name) for name in names}
-    about = {"target": problem.target, "title": target.title, "num_examples": data.num_examples}
     header = ("measure", "percent", "loss", "highest loss", "passes")
     row = (f"{found.value:.5g}", f"{found.loss:.6g}", f"{found.max_loss:.6g}", f"{found.num_passes}")
     shown = [table(target.title, header, [("sharpness", *row)]), f"{found.status}: {found.message}."]
-    output.write(
-        "sharpness", {**record, "epsilon": epsilon, "problem": {**about, "seed": problem.seed}}, shown
-    )
+    output.write("sharpness", {**record, "epsilon": epsilon, "problem": about}, shown)
     return found.converged

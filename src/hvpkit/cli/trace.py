@@ -9,7 +9,8 @@ import typer
 
 import hvpkit as hk
 from hvpkit.cli.application import command
-from hvpkit.cli.options import HessianProblem
+from hvpkit.cli.choices import TraceMethod
+from hvpkit.cli.options import CurvatureProblem
 from hvpkit.cli.output import Output, table
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.eigen import Status
@@ -20,9 +21,9 @@ from hvpkit.results.eigen import Status
     "hvpkit trace problem.py:make --method xtrace --tol 0.01 --json",
 )
 def trace(
-    problem: HessianProblem,
+    problem: CurvatureProblem,
     output: Output,
-    method: Annotated[str, typer.Option(help="hutchinson, hutch++ or xtrace.")] = "hutch++",
+    method: Annotated[TraceMethod, typer.Option(help="Estimator.")] = TraceMethod.HUTCHPP,
     num_matvecs: Annotated[
         float, typer.Option("--num-matvecs", "--max-matvecs", help="The most passes over the data.")
     ] = 100,
@@ -37,24 +38,29 @@ def trace(
     Without --tol all passes are spent, and the exit code is 0.
     """
     output.prepare()
-    target, H = problem.hessian()
-    with ProgressLine("Trace") as watch:
-        found = hk.trace(
-            H,
-            method=method,
-            num_matvecs=num_matvecs,
-            tol=tol,
-            time_limit=time_limit,
-            seed=problem.seed,
-            monitor=watch,
-        )
+    target, H = problem.operator()
+    about, watch = problem.describe(target, H), ProgressLine("Trace")
+    try:
+        with watch:
+            found = hk.trace(
+                H,
+                method=method,
+                num_matvecs=num_matvecs,
+                tol=tol,
+                time_limit=time_limit,
+                seed=problem.seed,
+                monitor=watch,
+            )
+    except KeyboardInterrupt:
+        output.write_partial("trace", watch.last, about)
+        raise
     header = ("quantity", "value", "standard error", "probes", "passes")
     row = (f"{found.value:.6g}", f"{found.stderr:.2g}", f"{found.num_samples}", f"{found.num_matvecs:g}")
     record = {
         **asdict(found),
         "converged": found.converged,
         "method": method,
-        "problem": problem.describe(target, H),
+        "problem": about,
     }
     shown = [table(target.title, header, [("trace", *row)]), f"{found.status}: {found.message}."]
     output.write("trace", record, shown)

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from hvpkit._utils.files import atomic_write
 from hvpkit.cli.application import command
+from hvpkit.cli.choices import Mode
 from hvpkit.cli.model_checkpoints import load_into
-from hvpkit.cli.options import Model, Solve
+from hvpkit.cli.options import Model, ModeOption, Solve
 from hvpkit.cli.output import Output, as_json, one_line, write_picture
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.cli.train import SPECTRUM, plot_ends
@@ -35,6 +36,7 @@ def track(
     more: Annotated[
         list[str] | None, typer.Argument(metavar="[CHECKPOINTS]", help="Further checkpoints.")
     ] = None,
+    mode: ModeOption = Mode.AUTO,
 ) -> bool:
     """Find both ends at each checkpoint of a built-in problem's network.
 
@@ -46,11 +48,15 @@ def track(
     paths = _sorted([*checkpoints, *(more or [])])
     problem = model.load()
     if output.out is not None:
-        _claim(output.out, {"paths": [str(path) for path in paths], **vars(model), **vars(solve)})
+        _claim(
+            output.out, {"paths": [str(path) for path in paths], **vars(model), **vars(solve), "mode": mode}
+        )
     watch, all_converged = ProgressLine("Both ends"), True
     tracker = SpectrumTracker.for_module(
         F.cross_entropy,
         problem.data,
+        batchnorm=model.batchnorm,
+        mode=mode,
         **vars(solve),
         seed=model.seed,
         path=output.out / SPECTRUM if output.out else None,
@@ -70,6 +76,7 @@ def track(
         all_converged &= ex.converged
     if output.out is not None:
         write_picture(output.out / "spectrum.png", lambda: plot_ends(tracker, "checkpoint"))
+        output.print_written("track.json", SPECTRUM, "spectrum.png")
     return all_converged
 
 

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from hvpkit._utils.files import atomic_write
 from hvpkit.cli.application import command
+from hvpkit.cli.choices import Mode, TrainingMethod
 from hvpkit.cli.model_checkpoints import load
-from hvpkit.cli.options import Model
-from hvpkit.cli.output import Output, one_line, write_picture
+from hvpkit.cli.options import Model, ModeOption
+from hvpkit.cli.output import Output, one_line, to_plain, write_picture
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.cli.training_methods import LR, Plan, State, train_epochs
 from hvpkit.train import SpectrumTracker
@@ -37,7 +38,7 @@ def train(
             file_okay=False,
         ),
     ],
-    method: Annotated[str, typer.Option(help=f"{', '.join(LR)}.")] = "sgd",
+    method: Annotated[TrainingMethod, typer.Option(help="Training method.")] = TrainingMethod.SGD,
     epochs: Annotated[int, typer.Option(help="Number of epochs in total.")] = 10,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate; by default 0.15 for adahessian and 0.1 for others.")
@@ -55,6 +56,7 @@ def train(
     ] = None,
     track_every: Annotated[int, typer.Option(help="Find both ends every so many epochs.")] = 1,
     tol: Annotated[float, typer.Option(help="Relative error of each eigenvalue.")] = 1e-2,
+    mode: ModeOption = Mode.AUTO,
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the model of each epoch, as epoch-0001.pt.")
     ] = False,
@@ -70,18 +72,27 @@ def train(
     """
     output = Output(json, out)
     output.prepare()
-    rate = LR.get(method, 0.1) if lr is None else lr
+    rate = LR[method] if lr is None else lr
     plan = Plan(
-        method, epochs, rate, batch_size, weight_decay, lr_decay, tuple(lr_decay_epoch or ()), model.seed
+        method.value,
+        epochs,
+        rate,
+        batch_size,
+        weight_decay,
+        lr_decay,
+        tuple(lr_decay_epoch or ()),
+        model.seed,
     )
     problem = model.load()
     run = {**asdict(plan), "lr_decay_epochs": list(plan.lr_decay_epochs), **_identity(model)}
-    run |= {"track_every": track_every, "tol": tol}
+    run = to_plain(run | {"track_every": track_every, "tol": tol, "mode": mode})
     saved = _saved(out, run)
     watch = ProgressLine("Both ends")
     tracker = SpectrumTracker.for_module(
         F.cross_entropy,
         problem.data,
+        batchnorm=model.batchnorm,
+        mode=mode,
         every=track_every,
         tol=tol,
         seed=plan.seed,
@@ -107,14 +118,20 @@ def train(
         measure(state)
     _save(out / MODEL, state["model"])
     write_picture(out / "spectrum.png", lambda: plot_ends(tracker, "epoch"))
-    if not json:
-        output.print(None, f"Wrote {out / MODEL}, {out / SPECTRUM} and {out / 'spectrum.png'}.")
+    output.print_written(CHECKPOINT, MODEL, SPECTRUM, "spectrum.png")
     return all(ex.converged for _, ex in tracker.results)
 
 
 def _identity(model: Model) -> dict[str, Any]:
     """Return the options of a model that its numbers depend on."""
-    names = ("target", "num_examples", "dtype", "seed", *(("arch",) if model.target == "cifar10" else ()))
+    names = (
+        "target",
+        "num_examples",
+        "dtype",
+        "seed",
+        "batchnorm",
+        *(("arch",) if model.target == "cifar10" else ()),
+    )
     return {name: getattr(model, name) for name in names}
 
 

@@ -55,6 +55,11 @@ def load_target(text: str, *, device: str | None = None, dtype: torch.dtype | No
         shape = f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
         raise ValueError(f"TARGET: {text} must return (loss_fn, params, data), got {shape}")
     loss_fn, params, data = found
+    if isinstance(loss_fn, type):
+        raise ValueError(
+            f"TARGET: {text} returns the class {loss_fn.__name__} as its loss; return a function of (params, batch), "
+            "as hvpkit.from_module(model, criterion) makes one"
+        )
     leaves, spec = flatten(params)
     params = unflatten([_converted(leaf, device, dtype) for leaf in leaves], spec)
     if isinstance(data, Tensor | tuple | Mapping):

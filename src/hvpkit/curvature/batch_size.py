@@ -1,4 +1,4 @@
-"""How many examples to put through at once: ``batch_size="auto"``."""
+"""The number of examples in a batch by trial: ``batch_size="auto"``."""
 
 from __future__ import annotations
 
@@ -8,37 +8,49 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hvpkit._utils.memory import Allocations
-from hvpkit.curvature.products import Leaves, Term
+from hvpkit.curvature.batches import BatchCurvature, Leaves
 
 SMALLEST = 16
-CLEARLY_SLOWER, NEARLY_BEST = 1.3, 1.03
-LEAST_SECONDS, LEAST_REPEATS, MOST_REPEATS = 0.3, 2, 6
-"""A trial is repeated until it took so long, or so many times; the fastest counts."""
+"""Examples in the first trial; each further trial has twice as many. Chosen by feel."""
+
+CLEARLY_SLOWER = 1.3
+"""Ratio of times an example: two sizes in turn that are so much slower than the best end the trials. By feel."""
+
+NEARLY_BEST = 1.03
+"""Ratio of times an example within which the smaller size, which takes less memory, is preferred. By feel."""
+
+LEAST_SECONDS = 0.3
+"""Seconds that the repeats of a trial must take together. By feel."""
+
+LEAST_REPEATS, MOST_REPEATS = 2, 6
+"""Repeats of a trial; the fastest counts. By feel."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a product of one batch took: ``seconds`` an example, and the most bytes at once."""
+    """The time of one batch's matvec in ``seconds`` an example, and its peak memory."""
 
     size: int
     seconds: float
     num_bytes: int
 
 
-def best_size(term_of: Callable[[int], Term], vector: Leaves, mode: str, largest: int, limit: float) -> int:
-    """The smallest of the sizes, each twice the one before, whose product is nearly the fastest.
+def best_size(
+    batch_of: Callable[[int], BatchCurvature], vector: Leaves, mode: str, largest: int, limit: float
+) -> int:
+    """Return the smallest of the sizes 16, 32, 64 ... whose matvec is nearly the fastest for an example.
 
     Args:
-        term_of: from a size to a batch of so many examples.
+        batch_of: from a size to a batch of so many examples.
         vector: to multiply with.
-        mode: of products.
-        largest: examples there are.
-        limit: bytes that a product may take; the smallest size is tried in any case.
+        mode: of linearization.
+        largest: the most examples that a batch can have.
+        limit: bytes that a matvec may take; the smallest size is tried in any case.
     """
     trials: list[Trial] = []
     size = min(SMALLEST, largest)
     while True:
-        trials.append(_try(term_of(size), vector, mode, size))
+        trials.append(_try(batch_of(size), vector, mode, size))
         best = min(trial.seconds for trial in trials)
         last = trials[-1]
         slower = [trial.seconds > CLEARLY_SLOWER * best for trial in trials[-2:]]  # once may be noise
@@ -50,14 +62,14 @@ def best_size(term_of: Callable[[int], Term], vector: Leaves, mode: str, largest
     return next(trial.size for trial in allowed if trial.seconds <= NEARLY_BEST * best)
 
 
-def _try(term: Term, vector: Leaves, mode: str, size: int) -> Trial:
+def _try(batch: BatchCurvature, vector: Leaves, mode: str, size: int) -> Trial:
     with Allocations() as made:
-        term(mode)([vector])
+        batch.linearize(mode)([vector])
     fastest, total = math.inf, 0.0
     for repeat in range(MOST_REPEATS):
         begin = time.perf_counter()
-        linear = term(mode)
-        linear([vector], again=True)  # kept graphs are used more often than they are made
+        linear = batch.linearize(mode)
+        linear([vector], retain_graph=True)  # kept graphs are used more often than they are made
         float(linear([vector])[0][0].sum())  # waits for the device
         seconds = time.perf_counter() - begin
         fastest, total = min(fastest, seconds), total + seconds

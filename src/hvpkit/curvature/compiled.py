@@ -1,15 +1,15 @@
-"""Products by compiled code: ``compile=True``.
+"""Matvecs by compiled code: ``compile=True``.
 
-What is compiled is the whole product of one batch with one vector, forward over reverse, as a function of parameters,
-vector, batch and weights: once for a batch size, for all operators of a loss function. A ragged last batch is
-multiplied without.
+The compiled function is the whole matvec of one batch with one vector, forward over reverse, as a function of
+parameters, vector, batch and weights. It is compiled once for a batch size, for all operators of a loss function. A
+ragged last batch is multiplied without it.
 """
 
 from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -19,50 +19,47 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Batch
-from hvpkit.autodiff.pytree import Layout, batch_size, unflatten
-from hvpkit.curvature.products import Leaves, Linear, Term, Terms
-from hvpkit.data import Data
+from hvpkit.autodiff.pytree import Layout, batch_size
+from hvpkit.curvature.batches import (
+    BatchCurvature,
+    Kind,
+    Leaves,
+    LinearMap,
+    Problem,
+    WeightedBatch,
+    weighted_batches,
+)
 from hvpkit.errors import CompileWarning
 
 MODE = "forward-over-reverse"
 """The mode that torch can compile."""
 
-Step: TypeAlias = Callable[[Leaves, Leaves, Batch, "Tensor | None"], Leaves]
-"""From leaves, a vector, a batch and its weights to the product."""
+CompiledMatvec: TypeAlias = Callable[[Leaves, Leaves, Batch, "Tensor | None"], Leaves]
+"""From leaves, a vector, a batch and its weights to the matvec with the batch's own mean, or weighted sum."""
 
-_STEPS: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
-"""Compiled products that an operator still uses. They hold their function, so that its id is its own."""
-
-
-@dataclass(frozen=True)
-class _OneBatch:
-    """Of :class:`hvpkit.data.Data`, what terms read."""
-
-    batch: Batch
-    weights: Tensor | None
-    num_examples: int
-
-    def weighted(self) -> Iterator[tuple[Batch, Tensor | None]]:
-        yield self.batch, self.weights
+_COMPILED: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
+"""Compiled matvecs that an operator still uses. They hold their function, so that its id is its own."""
 
 
-def compiled_terms(
-    terms: Terms[Any], function: Any, layout: Layout, leaves: Leaves, data: Data
-) -> Terms[Any] | None:
-    """Terms whose products are compiled for the size of the first batch; None, with a warning, if they cannot be.
+def compiled_kind(kind: Kind, problem: Problem) -> Kind | None:
+    """Compile the matvecs of this kind for the size of the first batch; None, with a warning, if that fails.
 
-    Products of that batch, compiled and not, must agree to half of the dtype's digits.
+    Matvecs with that batch, compiled and not, must agree to half of the dtype's digits.
     """
-    batch, weights = next(data.weighted())
-    step, size = _step(terms, function, layout), batch_size(batch)
+    function, layout, leaves = problem.loss_fn, problem.layout, problem.leaves
+    if problem.data.whole:
+        _warn("the batches of data are read whole, each of a form of its own")
+        return None
+    first = next(weighted_batches(problem.data))
+    matvec = _compiled_matvec(kind, function, layout)
     with torch.no_grad():
-        by_example = function(unflatten(leaves, layout.spec), batch).ndim > 0
+        by_example = function(problem.params, first.batch).ndim > 0
     # Uniform weights are given where they can be, so that those of samples do not make it compile again.
-    uniform = leaves[0].new_full((size,), 1 / size) if by_example else None
-    weights = uniform if weights is None else weights
+    uniform = leaves[0].new_full((first.size,), 1 / first.size) if by_example else None
+    weights = uniform if first.weights is None else first.weights
     vector = [torch.sin(torch.arange(leaf.numel()).to(leaf) + 1).view(leaf.shape) for leaf in leaves]
     try:
-        found = step(leaves, vector, batch, weights)
+        found = matvec(leaves, vector, first.batch, weights)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of torch's own compilers, in many kinds
@@ -70,39 +67,39 @@ def compiled_terms(
             f"torch could not compile the product ({type(error).__name__}: {str(error).splitlines()[0]:.200})"
         )
         return None
-    expected = _product(terms, function, layout, leaves, vector, batch, weights)
-    difference, length = (
-        torch.stack([torch.linalg.vector_norm(leaf) for leaf in norms]).norm()
-        for norms in ([a - b for a, b in zip(found, expected, strict=True)], expected)
+    expected = _matvec(kind, function, layout, leaves, vector, first.batch, weights)
+    difference, norm = (
+        torch.stack([torch.linalg.vector_norm(leaf) for leaf in tree]).norm()
+        for tree in ([a - b for a, b in zip(found, expected, strict=True)], expected)
     )
-    if not float(difference) <= torch.finfo(vector[0].dtype).eps ** 0.5 * float(length):
-        _warn(f"the compiled product is off by {float(difference / length):.0e}")
+    if not float(difference) <= torch.finfo(vector[0].dtype).eps ** 0.5 * float(norm):
+        _warn(f"the compiled product is off by {float(difference / norm):.0e}")
         return None
-    return partial(_terms, terms, step, size, uniform)
+    return partial(_batch_curvature, kind, matvec, first.size, uniform)
 
 
 def _warn(why: str) -> None:
     warnings.warn(f"compile=True: {why}; products are made without it", CompileWarning, stacklevel=5)
 
 
-def _step(terms: Terms[Any], function: Any, layout: Layout) -> Step:
-    """The compiled product, the same one for all operators of a function: parameters are arguments."""
-    key = (id(function), terms, layout.names, layout.shapes)
-    found: Step | None = _STEPS.get(key)
+def _compiled_matvec(kind: Kind, function: Any, layout: Layout) -> CompiledMatvec:
+    """Return the compiled matvec, the same one for all operators of a function: parameters are arguments."""
+    key = (id(function), kind, layout.names, layout.shapes)
+    found: CompiledMatvec | None = _COMPILED.get(key)
     if found is None:
 
-        def step(leaves: Leaves, vector: Leaves, batch: Batch, weights: Tensor | None) -> Leaves:
-            return _product(terms, function, layout, leaves, vector, batch, weights)
+        def matvec(leaves: Leaves, vector: Leaves, batch: Batch, weights: Tensor | None) -> Leaves:
+            return _matvec(kind, function, layout, leaves, vector, batch, weights)
 
         # torch counts recompilations by code object, and gives up after eight: each function has its own.
-        code = step.__code__.replace()
-        own = types.FunctionType(code, step.__globals__, "step", None, step.__closure__)
-        found = _STEPS[key] = torch.compile(own, fullgraph=True, dynamic=False)
+        code = matvec.__code__.replace()
+        own = types.FunctionType(code, matvec.__globals__, "matvec", None, matvec.__closure__)
+        found = _COMPILED[key] = torch.compile(own, fullgraph=True, dynamic=False)
     return found
 
 
-def _product(
-    terms: Terms[Any],
+def _matvec(
+    kind: Kind,
     function: Any,
     layout: Layout,
     leaves: Leaves,
@@ -110,34 +107,52 @@ def _product(
     batch: Batch,
     weights: Tensor | None,
 ) -> Leaves:
-    """The product of the batch's own mean, or weighted sum."""
-    data: Any = _OneBatch(batch, weights, batch_size(batch))
-    return next(iter(terms(function, layout, leaves, data)))(MODE)([vector])[0]
+    size = batch_size(batch)
+    whole = WeightedBatch(batch, size, weights, num_examples=size)
+    return kind(function, layout, leaves, whole).linearize(MODE)([vector])[0]
 
 
-def _terms(
-    terms: Terms[Any],
-    step: Step,
+def _batch_curvature(
+    kind: Kind,
+    matvec: CompiledMatvec,
     size: int,
     uniform: Tensor | None,
     function: Any,
     layout: Layout,
     leaves: Leaves,
-    data: Data,
-) -> Iterator[Term]:
-    for batch, weights in data.weighted():
-        if batch_size(batch) != size:
-            one: Any = _OneBatch(batch, weights, data.num_examples)
-            yield next(iter(terms(function, layout, leaves, one)))
-        else:
-            share = 1.0 if weights is not None else size / data.num_examples
-            yield partial(_compiled_term, step, leaves, batch, uniform if weights is None else weights, share)
+    batch: WeightedBatch,
+    /,
+) -> BatchCurvature:
+    if batch.size != size:
+        return kind(function, layout, leaves, batch)
+    return CompiledBatch(matvec, leaves, batch, uniform)
 
 
-def _compiled_term(
-    step: Step, leaves: Leaves, batch: Batch, weights: Tensor | None, share: float, _mode: str
-) -> Linear:
-    def products(vectors: Sequence[Leaves], *, again: bool = False) -> list[Leaves]:  # noqa: ARG001
-        return [[leaf * share for leaf in step(leaves, list(vector), batch, weights)] for vector in vectors]
+@dataclass(frozen=True, eq=False)
+class CompiledBatch:
+    """The curvature of one batch by its compiled matvec.
 
-    return products
+    Attributes:
+        matvec: compiled.
+        leaves: the parameters.
+        batch: of the size that it was compiled for.
+        uniform: weights ``1 / B`` where the batch has none; None if the loss is a mean.
+    """
+
+    matvec: CompiledMatvec
+    leaves: Leaves
+    batch: WeightedBatch
+    uniform: Tensor | None
+
+    def linearize(self, mode: str) -> LinearMap:  # noqa: ARG002
+        """Return the compiled matvec, whose mode is :data:`MODE`."""
+        batch = self.batch
+        weights, share = batch.weights, 1.0
+        if weights is None:
+            weights, share = self.uniform, batch.size / batch.num_examples
+
+        def matvecs(vectors: Sequence[Leaves], *, retain_graph: bool = False) -> list[Leaves]:  # noqa: ARG001
+            found = [self.matvec(self.leaves, list(vector), batch.batch, weights) for vector in vectors]
+            return [[leaf * share for leaf in leaves] for leaves in found]
+
+        return matvecs

@@ -1,21 +1,41 @@
-"""Curvature of a loss over data: constructors of one operator class."""
+"""Constructors of curvature operators: the Hessian, the Gauss-Newton matrix and both Fisher matrices."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
-from hvpkit._utils.random import resolve_seed
+from hvpkit._utils.random import normal_vector, resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count
 from hvpkit.autodiff.exact import exact_derivatives
-from hvpkit.curvature.fisher import LIKELIHOODS, empirical_terms, find_likelihood, fisher_terms
-from hvpkit.curvature.ggn import check_objective, ggn_terms
-from hvpkit.curvature.operator import operator, origin_of
-from hvpkit.curvature.param_selection import Selection
-from hvpkit.curvature.products import Terms, hessian_terms
-from hvpkit.objective import Objective
-from hvpkit.operators.base import LinearOperator
+from hvpkit.autodiff.pytree import check_params, snapshot
+from hvpkit.curvature.batch_size import best_size
+from hvpkit.curvature.batches import (
+    MODES,
+    BatchCurvature,
+    Kind,
+    Leaves,
+    Problem,
+    all_finite,
+    batch_curvatures,
+    check_loss,
+    hessian_of_batch,
+    loss_shares,
+)
+from hvpkit.curvature.compiled import MODE, compiled_kind
+from hvpkit.curvature.fisher import LIKELIHOODS, empirical_fisher_of_batch, find_likelihood, fisher_of_batch
+from hvpkit.curvature.ggn import check_objective, ggn_of_batch
+from hvpkit.curvature.graph_cache import MemoryBudget
+from hvpkit.curvature.mode_selection import check_arithmetic, choose_recipe, lower_precision
+from hvpkit.curvature.operator import Curvature, CurvatureOperator
+from hvpkit.curvature.param_selection import Selection, restrict
+from hvpkit.data import Data, as_data
+from hvpkit.errors import NonFiniteError
+from hvpkit.objective import Objective, check_batches, check_loss_fn, goes_by_batches
+
+TRIAL_EXAMPLES = 32
+"""The most examples of the first batch on which modes are tried and errors measured. By feel."""
 
 
 def hessian(
@@ -30,8 +50,8 @@ def hessian(
     memory_limit: float | None = None,
     compile: bool = False,
     progress: bool = False,
-) -> LinearOperator:
-    r"""The Hessian of the mean loss over all examples, :math:`H = \frac1N \sum_i \nabla^2 \ell_i(p)`.
+) -> CurvatureOperator:
+    r"""Return the Hessian of the mean loss over all examples, :math:`H = \frac1N \sum_i \nabla^2 \ell_i(p)`.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``: losses ``[B]``, or their mean as a 0-d tensor. Pure.
@@ -39,26 +59,26 @@ def hessian(
         data: tensors, a Dataset, a DataLoader or a re-iterable of batches: see :func:`hvpkit.as_data`.
         wrt: glob or globs over dotted parameter names, or a predicate of a name: the block of the matrix
             that belongs to those parameters, the others held constant.
-        batch_size: the most examples put through at once; memory grows with it, the product does not
-            change beyond rounding. By default the loader's own, else 256. ``"auto"``: the fastest within
+        batch_size: the most examples in a batch; memory grows with it, matvecs change by no more than
+            rounding. By default the loader's own, else 256. ``"auto"``: the fastest within
             ``memory_limit``, by trials with 16, 32, 64 ... examples.
-        mode: how a product is made: one of :func:`hvpkit.hvp`, or ``"auto"``: the exact one that is the faster
-            on the first examples, if both agree; ``H.mode`` is which, ``H.mode_reason`` why.
+        mode: of automatic differentiation: one of :func:`hvpkit.hvp`, or ``"auto"``: the exact one that is the
+            faster on the first examples, if both agree; ``H.mode`` and ``H.mode_reason`` say which and why.
         arithmetic: ``"native"``, the parameters' dtype; ``"bf16"`` or ``"tf32"`` (CUDA only): matrix products and
-            convolutions of float32 networks in fewer digits. The last products of a solve, and the values and
-            residuals that it reports, are in native arithmetic all the same.
-        memory_limit: bytes to hold between products, by the operator and its samples: the graph of the gradient of as
-            many batches as fit, made in the second product and passed through again in those after, which takes two
-            thirds of the work; in the mode ``"reverse-over-reverse"``. Given back when the operator is no longer
-            used. By default a quarter of the memory that is free; 0: nothing is held.
-        compile: make products by code that torch compiles, forward over reverse, once for a ``loss_fn`` and a
-            batch size; that takes from seconds to a minute, and pays in long runs. Compared with the product as it is
-            without, which stays in use, with a :class:`hvpkit.CompileWarning`, where torch cannot compile it.
-        progress: show a bar over the batches of each product.
+            convolutions of float32 networks in fewer digits. The last matvecs of a solve, and the values and
+            residuals that it reports, are in native arithmetic in any case.
+        memory_limit: bytes to hold between matvecs, by the operator and its samples: the graphs of the gradients of as
+            many batches as fit, recorded in the second matvec and used in all later ones, which take two thirds of
+            the work; in the mode ``"reverse-over-reverse"``. Freed with the operator. By default a quarter of the
+            memory that is free; 0: nothing is held.
+        compile: compile matvecs by ``torch.compile``, forward over reverse, once for a ``loss_fn`` and a batch size;
+            that takes from seconds to a minute, and pays in long runs. The result is compared with the matvec without
+            it, which stays in use, with a :class:`hvpkit.CompileWarning`, where torch cannot compile or is wrong.
+        progress: show a bar over the batches of each matvec.
 
     Returns:
-        A symmetric :class:`hvpkit.LinearOperator`; trees for ``@`` are shaped like ``params``, a dict of the
-        chosen ones by dotted name where ``wrt`` is given. ``H.precision`` is the relative error of its products,
+        A symmetric :class:`hvpkit.CurvatureOperator`; trees for ``@`` are shaped like ``params``, a dict of the
+        chosen ones by dotted name where ``wrt`` is given. ``H.precision`` is the relative error of its matvecs,
         measured on the first examples for finite differences and for less than native arithmetic.
 
     Raises:
@@ -68,9 +88,9 @@ def hessian(
         ArithmeticError: ``mode="auto"``: the modes disagree, and finite differences agree with neither.
 
     Cost:
-        A gradient of the first batch now, and four products with 32 of its examples, twelve at most. A product is a
-        pass over the data at about 9 forward passes' work. ``[n, k]`` products read the data once, and share the
-        forward and the first backward pass in the mode ``"reverse-over-reverse"``.
+        A gradient of the first batch now, and four matvecs with 32 of its examples, twelve at most. A matvec is a
+        pass over the data at about 9 forward passes' work. With ``[n, k]`` it reads the data once, and columns share
+        the forward and the first backward pass in the mode ``"reverse-over-reverse"``.
 
     Example:
         >>> import torch, hvpkit as hk
@@ -85,11 +105,12 @@ def hessian(
         >>> {name: round(ex.largest.value, 3) for name, ex in ends.items()}
         {'w': 8.0, 'b': 2.0}
     """
-    origin, first = origin_of("hessian", loss_fn, params, data, wrt, batch_size, mode)
-    return operator(origin, first, hessian_terms, batch_size, arithmetic, memory_limit, progress, compile)
+    options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress, compile)
+    problem, first = _specify(loss_fn, params, data, options)
+    return _build("hessian", hessian_of_batch, problem, first, options)
 
 
-def ggn(
+def ggn(  # noqa: D417
     objective: Objective,
     params: Tree,
     data: object,
@@ -100,32 +121,27 @@ def ggn(
     arithmetic: str = "native",
     memory_limit: float | None = None,
     progress: bool = False,
-) -> LinearOperator:
-    r"""The generalised Gauss-Newton matrix of the mean loss, :math:`G = \frac1N \sum_i J_i^\top H_i J_i`.
+) -> CurvatureOperator:
+    r"""Return the generalised Gauss-Newton matrix of the mean loss, :math:`G = \frac1N \sum_i J_i^\top H_i J_i`.
 
-    :math:`J_i` is the Jacobian of the outputs of example i, :math:`H_i` the Hessian of its loss by the outputs. G is
+    :math:`J_i` is the Jacobian of the outputs of example i, :math:`H_i` the Hessian of its loss in the outputs. G is
     positive semi-definite where the loss is convex in the outputs.
 
     Args:
         objective: a :class:`hvpkit.Objective`, as :func:`hvpkit.from_module` gives one.
-        params: as in :func:`hessian`.
-        data: as in :func:`hessian`.
-        wrt: as in :func:`hessian`.
-        batch_size: as in :func:`hessian`.
-        arithmetic: as in :func:`hessian`.
-        memory_limit: as in :func:`hessian`.
-        progress: as in :func:`hessian`.
-        mode: how J is multiplied with: one of :func:`hvpkit.ggnvp`, or ``"auto"`` as in :func:`hessian`.
+        mode: how J is multiplied: one of :func:`hvpkit.ggnvp`, or ``"auto"`` as in :func:`hessian`.
+
+    The other arguments are those of :func:`hessian`.
 
     Returns:
-        A symmetric :class:`hvpkit.LinearOperator`.
+        A symmetric :class:`hvpkit.CurvatureOperator`.
 
     Raises:
         TypeError, ValueError, NonFiniteError, ArithmeticError: as :func:`hvpkit.ggnvp` and :func:`hessian`.
 
     Cost:
-        As :func:`hessian` now. A product is a pass over the data at about 6 forward passes' work and twice the
-        loss of the outputs; for its memory see :func:`hvpkit.ggnvp`. ``[n, k]`` products share one forward pass.
+        As :func:`hessian` now. A matvec is a pass over the data at about 6 forward passes' work and twice the
+        loss of the outputs; for its memory see :func:`hvpkit.ggnvp`. Columns of ``[n, k]`` share one forward pass.
 
     Source:
         Schraudolph, Neural Computation 14 (2002) 1723-1738, doi:10.1162/08997660260028683.
@@ -137,11 +153,12 @@ def ggn(
         >>> G @ torch.tensor([1.0, 0.0])
         tensor([2., 4.])
     """
-    origin, first = origin_of("ggn", check_objective(objective), params, data, wrt, batch_size, mode)
-    return operator(origin, first, ggn_terms, batch_size, arithmetic, memory_limit, progress)
+    options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress)
+    problem, first = _specify(check_objective(objective), params, data, options)
+    return _build("ggn", ggn_of_batch, problem, first, options)
 
 
-def empirical_fisher(
+def empirical_fisher(  # noqa: D417
     loss_fn: LossFn,
     params: Tree,
     data: object,
@@ -152,29 +169,24 @@ def empirical_fisher(
     arithmetic: str = "native",
     memory_limit: float | None = None,
     progress: bool = False,
-) -> LinearOperator:
-    r"""The second moment of the gradients of single examples, :math:`\frac1N \sum_i g_i g_i^\top`.
+) -> CurvatureOperator:
+    r"""Return the empirical Fisher matrix: the second moment of single gradients, :math:`\frac1N \sum_i g_i g_i^\top`.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``: losses ``[B]``. Pure.
-        params: as in :func:`hessian`.
-        data: as in :func:`hessian`.
-        wrt: as in :func:`hessian`.
-        batch_size: as in :func:`hessian`.
-        arithmetic: as in :func:`hessian`.
-        memory_limit: as in :func:`hessian`.
-        progress: as in :func:`hessian`.
-        mode: how inner products with gradients are made: see :func:`hvpkit.ggnvp`; or ``"auto"``.
+        mode: how inner products with gradients are computed: see :func:`hvpkit.ggnvp`; or ``"auto"``.
+
+    The other arguments are those of :func:`hessian`.
 
     Returns:
-        A symmetric, positive semi-definite :class:`hvpkit.LinearOperator`.
+        A symmetric, positive semi-definite :class:`hvpkit.CurvatureOperator`.
 
     Raises:
         ValueError: a 0-d loss, whose examples are not known apart.
         TypeError, ValueError, NonFiniteError, ArithmeticError: as :func:`hessian`.
 
     Cost:
-        As :func:`hessian` now. A product is a pass over the data at about 6 forward passes' work.
+        As :func:`hessian` now. A matvec is a pass over the data at about 6 forward passes' work.
 
     Example:
         >>> import torch
@@ -182,11 +194,12 @@ def empirical_fisher(
         >>> F @ torch.ones(2)
         tensor([2., 3.])
     """
-    origin, first = origin_of("empirical-fisher", loss_fn, params, data, wrt, batch_size, mode)
-    return operator(origin, first, empirical_terms, batch_size, arithmetic, memory_limit, progress)
+    options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress)
+    problem, first = _specify(loss_fn, params, data, options)
+    return _build("empirical-fisher", empirical_fisher_of_batch, problem, first, options)
 
 
-def fisher(
+def fisher(  # noqa: D417
     objective: Objective,
     params: Tree,
     data: object,
@@ -200,31 +213,26 @@ def fisher(
     arithmetic: str = "native",
     memory_limit: float | None = None,
     progress: bool = False,
-) -> LinearOperator:
-    r"""The Fisher matrix of the model's own predictions, :math:`\frac1N \sum_i \mathbf E_{y \sim p(y|x_i)}\, g g^\top`.
+) -> CurvatureOperator:
+    r"""Return the Fisher matrix of predictions, :math:`\frac1N \sum_i \mathbf E_{y \sim p(y|x_i)}\, g g^\top`.
 
-    g is the gradient of the loss at a target y that the model itself predicts. The expectation, which is the
+    g is the gradient of the loss at a target y drawn from the model's own prediction. The expectation, which is the
     generalised Gauss-Newton matrix here, is exact by default, or an unbiased mean over samples. Where an example has
-    several predictions (tokens, pixels, labels), each is drawn, and counts as much as the loss weighs it.
+    several predictions (tokens, pixels, labels), each is drawn, with the weight that the loss gives it.
 
     Args:
         objective: a :class:`hvpkit.Objective`, whose outputs are one tensor.
-        params: as in :func:`hessian`.
-        data: as in :func:`hessian`.
-        wrt: as in :func:`hessian`.
-        batch_size: as in :func:`hessian`.
-        arithmetic: as in :func:`hessian`.
-        memory_limit: as in :func:`hessian`.
-        progress: as in :func:`hessian`.
         likelihood: of targets given the outputs: ``"categorical"`` (cross entropy of logits, their classes along the
             dimension 1 or the last), ``"bernoulli"`` (binary cross entropy of logits), ``"gaussian"`` (squared error);
-            by default whichever the loss is of.
-        num_samples: how many targets to draw for each prediction, the same in every product; None: the exact form.
+            by default the one of the loss.
+        num_samples: targets drawn for each prediction, the same in every matvec; None: the exact form.
         seed: of the samples.
-        mode: how J is multiplied with: one of :func:`hvpkit.ggnvp`, or ``"auto"`` as in :func:`hessian`.
+        mode: how J is multiplied: one of :func:`hvpkit.ggnvp`, or ``"auto"`` as in :func:`hessian`.
+
+    The other arguments are those of :func:`hessian`.
 
     Returns:
-        A symmetric, positive semi-definite :class:`hvpkit.LinearOperator`.
+        A symmetric, positive semi-definite :class:`hvpkit.CurvatureOperator`.
 
     Raises:
         ValueError: the loss is of another likelihood, or of none of these.
@@ -249,11 +257,85 @@ def fisher(
     if num_samples is not None:
         check_count("num_samples", num_samples, 1)
     seed = resolve_seed(seed)
-    origin, first = origin_of("fisher", objective, params, data, wrt, batch_size, mode)
-    with exact_derivatives(origin.leaves[0].device):
-        whole = check_objective(origin.loss_fn)
-        found = find_likelihood(whole, origin.layout, origin.leaves, first, likelihood)
-    terms: Terms[Any] = ggn_terms
+    options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress)
+    problem, first = _specify(objective, params, data, options)
+    with exact_derivatives(problem.device):
+        found = find_likelihood(check_objective(problem.loss_fn), problem.over(first), likelihood)
+    of_batch: Kind = ggn_of_batch
     if num_samples is not None:
-        terms = partial(fisher_terms, likelihood=found, num_samples=num_samples, seed=seed)
-    return operator(origin, first, terms, batch_size, arithmetic, memory_limit, progress)
+        of_batch = partial(fisher_of_batch, likelihood=found, num_samples=num_samples, seed=seed)
+    return _build("fisher", of_batch, problem, first, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Arguments that all constructors share: see :func:`hessian`."""
+
+    wrt: Selection
+    batch_size: int | str | None
+    mode: str
+    arithmetic: str
+    memory_limit: float | None
+    progress: bool
+    compile: bool = False
+
+
+def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> tuple[Problem, Data]:
+    """Validate the arguments; return the problem, and the first few examples for trials."""
+    batch_size = options.batch_size
+    check_choice("mode", options.mode, ("auto", *MODES))
+    check_loss_fn(loss_fn, params)
+    function, params = restrict(loss_fn, params, options.wrt)
+    layout, leaves = check_params(params)
+    leaves = [snapshot(leaf) for leaf in leaves]  # later training does not change the operator
+    device = leaves[0].device
+    if isinstance(batch_size, str):
+        if batch_size != "auto":
+            raise ValueError(f"batch_size must be a number of examples or 'auto', got {batch_size!r}")
+        if goes_by_batches(loss_fn):
+            raise ValueError(
+                "batch_size='auto': batchnorm=\"batch\" makes the Hessian depend on the batches; name their size"
+            )
+        batch_size = None  # until trials have chosen it
+    examples = as_data(data, batch_size=batch_size, device=device)
+    check_batches(loss_fn, examples)
+    first = examples.first()
+    with exact_derivatives(device):
+        value = check_loss(next(loss_shares(function, layout, first)), leaves)
+    if not all_finite([value]):
+        raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
+    return Problem(function, layout, leaves, examples), first.first(TRIAL_EXAMPLES)
+
+
+def _build(kind: str, of_batch: Kind, problem: Problem, first: Data, options: _Options) -> CurvatureOperator:
+    """Choose mode, batch size and code by trials on the first examples; return the operator."""
+    arithmetic = options.arithmetic
+    device, dtype = problem.device, problem.leaves[0].dtype
+    check_arithmetic(arithmetic, problem.leaves[0])
+    budget = MemoryBudget.of(options.memory_limit, device)
+
+    def random_vector(stream: int) -> Leaves:
+        return problem.layout.split(
+            normal_vector(problem.layout.n, dtype=dtype, device=device, seed=0, stream=stream)
+        )
+
+    def first_batch(size: int) -> BatchCurvature:
+        return next(batch_curvatures(of_batch, problem, as_data(problem.data, batch_size=size)))
+
+    with exact_derivatives(device):
+        trial = next(batch_curvatures(of_batch, problem, first))
+        recipe = choose_recipe(trial, random_vector, options.mode, arithmetic)
+        if options.batch_size == "auto":
+            with lower_precision(arithmetic, device):
+                longest = problem.data.longest_batch
+                size = best_size(first_batch, random_vector(0), recipe.mode, longest, budget.num_bytes)
+            problem = problem.over(as_data(problem.data, batch_size=size))
+        if options.compile:
+            if options.mode not in ("auto", MODE):
+                raise ValueError(f"compile=True makes products {MODE}; leave mode={options.mode!r} out")
+            with lower_precision(arithmetic, device):
+                faster = compiled_kind(of_batch, problem)
+            if faster is not None:
+                of_batch, recipe = faster, replace(recipe, mode=MODE, reason=f"{MODE}: compiled")
+    curvature = Curvature(kind, of_batch, problem, recipe, budget.new_cache(), progress=options.progress)
+    return CurvatureOperator.of([(1.0, curvature)])

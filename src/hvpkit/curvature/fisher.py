@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -15,24 +15,24 @@ from torch.utils import _pytree
 from hvpkit._utils.random import generator
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit.autodiff.pytree import Layout, batch_size, unflatten
-from hvpkit.curvature.ggn import ggn_term, ggn_terms, loss_product
-from hvpkit.curvature.products import Leaves, Term, batch_product, dependent
-from hvpkit.data import Data
+from hvpkit.curvature.batches import Leaves, Problem, WeightedBatch
+from hvpkit.curvature.functional import batch_matvec, checked
+from hvpkit.curvature.ggn import BatchGGN, ggn_of_batch, loss_matvec
 from hvpkit.objective import Objective
 
 
 def fisher_vp(
     loss_fn: LossFn, params: Tree, batch: Batch, v: Tree, *, mode: str = "forward-over-reverse"
 ) -> Tree:
-    r"""Product with the empirical Fisher matrix of one batch, :math:`\frac1B \sum_i g_i (g_i^\top v)`.
+    r"""Multiply the empirical Fisher matrix of one batch by a vector, :math:`\frac1B \sum_i g_i (g_i^\top v)`.
 
     :math:`g_i` is the gradient of the loss of example i. It is the Gauss-Newton matrix of half the squared losses.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``: losses ``[B]``.
-        params: tree of floating tensors, the point.
-        batch: tree of tensors with a common first dimension.
-        v: tree shaped like ``params``, of its dtype and device.
+        params: as in :func:`hvpkit.hvp`.
+        batch: as in :func:`hvpkit.hvp`.
+        v: as in :func:`hvpkit.hvp`.
         mode: how the inner products :math:`g_i^\top v` are made: see :func:`hvpkit.ggnvp`.
 
     Returns:
@@ -51,12 +51,14 @@ def fisher_vp(
         >>> fisher_vp(loss_fn, torch.zeros(2), torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.ones(2))
         tensor([2., 3.])
     """
-    return batch_product(empirical_terms, dependent(loss_fn), params, batch, v, mode)
+    return batch_matvec(empirical_fisher_of_batch, checked(loss_fn), params, batch, v, mode)
 
 
-def empirical_terms(loss_fn: LossFn, layout: Layout, leaves: Leaves, data: Data) -> Iterator[Term]:
-    """What each batch adds to products with the empirical Fisher matrix at ``leaves``."""
-    return ggn_terms(Objective(loss_fn, _half_square), layout, leaves, data)
+def empirical_fisher_of_batch(
+    loss_fn: LossFn, layout: Layout, leaves: Leaves, batch: WeightedBatch, /
+) -> BatchGGN:
+    """Return one batch's share of the empirical Fisher matrix."""
+    return ggn_of_batch(Objective(loss_fn, _half_square), layout, leaves, batch)
 
 
 def _half_square(losses: Tensor, _: Batch) -> Tensor:
@@ -70,31 +72,31 @@ def _half_square(losses: Tensor, _: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """A distribution of targets given outputs z, minus whose logarithm a loss is but for weights of predictions.
+    """A distribution of targets given outputs z, for losses that are its negative logarithm up to weights.
 
     Attributes:
         name: ``"gaussian"`` (z: means), ``"bernoulli"`` (logits) or ``"categorical"`` (logits).
-        dim: the dimension of the outputs that holds a categorical one's classes; None for the others.
+        dim: the dimension of the outputs that holds the classes of a categorical one; None for the others.
     """
 
     name: str
     dim: int | None = None
 
     def covariance(self, z: Tensor, u: Tensor) -> Tensor:
-        """The covariance of scores, which is the Hessian of minus the log likelihood at ``z``, times ``u``."""
+        """Multiply the covariance of scores, the Hessian of the negative log likelihood at ``z``, by ``u``."""
         if self.dim is not None:
             p = z.softmax(self.dim)
             return p * (u - (p * u).sum(self.dim, keepdim=True))
         return u * torch.sigmoid(z) * torch.sigmoid(-z) if self.name == "bernoulli" else u
 
     def score(self, z: Tensor, uniform: Tensor) -> Tensor:
-        """The gradient of minus the log likelihood at a target drawn with ``uniform``, one number a prediction."""
+        """Return the gradient of the negative log likelihood at a target drawn by one uniform number a prediction."""
         wide = z.to(torch.promote_types(z.dtype, torch.float32))  # probabilities add up to one
         if self.dim is not None:
             p = wide.softmax(self.dim)
-            steps = p.cumsum(self.dim)
-            total = steps.narrow(self.dim, -1, 1)  # one, but for rounding
-            drawn = (steps <= uniform.unsqueeze(self.dim) * total).sum(self.dim, keepdim=True)
+            cumulative = p.cumsum(self.dim)
+            total = cumulative.narrow(self.dim, -1, 1)  # one, up to rounding
+            drawn = (cumulative <= uniform.unsqueeze(self.dim) * total).sum(self.dim, keepdim=True)
             drawn = drawn.clamp(max=p.shape[self.dim] - 1)
             score = p.scatter_add(self.dim, drawn, -torch.ones_like(total))
         elif self.name == "bernoulli":
@@ -105,11 +107,11 @@ class Likelihood:
         return score.to(z)
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """Inner products, one for each prediction."""
+        """Return inner products, one for each prediction."""
         return a * b if self.dim is None else (a * b).sum(self.dim)
 
     def weights(self, curvature: Callable[[Tensor, Tensor], Tensor], like: Tensor) -> Tensor:
-        """By how much a loss with this ``curvature`` weighs each prediction: found at outputs zero."""
+        """Return the weight of each prediction in a loss with this ``curvature``, measured at outputs zero."""
         zero, probe = torch.zeros_like(like), torch.ones_like(like)
         if self.dim is not None:
             probe.narrow(self.dim, 1, probe.shape[self.dim] - 1).zero_()
@@ -119,19 +121,17 @@ class Likelihood:
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 
 
-def find_likelihood(
-    objective: Objective, layout: Layout, leaves: Leaves, data: Data, name: str | None
-) -> Likelihood:
-    """The likelihood of which the loss is minus the logarithm, of this ``name`` if there is one.
+def find_likelihood(objective: Objective, problem: Problem, name: str | None) -> Likelihood:
+    """Find the likelihood whose negative logarithm the loss is; with a ``name``, only that one is tried.
 
-    What tells is the Hessian of the first batch's loss by outputs that are random.
+    The test compares Hessians of the first batch's loss with respect to random outputs.
 
     Raises:
-        ValueError: none is; or the outputs are not one tensor with the examples along its first dimension.
+        ValueError: there is none; or the outputs are not one tensor with the examples along its first dimension.
     """
-    batch = next(iter(data))
+    batch = next(iter(problem.data))
     with torch.no_grad():
-        outputs = objective.forward(unflatten(leaves, layout.spec), batch)
+        outputs = objective.forward(problem.params, batch)
     like, curvature = _curvature(objective.output_loss, outputs, batch)
     candidates = [Likelihood("gaussian"), Likelihood("bernoulli")]
     if like.ndim > 1:
@@ -154,25 +154,23 @@ def find_likelihood(
     )
 
 
-def fisher_terms(
+def fisher_of_batch(
     objective: Objective,
     layout: Layout,
     leaves: Leaves,
-    data: Data,
+    batch: WeightedBatch,
+    /,
     *,
     likelihood: Likelihood,
     num_samples: int,
     seed: int,
-) -> Iterator[Term]:
-    """What each batch adds to products with the Fisher matrix of sampled predictions at ``leaves``.
+) -> BatchGGN:
+    """Return one batch's share of the Fisher matrix of sampled predictions.
 
     It is the Gauss-Newton matrix of a loss of the outputs whose Hessian is the second moment of the scores.
     """
-    start = 0
-    for batch, weights in data.weighted():
-        loss_at = partial(_sampled_loss, objective.output_loss, likelihood, num_samples, seed, start)
-        yield ggn_term(objective.forward, loss_at, layout, leaves, batch, weights, data.num_examples)
-        start += batch_size(batch)
+    loss_at = partial(_sampled_loss, objective.output_loss, likelihood, num_samples, seed, batch.start)
+    return BatchGGN(objective.forward, loss_at, layout, leaves, batch)
 
 
 def _sampled_loss(
@@ -184,7 +182,7 @@ def _sampled_loss(
     outputs: Tree,
     batch: Batch,
 ) -> LossFn:
-    """Half the squares of outputs along the scores at ``outputs``, a weighted sum for each example."""
+    r"""Return the loss :math:`\frac12 \sum w (s^\top z)^2` of outputs z for the scores s sampled at ``outputs``."""
     z, curvature = _curvature(output_loss, outputs, batch)
     weights = likelihood.weights(curvature, z)
     uniforms = _uniforms(seed, start, (*weights.shape, num_samples), z.device)
@@ -204,15 +202,16 @@ def _sampled_loss(
 def _curvature(
     output_loss: LossFn, outputs: Tree, batch: Batch
 ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-    """The one tensor of the outputs, and the Hessian of the loss by it: ``(z, u)`` to its product at z with u."""
+    """Return the one tensor of the outputs, and the function ``(z, u)`` to the loss's Hessian at z times u."""
     leaves, spec = _pytree.tree_flatten(outputs)
     floating = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    size = batch_size(batch)
-    if len(floating) != 1 or leaves[floating[0]].shape[:1] != (size,):
+    size = _num_examples(batch)
+    if len(floating) != 1 or (size is not None and leaves[floating[0]].shape[:1] != (size,)):
         shapes = [tuple(leaves[i].shape) for i in floating]
         raise ValueError(
             "objective: a Fisher matrix of the model's predictions needs outputs that are one tensor with the "
-            f"{size} examples along its first dimension, got shapes {shapes}; let forward return that tensor"
+            f"{'' if size is None else f'{size} '}examples along its first dimension, got shapes {shapes}; let "
+            "forward return that tensor"
         )
     (place,) = floating
 
@@ -221,12 +220,20 @@ def _curvature(
         return output_loss(unflatten(replaced, spec), batch).sum()
 
     def curvature(z: Tensor, u: Tensor) -> Tensor:
-        return loss_product(loss, [z], [u])[0]
+        return loss_matvec(loss, [z], [u])[0]
 
     return leaves[place], curvature
 
 
+def _num_examples(batch: Batch) -> int | None:
+    """Return the number of examples in a batch; None if it has no common first dimension: it is read whole."""
+    try:
+        return batch_size(batch)
+    except (TypeError, ValueError):
+        return None
+
+
 def _uniforms(seed: int, start: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers in (0, 1), of which each example has its own, whatever batch it comes in."""
+    """Draw numbers in (0, 1) that depend on the example's index and not on its batch."""
     stream = np.random.PCG64(seed).advance(start * prod(shape[1:]))
     return torch.from_numpy(np.random.Generator(stream).random(shape) + 2.0**-54).to(device)

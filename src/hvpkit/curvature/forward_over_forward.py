@@ -14,20 +14,20 @@ from hvpkit._utils.validation import check_like
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.overrides import FunctionOverrides, Table
 from hvpkit.autodiff.pytree import batch_size, check_params, unflatten
-from hvpkit.curvature.products import INDEPENDENT, Leaves, check_losses
+from hvpkit.curvature.batches import INDEPENDENT, Leaves, check_losses
 from hvpkit.data import prepare
 
 
 def quadratic_form(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree) -> Tensor:
-    r"""Second derivative of each example's loss along ``v``, :math:`v^\top \nabla^2 \ell_i(p)\, v`.
+    r"""Return the second derivative of each example's loss along ``v``, :math:`v^\top \nabla^2 \ell_i(p)\, v`.
 
     Forward mode over forward mode: no backward pass, and no graph of activations in memory.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``: losses ``[B]``, or their mean as a 0-d tensor.
-        params: tree of floating tensors, the point.
-        batch: tree of tensors with a common first dimension.
-        v: tree shaped like ``params``, of its dtype and device.
+        params: as in :func:`hvpkit.hvp`.
+        batch: as in :func:`hvpkit.hvp`.
+        v: as in :func:`hvpkit.hvp`.
 
     Returns:
         ``[B]``, or 0-d where the loss is.
@@ -55,12 +55,12 @@ def quadratic_form(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree) -> Tens
         check_losses(found, size)
         return found
 
-    def slopes(leaves: Leaves) -> Tensor:
+    def first_derivatives(leaves: Leaves) -> Tensor:
         return _along(losses, leaves, direction, strict=True)
 
     with exact_derivatives(leaves[0].device), FunctionOverrides(FORWARD_TWICE), torch.no_grad():
         try:
-            return _along(slopes, leaves, direction)
+            return _along(first_derivatives, leaves, direction)
         except NotImplementedError as error:
             error.add_note(
                 "hvpkit: quadratic_form differentiates forward twice; the inner product of v and hvp may do"
@@ -80,8 +80,8 @@ def _along(
     return derivative
 
 
-# What torch gets wrong in forward mode over itself, as its rules take intermediate results for constants, or what
-# has no rule.
+# Functions that torch gets wrong in forward mode over itself, because its rules take intermediate results for
+# constants, or for which it has no rule.
 
 
 def _standard(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -182,4 +182,4 @@ FORWARD_TWICE: Table = {
     F.glu: _glu,
     **{getattr(where, name): _refused(name) for where, names in _WRONG.items() for name in names.split()},
 }
-"""Replacements under which forward mode over forward mode is right."""
+"""Replacements under which forward mode over forward mode is right, or refused."""

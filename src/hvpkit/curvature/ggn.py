@@ -1,9 +1,9 @@
-"""Gauss-Newton products: the curvature of a loss of outputs, seen through a linearised network."""
+"""Generalised Gauss-Newton matrices: the curvature of a loss of outputs through the linearized network."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,36 +15,33 @@ from torch.utils import _pytree
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit.autodiff.cross_entropy import cross_entropy
 from hvpkit.autodiff.overrides import FunctionOverrides
-from hvpkit.autodiff.pytree import Layout, batch_size, unflatten
-from hvpkit.curvature.products import (
+from hvpkit.autodiff.pytree import Layout, unflatten
+from hvpkit.curvature.batches import (
+    BatchHessian,
     Leaves,
-    Linear,
-    Part,
-    Term,
-    batch_product,
+    LinearMap,
+    LossShare,
+    WeightedBatch,
+    annotated,
     central_difference,
-    dependent,
-    linearise,
-    named,
-    share,
 )
-from hvpkit.data import Data
+from hvpkit.curvature.functional import batch_matvec, checked
 from hvpkit.objective import Objective
 
 
 def ggnvp(
     objective: Objective, params: Tree, batch: Batch, v: Tree, *, mode: str = "forward-over-reverse"
 ) -> Tree:
-    r"""Product with the generalised Gauss-Newton matrix of the mean loss over one batch, :math:`J^\top H J v`.
+    r"""Multiply the generalised Gauss-Newton matrix of the mean loss over one batch by a vector, :math:`J^\top H J v`.
 
     J is the Jacobian of the outputs ``objective.forward(p, batch)``, H the Hessian of their mean loss by
     ``objective.output_loss``. Neither is formed.
 
     Args:
         objective: a :class:`hvpkit.Objective`, as :func:`hvpkit.from_module` gives one.
-        params: tree of floating tensors, the point.
-        batch: tree of tensors with a common first dimension.
-        v: tree shaped like ``params``, of its dtype and device.
+        params: as in :func:`hvpkit.hvp`.
+        batch: as in :func:`hvpkit.hvp`.
+        v: as in :func:`hvpkit.hvp`.
         mode: how J v is made: ``"forward-over-reverse"``: forward; ``"reverse-over-reverse"``: as the
             derivative of :math:`J^\top u` by u; ``"finite-difference"``: by central differences of the
             outputs, and H by those of the loss's gradient. H is exact in the other two: by double backward.
@@ -70,12 +67,12 @@ def ggnvp(
         tensor([2., 4.])
     """
     check_objective(objective)
-    checked = replace(objective, forward=dependent(objective.forward))
-    return batch_product(ggn_terms, checked, params, batch, v, mode)
+    safe = replace(objective, forward=checked(objective.forward))
+    return batch_matvec(ggn_of_batch, safe, params, batch, v, mode)
 
 
 def check_objective(objective: object) -> Objective:
-    """The objective; a TypeError if it is no :class:`hvpkit.Objective`."""
+    """Return the objective; raise TypeError if it is no :class:`hvpkit.Objective`."""
     if not isinstance(objective, Objective):
         raise TypeError(
             f"objective must be a hvpkit.Objective, whose outputs and loss are known apart, got "
@@ -88,57 +85,65 @@ LossAt: TypeAlias = Callable[[Tree, Batch], LossFn]
 """From the outputs of a batch to the loss of outputs whose Hessian is taken there."""
 
 
-def ggn_terms(objective: Objective, layout: Layout, leaves: Leaves, data: Data) -> Iterator[Term]:
-    """What each batch adds to products with the generalised Gauss-Newton matrix at ``leaves``."""
-    for batch, weights in data.weighted():
-        yield ggn_term(
-            objective.forward,
-            lambda *_: objective.output_loss,
-            layout,
-            leaves,
-            batch,
-            weights,
-            data.num_examples,
-        )
+def ggn_of_batch(objective: Objective, layout: Layout, leaves: Leaves, batch: WeightedBatch, /) -> BatchGGN:
+    """Return the generalised Gauss-Newton matrix of one batch's share of the mean loss."""
+    return BatchGGN(objective.forward, lambda *_: objective.output_loss, layout, leaves, batch)
 
 
-def ggn_term(
-    forward: Callable[[Tree, Batch], Tree],
-    loss_at: LossAt,
-    layout: Layout,
-    leaves: Leaves,
-    batch: Batch,
-    weights: Tensor | None,
-    num_examples: int,
-) -> Term:
-    """What one batch adds."""
+@dataclass(frozen=True, eq=False)
+class BatchGGN:
+    """The matrix J' H J of one batch: J of ``forward`` at ``leaves``, H of the loss at the outputs.
 
-    def outputs(leaves: Leaves) -> Tree:
-        return forward(unflatten(leaves, layout.spec), batch)
+    Attributes:
+        forward: ``forward(params, batch)``: the outputs.
+        loss_at: from the outputs and the batch to the loss of outputs whose Hessian is H.
+        layout: of the parameters.
+        leaves: the parameters.
+        batch: the examples.
+    """
 
-    def share_at(outputs: Tree) -> Callable[[Tree], Tensor]:
-        output_loss = loss_at(outputs, batch)
-        return lambda tree: share(output_loss(tree, batch), batch_size(batch), weights, num_examples)
+    forward: Callable[[Tree, Batch], Tree]
+    loss_at: LossAt
+    layout: Layout
+    leaves: Leaves
+    batch: WeightedBatch
 
-    return lambda mode: named("Gauss-Newton", mode, lambda: _linear(outputs, share_at, leaves, mode))
+    def linearize(self, mode: str) -> LinearMap:
+        """Return the matrix as a linear map; ``mode`` says how J is multiplied: see :func:`hvpkit.ggnvp`."""
+
+        def outputs(leaves: Leaves) -> Tree:
+            with self.batch.noting(leaves):
+                return self.forward(unflatten(leaves, self.layout.spec), self.batch.batch)
+
+        def share_at(outputs: Tree) -> Callable[[Tree], Tensor]:
+            output_loss = self.loss_at(outputs, self.batch.batch)
+
+            def share(tree: Tree) -> Tensor:
+                with self.batch.noting(self.leaves):
+                    losses = output_loss(tree, self.batch.batch)
+                return self.batch.share_of_mean(losses)
+
+            return share
+
+        return annotated("Gauss-Newton", mode, lambda: _linearize(outputs, share_at, self.leaves, mode))
 
 
-def _linear(
+def _linearize(
     forward: Callable[[Leaves], Tree],
     loss_at: Callable[[Tree], Callable[[Tree], Tensor]],
     leaves: Leaves,
     mode: str,
-) -> Linear:
-    """J' H J, with J of ``forward`` at ``leaves`` and H of the loss at the outputs."""
+) -> LinearMap:
+    """Linearize ``forward`` at ``leaves`` once; the loss is differentiated in each matvec."""
     with torch.enable_grad():
         points = [leaf.detach().requires_grad_() for leaf in leaves]
         tree, spec = _pytree.tree_flatten(forward(points))
     variable = _variable(tree)
     if not variable:
-        return lambda vectors, *, again=False: [[torch.zeros_like(p) for p in leaves] for _ in vectors]  # noqa: ARG005
+        return lambda vectors, *, retain_graph=False: [[torch.zeros_like(p) for p in leaves] for _ in vectors]  # noqa: ARG005
     constants: list[Any] = [None if i in variable else leaf for i, leaf in enumerate(tree)]
     outputs = [tree[i] for i in variable]
-    ends = [torch.autograd.graph.get_gradient_edge(output) for output in outputs]
+    edges = [torch.autograd.graph.get_gradient_edge(output) for output in outputs]
     narrow = [output.dtype for output in outputs]  # narrower than the parameters under autocast
     wide = [torch.promote_types(dtype, leaves[0].dtype) for dtype in narrow]
 
@@ -150,34 +155,36 @@ def _linear(
         given = dict(zip(variable, outputs, strict=True))
         return unflatten([given.get(i, leaf) for i, leaf in enumerate(constants)], spec)
 
-    def loss_near(outputs: Leaves) -> Part:
+    def loss_near(outputs: Leaves) -> LossShare:
         loss = loss_at(rebuilt(outputs))
         return lambda outputs: loss(rebuilt(outputs))
 
-    push = _linearised(outputs_at, leaves, points, outputs, mode)
-    del tree, outputs  # forward mode makes them again, and two of them would be much
-    loss: Part | None = None
+    push_forward = _linearized_forward(outputs_at, leaves, points, outputs, mode)
+    del tree, outputs  # forward mode computes them again, and two copies would be much
+    loss: LossShare | None = None
 
-    def product(vector: Leaves, again: bool) -> Leaves:
+    def matvec(vector: Leaves, retain_graph: bool) -> Leaves:
         nonlocal loss
-        values, tangents = (_cast(found, wide) for found in push(vector))
+        values, tangents = (_cast(found, wide) for found in push_forward(vector))
         loss = loss or loss_near(values)
-        cotangents = loss_product(loss, values, tangents, mode)
+        cotangents = loss_matvec(loss, values, tangents, mode)
         del values, tangents
         pulled = torch.autograd.grad(
-            ends,
+            edges,
             points,
             _cast(cotangents, narrow),
-            retain_graph=again,
+            retain_graph=retain_graph,
             allow_unused=True,
             materialize_grads=True,
         )
         return list(pulled)
 
-    def products(vectors: Sequence[Leaves], *, again: bool = False) -> list[Leaves]:
-        return [product(vector, again or column + 1 < len(vectors)) for column, vector in enumerate(vectors)]
+    def matvecs(vectors: Sequence[Leaves], *, retain_graph: bool = False) -> list[Leaves]:
+        return [
+            matvec(vector, retain_graph or column + 1 < len(vectors)) for column, vector in enumerate(vectors)
+        ]
 
-    return products
+    return matvecs
 
 
 def _cast(leaves: Leaves, dtypes: list[torch.dtype]) -> Leaves:
@@ -185,7 +192,7 @@ def _cast(leaves: Leaves, dtypes: list[torch.dtype]) -> Leaves:
 
 
 def _variable(tree: list[object]) -> list[int]:
-    """Which leaves of the outputs depend on the parameters."""
+    """Return the indices of the leaves of the outputs that depend on the parameters."""
     for leaf in tree:
         if isinstance(leaf, Tensor) and leaf.is_complex() and leaf.requires_grad:
             raise TypeError(f"objective.forward gave outputs of dtype {leaf.dtype}; they must be real")
@@ -197,10 +204,10 @@ def _variable(tree: list[object]) -> list[int]:
     return [i for i, leaf in enumerate(tree) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
-def _linearised(
+def _linearized_forward(
     outputs_at: Callable[[Leaves], Leaves], leaves: Leaves, points: Leaves, outputs: Leaves, mode: str
 ) -> Callable[[Leaves], tuple[Leaves, Leaves]]:
-    """The function from a vector to the outputs and J times it."""
+    """Return the function from a vector v to the outputs and J v."""
     if mode == "forward-over-reverse":
         return partial(_push_forward, outputs_at, leaves)
     values = [output.detach() for output in outputs]
@@ -225,7 +232,7 @@ def _push_forward(
 def _transposed_twice(
     points: Leaves, outputs: Leaves, values: Leaves
 ) -> Callable[[Leaves], tuple[Leaves, Leaves]]:
-    """J times a vector as the derivative by u of J'u, which is linear in u: any u will do, as one zero."""
+    """Return J v as the derivative of J'u with respect to u, where J'u is linear in u: u may be zero."""
     dual = [value.new_zeros(()).expand_as(value).requires_grad_() for value in values]
     with torch.enable_grad():
         pulled = torch.autograd.grad(outputs, points, dual, create_graph=True, allow_unused=True)
@@ -245,10 +252,12 @@ def _transposed_twice(
     return push
 
 
-def loss_product(loss: Part, values: Leaves, tangents: Leaves, mode: str = "reverse-over-reverse") -> Leaves:
-    """Hessian of a loss of outputs times the tangents, in the full precision of the outputs' own dtype."""
+def loss_matvec(
+    loss: LossShare, values: Leaves, tangents: Leaves, mode: str = "reverse-over-reverse"
+) -> Leaves:
+    """Multiply the Hessian of a loss of outputs by tangents, in the full precision of the outputs' dtype."""
     if mode != "finite-difference":
-        mode = "reverse-over-reverse"  # outputs are no long chain: it needs the least memory
+        mode = "reverse-over-reverse"  # a loss of outputs is shallow: this needs the least memory
     lean = FunctionOverrides({F.cross_entropy: cross_entropy})
     with lean, torch.autocast(values[0].device.type, enabled=False):
-        return linearise(loss, values, mode)([tangents])[0]
+        return BatchHessian(loss, values).linearize(mode)([tangents])[0]

@@ -1,7 +1,7 @@
-"""What products share, kept between them: the graphs of the first batches' gradients, as far as memory allows.
+"""Gradient graphs of the first batches, kept between matvecs as far as memory allows.
 
-A product by reverse over reverse is a gradient whose graph is recorded, about 3 forward passes' work, and a pass back
-through it, about 6. At a fixed point the first is the same for all products.
+A matvec by reverse over reverse records the graph of a gradient, about 3 forward passes' work, and differentiates
+it, about 6. At fixed parameters the graph is the same in all matvecs.
 """
 
 from __future__ import annotations
@@ -10,66 +10,84 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from hvpkit._utils.memory import Allocations
-from hvpkit.curvature.products import Linear, Term
+import torch
+
+from hvpkit._utils.memory import Allocations, free_memory
+from hvpkit.curvature.batches import BatchCurvature, LinearMap
+
+FREE_SHARE = 0.25
+"""Share of the free memory that an operator may hold between matvecs by default; chosen by feel."""
+
+Batches: TypeAlias = Callable[[], Iterator[BatchCurvature]]
+"""A pass over the batches."""
 
 
-class Budget:
-    """Bytes that an operator and its samples may hold together.
+class MemoryBudget:
+    """Memory that an operator and its samples may hold together.
 
     Args:
-        limit: bytes.
+        num_bytes: the limit.
     """
 
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self._holders: weakref.WeakSet[Kept] = weakref.WeakSet()
+    def __init__(self, num_bytes: float) -> None:
+        self.num_bytes = num_bytes
+        self._caches: weakref.WeakSet[GraphCache] = weakref.WeakSet()
 
-    def holder(self) -> Kept:
-        """Something that holds graphs, whose memory counts as long as it lives."""
-        holder = Kept(self)
-        self._holders.add(holder)
-        return holder
+    @classmethod
+    def of(cls, memory_limit: float | None, device: torch.device) -> MemoryBudget:
+        """Return the budget of ``memory_limit`` bytes; None: a share of the memory that is free.
+
+        Raises:
+            ValueError: ``memory_limit`` is no number of bytes.
+        """
+        if memory_limit is None:
+            memory_limit = FREE_SHARE * free_memory(device)
+        elif isinstance(memory_limit, bool | str) or not memory_limit >= 0:
+            raise ValueError(f"memory_limit must be a number of bytes, at least 0, got {memory_limit!r}")
+        return cls(memory_limit)
+
+    def new_cache(self) -> GraphCache:
+        """Return an empty cache, whose memory counts as long as it lives."""
+        cache = GraphCache(self)
+        self._caches.add(cache)
+        return cache
 
     @property
     def left(self) -> float:
-        """What may still be held."""
-        return self.limit - sum(holder.num_bytes for holder in self._holders)
+        """Return how many more bytes may be held."""
+        return self.num_bytes - sum(cache.num_bytes for cache in self._caches)
 
 
-Batches: TypeAlias = Callable[[], Iterator[Term]]
+class GraphCache:
+    """Linearizations of the first batches, kept from the second matvec on."""
 
-
-class Kept:
-    """The batches of one operator, the first of them linearised for good from its second product on."""
-
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: MemoryBudget) -> None:
+        self.budget = budget
         self.num_bytes = 0
-        self._budget = budget
-        self._linears: list[Linear] = []
+        self._linear_maps: list[LinearMap] = []
         self._used = self._full = False
         self._num_batches: int | None = None
 
-    def linears(self, batches: Batches, mode: str) -> Iterator[tuple[Linear, bool]]:
-        """Each batch, linearised, and whether it is kept for another product."""
-        found = len(self._linears)
-        yield from ((linear, True) for linear in self._linears)
-        if found != self._num_batches:
+    def linearized(self, batches: Batches, mode: str) -> Iterator[tuple[LinearMap, bool]]:
+        """Iterate over the linearized batches, and whether each is kept for another matvec."""
+        num_kept = len(self._linear_maps)
+        yield from ((linear, True) for linear in self._linear_maps)
+        if num_kept != self._num_batches:
             total = 0
-            for term in batches():
+            for batch in batches():
                 total += 1
-                if total > found:
-                    yield self._linearised(term, mode)
+                if total > num_kept:
+                    yield self._linearize(batch, mode)
             self._num_batches, self._used = total, True
 
-    def _linearised(self, term: Term, mode: str) -> tuple[Linear, bool]:
+    def _linearize(self, batch: BatchCurvature, mode: str) -> tuple[LinearMap, bool]:
         # An operator that is used once keeps nothing; by finite or forward differences nothing can be kept.
         if not self._used or self._full or mode != "reverse-over-reverse":
-            return term(mode), False
+            return batch.linearize(mode), False
         with Allocations() as held:
-            linear = term(mode)
-        self._full = held.now > self._budget.left
+            linear = batch.linearize(mode)
+        self._full = held.now > self.budget.left
         if not self._full:
-            self._linears.append(linear)
+            self._linear_maps.append(linear)
             self.num_bytes += held.now
         return linear, not self._full

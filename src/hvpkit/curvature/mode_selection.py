@@ -1,4 +1,4 @@
-"""How products are made: the mode that suits an operator, arithmetic of less precision, and what both err by."""
+"""Choice of the AD mode and the arithmetic of matvecs, and measurement of their errors."""
 
 from __future__ import annotations
 
@@ -14,26 +14,32 @@ from torch import Tensor
 from hvpkit._utils.validation import check_choice
 from hvpkit.autodiff.exact import FLOAT32_BACKENDS, Autocast
 from hvpkit.autodiff.pytree import join
-from hvpkit.curvature.products import Leaves, Linear, Term
+from hvpkit.curvature.batches import BatchCurvature, Leaves, LinearMap
 
 ARITHMETICS = ("native", "bf16", "tf32")
 
-CLEARLY_FASTER, ROUNDS = 1.2, 5
-"""How many times faster than the usual mode the other must be, in each of so many rounds: no noise of timing is."""
+CLEARLY_FASTER = 1.2
+"""How many times faster than the preferred mode the other must be to be chosen, in each round. By feel."""
+
+ROUNDS = 5
+"""Rounds of timing, at most: one in which the other mode is not clearly faster ends them. By feel."""
+
+SURE = 4.0
+"""Ratio of the gap between two modes to the error of one that makes finite differences decisive. By feel."""
 
 Draw = Callable[[int], Leaves]
-"""A random vector for each number."""
+"""From the number of a random stream to a random vector."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How products are made.
+    """The mode and the arithmetic of matvecs.
 
     Attributes:
-        mode: of :data:`hvpkit.curvature.products.MODES`.
-        reason: the mode and why it was chosen, or None: it was asked for.
-        arithmetic: of :data:`ARITHMETICS`.
-        precision: relative error of products, 0: rounding in the dtype.
+        mode: one of :data:`hvpkit.curvature.batches.MODES`.
+        reason: the mode and why it was chosen; None: it was asked for.
+        arithmetic: one of :data:`ARITHMETICS`.
+        precision: measured relative error of matvecs; 0: rounding in the dtype.
     """
 
     mode: str
@@ -42,11 +48,11 @@ class Recipe:
     precision: float
 
 
-def settle(term: Term, draw: Draw, mode: str, arithmetic: str) -> Recipe:
-    """How to make products as ``term``, where ``mode`` may be ``"auto"``; chosen and measured by trials."""
+def choose_recipe(batch: BatchCurvature, draw: Draw, mode: str, arithmetic: str) -> Recipe:
+    """Choose the mode where it is ``"auto"``, and measure the error of matvecs, by trials on one batch."""
     reason = None
     if mode == "auto":
-        mode, reason = _choose_mode(term, draw, arithmetic)
+        mode, reason = _choose_mode(batch, draw, arithmetic)
     error = 0.0
     if mode == "finite-difference":
         if arithmetic != "native":
@@ -54,32 +60,32 @@ def settle(term: Term, draw: Draw, mode: str, arithmetic: str) -> Recipe:
                 f"arithmetic={arithmetic!r} leaves finite differences no digits; take 'native', or another mode "
                 f"({reason or 'this one was asked for'})"
             )
-        error = _error_of_differences(term, draw)
+        error = _error_of_differences(batch, draw)
     elif arithmetic != "native":
-        error = _error_of_arithmetic(term, draw(0), mode, arithmetic)
+        error = _error_of_arithmetic(batch, draw(0), mode, arithmetic)
     return Recipe(mode, reason, arithmetic, error)
 
 
-def _choose_mode(term: Term, draw: Draw, arithmetic: str) -> tuple[str, str]:
-    """The mode to make products as ``term`` in this arithmetic, and why.
+def _choose_mode(batch: BatchCurvature, draw: Draw, arithmetic: str) -> tuple[str, str]:
+    """Choose the mode for matvecs in this arithmetic; return it and why.
 
     Of the two exact ones reverse over reverse is preferred on a CPU and forward over reverse elsewhere, unless the
-    other is clearly faster. They must agree to half the dtype's digits; where they do not, finite differences say
-    which is right. Finite differences are taken where neither exact mode has all derivatives.
+    other is clearly faster. They must agree to half the dtype's digits; where they do not, finite differences
+    decide. Finite differences are chosen where neither exact mode has all derivatives.
 
     Raises:
         ArithmeticError: the modes disagree, and finite differences are sure that both are wrong.
     """
-    v, made = draw(0), term if arithmetic == "native" else _lowered(term, arithmetic)
+    v, lowered = draw(0), batch if arithmetic == "native" else _LoweredBatch(batch, arithmetic)
     exact = ("reverse-over-reverse", "forward-over-reverse")
-    usual, other = exact if v[0].device.type == "cpu" else exact[::-1]
+    preferred, other = exact if v[0].device.type == "cpu" else exact[::-1]
     found: dict[str, Tensor] = {}
     failed: dict[str, str] = {}
-    for mode in (usual, other):
+    for mode in (preferred, other):
         try:
-            found[mode] = join(term(mode)([v])[0])
-            if made is not term:
-                made(mode)([v])
+            found[mode] = join(batch.linearize(mode)([v])[0])
+            if lowered is not batch:
+                lowered.linearize(mode)([v])
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
@@ -87,83 +93,91 @@ def _choose_mode(term: Term, draw: Draw, arithmetic: str) -> tuple[str, str]:
     if failed:
         chosen = next(iter(found), "finite-difference")
         return chosen, f"{chosen}: {', and '.join(failed.values())}"
-    apart = _apart(found[usual], found[other])
-    if not apart <= torch.finfo(v[0].dtype).eps ** 0.5:
-        return _arbitrate(term, draw, found, apart)
+    distance = _relative_distance(found[preferred], found[other])
+    if not distance <= torch.finfo(v[0].dtype).eps ** 0.5:
+        return _arbitrate(batch, draw, found, distance)
     seconds = dict.fromkeys(found, math.inf)
-    chosen, rest = other, usual
+    chosen, rest = other, preferred
     for _ in range(ROUNDS):
         for mode in found:
             begin = time.perf_counter()
-            float(made(mode)([v])[0][0].sum())  # waits for the device
+            float(lowered.linearize(mode)([v])[0][0].sum())  # waits for the device
             seconds[mode] = min(seconds[mode], time.perf_counter() - begin)
-        if seconds[usual] <= CLEARLY_FASTER * seconds[other]:
-            chosen, rest = usual, other
+        if seconds[preferred] <= CLEARLY_FASTER * seconds[other]:
+            chosen, rest = preferred, other
             break
     ratio = seconds[rest] / seconds[chosen]
-    return chosen, f"{chosen}: {rest} takes {ratio:.2g} times as long, and agrees to {apart:.0e}"
+    return chosen, f"{chosen}: {rest} takes {ratio:.2g} times as long, and agrees to {distance:.0e}"
 
 
-def _arbitrate(term: Term, draw: Draw, found: dict[str, Tensor], apart: float) -> tuple[str, str]:
-    """Which of two products that disagree is the one that finite differences give."""
-    expected, error = _differences(term, draw)
-    (usual, a), (other, b) = found.items()
+def _arbitrate(
+    batch: BatchCurvature, draw: Draw, found: dict[str, Tensor], distance: float
+) -> tuple[str, str]:
+    """Resolve disagreeing AD modes by finite differences."""
+    expected, error = _differences(batch, draw)
+    (preferred, a), (other, b) = found.items()
     gap = float(torch.linalg.vector_norm(a - b))
-    off = {mode: float(torch.linalg.vector_norm(product - expected)) for mode, product in found.items()}
-    for right, wrong in ((usual, other), (other, usual)):
-        if 4 * off[right] <= gap or (math.isfinite(off[right]) and not math.isfinite(off[wrong])):
-            return right, f"{right}: {wrong} is wrong by {apart:.0e} here, as finite differences say"
-    if not 4 * error <= gap:
-        return usual, f"{usual}: {other} differs by {apart:.0e}, less than finite differences can tell here"
+    off = {mode: float(torch.linalg.vector_norm(matvec - expected)) for mode, matvec in found.items()}
+    for right, wrong in ((preferred, other), (other, preferred)):
+        if SURE * off[right] <= gap or (math.isfinite(off[right]) and not math.isfinite(off[wrong])):
+            return right, f"{right}: {wrong} is wrong by {distance:.0e} here, as finite differences say"
+    if not SURE * error <= gap:
+        reason = f"{other} differs by {distance:.0e}, less than finite differences can tell here"
+        return preferred, f"{preferred}: {reason}"
     raise ArithmeticError(
-        f"mode='auto': no mode can be trusted here. Products {usual} and {other} differ by {apart:.0e}, and both "
-        "from finite differences: some function in the loss has a wrong derivative, or another value in each call"
+        f"mode='auto': no mode can be trusted here. Products {preferred} and {other} differ by {distance:.0e}, and "
+        "both from finite differences: some function in the loss has a wrong derivative, or another value in each call"
     )
 
 
-def _differences(term: Term, draw: Draw) -> tuple[Tensor, float]:
-    """The product with ``draw(0)`` by finite differences, and its error: what they lack in being linear."""
+def _differences(batch: BatchCurvature, draw: Draw) -> tuple[Tensor, float]:
+    """Return the matvec with ``draw(0)`` by finite differences, and its error: the deviation from linearity."""
     v, w = draw(0), draw(1)
     total = [a + b for a, b in zip(v, w, strict=True)]
-    first, second, both = (join(leaves) for leaves in term("finite-difference")([v, w, total]))
+    linear = batch.linearize("finite-difference")
+    first, second, both = (join(leaves) for leaves in linear([v, w, total]))
     return first, float(torch.linalg.vector_norm(both - first - second))
 
 
-def _error_of_differences(term: Term, draw: Draw) -> float:
-    product, error = _differences(term, draw)
-    least: float = torch.finfo(product.dtype).eps ** (2 / 3)
-    return max(least, error / (float(torch.linalg.vector_norm(product)) or 1.0))
+def _error_of_differences(batch: BatchCurvature, draw: Draw) -> float:
+    matvec, error = _differences(batch, draw)
+    least: float = torch.finfo(matvec.dtype).eps ** (2 / 3)
+    return max(least, error / (float(torch.linalg.vector_norm(matvec)) or 1.0))
 
 
-def _error_of_arithmetic(term: Term, v: Leaves, mode: str, arithmetic: str) -> float:
+def _error_of_arithmetic(batch: BatchCurvature, v: Leaves, mode: str, arithmetic: str) -> float:
     try:
-        product = join(_lowered(term, arithmetic)(mode)([v])[0])
+        lowered = join(_LoweredBatch(batch, arithmetic).linearize(mode)([v])[0])
     except RuntimeError as error:
         error.add_note(
             f"hvpkit: arithmetic={arithmetic!r} with mode={mode!r}; another mode may do, or 'native'"
         )
         raise
-    return _apart(product, join(term(mode)([v])[0]))
+    return _relative_distance(lowered, join(batch.linearize(mode)([v])[0]))
 
 
-def _lowered(term: Term, arithmetic: str) -> Term:
-    def made(mode: str) -> Linear:
-        def products(vectors: Sequence[Leaves], *, again: bool = False) -> list[Leaves]:
-            with lower_precision(arithmetic, vectors[0][0].device):
-                return term(mode)(vectors, again=again)
+@dataclass(frozen=True, eq=False)
+class _LoweredBatch:
+    """The curvature of one batch in less than native arithmetic."""
 
-        return products
+    batch: BatchCurvature
+    arithmetic: str
 
-    return made
+    def linearize(self, mode: str) -> LinearMap:
+        def matvecs(vectors: Sequence[Leaves], *, retain_graph: bool = False) -> list[Leaves]:
+            with lower_precision(self.arithmetic, vectors[0][0].device):
+                return self.batch.linearize(mode)(vectors, retain_graph=retain_graph)
+
+        return matvecs
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def _relative_distance(a: Tensor, b: Tensor) -> float:
     scale = max(float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b)))
     return float(torch.linalg.vector_norm(a - b)) / (scale or 1.0)
 
 
 def check_arithmetic(arithmetic: str, like: Tensor) -> None:
-    """A ValueError if there is no such arithmetic for parameters of this dtype and device."""
+    """Raise ValueError if there is no such arithmetic for parameters of this dtype and device."""
     check_choice("arithmetic", arithmetic, ARITHMETICS)
     if arithmetic != "native" and like.dtype != torch.float32:
         raise ValueError(f"arithmetic={arithmetic!r} is for parameters in float32, got {like.dtype}")
@@ -173,7 +187,7 @@ def check_arithmetic(arithmetic: str, like: Tensor) -> None:
 
 @contextmanager
 def lower_precision(arithmetic: str, device: torch.device) -> Iterator[None]:
-    """Inside, matrix products and convolutions in float32 are made in this arithmetic."""
+    """Compute float32 matrix products and convolutions in this arithmetic inside."""
     kinds = FLOAT32_BACKENDS["cuda"] if arithmetic == "tf32" else ()
     settings = [kind.fp32_precision for kind in kinds]
     # A cache of converted weights would outlive the transform that they belong to.

@@ -1,6 +1,6 @@
-r"""Curvature products from first derivatives alone, in float64: what exact ones are held against.
+r"""Curvature matvecs from first derivatives alone, in float64: the reference for exact ones.
 
-Each product K v is the gradient at the point p of a loss in which central differences with step h stand for
+Each matvec K v is the gradient at the point p of a loss in which central differences with step h stand for
 the other derivatives, as :math:`q \mapsto \frac{1}{2h} [\ell(q + hv) - \ell(q - hv)]` for the Hessian.
 """
 
@@ -17,13 +17,13 @@ from torch.utils import _pytree
 
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit.autodiff.pytree import flatten, join, unflatten
-from hvpkit.curvature.products import Leaves, grad, part_gradient
+from hvpkit.curvature.batches import Leaves, Problem, gradient_of
+from hvpkit.curvature.functional import grad
 from hvpkit.objective import Objective
-from hvpkit.operators.base import Origin
 
 
-def product_by_differences(origin: Origin, v: Tensor) -> tuple[Tensor, float]:
-    """The product with ``v`` ``[n]`` in float64, and how far it moves with a step of twice the size.
+def matvec_by_differences(kind: str, problem: Problem, v: Tensor) -> tuple[Tensor, float]:
+    """Return the matvec with ``v [n]`` in float64, and how far it moves with a step of twice the size.
 
     The step is the parameters' norm times eps^(1/2), less than the eps^(1/3) of fewest errors: few units of a ReLU
     network change sides within it, and those that do show in the second figure.
@@ -31,20 +31,20 @@ def product_by_differences(origin: Origin, v: Tensor) -> tuple[Tensor, float]:
     Raises:
         RuntimeError, TypeError: the loss does not run in float64.
     """
-    point = join(origin.leaves).double()
-    length = torch.linalg.vector_norm(v.double())
+    point = join(problem.leaves).double()
+    norm = torch.linalg.vector_norm(v.double())
     size = float(torch.linalg.vector_norm(point).clamp(min=1.0))
     step = torch.finfo(torch.float64).eps ** 0.5 * size
-    params, direction = (origin.layout.unflatten(flat) for flat in (point, v / length))
-    loss_fn = in_float64(origin.loss_fn)
+    params, direction = (problem.layout.unflatten(flat) for flat in (point, v / norm))
+    loss_fn = in_float64(problem.loss_fn)
 
-    def product(step: float) -> Tensor:
-        sloped = DIFFERENCES[origin.kind](loss_fn, params, direction, step)
-        slope: Tensor = origin.layout.flatten(grad(sloped, params, origin.data))
-        return slope.mul(length)
+    def matvec(step: float) -> Tensor:
+        loss = DIFFERENCES[kind](loss_fn, params, direction, step)
+        gradient: Tensor = problem.layout.flatten(grad(loss, params, problem.data))
+        return gradient.mul(norm)
 
-    near = product(step)
-    return near, float(torch.linalg.vector_norm(product(2 * step) - near))
+    near = matvec(step)
+    return near, float(torch.linalg.vector_norm(matvec(2 * step) - near))
 
 
 def _central(function: Callable[[float], Leaves], step: float) -> Leaves:
@@ -57,22 +57,22 @@ def _moved(params: Tree, v: Tree, h: float) -> Tree:
 
 
 def _hessian(loss_fn: LossFn, _: Tree, v: Tree, step: float) -> LossFn:
-    """A loss with gradient H v."""
+    """Return a loss with gradient H v."""
     return lambda params, batch: _central(lambda h: [loss_fn(_moved(params, v, h), batch)], step)[0]
 
 
 def _empirical_fisher(loss_fn: LossFn, point: Tree, v: Tree, step: float) -> LossFn:
-    """A loss with gradient mean of g g'v, over the gradients g of single examples, at the point."""
+    """Return a loss whose gradient at the point is the mean of g g'v, over the gradients g of single examples."""
 
     def loss(params: Tree, batch: Batch) -> Tensor:
-        slopes = _central(lambda h: [loss_fn(_moved(point, v, h), batch)], step)[0]
-        return slopes * loss_fn(params, batch)
+        derivatives = _central(lambda h: [loss_fn(_moved(point, v, h), batch)], step)[0]
+        return derivatives * loss_fn(params, batch)
 
     return loss
 
 
 def _ggn(objective: Objective, point: Tree, v: Tree, step: float) -> LossFn:
-    """A loss with gradient J'u at the point, for u the output loss's Hessian times J v."""
+    """Return a loss with gradient J'u at the point, for u the output loss's Hessian times J v."""
 
     def loss(params: Tree, batch: Batch) -> Tensor:
         outputs, spec = flatten(objective.forward(params, batch))
@@ -81,11 +81,11 @@ def _ggn(objective: Objective, point: Tree, v: Tree, step: float) -> LossFn:
         def output_loss(leaves: Leaves) -> Tensor:
             return objective.output_loss(unflatten(leaves, spec), batch)
 
-        def slope(h: float) -> Leaves:
+        def gradient(h: float) -> Leaves:
             moved = [z.detach() + h * t for z, t in zip(outputs, tangents, strict=True)]
-            return part_gradient(lambda leaves: output_loss(leaves).sum(), moved)
+            return gradient_of(lambda leaves: output_loss(leaves).sum(), moved)
 
-        inner = [z * u for z, u in zip(outputs, _central(slope, step), strict=True)]
+        inner = [z * u for z, u in zip(outputs, _central(gradient, step), strict=True)]
         by_example = output_loss(outputs).ndim > 0
         return torch.stack([leaf.flatten(1).sum(1) if by_example else leaf.sum() for leaf in inner]).sum(0)
 
@@ -100,7 +100,7 @@ DIFFERENCES: dict[str, Callable[[Any, Tree, Tree, float], LossFn]] = {
 
 
 def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, in float64 wherever its first argument, the parameters, has a say; constants may be of less."""
+    """Wrap a function: float64 wherever its first argument, the parameters, enters; constants may have less."""
     if isinstance(function, Objective):
         forward, output_loss = in_float64(function.forward), in_float64(function.output_loss)
         return replace(function, forward=forward, output_loss=output_loss)
@@ -113,7 +113,7 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Float64(TorchFunctionMode):
-    """Where a float64 tensor meets others, all become float64 and stay so; what meets none keeps its bits."""
+    """Promotion to float64: a function of one float64 tensor gets all its tensors in float64; others are unchanged."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,4 +1,4 @@
-"""A report: what was found of an operator on one page, in one file."""
+"""A report of the results for one operator: one page in one HTML file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvpkit._utils.files import atomic_write
-from hvpkit.autodiff.pytree import unflatten
+from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import ExtremeResult
@@ -66,17 +66,17 @@ def report(
     title: str = "Extreme eigenvalues",
     path: str | os.PathLike[str] = "hvpkit-report.html",
 ) -> Path:
-    """Writes tables and pictures of what was found to one HTML file that needs no other, in light and in dark.
+    """Write tables and pictures of the results to one self-contained HTML file, for light and dark screens.
 
     Args:
         H: the operator.
-        ex: its both ends.
+        ex: its extreme eigenvalues.
         density: its spectral density.
         layers: results by name of the layer, as for :func:`hvpkit.plots.layers`.
         training: pairs of a step and a result, as for :func:`hvpkit.plots.training`.
         landscape: also draw the loss on the plane of both eigenvectors, if ``H`` was made of a loss.
         title: of the page.
-        path: the file; one that is there is replaced, whole or not at all.
+        path: the file; an existing one is replaced, completely or not at all.
 
     Returns:
         The path.
@@ -137,10 +137,10 @@ def _run(H: LinearOperator, ex: ExtremeResult) -> list[Row]:
         ("seconds", f"{ex.seconds:.3g}"),
         ("parameters", f"{H.n:,}"),
     ]
-    if H.num_examples is not None:
+    if isinstance(H, CurvatureOperator):
         rows.append(("examples", f"{H.num_examples:,}"))
-    if H.mode_reason is not None:
-        rows.append(("derivatives", H.mode_reason))
+        if H.mode_reason is not None:
+            rows.append(("derivatives", H.mode_reason))
     return rows
 
 
@@ -170,7 +170,7 @@ def _layers(layers: Mapping[str, ExtremeResult | Estimate[float]]) -> tuple[Row,
 
 
 def _table(caption: str, header: Row | None, rows: Iterable[Row]) -> str:
-    """A table; without a header, the first cell of each row is one."""
+    """Return a table; without a header row, the first cell of each row is a header."""
     first = "td" if header else "th"
     head = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in header)}</tr>\n" if header else ""
     lines = [
@@ -189,7 +189,7 @@ def _pictures(
     training: Sequence[tuple[float, ExtremeResult]] | None,
     landscape: bool,
 ) -> list[str]:
-    """What can be drawn of what there is, as figures."""
+    """Draw all pictures that the results allow."""
     from hvpkit import plots  # matplotlib is an extra
 
     figures: list[str] = []
@@ -202,9 +202,8 @@ def _pictures(
     found = all(math.isfinite(pair.value) for pair in (ex.smallest, ex.largest))
     if found and ex.history:
         add("Both ends as they were found", partial(plots.convergence, ex))
-    if found and H.origin is not None:
-        origin = H.origin
-        point = origin.loss_fn, unflatten(origin.leaves, origin.layout.spec), origin.data
+    if found and isinstance(H, CurvatureOperator) and H.origin is not None:
+        point = H.origin.loss_fn, H.origin.params, H.origin.data
         for name, pair in (("smallest", ex.smallest), ("largest", ex.largest)):
             caption = f"The loss along the eigenvector of the {name} eigenvalue"
             add(caption, partial(plots.loss_along_eigenvector, *point, pair))
@@ -218,7 +217,7 @@ def _pictures(
 
 
 def _figure(prefix: str, caption: str, draw: Callable[..., Axes], height: float) -> str:
-    """A picture as inline SVG with the page's colour of text, its ids begun by ``prefix``."""
+    """Return a picture as inline SVG in the page's text colour; its ids begin with ``prefix``."""
     import matplotlib.style
     from matplotlib.figure import Figure
 

@@ -25,18 +25,18 @@ from hvpkit._utils.typing import Seed
 from hvpkit.estimators import sketch
 from hvpkit.estimators.leave_one_out import angles, left_out
 from hvpkit.estimators.probe import draw, unit_order
-from hvpkit.estimators.sampling import Plan, estimate, make_plan
+from hvpkit.estimators.sampling import Monitor, Plan, estimate, make_plan
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.estimate import Estimate, Mean
-from hvpkit.solvers.common.block import CHUNK, power_of_two
-from hvpkit.solvers.driver import Monitor, full_precision
+from hvpkit.solvers.common.orthogonalize import CHUNK, power_of_two
+from hvpkit.solvers.driver import full_precision
 
 COSTS = {"hutchinson": 1, "xdiag": 2}
 """Matvecs per probe."""
 
 
 @dataclass(frozen=True)
-class State:
+class DiagonalState:
     """Mean and spread of the samples so far, over ``scale`` (Welford's update).
 
     Attributes:
@@ -56,13 +56,13 @@ class State:
     num_matvecs: float = 0.0
 
 
-def init(op: LinearOperator) -> State:
+def init(op: LinearOperator) -> DiagonalState:
     """Return a state without a probe."""
     zero = torch.zeros(op.n, dtype=op.dtype, device=op.device)
-    return State(zero, zero, zero.new_ones(()), torch.zeros((), dtype=torch.int64, device=op.device))
+    return DiagonalState(zero, zero, zero.new_ones(()), torch.zeros((), dtype=torch.int64, device=op.device))
 
 
-def step(op: LinearOperator, plan: Plan, state: State) -> State:
+def step(op: LinearOperator, plan: Plan, state: DiagonalState) -> DiagonalState:
     """Multiply the next block of probes and add its samples to mean and spread."""
     numbers = plan.next_block(state.num_probes)
     k, w = numbers.start, len(numbers)
@@ -74,7 +74,7 @@ def step(op: LinearOperator, plan: Plan, state: State) -> State:
     change = mean - state.mean
     spread = state.spread + (found - mean).square().sum(dim=0) + change.square() * (k * w / (k + w))
     good = torch.isfinite(images).all() & (state.num_good == k)
-    return State(
+    return DiagonalState(
         torch.where(good, state.mean + change * (w / (k + w)), state.mean),
         torch.where(good, spread, state.spread),
         scale,
@@ -84,7 +84,7 @@ def step(op: LinearOperator, plan: Plan, state: State) -> State:
     )
 
 
-def evaluate(op: LinearOperator, plan: Plan, state: State, k: int) -> Mean:
+def evaluate(op: LinearOperator, plan: Plan, state: DiagonalState, k: int) -> Mean:
     """Return the diagonal, over scale, from a state's k probes."""
     if plan.exact:
         seen = unit_order(op.n, plan.seed)[:k].to(op.device)
@@ -97,7 +97,7 @@ def evaluate(op: LinearOperator, plan: Plan, state: State, k: int) -> Mean:
     return Mean(state.mean, (state.spread / (k * (k - 1))).sqrt(), state.mean[None][:0])
 
 
-def evaluate_xdiag(op: LinearOperator, _: Plan, state: sketch.State, k: int) -> Mean:
+def evaluate_xdiag(op: LinearOperator, _: Plan, state: sketch.SketchState, k: int) -> Mean:
     r"""Return the diagonal, over scale, from the first k probes of a state that keeps images.
 
     Sample i is :math:`\operatorname{diag}(QQ'A) - u_i v_i + c_i\, \omega_i u_i`, entry by entry, with
@@ -120,14 +120,14 @@ def evaluate_xdiag(op: LinearOperator, _: Plan, state: sketch.State, k: int) -> 
     return Mean(value, stderr * (1 + _shared(state, lost, left)) ** 0.5, value[None][:0])
 
 
-def _changes(state: sketch.State, lost: Tensor, left: Tensor, at: slice) -> Tensor:
+def _changes(state: sketch.SketchState, lost: Tensor, left: Tensor, at: slice) -> Tensor:
     """Return the difference of each sample from the diagonal of QQ'A at some entries, ``[k, ...]``."""
     k, s = len(left), lost.to(state.basis)
     u, v = s.mT @ state.basis[:k, at], s.mT @ state.images[:k, at]
     return u * (left.to(s)[:, None] * state.probes[:k, at] - v)
 
 
-def _shared(state: sketch.State, lost: Tensor, left: Tensor) -> float:
+def _shared(state: sketch.SketchState, lost: Tensor, left: Tensor) -> float:
     r"""Return the samples' mean covariance over their variance / k, summed over part of the entries; in [0, 1].
 
     As :func:`hvpkit.estimators.leave_one_out.shared_variance`: with the further direction :math:`b = Q u_{ij}` that
@@ -177,7 +177,7 @@ def diagonal(
         block_size: probes that are multiplied together.
         time_limit: seconds.
         seed: of random vectors.
-        monitor: called with a :class:`hvpkit.Progress` after each assessment.
+        monitor: called with a :class:`hvpkit.EstimateProgress` after each assessment.
 
     Returns:
         The estimate, as of :func:`hvpkit.trace`; ``op.unflatten`` converts its value to a tree.

@@ -18,18 +18,17 @@ Departures:
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hvpkit.estimators.quadrature import Goal, Measured
+from hvpkit.estimators.quadrature import MESSAGES, Goal, Measured
 from hvpkit.operators.base import LinearOperator
-from hvpkit.results.eigen import EigenResult, Status
+from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.results.spectral_measure import Measure
 from hvpkit.solvers import krylov
-from hvpkit.solvers.driver import Assessment, Limits, Monitor, run_solver
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, run
 from hvpkit.solvers.lanczos import lanczos
 
 MARGIN, WIDER = 1.01, 1.5
@@ -55,7 +54,7 @@ class Band:
 
 
 @dataclass(frozen=True)
-class State:
+class KernelState:
     """The Chebyshev recurrences of the present group of vectors, and the measures of the groups before.
 
     Attributes:
@@ -81,14 +80,14 @@ class State:
         return len(self.moments) // 2
 
 
-def init(op: LinearOperator, goal: Goal, band: Band, group: int = 0) -> State:
+def init(op: LinearOperator, goal: Goal, band: Band, group: int = 0) -> KernelState:
     """Return the state before the first matvec of a group of vectors."""
     size = goal.sizes[group]
     start = krylov.start(op, size, size, goal.seed_of(group)).basis
-    return State(band, start, start, torch.zeros_like(start))
+    return KernelState(band, start, start, torch.zeros_like(start))
 
 
-def step(op: LinearOperator, state: State) -> State:
+def step(op: LinearOperator, state: KernelState) -> KernelState:
     """Compute the next polynomial and its two moments."""
     band, current = state.band, state.current
     factor = (2 if state.degree else 1) / band.half_width
@@ -129,12 +128,12 @@ def measure(band: Band, moments: Tensor) -> Measure:
     return Measure(nodes.flip(0), weights.flip(1), masses.clamp(min=0).flip(1), unknown)
 
 
-def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
+def assess(op: LinearOperator, goal: Goal, state: KernelState) -> Assessment[KernelState]:
     """Check that moments are finite and at most one; go on to the next group if this one is done."""
-    status, group = None, len(state.finished)
+    status, suspect, group = None, None, len(state.finished)
     moments = known_moments(state)
     if moments.shape[1] <= 2 * state.degree:
-        status = Status.NON_FINITE
+        status, suspect = Status.NON_FINITE, state.previous.mT
     elif bool((moments.abs() > 1 + torch.finfo(op.dtype).eps ** 0.5).any()):
         wider = replace(state.band, half_width=WIDER * state.band.half_width)
         fresh = init(op, goal, wider, group)
@@ -148,10 +147,10 @@ def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
             state = replace(fresh, finished=finished, num_matvecs=state.num_matvecs)
     low, high = state.band.center - state.band.half_width, state.band.center + state.band.half_width
     num_steps = max(1, min(goal.num_steps - state.degree, state.degree // 4))
-    return Assessment(state, low, high, math.nan, math.nan, status, num_steps)
+    return Assessment(state, Progress(0.0, 0.0, low, high, math.nan, math.nan), num_steps, status, suspect)
 
 
-def known_moments(state: State) -> Tensor:
+def known_moments(state: KernelState) -> Tensor:
     """Return the moments ``[b, N]`` before the first that is not finite, from that of degree zero, which is one."""
     ones = torch.ones_like(state.start[:, 0])
     moments = torch.stack([ones, *state.moments], dim=1).to("cpu", torch.float64)
@@ -159,7 +158,7 @@ def known_moments(state: State) -> Tensor:
     return moments[:, : finite.index(False)] if False in finite else moments
 
 
-def measures(state: State) -> list[Measure]:
+def measures(state: KernelState) -> list[Measure]:
     """Return the measures of complete groups; if there is none, of the group that a limit cut."""
     moments = known_moments(state)
     if state.finished or moments.shape[1] < 2:
@@ -167,9 +166,50 @@ def measures(state: State) -> list[Measure]:
     return [measure(state.band, moments)]
 
 
+@dataclass(frozen=True)
+class KernelPolynomials:
+    """The functions of this file as a :class:`hvpkit.solvers.driver.Solver`.
+
+    Attributes:
+        op: the operator.
+        goal: the checked arguments.
+        band: the first interval.
+        spent: full-data matvecs that it has cost.
+        time_limit: seconds, or None.
+    """
+
+    op: LinearOperator
+    goal: Goal
+    band: Band
+    spent: float
+    time_limit: float | None
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        return max(self.goal.sizes) * self.op.cost
+
+    @property
+    def limits(self) -> Limits:
+        """The time limit, and the matvecs of the goal."""
+        budget = self.spent + sum(self.goal.sizes) * self.goal.num_steps * self.op.cost
+        return Limits(budget, self.time_limit, 0.0, self.spent + self.step_cost)
+
+    def init(self) -> KernelState:
+        return replace(init(self.op, self.goal, self.band), num_matvecs=self.spent)
+
+    def step(self, state: KernelState) -> KernelState:
+        return step(self.op, state)
+
+    def assess(self, state: KernelState) -> Assessment[KernelState]:
+        return assess(self.op, self.goal, state)
+
+    def finalize(self, state: KernelState, status: Status) -> Measured:
+        return Measured(measures(state), state.num_matvecs, status, MESSAGES[status])
+
+
 def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: Monitor | None) -> Measured:
     """Find the ends of the spectrum, and measure all groups, or as many as the time allows."""
-    begin = time.perf_counter()
     ends = lanczos(
         op,
         2,
@@ -181,19 +221,11 @@ def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: 
         monitor=monitor,
     )
     if ends.status is Status.NON_FINITE:
-        return Measured(
-            [], ends.status, ends.history, ends.num_matvecs, init(op, goal, Band(0.0, 1.0)).start.mT
-        )
+        start = init(op, goal, Band(0.0, 1.0)).start.mT
+        message = f"{MESSAGES[ends.status]}; {op.blame(start)}"
+        return Measured([], ends.num_matvecs, ends.status, message, ends.seconds, ends.history)
     if time_limit is not None:
-        time_limit = max(time_limit - (time.perf_counter() - begin), 1e-9)
-    spent, step_cost = ends.num_matvecs, max(goal.sizes) * op.cost
-    ended = run_solver(
-        replace(init(op, goal, Band.around(ends, op.dtype)), num_matvecs=spent),
-        lambda state: step(op, state),
-        lambda state: assess(op, goal, state),
-        step_cost=step_cost,
-        limits=Limits(spent + sum(goal.sizes) * goal.num_steps * op.cost, time_limit, 0.0, spent + step_cost),
-        monitor=monitor,
-    )
-    history, blame = ends.history + ended.history, ended.state.previous.mT
-    return Measured(measures(ended.state), ended.status, history, ended.state.num_matvecs, blame)
+        time_limit = max(time_limit - ends.seconds, 1e-9)
+    solver = KernelPolynomials(op, goal, Band.around(ends, op.dtype), ends.num_matvecs, time_limit)
+    found = run(solver, monitor=monitor)
+    return replace(found, seconds=ends.seconds + found.seconds, history=ends.history + found.history)

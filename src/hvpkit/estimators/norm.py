@@ -19,14 +19,14 @@ from torch import Tensor
 
 from hvpkit._utils.typing import Seed
 from hvpkit.estimators.leave_one_out import leave_one_out, left_out
-from hvpkit.estimators.sampling import Plan, estimate, make_plan
-from hvpkit.estimators.sketch import COSTS, Small, State, init, small, step
+from hvpkit.estimators.sampling import Monitor, Plan, estimate, make_plan
+from hvpkit.estimators.sketch import COSTS, SketchState, Small, init, small, step
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.estimate import Estimate, Mean, as_floats, mean_of
-from hvpkit.solvers.driver import Monitor, full_precision
+from hvpkit.solvers.driver import full_precision
 
 
-def evaluate(op: LinearOperator, plan: Plan, state: State, k: int) -> Mean:
+def evaluate(op: LinearOperator, plan: Plan, state: SketchState, k: int) -> Mean:
     """Return the norm, over scale, from a state's first k probes."""
     if plan.exact:
         return root_of(mean_of(op.n * _squares(state, k), k / op.n))
@@ -37,11 +37,11 @@ def evaluate(op: LinearOperator, plan: Plan, state: State, k: int) -> Mean:
     return root_of(leave_one_out(of_square(op, state, found), lost, normalise=plan.probe == "sphere"))
 
 
-def _squares(state: State, k: int) -> Tensor:
+def _squares(state: SketchState, k: int) -> Tensor:
     return state.squares[:k].to("cpu", torch.float64)
 
 
-def of_square(op: LinearOperator, state: State, found: Small) -> Small:
+def of_square(op: LinearOperator, state: SketchState, found: Small) -> Small:
     r"""Return the small matrices of :math:`A^2` from those of A: with Y = QR, :math:`Z'Y = (Q'AQ)'R`."""
     images = state.images[: len(found.projected)]
     return replace(
@@ -88,7 +88,7 @@ def frobenius_norm(
         block_size: probes that are multiplied together.
         time_limit: seconds.
         seed: of random vectors.
-        monitor: called with a :class:`hvpkit.Progress` after each assessment.
+        monitor: called with a :class:`hvpkit.EstimateProgress` after each assessment.
 
     Returns:
         The estimate, as of :func:`hvpkit.trace`.

@@ -24,15 +24,15 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from hvpkit._utils.random import generator
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
 from hvpkit.results.spectral_measure import Measure
 from hvpkit.solvers import krylov
-from hvpkit.solvers.common.rayleigh_ritz import Ritz
-from hvpkit.solvers.driver import Assessment, Limits, Monitor, run_solver
+from hvpkit.solvers.common.convergence import progress_of
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, run
 
 
 @dataclass(frozen=True)
@@ -60,27 +60,38 @@ class Goal:
         return self.sizes == (n,)
 
 
+MESSAGES = {
+    Status.INVARIANT_SUBSPACE: "every column was multiplied: the spectrum is exact to rounding",
+    Status.COMPLETED: "all steps of all probes are taken; raise num_probes or num_steps for more accuracy",
+    Status.MAX_MATVECS: "the matvecs are spent before all steps were taken; the density is from the matvecs before",
+    Status.TIME_LIMIT: "the time limit is reached; the density is from the matvecs before it",
+    Status.NON_FINITE: "a matvec gave NaN or infinity; the density is from the matvecs before it",
+}
+
+
 @dataclass(frozen=True)
 class Measured:
     """The measures that a method found.
 
     Attributes:
         measures: one for each group of vectors.
-        status: why it stopped.
-        history: one entry for each assessment.
         num_matvecs: full-data matvecs spent.
-        blame: the vectors ``[n, k]`` of the last matvec.
+        status: why it stopped.
+        message: the status in words.
+        seconds: wall time.
+        history: one entry for each assessment.
     """
 
     measures: list[Measure]
-    status: Status
-    history: tuple[Progress, ...]
     num_matvecs: float
-    blame: Tensor
+    status: Status
+    message: str
+    seconds: float = 0.0
+    history: tuple[Progress, ...] = ()
 
 
 @dataclass(frozen=True)
-class State:
+class QuadratureState:
     """The Krylov space of the present group of vectors, and the measures of the groups before.
 
     Attributes:
@@ -89,7 +100,7 @@ class State:
         num_before: full-data matvecs that those took.
     """
 
-    krylov: krylov.State
+    krylov: krylov.KrylovState
     finished: tuple[Measure, ...] = ()
     num_before: float = 0.0
 
@@ -99,40 +110,42 @@ class State:
         return self.num_before + self.krylov.num_matvecs
 
 
-def init(op: LinearOperator, goal: Goal, group: int = 0) -> State:
+def init(op: LinearOperator, goal: Goal, group: int = 0) -> QuadratureState:
     """Return the state before the first matvec of a group of vectors."""
     size, seed = goal.sizes[group], goal.seed_of(group)
     if not goal.spans(op.n):
-        return State(krylov.start(op, size * (goal.num_steps + 1), size, seed))
+        return QuadratureState(krylov.start(op, size * (goal.num_steps + 1), size, seed))
     normal = torch.randn(op.n, op.n, generator=generator(seed), dtype=torch.float64)
     everything = torch.linalg.qr(normal).Q.to(op.device, op.dtype)
     start = krylov.start(op, op.n, 1, seed)
-    return State(replace(start, basis=everything, alive=torch.ones_like(start.alive), num_frontier=op.n))
+    return QuadratureState(
+        replace(start, basis=everything, alive=torch.ones_like(start.alive), num_frontier=op.n)
+    )
 
 
-def step(op: LinearOperator, goal: Goal, state: State) -> State:
+def step(op: LinearOperator, goal: Goal, state: QuadratureState) -> QuadratureState:
     """Multiply as many vectors of the frontier as a block matvec may have columns."""
     return replace(state, krylov=krylov.step(op, state.krylov, min(goal.width, matvecs_left(goal, state))))
 
 
-def matvecs_left(goal: Goal, state: State) -> int:
+def matvecs_left(goal: Goal, state: QuadratureState) -> int:
     """Return the number of matvecs left for the present group."""
     return goal.sizes[len(state.finished)] * goal.num_steps - state.krylov.num_products
 
 
-def measure(krylov_state: krylov.State, pairs: Ritz, size: int) -> Measure:
+def measure(krylov_state: krylov.KrylovState, pairs: RitzPairs, size: int) -> Measure:
     """Return the rules of the start vectors, which are the first rows of the basis."""
-    scale, weights = float(krylov_state.scale), pairs.coefficients[:size] ** 2
+    scale, weights = float(krylov_state.scale), pairs.vectors[:size] ** 2
     return Measure(pairs.values * scale, weights, weights, pairs.residual_norms * scale)
 
 
-def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
+def assess(op: LinearOperator, goal: Goal, state: QuadratureState) -> Assessment[QuadratureState]:
     """Find the Ritz values so far; go on to the next group if this one is done."""
     space, poisoned = krylov.compact(state.krylov)
     pairs, _ = krylov.project(op, space)
-    state, status, scale = replace(state, krylov=space), None, float(space.scale)
+    state, status, suspect, scale = replace(state, krylov=space), None, None, space.scale
     if poisoned:
-        status = Status.NON_FINITE
+        status, suspect = Status.NON_FINITE, space.basis[space.num_multiplied].unsqueeze(1)
     elif not (matvecs_left(goal, state) and space.num_frontier):
         finished = (*state.finished, measure(space, pairs, goal.sizes[len(state.finished)]))
         if len(finished) < len(goal.sizes):
@@ -140,20 +153,13 @@ def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
         else:
             state = replace(state, finished=finished)
             status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.COMPLETED
-    some = len(pairs.values) > 0
+    progress = progress_of(pairs.values, pairs.residual_norms, scale)
     done, left = state.krylov.num_products, 0 if status else matvecs_left(goal, state)
-    return Assessment(
-        state,
-        smallest=float(pairs.values[0]) * scale if some else math.nan,
-        largest=float(pairs.values[-1]) * scale if some else math.nan,
-        smallest_bound=float(pairs.residual_norms[0]) * scale if some else math.inf,
-        largest_bound=float(pairs.residual_norms[-1]) * scale if some else math.inf,
-        status=status,
-        num_steps=max(1, min(math.ceil(left / goal.width), done // goal.width // 4)),
-    )
+    num_steps = max(1, min(math.ceil(left / goal.width), done // goal.width // 4))
+    return Assessment(state, progress, num_steps, status, suspect)
 
 
-def measures(op: LinearOperator, goal: Goal, state: State) -> list[Measure]:
+def measures(op: LinearOperator, goal: Goal, state: QuadratureState) -> list[Measure]:
     """Return the measures of complete groups; if there is none, of the group that a limit cut."""
     if state.finished or not state.krylov.num_multiplied:
         return list(state.finished)
@@ -161,21 +167,39 @@ def measures(op: LinearOperator, goal: Goal, state: State) -> list[Measure]:
     return [measure(space, krylov.project(op, space)[0], goal.sizes[0])]
 
 
+@dataclass(frozen=True)
+class Quadrature:
+    """The functions of this file as a :class:`hvpkit.solvers.driver.Solver`."""
+
+    op: LinearOperator
+    goal: Goal
+    time_limit: float | None
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        return self.goal.width * self.op.cost
+
+    @property
+    def limits(self) -> Limits:
+        """The time limit, and a budget that is never reached: assessments keep to the matvecs of the goal."""
+        num_matvecs = sum(self.goal.sizes) * self.goal.num_steps
+        return Limits(num_matvecs * self.op.cost + self.step_cost, self.time_limit, 0.0, self.step_cost)
+
+    def init(self) -> QuadratureState:
+        return init(self.op, self.goal)
+
+    def step(self, state: QuadratureState) -> QuadratureState:
+        return step(self.op, self.goal, state)
+
+    def assess(self, state: QuadratureState) -> Assessment[QuadratureState]:
+        return assess(self.op, self.goal, state)
+
+    def finalize(self, state: QuadratureState, status: Status) -> Measured:
+        found = measures(self.op, self.goal, state)
+        return Measured(found, state.num_matvecs, status, MESSAGES[status])
+
+
 def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: Monitor | None) -> Measured:
     """Measure all groups, or as many as the time allows."""
-    num_matvecs, step_cost = sum(goal.sizes) * goal.num_steps, goal.width * op.cost
-    ended = run_solver(
-        init(op, goal),
-        lambda state: step(op, goal, state),
-        lambda state: assess(op, goal, state),
-        step_cost=step_cost,
-        limits=Limits(
-            num_matvecs * op.cost + step_cost, time_limit, 0.0, step_cost
-        ),  # `assess` keeps to the matvecs
-        monitor=monitor,
-    )
-    space = ended.state.krylov
-    blame = space.basis[space.num_multiplied : space.num_multiplied + 1].mT
-    return Measured(
-        measures(op, goal, ended.state), ended.status, ended.history, ended.state.num_matvecs, blame
-    )
+    return run(Quadrature(op, goal, time_limit), monitor=monitor)

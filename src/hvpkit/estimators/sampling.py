@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +16,14 @@ from hvpkit._utils.validation import check_choice, check_count, check_positive
 from hvpkit.estimators.probe import KINDS, UNIT, draw
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Status
-from hvpkit.results.estimate import Estimate, Mean
-from hvpkit.solvers.driver import Assessment, Limits, Monitor, run_solver
+from hvpkit.results.estimate import Estimate, EstimateProgress, Mean
+from hvpkit.solvers.driver import Assessment, Limits, run
 
 MIN_SAMPLES = 10
 """Samples before a standard error may end a run: from fewer, it is itself too uncertain. Chosen by feel."""
+
+Monitor = Callable[[EstimateProgress], object]
+"""Called with each entry of the history; its return value is ignored, an exception from it ends the run."""
 
 MESSAGES = {
     Status.CONVERGED: "the standard error is at most tol * |value|",
@@ -126,6 +128,70 @@ class Sampled(Protocol):
 S = TypeVar("S", bound=Sampled)
 
 
+@dataclass(frozen=True)
+class Estimator(Generic[S]):
+    """Sampling until a plan is done, as a :class:`hvpkit.solvers.driver.Solver`.
+
+    Attributes:
+        op: the operator.
+        plan: the checked arguments.
+        start: state without a sample.
+        advance: takes the next block of samples.
+        evaluate: returns the mean over a state's first k probes, over its scale.
+        time_limit: seconds, or None.
+    """
+
+    op: LinearOperator
+    plan: Plan
+    start: S
+    advance: Callable[[LinearOperator, Plan, S], S]
+    evaluate: Callable[[LinearOperator, Plan, S, int], Mean]
+    time_limit: float | None
+    _cached: dict[int, Mean] = field(default_factory=dict, init=False)
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        return self.plan.block_size * self.plan.cost * self.op.cost
+
+    @property
+    def limits(self) -> Limits:
+        """Cost of the plan, and the time limit."""
+        budget = self.plan.num_probes * self.plan.cost * self.op.cost
+        return Limits(budget, self.time_limit, 0.0, self.step_cost)
+
+    def init(self) -> S:
+        return self.start
+
+    def step(self, state: S) -> S:
+        return self.advance(self.op, self.plan, state)
+
+    def assess(self, state: S) -> Assessment[S]:
+        found, scale = self._mean(state), float(state.scale)
+        value, stderr = (
+            float(x if x.ndim == 0 else torch.linalg.vector_norm(x)) * scale
+            for x in (found.value, found.stderr)
+        )
+        status, suspect = _final_status(self.op, self.plan, state, found), None
+        if status is Status.NON_FINITE:
+            block = self.plan.next_block(int(state.num_good))
+            suspect = draw(self.op, self.plan.probe, self.plan.seed, block).mT
+        num_steps = 1 + state.num_probes // (8 * self.plan.block_size)
+        return Assessment(state, EstimateProgress(0.0, 0.0, value, stderr), num_steps, status, suspect)
+
+    def finalize(self, state: S, status: Status) -> Estimate[Tensor]:
+        found, scale = self._mean(state), float(state.scale)
+        scaled = found.value * scale, found.stderr * scale, found.samples * scale
+        return Estimate(*scaled, int(state.num_good), state.num_matvecs, 0.0, status, MESSAGES[status], ())
+
+    def _mean(self, state: S) -> Mean:
+        k = int(state.num_good)
+        if k not in self._cached:
+            self._cached.clear()
+            self._cached[k] = self.evaluate(self.op, self.plan, state, k)
+        return self._cached[k]
+
+
 def estimate(
     op: LinearOperator,
     plan: Plan,
@@ -136,55 +202,8 @@ def estimate(
     time_limit: float | None,
     monitor: Monitor | None,
 ) -> Estimate[Tensor]:
-    """Sample until the plan is done; ``evaluate`` returns the mean over a state's first k probes, over its scale."""
-    begin = time.perf_counter()
-    cached: dict[int, Mean] = {}
-
-    def mean(state: S) -> Mean:
-        k = int(state.num_good)
-        if k not in cached:
-            cached.clear()
-            cached[k] = evaluate(op, plan, state, k)
-        return cached[k]
-
-    def assess(state: S) -> Assessment[S]:
-        found, scale = mean(state), float(state.scale)
-        values, errors = found.value.flatten(), found.stderr.flatten()
-        low, high = int(values.argmin()), int(values.argmax())
-        return Assessment(
-            state,
-            smallest=float(values[low]) * scale,
-            largest=float(values[high]) * scale,
-            smallest_bound=float(errors[low]) * scale,
-            largest_bound=float(errors[high]) * scale,
-            status=_final_status(op, plan, state, found),
-            num_steps=1 + state.num_probes // (8 * plan.block_size),
-        )
-
-    step_cost = plan.block_size * plan.cost * op.cost
-    ended = run_solver(
-        state,
-        lambda state: step(op, plan, state),
-        assess,
-        step_cost=step_cost,
-        limits=Limits(plan.num_probes * plan.cost * op.cost, time_limit, 0.0, step_cost),
-        monitor=monitor,
-    )
-    k, scale, message = int(ended.state.num_good), float(ended.state.scale), MESSAGES[ended.status]
-    if ended.status is Status.NON_FINITE:
-        message += "; " + op.blame(draw(op, plan.probe, plan.seed, plan.next_block(k)).mT)
-    found = mean(ended.state)
-    return Estimate(
-        found.value * scale,
-        found.stderr * scale,
-        found.samples * scale,
-        k,
-        ended.state.num_matvecs,
-        time.perf_counter() - begin,
-        ended.status,
-        message,
-        ended.history,
-    )
+    """Sample until the plan is done: see :class:`Estimator`."""
+    return run(Estimator(op, plan, state, step, evaluate, time_limit), monitor=monitor)
 
 
 def _final_status(op: LinearOperator, plan: Plan, state: Sampled, found: Mean) -> Status | None:

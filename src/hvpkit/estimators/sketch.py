@@ -22,8 +22,7 @@ from torch import Tensor
 from hvpkit.estimators.probe import draw
 from hvpkit.estimators.sampling import Plan
 from hvpkit.operators.base import LinearOperator
-from hvpkit.solvers.common.block import power_of_two
-from hvpkit.solvers.common.orthogonalize import orthonormalise_
+from hvpkit.solvers.common.orthogonalize import orthonormalise_, power_of_two
 
 COSTS = {"hutchinson": 1, "hutch++": 3, "xtrace": 2}
 """Matvecs per probe: its own; that of a column of S (Hutch++); that of the basis row made of it."""
@@ -33,7 +32,7 @@ SKETCH = 2**32
 
 
 @dataclass(frozen=True)
-class State:
+class SketchState:
     """Probes, a basis, and their inner products over ``scale``. ``step`` donates (reuses) the state's buffers.
 
     Attributes:
@@ -67,7 +66,7 @@ class State:
     num_matvecs: float = 0.0
 
 
-def init(op: LinearOperator, plan: Plan, *, keep_images: bool = False) -> State:
+def init(op: LinearOperator, plan: Plan, *, keep_images: bool = False) -> SketchState:
     """Return a state without a probe, with buffers for all."""
 
     def empty(*shape: int) -> Tensor:
@@ -78,10 +77,10 @@ def init(op: LinearOperator, plan: Plan, *, keep_images: bool = False) -> State:
     matrices = empty(r, r), empty(r, k), empty(r, k)
     vectors = empty(r, n), empty(r, n), empty(r if keep_images else 0, n)
     none = torch.zeros((), dtype=torch.int64, device=op.device)
-    return State(*vectors, empty(r), *matrices, empty(k), empty(k), empty().fill_(1.0), none)
+    return SketchState(*vectors, empty(r), *matrices, empty(k), empty(k), empty().fill_(1.0), none)
 
 
-def step(op: LinearOperator, plan: Plan, state: State) -> State:
+def step(op: LinearOperator, plan: Plan, state: SketchState) -> SketchState:
     """Multiply the next block of probes, and the rows that they add to the basis."""
     numbers = plan.next_block(state.num_probes)
     new = slice(numbers.start, numbers.stop)
@@ -104,20 +103,25 @@ def step(op: LinearOperator, plan: Plan, state: State) -> State:
     return replace(state, num_probes=numbers.stop, num_good=_num_good(state, numbers))
 
 
-def _multiply(op: LinearOperator, state: State, rows: Tensor) -> tuple[Tensor, State]:
+def _multiply(op: LinearOperator, state: SketchState, rows: Tensor) -> tuple[Tensor, SketchState]:
     images = op.product(rows.mT.contiguous()).mT
     scale = state.scale if state.num_matvecs else power_of_two(images.abs().max())
     return images / scale, replace(state, scale=scale, num_matvecs=state.num_matvecs + len(rows) * op.cost)
 
 
-def _extend_(op: LinearOperator, state: State, numbers: range, vectors: Tensor) -> None:
+def _extend_(op: LinearOperator, state: SketchState, numbers: range, vectors: Tensor) -> None:
     """Orthonormalise ``vectors`` against the basis, into its rows of these numbers."""
     for row, vector in zip(numbers, vectors, strict=True):
         _, _, state.alive[row] = orthonormalise_(op.space, state.basis, row, vector, op.space.norm(vector))
 
 
 def _store_(
-    op: LinearOperator, state: State, numbers: range, probes: Tensor, images: Tensor, basis_images: Tensor
+    op: LinearOperator,
+    state: SketchState,
+    numbers: range,
+    probes: Tensor,
+    images: Tensor,
+    basis_images: Tensor,
 ) -> None:
     """Store the probes of these numbers and their inner products; by symmetry where an image is not kept."""
     new, old, upto = slice(numbers.start, numbers.stop), slice(numbers.start), slice(numbers.stop)
@@ -135,7 +139,7 @@ def _store_(
         state.probes[new] = probes
 
 
-def _num_good(state: State, numbers: range) -> Tensor:
+def _num_good(state: SketchState, numbers: range) -> Tensor:
     """Return the number of probes before the first that is not finite, including those of these numbers."""
     new, upto = slice(numbers.start, numbers.stop), slice(numbers.stop)
     fresh = [state.forms[new], *(m[upto, new] for m in (state.projected, state.dots, state.crossed))]
@@ -150,7 +154,7 @@ class Small:
     Attributes:
         n: dimension of the operator.
         rank: number of nonzero rows of the basis.
-        projected, dots, crossed, forms: as in :class:`State`, of the operator or of its square.
+        projected, dots, crossed, forms: as in :class:`SketchState`, of the operator or of its square.
     """
 
     n: int
@@ -161,7 +165,7 @@ class Small:
     forms: Tensor
 
 
-def small(op: LinearOperator, state: State, k: int) -> Small:
+def small(op: LinearOperator, state: SketchState, k: int) -> Small:
     """Return the small matrices of a state's first k probes."""
     r = min(k, len(state.basis))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from hvpkit.estimators import kernel_polynomials, quadrature
 from hvpkit.estimators.quadrature import Goal, Measured
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.density import Density
-from hvpkit.results.eigen import Status
 from hvpkit.results.estimate import Estimate, mean_of
 from hvpkit.results.spectral_measure import grid_around, join, smoothed, smoothing_width
 from hvpkit.solvers.driver import Monitor, full_precision
@@ -28,14 +26,6 @@ MAX_EXACT_N = 1000
 
 DEFAULT_WIDTH = 8
 """Default number of columns of a block matvec. Chosen by feel."""
-
-MESSAGES = {
-    Status.INVARIANT_SUBSPACE: "every column was multiplied: the spectrum is exact to rounding",
-    Status.COMPLETED: "all steps of all probes are taken; raise num_probes or num_steps for more accuracy",
-    Status.MAX_MATVECS: "the matvecs are spent before all steps were taken; the density is from the matvecs before",
-    Status.TIME_LIMIT: "the time limit is reached; the density is from the matvecs before it",
-    Status.NON_FINITE: "a matvec gave NaN or infinity; the density is from the matvecs before it",
-}
 
 
 @full_precision
@@ -92,7 +82,6 @@ def spectral_density(
         >>> d.outliers()[0], round(float(d.cdf(0.5)), 1)
         (tensor([30.0000], dtype=torch.float64), 0.5)
     """
-    begin = time.perf_counter()
     if op.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"op has dtype {op.dtype}, whose rounding hides most of a spectrum; make the operator of float32 parameters"
@@ -108,7 +97,7 @@ def spectral_density(
     by_moments = method == "chebyshev" and not goal.spans(op.n)
     solve = kernel_polynomials.solve if by_moments else quadrature.solve
     found = solve(op, goal, time_limit=time_limit, monitor=monitor)
-    return _density(op, method, found, time.perf_counter() - begin)
+    return _density(op, method, found)
 
 
 def make_goal(
@@ -127,11 +116,8 @@ def make_goal(
     return Goal(num_steps, sizes, min(width, size), seed)
 
 
-def _density(op: LinearOperator, method: str, found: Measured, seconds: float) -> Density:
+def _density(op: LinearOperator, method: str, found: Measured) -> Density:
     """Return the density of these measures, with its smooth curve."""
-    message = MESSAGES[found.status]
-    if found.status is Status.NON_FINITE:
-        message += "; " + op.blame(found.blame)
     measure = join(found.measures)
     num_sharing = max((len(m.weights) for m in found.measures), default=0)
     noise = 32 * op.precision * float(measure.nodes.abs().max()) if len(measure.nodes) else 0.0
@@ -154,9 +140,9 @@ def _density(op: LinearOperator, method: str, found: Measured, seconds: float) -
         share,
         method,
         found.num_matvecs,
-        seconds,
+        found.seconds,
         found.status,
-        message,
+        found.message,
         found.history,
     )
 

@@ -16,14 +16,14 @@ import torch
 
 from hvpkit._utils.typing import Seed
 from hvpkit.estimators.leave_one_out import leave_one_out, left_out, samples
-from hvpkit.estimators.sampling import Plan, estimate, make_plan
-from hvpkit.estimators.sketch import COSTS, State, init, small, step
+from hvpkit.estimators.sampling import Monitor, Plan, estimate, make_plan
+from hvpkit.estimators.sketch import COSTS, SketchState, init, small, step
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.estimate import Estimate, Mean, as_floats, mean_of
-from hvpkit.solvers.driver import Monitor, full_precision
+from hvpkit.solvers.driver import full_precision
 
 
-def evaluate(op: LinearOperator, plan: Plan, state: State, k: int) -> Mean:
+def evaluate(op: LinearOperator, plan: Plan, state: SketchState, k: int) -> Mean:
     """Return the trace, over scale, from a state's first k probes."""
     found, normalise = small(op, state, k), plan.probe == "sphere"
     if plan.exact:
@@ -68,7 +68,7 @@ def trace(
             value does not depend on it, except for rounding.
         time_limit: seconds.
         seed: of random vectors.
-        monitor: called with a :class:`hvpkit.Progress` after each assessment.
+        monitor: called with a :class:`hvpkit.EstimateProgress` after each assessment.
 
     Returns:
         The estimate. A matvec that is not finite is a status, with the value from the probes before it.

@@ -1,6 +1,6 @@
 """Objectives: a loss in two parts, and how a module gives one."""
 
 from hvpkit.objective.modules import from_module
-from hvpkit.objective.objective import Objective, check_batches, goes_by_batches
+from hvpkit.objective.objective import Objective, check_batches, check_loss_fn, goes_by_batches
 
-__all__ = ["Objective", "check_batches", "from_module", "goes_by_batches"]
+__all__ = ["Objective", "check_batches", "check_loss_fn", "from_module", "goes_by_batches"]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,42 +14,61 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.utils import _pytree
 
 from hvpkit.autodiff.overrides import check_max_norm
 from hvpkit.autodiff.pytree import snapshot
+from hvpkit.autodiff.references import references, twin_functions
+
+LIBRARY_WRAPPERS = ("_FabricModule", "DeepSpeedEngine")
+"""Classes of training libraries, by name, that hold the user's module as ``module``."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside wrappers that function transforms do not support."""
     while True:
+        inner = getattr(model, "module", None)
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
+        elif type(model).__name__ in LIBRARY_WRAPPERS and isinstance(inner, nn.Module):
+            model = inner
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner  # torch.compile
         else:
             return model
 
 
-def copy_structure(
-    model: nn.Module, batchnorm: str, training: bool
-) -> tuple[nn.Module, dict[Tensor, Tensor]]:
-    """Return a copy of ``model`` with tensors on the meta device, and the map from those to the originals.
+@dataclass(frozen=True)
+class ModuleCopy:
+    """A module as an objective calls it.
+
+    Attributes:
+        module: the copy, with tensors on the meta device.
+        originals: the tensor that each of those stands for.
+        copied: the ids of the objects that were copied.
+    """
+
+    module: nn.Module
+    originals: dict[Tensor, Tensor]
+    copied: frozenset[int]
+
+
+def copy_structure(model: nn.Module, batchnorm: str, training: bool) -> ModuleCopy:
+    """Return a copy of ``model`` whose tensors are on the meta device, without values.
 
     The copy is in evaluation mode; with ``training``, in training mode except for modules that would update
-    statistics. Batch norms use the statistics that ``batchnorm`` names.
+    statistics. Batch norms use the statistics that ``batchnorm`` names. Functions that close over modules of
+    ``model`` are copied too, and call the copies.
     """
+    for name, module in model.named_modules():
+        _check_copyable(name, module)
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(f"model: lazy parameter {name!r} has no shape yet; run one forward pass first")
+        _check_parameter(name, parameter)
     originals = {_hollow(t): t for t in {*model.parameters(), *model.buffers()}}
     copies: dict[int, Any] = {id(original): hollow for hollow, original in originals.items()}
-    kept = _pytree.tree_leaves([vars(module) for module in model.modules()])
-    copies |= {id(t): snapshot(t) for t in kept if isinstance(t, Tensor) and not t.is_leaf}
-    for module in reversed([*model.modules()]):  # wrappers inside wrappers first
-        if (inner := unwrap(module)) is not module:
-            copies[id(module)] = copy.deepcopy(inner, copies)
-    skeleton = copy.deepcopy(model, copies).train(training)
+    kept = [t for _, t in references(model) if isinstance(t, Tensor)]
+    copies |= {id(t): snapshot(t) for t in kept if not t.is_leaf}
+    copies |= _copies_of_state(model, copies)
+    skeleton = copies[id(model)].train(training)
     for module in skeleton.modules():
         _check_supported(module, batchnorm)
         if _keeps_statistics(module):
@@ -55,7 +78,85 @@ def copy_structure(
             module.running_mean = module.running_var = module.num_batches_tracked = None
         if isinstance(module, nn.RNNBase):
             vars(module)["flatten_parameters"] = _nothing  # it moves the weights that it is called with
-    return skeleton, originals
+        _undo_autocast(module)
+    return ModuleCopy(skeleton, originals, frozenset(copies))
+
+
+def _copies_of_state(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """Return the copies of ``model`` and all in it by id, those in ``memo`` given.
+
+    Values that cannot be copied are shared with ``model``; hooks that cannot be copied are left out.
+    """
+    try:
+        return _deep_copies(model, memo)
+    except Exception:  # of any class's own __deepcopy__ or __reduce__
+        shared = {id(value): (name, value) for name, value in _not_copyable(model, memo)}
+        if not shared:
+            raise
+    for name, value in shared.values():
+        what = "left out" if _is_hook(name) else "used as it is"
+        warnings.warn(
+            f"model: {name} ({type(value).__name__}) cannot be copied, and is {what} in products",
+            stacklevel=4,
+        )
+    stand_ins = {key: _nothing if _is_hook(name) else value for key, (name, value) in shared.items()}
+    return _deep_copies(model, memo | stand_ins)
+
+
+def _deep_copies(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    copies = dict(memo)
+    for module in model.modules():
+        copies.setdefault(id(module), None)  # functions that refer to one of these need a twin
+    modules = [id(module) for module in model.modules()]
+    complete = twin_functions(model, copies)
+    for key in modules:
+        del copies[key]
+    for module in reversed([*model.modules()]):  # wrappers inside wrappers first
+        if (inner := unwrap(module)) is not module:
+            copies[id(module)] = copy.deepcopy(inner, copies)
+    copy.deepcopy(model, copies)
+    complete()
+    return copies
+
+
+def _not_copyable(model: nn.Module, memo: dict[int, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the name and value of attributes, and of entries in those that are dicts, that cannot be copied."""
+    for prefix, module in model.named_modules():
+        memo = memo | {id(part): part for part in module.modules()}
+        for name, value in vars(module).items():
+            label = f"{prefix}.{name}".lstrip(".")
+            entries = (
+                [(label, entry) for entry in value.values()] if isinstance(value, dict) else [(label, value)]
+            )
+            for key, entry in entries:
+                try:
+                    copy.deepcopy(entry, dict(memo))
+                except Exception:  # as above
+                    yield key, entry
+
+
+def _is_hook(name: str) -> bool:
+    return name.endswith("_hooks")
+
+
+@contextmanager
+def attributes_restored(module: nn.Module) -> Iterator[None]:
+    """Restore, on exit, the attributes of a module and of those in it, but not what is inside of containers."""
+    before = [(part, dict(vars(part))) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes in before:
+            for added in vars(part).keys() - attributes.keys():
+                del vars(part)[added]
+            vars(part).update(attributes)
+
+
+def _undo_autocast(module: nn.Module) -> None:
+    """Remove the wrapper that Accelerate puts around ``forward`` for mixed precision."""
+    forward = vars(module).pop("_original_forward", None)
+    if forward is not None:
+        vars(module)["forward"] = forward
 
 
 def _hollow(tensor: Tensor) -> Tensor:
@@ -64,8 +165,33 @@ def _hollow(tensor: Tensor) -> Tensor:
     return nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
 
 
-def _nothing() -> None:
+def _nothing(*_: object, **__: object) -> None:
     pass
+
+
+def _check_copyable(name: str, module: nn.Module) -> None:
+    """Raise for modules whose parameters are not at hand, or whose code is not Python."""
+    label = f"model.{name}" if name else "model"
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{label} is a ScriptModule, whose compiled code function transforms do not support; pass the "
+            "nn.Module that was scripted or traced"
+        )
+    if type(module).__name__ == "FullyShardedDataParallel":
+        raise TypeError(
+            f"{label} is a FullyShardedDataParallel, whose parameters are shards; gather them "
+            "(FullyShardedDataParallel.summon_full_params, or a full state dict) and load them into a plain module"
+        )
+
+
+def _check_parameter(name: str, parameter: Tensor) -> None:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(f"model: lazy parameter {name!r} has no shape yet; run one forward pass first")
+    if type(parameter.data).__name__ == "DTensor":
+        raise TypeError(
+            f"model: parameter {name!r} is a DTensor, sharded over processes (fully_shard, tensor parallel); "
+            "load the full state dict into a plain module"
+        )
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

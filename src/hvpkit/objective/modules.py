@@ -2,46 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss, _WeightedLoss
 
 from hvpkit._utils.typing import Batch, Tree
 from hvpkit._utils.validation import check_choice, check_count
-from hvpkit.autodiff.fixed_random import fixed_random_numbers
-from hvpkit.autodiff.pytree import batch_size, snapshot
-from hvpkit.objective.criterion import per_example
+from hvpkit.autodiff.references import references
+from hvpkit.objective.batches import Targets, check_targets, split_batch
+from hvpkit.objective.criterion import Criterion, as_criterion
+from hvpkit.objective.first_call import changed_parameters, check_reduction, check_stored_state
 from hvpkit.objective.module_copy import copy_structure, unwrap
-from hvpkit.objective.objective import Objective, check_statistics
+from hvpkit.objective.network import Network, original_call
+from hvpkit.objective.objective import Objective
+from hvpkit.objective.outputs import OwnLoss, as_tree, from_tree, main_tensor, own_loss
+from hvpkit.objective.parameter_access import NamedTensors, ParameterAccess
 
-TARGET_KEYS = ("targets", "target", "labels", "label")
-"""Keys under which a batch that is a dict may hold its targets."""
+IN_CRITERION = (
+    "criterion reads the parameter {name!r} of model, which it would take for a constant: its derivative would be "
+    "missing. A penalty on parameters belongs in a loss function of params, as\n"
+    "    def loss_fn(params, batch):\n"
+    "        return objective(params, batch) + 0.05 * sum(p.square().sum() for p in params.values())\n"
+    "and whatever else the criterion needs of the model in the model's outputs"
+)
 
 
 def from_module(
     model: nn.Module,
-    criterion: Callable[..., Tensor],
+    criterion: Callable[..., Tensor] | None,
     *,
     batchnorm: str = "eval",
     dropout: int | None = None,
     include_frozen: bool = False,
+    targets: Targets = None,
 ) -> tuple[Objective, dict[str, Tensor]]:
     """Return the objective and the parameters of a module, as they are now.
 
     Parameters and buffers are copied, and the module is not kept: neither later training nor the caller's
     ``train()`` or ``eval()`` changes the objective, and nothing of the module is written to. A parameter that
-    modules share is one parameter.
+    modules share is one parameter. Functions that close over the module (lambdas, hooks) call the copy.
+
+    Batches and what is called with them:
+
+    ============================================  ==========================================================
+    batch                                         calls
+    ============================================  ==========================================================
+    ``(*inputs, targets)``                        ``criterion(model(*inputs), targets)``
+    a dict with its targets under ``"targets"``,  ``criterion(model(**rest), targets)``
+    ``"target"``, ``"labels"`` or ``"label"``
+    either, with ``targets=2``, or                ``criterion(model(...), first, second)``
+    ``targets=("mask", "labels")``
+    one tensor x, as for autoencoders             ``criterion(model(x), x)``, or ``criterion(model(x))`` where it
+                                                  takes one argument
+    any, with ``criterion=None``                  ``model(*batch)`` or ``model(**batch)``, which computes its loss
+    ============================================  ==========================================================
+
+    A criterion that needs more arguments than that gets a tuple of outputs, or else of targets, taken apart. torch's
+    losses take one tensor: of models that return several values it is the field ``logits``, ``out``, ``output`` or
+    ``prediction``, else the first tensor. Other criteria get what the model returns: a tuple, dict, dataclass.
 
     Args:
-        model: the module; it and modules in it are taken out of ``DistributedDataParallel`` and
-            ``torch.compile``.
-        criterion: ``criterion(outputs, targets)``: losses ``[B]``. torch's losses, as
-            ``nn.CrossEntropyLoss()`` or ``F.cross_entropy``, are switched to their per-example form; what
-            is left beyond the first dimension is averaged (summed, for ``reduction="sum"``). An ignored
-            target counts as an example of loss zero.
+        model: the module; it and modules in it are taken out of ``DistributedDataParallel``, ``torch.compile`` and
+            the wrappers of Accelerate, Fabric and DeepSpeed.
+        criterion: ``criterion(outputs, targets)``. Losses ``[B]`` are taken as they are. A criterion with an
+            attribute or argument ``reduction``, as torch's ``nn.CrossEntropyLoss()`` or ``F.cross_entropy``, is
+            switched to its per-example form; what is left beyond the first dimension is averaged. With
+            ``reduction="sum"`` it is summed, and **the objective is the mean over examples, 1/N of the sum** that
+            was asked for: multiply by the number of examples for the Hessian of a sum. An ignored target counts as
+            an example of loss zero. Any other criterion that returns a 0-d tensor is taken for the mean over its
+            batch: single examples are not known then, which excludes Fisher matrices and importance sampling, and
+            a loss that is no mean over its examples has a Hessian only for a fixed batch (``batch_size=len(data)``).
+            None: the loss that the model returns: the tensor, its field ``loss``, or the first of a tuple. A GGN
+            needs a criterion.
         batchnorm: ``"eval"``: by running statistics, so that the loss is a mean over examples;
             ``"batch"``: by the statistics of each batch, so that it depends on the batches.
         dropout: off by default. A seed: on, with masks that are functions of the seed and of each example's
@@ -51,71 +88,142 @@ def from_module(
             to be 0.
         include_frozen: make parameters with ``requires_grad=False`` variables too; by default they are
             constants.
+        targets: of a dict, the key or keys of the targets; of a tuple, how many there are at its end. By default
+            one, as above.
 
     Returns:
         ``(objective, params)``, ``params`` a dict by dotted name in the order of ``named_parameters()``.
-        A batch is ``(*inputs, targets)``, called as ``model(*inputs)``, or a dict with its targets under
-        ``"targets"``, ``"target"``, ``"labels"`` or ``"label"`` and the rest keyword arguments.
 
     Raises:
-        TypeError: ``model`` is no module, ``criterion`` cannot be called.
-        ValueError: no parameters, or all frozen; a criterion without a per-example form, or with parameters of
-            its own; uninitialised lazy parameters; an unknown ``batchnorm``, ``"eval"`` without running
-            statistics, or ``"batch"`` with a ``SyncBatchNorm``; an embedding with ``max_norm``; a
-            ``FractionalMaxPool`` without ``_random_samples``; a ``CrossMapLRN2d``. On call: one example only,
-            under batch statistics; dropout of a tensor whose first dimension is not the examples, or inside a
-            recurrent layer.
+        TypeError: ``model`` is no module, or a ScriptModule, or its parameters are sharded (FSDP); ``criterion``
+            cannot be called; the arguments are in the other order.
+        ValueError: no parameters, or all frozen; a criterion with parameters of its own; uninitialised lazy
+            parameters; an unknown ``batchnorm``, ``"eval"`` without running statistics, or ``"batch"`` with a
+            ``SyncBatchNorm``; an embedding with ``max_norm``; a ``FractionalMaxPool`` without ``_random_samples``; a
+            ``CrossMapLRN2d``. On call: a criterion that reads parameters of the model or values that its forward
+            pass stored; one whose reduction is no mean or sum over examples; one example only, under batch
+            statistics; dropout of a tensor whose first dimension is not the examples, or inside a recurrent layer.
+
+    Warns:
+        UserWarning: a hook or an attribute of the model cannot be copied.
 
     Cost:
-        A copy of the parameters and buffers.
+        A copy of the parameters and buffers. The first call makes one or two more forward passes where the criterion
+        is not torch's own and reduces its losses, or refers to the model.
 
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.ones(5, 3), torch.zeros(5, dtype=torch.int64)
         >>> objective, params = from_module(model, torch.nn.CrossEntropyLoss())
-        >>> objective(params, (torch.ones(5, 3), torch.zeros(5, dtype=torch.int64))).shape
+        >>> objective(params, (x, y)).shape
+        torch.Size([5])
+
+        A criterion of three arguments, and an autoencoder:
+
+        >>> weighted = lambda z, y, w: w * torch.nn.functional.cross_entropy(z, y, reduction="none")
+        >>> objective, params = from_module(model, weighted, targets=2)
+        >>> objective(params, (x, y, torch.ones(5))).shape
+        torch.Size([5])
+        >>> objective, params = from_module(torch.nn.Linear(3, 3), torch.nn.MSELoss())
+        >>> objective(params, x).shape
         torch.Size([5])
     """
     check_choice("batchnorm", batchnorm, ("eval", "batch"))
     if dropout is not None:
         check_count("dropout", dropout, 0)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    skeleton, originals = copy_structure(unwrap(model), batchnorm, dropout is not None)
-    variables: dict[str, Tensor] = {}
-    constants: dict[str, Tensor] = {}
-    for name, parameter in skeleton.named_parameters():
-        chosen = variables if parameter.requires_grad or include_frozen else constants
-        chosen[name] = snapshot(originals[parameter])
-    if not variables:
-        state = "all its parameters are frozen (pass include_frozen=True)" if constants else "it has none"
-        raise ValueError(f"model has no parameters to differentiate by: {state}")
-    buffers = {name: snapshot(originals[buffer]) for name, buffer in skeleton.named_buffers()}
-    losses = per_example(criterion)
+    _check_order(model, criterion)
+    where = check_targets(targets)
+    copied = copy_structure(unwrap(model), batchnorm, dropout is not None)
+    network, params = Network.of(copied, include_frozen, batchnorm, dropout)
+    if criterion is None:
+        return _with_own_loss(network, where or 0), params
+    own = as_criterion(criterion)
+    trained = NamedTensors({name: copied.originals[network.tensors[name]] for name in params})
+    refers = any(id(thing) in copied.copied for _, thing in references(criterion))
+    original = original_call(unwrap(model), network, copied) if refers else None
+    return _with_criterion(network, own, where, params, trained, original), params
+
+
+def _with_own_loss(network: Network, where: int | tuple[str, ...]) -> Objective:
+    def forward(params: Tree, batch: Batch) -> OwnLoss:
+        args, kwargs, _ = split_batch(batch, where)
+        return OwnLoss(own_loss(network(params, batch, args, kwargs)))
+
+    def output_loss(outputs: OwnLoss, batch: Batch) -> Tensor:  # noqa: ARG001
+        return outputs.loss
+
+    return Objective(forward, output_loss, network.batchnorm)
+
+
+def _with_criterion(
+    network: Network,
+    criterion: Criterion,
+    where: int | tuple[str, ...] | None,
+    params: dict[str, Tensor],
+    trained: NamedTensors,
+    original: Callable[..., Any] | None,
+) -> Objective:
+    split = partial(split_batch, targets=where, inputs_as_targets=not criterion.takes_classes)
+
+    def outputs_of(outputs: Any, targets: list[Any]) -> Any:
+        single = criterion.is_torch and not criterion.takes_more_than(targets)
+        return main_tensor(outputs) if single else as_tree(outputs)
+
+    def losses(outputs: Any, targets: list[Any]) -> Tensor:
+        return criterion.losses(from_tree(outputs_of(outputs, targets)), targets)
+
+    def check_first(batch: Batch, like: Tensor) -> None:
+        """Compare the objective with the model and the criterion as they were given."""
+        args, kwargs, targets = split(batch)
+        moved = changed_parameters(params, like)
+        with torch.no_grad(), access():
+            outputs = network(moved, batch, args, kwargs)
+            if original is not None:
+                check_stored_state(
+                    lambda: losses(outputs, targets),
+                    lambda scale: original(
+                        changed_parameters(params, like, scale),
+                        *(batch, args, kwargs),
+                        lambda outputs: losses(outputs, targets),
+                    ),
+                )
+            if criterion.is_custom:
+                tree = from_tree(outputs_of(outputs, targets))
+                reduced = criterion.reduced(tree, targets)
+                check_reduction(reduced, criterion.losses(tree, targets), str(criterion.reduction))
+
+    def access() -> Any:
+        """Return the context in which the criterion must not read the parameters of the original module."""
+        return nullcontext() if torch.compiler.is_compiling() else ParameterAccess({}, trained, IN_CRITERION)
+
+    checks = [check_first] if original is not None or criterion.is_custom else []
 
     def forward(params: Tree, batch: Batch) -> Any:
-        if batchnorm == "batch":
-            check_statistics(batch_size(batch))
-        args, kwargs, _ = _split(batch)
-        own_buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # modules may write to them
-        with nullcontext() if dropout is None else fixed_random_numbers(dropout, batch):
-            return torch.func.functional_call(skeleton, {**constants, **own_buffers, **params}, args, kwargs)
+        if checks:
+            checks[0](batch, next(iter(params.values())))
+            checks.clear()
+        args, kwargs, targets = split(batch)
+        return outputs_of(network(params, batch, args, kwargs), targets)
 
     def output_loss(outputs: Any, batch: Batch) -> Tensor:
-        return losses(outputs, _split(batch)[2])
+        with access():
+            return criterion.losses(from_tree(outputs), split(batch)[2])
 
-    return Objective(forward, output_loss, batchnorm), variables
+    return Objective(forward, output_loss, network.batchnorm)
 
 
-def _split(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Return the positional inputs, keyword inputs and targets of a batch."""
-    if isinstance(batch, Mapping):
-        keys = [key for key in TARGET_KEYS if key in batch]
-        if len(keys) == 1:
-            return (), {key: value for key, value in batch.items() if key != keys[0]}, batch[keys[0]]
-    elif isinstance(batch, tuple | list) and len(batch) >= 2:
-        return tuple(batch[:-1]), {}, batch[-1]
-    raise ValueError(
-        "data: a batch for from_module must be (*inputs, targets), or a dict with one of the keys "
-        f"{', '.join(TARGET_KEYS)}; for any other write hvpkit.Objective(forward, output_loss)"
-    )
+def _check_order(model: object, criterion: object) -> None:
+    """Raise TypeError unless ``model`` is a module and no loss, and ``criterion`` is no class."""
+    if isinstance(criterion, type):
+        raise TypeError(
+            f"criterion must be an instance, got the class {criterion.__name__}: pass {criterion.__name__}()"
+        )
+    losses = _Loss | _WeightedLoss
+    trained = isinstance(criterion, nn.Module) and not isinstance(criterion, losses)
+    if isinstance(model, losses) or (trained and callable(model) and not isinstance(model, nn.Module | type)):
+        raise TypeError(
+            "from_module takes the model first: from_module(model, criterion), and not from_module(criterion, model)"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

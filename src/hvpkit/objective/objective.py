@@ -37,6 +37,20 @@ class Objective:
         return self.output_loss(self.forward(params, batch), batch)
 
 
+def check_loss_fn(loss_fn: object, params: object) -> None:
+    """Raise TypeError if ``loss_fn`` and ``params`` are in the other order, or a module and its criterion."""
+    if not callable(loss_fn):
+        order = "; the order of arguments is (loss_fn, params, data)" if callable(params) else ""
+        raise TypeError(
+            f"loss_fn must be a function loss_fn(params, batch), got {type(loss_fn).__name__}{order}"
+        )
+    if callable(params):
+        raise TypeError(
+            f"params must be a tree of tensors, got {type(params).__name__}; of a module and its criterion make "
+            "objective, params = hvpkit.from_module(model, criterion)"
+        )
+
+
 def goes_by_batches(loss_fn: LossFn) -> bool:
     """Return True if the loss of an example depends on its batch, so that batches must not be cut otherwise."""
     return isinstance(loss_fn, Objective) and loss_fn.batchnorm == "batch"

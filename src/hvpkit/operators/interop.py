@@ -1,24 +1,28 @@
-"""Matrices, functions and operators of other libraries as linear operators."""
+"""Conversion from and to the matrices, functions and operators of other libraries."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hvpkit._utils.validation import check_count
 from hvpkit.operators.base import LinearOperator
 
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
+
 
 def aslinearoperator(A: Any, *, device: torch.device | str | None = None) -> LinearOperator:
-    """A symmetric matrix or foreign operator as a :class:`LinearOperator`.
+    """Wrap a symmetric matrix or the operator of another library as a :class:`LinearOperator`.
 
     Args:
         A: a dense tensor or NumPy array ``[n, n]``; a SciPy sparse matrix or operator; an object of
             another library with ``shape``, ``dtype`` and ``@``; or a tuple ``(matvec, n, dtype)`` with
-            ``matvec`` on tensors ``[n]``. Symmetry is the caller's word; solvers test it as they go.
+            ``matvec`` on tensors ``[n]``. Symmetry is assumed here; solvers test it as they go.
         device: where vectors live; by default the tensor's own, else the CPU.
 
     Raises:
@@ -31,8 +35,6 @@ def aslinearoperator(A: Any, *, device: torch.device | str | None = None) -> Lin
         >>> A @ torch.ones(4, dtype=torch.float64)
         tensor([3., 3., 3., 3.], dtype=torch.float64)
     """
-    import numpy as np
-
     if isinstance(A, LinearOperator):
         return A
     if isinstance(A, tuple):
@@ -95,9 +97,7 @@ def _checked(result: object, n: int) -> Tensor:
 
 
 def _from_foreign(A: Any, n: int, device: torch.device | str | None) -> LinearOperator:
-    """An operator of SciPy, or of a library whose operators multiply tensors."""
-    import numpy as np
-
+    """Wrap an operator of SciPy, or of a library whose operators multiply tensors."""
     if isinstance(A.dtype, torch.dtype):
         own: torch.device | str = getattr(A, "device", "cpu")
         target = torch.device(own if device is None else device)
@@ -115,3 +115,22 @@ def _from_foreign(A: Any, n: int, device: torch.device | str | None) -> LinearOp
         return torch.from_numpy(np.ascontiguousarray(A @ vectors.cpu().numpy())).to(target, dtype)
 
     return LinearOperator(numpy_product, n, dtype, target, name=type(A).__name__)
+
+
+def to_scipy(A: LinearOperator, dtype: Any = None) -> scipy.sparse.linalg.LinearOperator:
+    """Implement :meth:`hvpkit.LinearOperator.to_scipy`."""
+    from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+    if dtype is None:
+        if A.dtype not in (torch.float16, torch.float32, torch.float64):
+            raise TypeError(f"NumPy has no {A.dtype}; pass dtype=numpy.float32")
+        dtype = str(A.dtype).removeprefix("torch.")
+    numpy_dtype = np.dtype(dtype)
+    torch_dtype = torch.from_numpy(np.empty(0, numpy_dtype)).dtype
+
+    def apply(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        vectors = torch.tensor(np.ascontiguousarray(array)).to(A.device, A.dtype)
+        result: np.ndarray[Any, Any] = (A @ vectors).to("cpu", torch_dtype).numpy()
+        return result
+
+    return ScipyOperator(A.shape, matvec=apply, rmatvec=apply, matmat=apply, dtype=numpy_dtype)

@@ -1,8 +1,4 @@
-"""Inner products: the one seam between a solver and where its vectors live.
-
-A vector that is sharded over ranks has its inner products summed over them: a space with
-``reduce=all_reduce`` makes every solver run on such a basis, nothing else changes.
-"""
+"""Inner products and norms of vectors."""
 
 from __future__ import annotations
 
@@ -13,22 +9,27 @@ import torch
 from torch import Tensor
 
 
-def _local(partial: Tensor) -> Tensor:
-    return partial
+def _identity(total: Tensor) -> Tensor:
+    return total
 
 
 @dataclass(frozen=True)
 class Space:
-    """The space of vectors ``[n]``, with ``reduce`` applied to each sum over their entries."""
+    """Euclidean inner products of whole vectors ``[n]`` on one device.
 
-    reduce: Callable[[Tensor], Tensor] = _local
+    Attributes:
+        reduce: applied to each inner product and squared norm. Not every solver takes all of its sums from here: a
+            basis that is split over processes is not supported.
+    """
+
+    reduce: Callable[[Tensor], Tensor] = _identity
 
     def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
-        """Inner products of ``rows [m, n]`` with ``vector`` ``[n]`` or ``[n, k]``: ``[m]`` or ``[m, k]``."""
+        """Return the inner products of ``rows [m, n]`` with ``vector`` ``[n]`` or ``[n, k]``: ``[m]`` or ``[m, k]``."""
         return self.reduce(rows @ vector)
 
     def norm(self, vector: Tensor) -> Tensor:
-        """Euclidean norm, 0-d, on the vector's device."""
+        """Return the Euclidean norm, 0-d, on the vector's device."""
         return self.reduce(torch.dot(vector, vector)).sqrt()
 
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from hvpkit._utils.typing import LossFn, Tree
 from hvpkit.autodiff.pytree import check_params
-from hvpkit.curvature.products import loss
+from hvpkit.curvature.functional import loss
 from hvpkit.data import as_data
 
 
 def loss_along(
     loss_fn: LossFn, params: Tree, data: object, direction: Tensor, distances: Sequence[float] | Tensor
 ) -> Tensor:
-    r"""Mean losses :math:`L(p + t u)` over all examples, for each distance t.
+    r"""Compute mean losses :math:`L(p + t u)` over all examples, for each distance t.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``: losses ``[B]``, or their mean as a 0-d tensor.
@@ -29,10 +29,10 @@ def loss_along(
         Losses ``[m]``, in the order of ``distances``.
 
     Raises:
-        ValueError: ``direction`` has another length; else as :func:`hvpkit.loss`.
+        ValueError: ``direction`` has another shape; else as :func:`hvpkit.loss`.
 
     Cost:
-        A forward pass over the data for each distance.
+        One forward pass over the data per distance.
 
     Example:
         >>> import torch
@@ -57,12 +57,12 @@ def loss_on_plane(
     first: Sequence[float] | Tensor,
     second: Sequence[float] | Tensor,
 ) -> Tensor:
-    r"""Mean losses :math:`L(p + s u + t v)` over all examples, for each pair of distances s and t.
+    r"""Compute mean losses :math:`L(p + s u + t v)` over all examples, for each pair of distances s and t.
 
     Args:
         loss_fn: as for :func:`loss_along`.
-        params: likewise, the point p.
-        data: likewise.
+        params: the point p.
+        data: as for :func:`loss_along`.
         directions: columns u and v, ``[n, 2]``, as two eigenvectors.
         first: values of s, ``[a]``.
         second: values of t, ``[b]``.
@@ -74,7 +74,7 @@ def loss_on_plane(
         ValueError: ``directions`` has another shape; else as :func:`hvpkit.loss`.
 
     Cost:
-        A forward pass over the data for each pair.
+        One forward pass over the data per pair.
 
     Example:
         >>> import torch

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from hvpkit._utils.typing import LossFn, Tree
 from hvpkit._utils.validation import check_count
 from hvpkit.autodiff.pytree import Layout
-from hvpkit.curvature.products import grad, loss
+from hvpkit.curvature.functional import grad, loss
 from hvpkit.data import as_data
 from hvpkit.plots.landscape import loss_along, loss_on_plane
 from hvpkit.plots.spectrum import convergence
@@ -29,27 +29,27 @@ def loss_along_eigenvector(
     distance: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    r"""The loss along an eigenvector u, beside the parabola :math:`t\, g \cdot u + \lambda t^2 / 2`.
+    r"""Draw the loss along an eigenvector u, with the parabola :math:`t\, g \cdot u + \lambda t^2 / 2`.
 
     Args:
         loss_fn: as for the operator that the eigenpair belongs to.
-        params: likewise.
-        data: likewise.
+        params: of that operator.
+        data: of that operator.
         pair: eigenvalue and eigenvector.
-        distance: how far to go to both sides; by default as far as the parabola holds roughly.
+        distance: half width of the line; by default as far as the parabola roughly holds.
         ax: where to draw.
 
     Returns:
-        The axes, with distance along the unit eigenvector against the change of the loss.
+        The axes, with distance along the unit eigenvector against the change of the mean loss.
 
     Cost:
         41 forward passes over the data and a gradient, and up to 24 passes to find the distance.
     """
     ax = ax or plt.subplots()[1]
-    here, slope, distance = _line(loss_fn, params, data, pair, distance)
+    here, derivative, distance = _line(loss_fn, params, data, pair, distance)
     t = torch.linspace(-distance, distance, 41, dtype=torch.float64)
     change = loss_along(loss_fn, params, data, pair.vector, t).double().cpu() - here
-    parabola = slope * t + pair.value * t**2 / 2
+    parabola = derivative * t + pair.value * t**2 / 2
     ax.plot(t, change, color=COLORS["measured"], label="loss")
     ax.plot(t, parabola, color=COLORS["predicted"], linestyle="--", label=f"parabola of {pair.value:.4g}")
     ax.set_xlabel("distance along the unit eigenvector")
@@ -62,27 +62,29 @@ def loss_along_eigenvector(
 def _line(
     loss_fn: LossFn, params: Tree, data: object, pair: Eigenpair, distance: float | None
 ) -> tuple[float, float, float]:
-    """The loss, its slope along the eigenvector, and the distance at which the parabola about holds.
+    """Return the loss, its derivative along the eigenvector, and a distance up to which the parabola roughly holds.
 
-    That is halved from where the parabola alone is the size of the loss, or from the length of the parameters.
+    The distance is halved from the point where the quadratic term is as large as the loss, or from the norm of the
+    parameters if that is less.
     """
     layout = Layout.of(params)
     examples = as_data(data)
     here = float(loss(loss_fn, params, examples))
-    slope = float(layout.flatten(grad(loss_fn, params, examples)) @ pair.vector)
+    derivative = float(layout.flatten(grad(loss_fn, params, examples)) @ pair.vector)
     if distance is not None:
-        return here, slope, distance
+        return here, derivative, distance
     curvature = max(abs(pair.value), 1e-12)
-    length = max(float(layout.flatten(params).norm()), 1.0)
-    distance = min(float((2 * max(here, 1e-6) / curvature) ** 0.5), length)
+    norm = max(float(layout.flatten(params).norm()), 1.0)
+    distance = min(float((2 * max(here, 1e-6) / curvature) ** 0.5), norm)
     for _ in range(12):
         ends = torch.tensor([-distance, distance], dtype=torch.float64)
         change = loss_along(loss_fn, params, examples, pair.vector, ends).double().cpu() - here
-        bend = curvature * distance**2 / 2
-        if bool(((change - slope * ends - pair.value * ends**2 / 2).abs() < 0.4 * bend).all()):
+        quadratic = curvature * distance**2 / 2
+        misfit = change - derivative * ends - pair.value * ends**2 / 2
+        if bool((misfit.abs() < 0.4 * quadratic).all()):
             break
         distance /= 2
-    return here, slope, distance
+    return here, derivative, distance
 
 
 @styled
@@ -96,15 +98,15 @@ def loss_landscape(
     num_points: int = 15,
     ax: Axes | None = None,
 ) -> Axes:
-    """The loss on the plane of both extreme eigenvectors, as contours of its change; a cross is where the params are.
+    """Draw the loss on the plane of both extreme eigenvectors, as contours of its change; a cross marks the params.
 
     Args:
         loss_fn: as for the operator that the result belongs to.
-        params: likewise.
-        data: likewise.
+        params: of that operator.
+        data: of that operator.
         ex: both ends; the eigenvector of the smallest goes to the right, that of the largest up.
-        distances: how far to go along each, to both sides; by default as :func:`loss_along_eigenvector` does.
-        num_points: along each side.
+        distances: half width along each; by default as :func:`loss_along_eigenvector`.
+        num_points: along each axis.
         ax: where to draw.
 
     Returns:
@@ -143,7 +145,7 @@ def loss_landscape(
 def extremes(
     ex: ExtremeResult, loss_fn: LossFn, params: Tree, data: object, *, title: str | None = None
 ) -> Figure:
-    """For each end on one page: the loss along its eigenvector, and its Ritz value against passes."""
+    """Draw for each end, on one page, the loss along its eigenvector, and its Ritz value against passes."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 7))
     for column, name in enumerate(ENDS):
         pair: Eigenpair = getattr(ex, name)

@@ -1,4 +1,4 @@
-"""A spectrum, and the two ends of it."""
+"""Pictures of a spectrum and of its two ends."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def density(
 
 @styled
 def convergence(ex: ExtremeResult, end: str = "both", *, ax: Axes | None = None) -> Axes:
-    """Ritz values against passes over the data, with their residual intervals as bands and the last interval as a bar.
+    """Draw Ritz values against passes over the data, residual intervals as bands and the last interval as a bar.
 
     Args:
         ex: a result.
-        end: ``"smallest"``, ``"largest"``, or ``"both"`` on one axis: then each over the size of its result, so that
-            both settle at one or minus one, however far apart they are.
+        end: ``"smallest"``, ``"largest"``, or ``"both"`` on one axis: then each is divided by the magnitude of its
+            result, so that both converge to one or minus one, however far apart they are.
         ax: where to draw.
 
     Returns:
-        The axes, cut to the last two thirds of the values if the first ones are far off.
+        The axes, scaled to the last two thirds of the values.
 
     Raises:
         ValueError: another ``end``; a result without a history or without a finite value.
@@ -78,19 +78,19 @@ def layers(
     quantity: str = "trace",
     ax: Axes | None = None,
 ) -> Axes:
-    """Both ends, or an estimate, for each layer: bars with their intervals or standard errors, and their values.
+    """Draw both ends, or an estimate, of each layer: bars with intervals or standard errors, and their values.
 
     Args:
-        results: by name of the layer, all of one kind.
-        quantity: what the estimates are of.
-        ax: where to draw; by default as high as the layers need.
+        results: by name of the layer, all of one type.
+        quantity: name of the estimated quantity.
+        ax: where to draw; by default of :func:`layers_height`.
 
     Returns:
         The axes, with a group of bars for each layer, the first on top.
 
     Raises:
         ValueError: no results.
-        TypeError: results of several kinds, or of another one.
+        TypeError: results of several types, or of another one.
     """
     if not results:
         raise ValueError("results is empty; pass a result for each layer by its name")
@@ -133,7 +133,7 @@ def layers(
 
 
 def layers_height(num_layers: int) -> float:
-    """Inches that a picture of so many layers needs."""
+    """Return the height of a picture of so many layers, in inches."""
     return max(HEIGHT, 1.0 + 0.42 * num_layers)
 
 
@@ -141,11 +141,11 @@ def layers_height(num_layers: int) -> float:
 def training(
     results: Sequence[tuple[float, ExtremeResult]], *, log: bool = True, ax: Axes | None = None
 ) -> Axes:
-    """Both ends over training, with their intervals as bands.
+    """Draw both ends over training, with their intervals as bands.
 
     Args:
         results: pairs of a step and the result there.
-        log: whether the axis of eigenvalues is logarithmic, to both sides of zero.
+        log: draw the axis of eigenvalues logarithmic, to both sides of zero.
         ax: where to draw.
 
     Returns:

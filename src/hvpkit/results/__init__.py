@@ -1,1 +1,1 @@
-"""What solvers and estimators return."""
+"""The results of solvers and estimators."""

@@ -1,4 +1,4 @@
-"""What solvers return: eigenpairs with residuals and intervals, a status, and how it went."""
+"""Results of eigensolvers: eigenpairs with residuals and intervals, status and history."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Status(StrEnum):
 
     @property
     def converged(self) -> bool:
-        """Whether the values have the accuracy asked for, or are zero to rounding."""
+        """True if the values have the accuracy asked for, or are zero to rounding."""
         return self in (Status.CONVERGED, Status.INVARIANT_SUBSPACE, Status.ZERO_TO_ROUNDING)
 
     @property
     def advice(self) -> str:
-        """What the status means and what to do."""
+        """The meaning of the status and the remedy."""
         return _ADVICE[self]
 
 
@@ -43,7 +43,7 @@ _ADVICE = {
     Status.CONVERGED: "every error bound is at most tol * |value|",
     Status.INVARIANT_SUBSPACE: "the Krylov space is invariant: the values are exact to rounding",
     Status.ZERO_TO_ROUNDING: (
-        "a value is zero to the rounding of the products and has no relative digits; the other bounds are at "
+        "a value is zero to the rounding of the matvecs and has no relative digits; the other bounds are at "
         "most tol * |value|"
     ),
     Status.COMPLETED: (
@@ -51,31 +51,31 @@ _ADVICE = {
         "num_matvecs for more accuracy, or set tol"
     ),
     Status.ROUNDING_LIMITED: (
-        "the rounding of the products does not allow tol for every value; see the intervals, use float64, or "
+        "the rounding of the matvecs does not allow tol for every value; see the intervals, use float64, or "
         "raise tol"
     ),
     Status.MAX_MATVECS: (
-        "the product budget is used up; the values bound the ends from inside, the intervals say how well; "
+        "the matvec budget is used up; the values bound the ends from inside, the intervals say how well; "
         "raise max_matvecs or tol"
     ),
     Status.TIME_LIMIT: (
         "the time limit is reached; the values bound the ends from inside, the intervals say how well; raise "
         "time_limit or tol"
     ),
-    Status.NON_FINITE: "a product gave NaN or infinity; the values are from the products before it",
+    Status.NON_FINITE: "a matvec gave NaN or infinity; the values are from the matvecs before it",
 }
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Where an eigenvalue lies.
+    """An interval that contains an eigenvalue.
 
     Attributes:
         lower, upper: its ends.
         kind: what the outer end rests on; the inner one is the value itself, with rounding, as a Ritz value
             never lies outside the spectrum. ``"random-start"``: by the polynomial that Lanczos applied to a
-            random start, nothing lies further out; ``"random-block"``: the same by the number of steps alone;
-            ``"residual"``: an eigenvalue lies inside, of which it is not said that it is the extreme one;
+            random start, no eigenvalue lies further out; ``"random-block"``: the same by the number of steps alone;
+            ``"residual"``: an eigenvalue lies inside, which may not be the extreme one;
             ``"exact"``: the Krylov space was invariant; ``"none"``: nothing is known.
         confidence: the probability, over random starts, with which the extreme eigenvalue lies inside; None
             where no such claim is made.
@@ -96,11 +96,11 @@ class Eigenpair:
 
     Attributes:
         value: the Ritz value.
-        vector: of unit length, ``[n]``.
+        vector: of unit norm, ``[n]``.
         residual_norm: norm of ``H v - value v``.
-        error_bound: what the stop compares with ``tol * |value|``: the residual's norm, or its square over
-            the gap to the next eigenvalue where that is smaller and nothing is likely to hide in the gap.
-        interval: where the eigenvalue lies.
+        error_bound: the convergence test compares it with ``tol * |value|``: the residual norm, or its square over
+            the gap to the next eigenvalue where that is smaller and no eigenvalue is likely to hide in the gap.
+        interval: contains the eigenvalue.
     """
 
     value: float
@@ -115,23 +115,29 @@ class Eigenpair:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a solve stands, as ``monitor`` sees it and ``history`` keeps it.
+    """Progress of an eigensolver: what ``monitor`` is called with and ``history`` keeps.
 
     Attributes:
-        num_matvecs: full-data products so far.
+        num_matvecs: full-data matvecs so far.
         seconds: since the start.
-        smallest, largest: the two ends so far, as Ritz values.
-        smallest_bound, largest_bound: what they may be off by: norms of residuals, from the recurrence, or better.
-        level: of several operators, the one that the solver draws on: see :func:`hvpkit.multifidelity`.
+        smallest, largest: both ends so far, as Ritz values; NaN before there are any.
+        smallest_bound, largest_bound: their error bounds: residual norms, from the recurrence, or better.
+        level: of several operators, the index of the one that is worked on: see :func:`hvpkit.multifidelity`.
     """
 
-    num_matvecs: float
-    seconds: float
-    smallest: float
-    largest: float
-    smallest_bound: float
-    largest_bound: float
+    num_matvecs: float = 0.0
+    seconds: float = 0.0
+    smallest: float = math.nan
+    largest: float = math.nan
+    smallest_bound: float = math.inf
+    largest_bound: float = math.inf
     level: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"smallest {self.smallest:.4g} ± {self.smallest_bound:.1g}, "
+            f"largest {self.largest:.4g} ± {self.largest_bound:.1g}"
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -141,14 +147,14 @@ class EigenResult:
     Attributes:
         values: ascending ``[k]``, float64, on the CPU.
         vectors: orthonormal columns ``[n, k]``.
-        residual_norms: ``[k]``, of true residuals: from products, or verified by one.
-        error_bounds: ``[k]``, what the stop is about.
+        residual_norms: ``[k]``, of true residuals: from matvecs, or verified by one.
+        error_bounds: ``[k]``, of the convergence test: see :class:`Eigenpair`.
         intervals: one for each value.
-        num_matvecs: full-data products spent.
+        num_matvecs: full-data matvecs spent.
         seconds: wall time.
-        status: why it stopped.
-        message: the status in words, with what to do.
-        history: one entry a look.
+        status: why the solver stopped.
+        message: the status in words, with the remedy.
+        history: one entry for each assessment.
     """
 
     values: Tensor
@@ -164,11 +170,11 @@ class EigenResult:
 
     @property
     def converged(self) -> bool:
-        """Whether the values have the accuracy asked for."""
+        """True if the values have the accuracy asked for."""
         return self.status.converged
 
     def pair(self, index: int) -> Eigenpair:
-        """The pair at ``index`` of the ascending values."""
+        """Return the pair at ``index`` of the ascending values."""
         return Eigenpair(
             float(self.values[index]),
             self.vectors[:, index],
@@ -179,7 +185,7 @@ class EigenResult:
 
     def __repr__(self) -> str:
         values = ", ".join(f"{value:.6g}" for value in self.values.tolist())
-        return f"<{type(self).__name__}: [{values}], {self.status}, {self.num_matvecs:g} products>"
+        return f"<{type(self).__name__}: [{values}], {self.status}, {self.num_matvecs:g} matvecs>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -188,12 +194,12 @@ class ExtremeResult:
 
     Attributes:
         smallest, largest: the pairs.
-        num_matvecs: full-data products spent: passes over the data.
+        num_matvecs: full-data matvecs spent: passes over the data.
         seconds: wall time.
-        status, message: why it stopped, and what to do.
-        history: both ends against passes, one entry a look.
+        status, message: why the solver stopped, and the remedy.
+        history: both ends against passes, one entry for each assessment.
         tol: the relative error asked for.
-        operator: what was solved, in words.
+        operator: the operator, in words.
     """
 
     smallest: Eigenpair
@@ -208,7 +214,7 @@ class ExtremeResult:
 
     @property
     def converged(self) -> bool:
-        """Whether both values have the accuracy asked for."""
+        """True if both values have the accuracy asked for."""
         return self.status.converged
 
     @property
@@ -217,7 +223,7 @@ class ExtremeResult:
         return torch.stack([self.smallest.vector, self.largest.vector], dim=1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings for JSON; what is not finite becomes None. Vectors are left out."""
+        """Return plain numbers and strings for JSON, None for numbers that are not finite, and no vectors."""
         ends = {
             name: {
                 "value": pair.value,
@@ -243,7 +249,7 @@ class ExtremeResult:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> ExtremeResult:
-        """The result that :meth:`to_dict` made numbers and strings of; its vectors are empty.
+        """Return the result that :meth:`to_dict` converted; its vectors are empty.
 
         Raises:
             ValueError: ``plain`` is not of that form.
@@ -257,7 +263,7 @@ class ExtremeResult:
             raise ValueError(f"plain is not what ExtremeResult.to_dict makes: {error!r}") from error
 
     def summary(self) -> str:
-        """A small table of both ends, and a line on how it went."""
+        """Return a small table of both ends, and a line with status, passes and seconds."""
         header = f"{'end':<9}{'value':>13}  {'interval':<29}{'residual norm':>14}"
         rows = [
             f"{name:<9}{pair.value:>13.6g}  "
@@ -270,12 +276,12 @@ class ExtremeResult:
     def __repr__(self) -> str:
         return (
             f"<ExtremeResult: smallest {self.smallest!r}, largest {self.largest!r}, {self.status}, "
-            f"{self.num_matvecs:g} products>"
+            f"{self.num_matvecs:g} matvecs>"
         )
 
 
 def _pair(plain: Mapping[str, Any]) -> Eigenpair:
-    """An end, without its vector; what was not finite and became None again infinite or NaN."""
+    """Return an end, without its vector; None becomes infinite or NaN again."""
     where = dict(plain["interval"])
     for side, outside in (("lower", -math.inf), ("upper", math.inf)):
         where[side] = outside if where[side] is None else where[side]
@@ -284,7 +290,7 @@ def _pair(plain: Mapping[str, Any]) -> Eigenpair:
 
 
 def _known(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of :func:`_finite_or_none` back: bounds that were infinite, values that were NaN."""
+    """Undo :func:`_finite_or_none`: None becomes infinite for bounds, NaN for values."""
     unknown = {"value": math.nan, "smallest": math.nan, "largest": math.nan}
     return {name: unknown.get(name, math.inf) if item is None else item for name, item in plain.items()}
 

@@ -13,6 +13,26 @@ from hvpkit.results.eigen import Progress, Status
 V = TypeVar("V", float, Tensor)
 
 
+@dataclass(frozen=True)
+class EstimateProgress:
+    """Progress of an estimator: the argument of ``monitor``, and an entry of ``history``.
+
+    Attributes:
+        num_matvecs: full-data matvecs so far.
+        seconds: since the start.
+        value: the estimate so far; of a diagonal, its Euclidean norm.
+        stderr: standard error of the value; of a diagonal, the Euclidean norm of those of its entries.
+    """
+
+    num_matvecs: float
+    seconds: float
+    value: float
+    stderr: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} ± {self.stderr:.1g}"
+
+
 @dataclass(frozen=True, repr=False)
 class Estimate(Generic[V]):
     """A value with its standard error.
@@ -28,8 +48,7 @@ class Estimate(Generic[V]):
         seconds: wall time.
         status: why it stopped.
         message: the status in words, with the remedy.
-        history: one entry for each assessment; its two ends are both the value, with the standard error as bound,
-            and for a diagonal the smallest and largest entry with theirs.
+        history: one entry for each assessment; of a function of a density, those of the density.
     """
 
     value: V
@@ -40,7 +59,7 @@ class Estimate(Generic[V]):
     seconds: float
     status: Status
     message: str
-    history: tuple[Progress, ...]
+    history: tuple[EstimateProgress, ...] | tuple[Progress, ...]
 
     @property
     def converged(self) -> bool:

@@ -1,4 +1,4 @@
-"""A solve on disk: saved now and then and when it is interrupted, continued to the bit."""
+"""Checkpoints of a solve on disk: saved now and then and when it is interrupted, continued to the bit."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from torch import Tensor
 from hvpkit._utils.files import atomic_write
 from hvpkit.results.eigen import Progress
 
-FORMAT = 1
+FORMAT = 2
+"""Version of the file's content: names of the fields of states among them."""
 
-SECONDS = 60.0
-"""Between two saves, at least."""
+SAVE_INTERVAL = 60.0
+"""Seconds between two saves, at least. Chosen by feel."""
 
-SHARE = 20.0
-"""Times as long as a save took, before the next one."""
+SAVE_COST_FACTOR = 20.0
+"""Time between two saves, at least, in units of the time that a save takes: saves cost 5 % at most."""
 
 S = TypeVar("S")
 
 
 @dataclass(frozen=True)
 class Saved(Generic[S]):
-    """Where a solve stands between two steps.
+    """Content of a checkpoint: a solve between two steps.
 
     Attributes:
         state: of the solver.
-        num_steps: steps until the next look.
+        num_steps: steps until the next assessment.
         history: so far.
         seconds: so far.
     """
 
     state: S
     num_steps: int
-    history: tuple[Progress, ...]
+    history: tuple[Any, ...]
     seconds: float
 
 
-def _as_is(state: S) -> S:
+def _unchanged(state: S) -> S:
     return state
 
 
@@ -53,7 +54,8 @@ class Checkpoint(Generic[S]):
     Args:
         path: of the file; its folder must exist.
         solve: what has to be the same when it is continued: the solver, the operator's size, the arguments.
-        trimmed: a state without what need not be kept.
+        trim: drops the parts of a state that need not be saved.
+        verify: checks that a loaded state belongs to the operator, and returns the state to continue from.
 
     Raises:
         TypeError: ``path`` is no path.
@@ -61,26 +63,30 @@ class Checkpoint(Generic[S]):
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], solve: dict[str, Any], trimmed: Callable[[S], S] = _as_is
+        self,
+        path: str | os.PathLike[str],
+        solve: dict[str, Any],
+        trim: Callable[[S], S] = _unchanged,
+        verify: Callable[[S], S] = _unchanged,
     ) -> None:
         if not isinstance(path, str | os.PathLike):
             raise TypeError(f"checkpoint must be a path of a file, got {type(path).__name__}")
-        self.path, self.solve, self.trimmed = Path(path), solve, trimmed
+        self.path, self.solve, self.trim, self.verify = Path(path), solve, trim, verify
         if not self.path.parent.is_dir():
             raise ValueError(f"checkpoint: there is no folder {self.path.parent}; make it first")
-        self._next = time.monotonic() + SECONDS
+        self._next = time.monotonic() + SAVE_INTERVAL
 
     def due(self) -> bool:
-        """Whether it is time to save."""
+        """Return True if it is time to save."""
         return time.monotonic() >= self._next
 
     def save(self, saved: Saved[S]) -> None:
-        """Replaces the file by what is saved now; a failure leaves the old file as it was."""
+        """Replace the file; a failure leaves the old file as it was."""
         begin = time.monotonic()
         content = {
             "format": FORMAT,
             "solve": self.solve,
-            "state": _plain(self.trimmed(saved.state)),
+            "state": _plain(self.trim(saved.state)),
             "num_steps": saved.num_steps,
             "history": [asdict(entry) for entry in saved.history],
             "seconds": saved.seconds,
@@ -88,13 +94,13 @@ class Checkpoint(Generic[S]):
         with atomic_write(self.path) as draft:
             torch.save(content, draft)
         now = time.monotonic()
-        self._next = now + max(SECONDS, SHARE * (now - begin))
+        self._next = now + max(SAVE_INTERVAL, SAVE_COST_FACTOR * (now - begin))
 
     def load(self, like: S) -> Saved[S] | None:
-        """What the file holds, in the buffers of a state ``like`` it; None if there is no file.
+        """Load the solve into the buffers of the fresh state ``like``; None if there is no file.
 
         Raises:
-            ValueError: the file is no checkpoint, or one of another solve.
+            ValueError: the file is no checkpoint, or one of another solve or operator.
         """
         if not self.path.exists():
             return None
@@ -117,18 +123,19 @@ class Checkpoint(Generic[S]):
         if differences:
             raise ValueError(
                 f"checkpoint: {self.path} holds another solve ({', '.join(differences)}); pass the same arguments to "
-                "continue it, or delete it to begin anew"
+                "continue it, or delete it to start again"
             )
         history = tuple(Progress(**entry) for entry in content["history"])
-        return Saved(_restored(like, content["state"]), content["num_steps"], history, content["seconds"])
+        state = self.verify(_restored(like, content["state"]))
+        return Saved(state, content["num_steps"], history, content["seconds"])
 
     def clear(self) -> None:
-        """Deletes the file, if there is one: nothing is left to be done."""
+        """Delete the file, if there is one, after convergence."""
         self.path.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as dicts, tensors on the CPU without the rest of their storage."""
+    """Convert dataclasses to dicts, and tensors to copies on the CPU without the rest of their storage."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True).contiguous()
     if is_dataclass(value):
@@ -137,7 +144,7 @@ def _plain(value: Any) -> Any:
 
 
 def _restored(like: Any, plain: Any) -> Any:
-    """The dataclasses of ``like``, with the values of ``plain``, in buffers of ``like`` where these are longer."""
+    """Rebuild the dataclasses of ``like`` from ``plain``, in the buffers of ``like`` where these are longer."""
     if isinstance(like, Tensor):
         tensor: Tensor = plain.to(like.device, like.dtype)
         if like.ndim and like.shape[1:] == tensor.shape[1:] and len(like) > len(tensor):

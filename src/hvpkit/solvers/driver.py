@@ -1,102 +1,104 @@
-"""The one loop that every solver runs in: budget, time limit, monitor and history."""
+"""The loop that runs every solver: budget, time limit, monitor, history and checkpoint.
+
+A solver is a frozen dataclass of an operator and the arguments of the method, with four methods over an explicit
+state: see :class:`Solver`. :func:`run` takes it from the start to the result.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, replace
 from functools import wraps
-from typing import Concatenate, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from hvpkit._utils.validation import check_positive
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
 from hvpkit.solvers.checkpoint import Checkpoint, Saved
 
+OVERSHOOT_CPU, OVERSHOOT_GPU = 32, 8
+"""One over the share of steps that may follow the one at which a solve has converged. An assessment is cheap on a CPU;
+on a GPU it waits for the device. Chosen by feel."""
 
-class SolverState(Protocol):
-    """What the loop must know of a state: the products that it cost, in full-data products."""
+ROUNDED_UP = 1 + 1e-12
+"""Factor of a budget, so that rounding in sums of costs does not forbid the last matvec."""
+
+Monitor = Callable[[Progress], object]
+"""Called with each entry of the history; its return value is ignored, an exception from it ends the solve."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Entry(Protocol):
+    """One entry of a history, as :class:`hvpkit.Progress`: a dataclass whose ``str`` shows the values so far."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def num_matvecs(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+class State(Protocol):
+    """The requirement on a state: the full-data matvecs spent so far."""
 
     @property
     def num_matvecs(self) -> float: ...
 
 
-S = TypeVar("S", bound=SolverState)
-Monitor = Callable[[Progress], object]
-"""Called with each entry of the history; what it returns is ignored, what it raises ends the solve."""
+class Result(Protocol):
+    """The requirement on a result: a dataclass with ``history``, ``seconds`` and the fields below."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def message(self) -> str: ...
+    @property
+    def status(self) -> Status: ...
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def full_precision(
-    solver: Callable[Concatenate[LinearOperator, P], R],
-) -> Callable[Concatenate[LinearOperator, P], R]:
-    """The solver where neither the caller's autocast nor inference mode reaches its own arithmetic.
-
-    Raises:
-        TypeError: on call, if the first argument is no LinearOperator.
-    """
-
-    @wraps(solver)
-    def solve(op: LinearOperator, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not isinstance(op, LinearOperator):
-            raise TypeError(
-                f"the operator must be a hvpkit.LinearOperator, got {type(op).__name__}; "
-                "hvpkit.aslinearoperator makes one of matrices and other operators"
-            )
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(op.device.type, enabled=False):
-            return solver(op, *args, **kwargs)
-
-    return solve
+S = TypeVar("S", bound=State)
+R = TypeVar("R", bound=Result)
+R_co = TypeVar("R_co", bound=Result, covariant=True)
 
 
 @dataclass(frozen=True)
 class Assessment(Generic[S]):
-    """What a look at a state found.
+    """The findings of a solver about its state.
 
     Attributes:
-        state: the state to go on from: the one looked at, or what a restart made of it.
-        smallest, largest: the ends so far.
-        smallest_bound, largest_bound: their residuals' norms.
+        state: to continue from: the one assessed, or what a restart made of it.
+        progress: the values so far; the loop adds matvecs and seconds.
+        num_steps: steps until the next assessment.
         status: set if the solve is over.
-        num_steps: steps until the next look; each look waits for the device.
-        level: of several operators, the one that is drawn on.
+        suspect: vectors ``[n, p]`` whose matvec was not finite, if that is the status.
+        handover: set if the method can do nothing more, without a status: its caller continues by another one.
     """
 
     state: S
-    smallest: float
-    largest: float
-    smallest_bound: float
-    largest_bound: float
-    status: Status | None
+    progress: Entry
     num_steps: int
-    level: int = 0
-
-
-@dataclass(frozen=True)
-class Run(Generic[S]):
-    """Where the loop ended, and the seconds that an earlier part of the solve took."""
-
-    state: S
-    status: Status
-    history: tuple[Progress, ...]
-    seconds_before: float = 0.0
+    status: Status | None = None
+    suspect: Tensor | None = None
+    handover: bool = False
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a solve may spend, in full-data products and in seconds.
+    """Budget and time limit of a solve.
 
     Attributes:
-        max_matvecs: products, those of the final check included.
+        max_matvecs: full-data matvecs, those of the final check included.
         time_limit: seconds, or None. A step is not begun if it and the final check would run past it, by
-            the time that products took so far.
-        reserve: products kept back for the final check.
-        minimum: products that the time limit does not cut, without which there is no answer at all.
+            the time that matvecs took so far.
+        reserve: matvecs kept back for the final check.
+        minimum: matvecs that the time limit does not cut, without which there is no answer at all.
     """
 
     max_matvecs: float
@@ -115,78 +117,218 @@ class Limits:
         if self.time_limit is not None:
             check_positive("time_limit", self.time_limit)
 
-    def broken_by(self, step_cost: float, spent: float, seconds: float) -> Status | None:
-        """The limit that another step would break, if any."""
+    def remaining(self, num_matvecs: float) -> float:
+        """Return the full-data matvecs that are left for steps after ``num_matvecs``."""
+        return self.max_matvecs * ROUNDED_UP - self.reserve - num_matvecs
+
+    def exceeded_by(self, step_cost: float, num_matvecs: float, seconds: float) -> Status | None:
+        """Return the limit that another step would exceed, if any."""
         ahead = step_cost + self.reserve
-        if spent + ahead > self.max_matvecs * (1 + 1e-12):
+        if num_matvecs + ahead > self.max_matvecs * ROUNDED_UP:
             return Status.MAX_MATVECS
-        if self.time_limit is None or spent < max(self.minimum, step_cost):
+        if self.time_limit is None or num_matvecs < max(self.minimum, step_cost):
             return None
-        return Status.TIME_LIMIT if seconds * (1 + ahead / spent) > self.time_limit else None
+        return Status.TIME_LIMIT if seconds * (1 + ahead / num_matvecs) > self.time_limit else None
 
 
-def run_solver(
-    state: S,
-    step: Callable[[S], S],
-    assess: Callable[[S], Assessment[S]],
+class Solver(Protocol[S, R_co]):
+    """An iterative method on an operator, in four methods over an explicit, frozen state.
+
+    :func:`run` calls ``init`` once, then ``assess`` and as many times ``step`` as that says, in turn, until ``assess``
+    returns a status or a limit is reached, and ``finalize`` once.
+    """
+
+    @property
+    def op(self) -> LinearOperator:
+        """The operator."""
+
+    @property
+    def limits(self) -> Limits:
+        """The budget."""
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+
+    def init(self) -> S:
+        """Return the state before the first step."""
+
+    def step(self, state: S) -> S:
+        """Advance the state by one step.
+
+        Tensor code without host synchronisation. It donates (reuses) the input buffers: rows of the basis that a
+        state uses are not changed by later steps before a restart, but a state that is to be kept past one has to
+        be cloned. This keeps memory at ``ncv`` vectors.
+        """
+
+    def assess(self, state: S) -> Assessment[S]:
+        """Return the values so far, whether the solve is over, and the state to continue from.
+
+        May wait for the device, and may restart: an assessment donates the buffers too, and is not repeated.
+        """
+
+    def finalize(self, state: S, status: Status) -> R_co:
+        """Return the result, with ``status`` or a more exact one; may spend the reserved matvecs.
+
+        The loop fills in ``history`` and ``seconds``.
+        """
+
+
+@dataclass(frozen=True)
+class Ended(Generic[S]):
+    """Where the loop ended.
+
+    Attributes:
+        state: the last one.
+        status: why it ended; None if the solver hands over to another one.
+        history: one entry for each assessment.
+        began: start of the solve on the clock of ``time.perf_counter``; set back by the time before a checkpoint.
+        suspect: vectors ``[n, p]`` whose matvec was not finite.
+    """
+
+    state: S
+    status: Status | None
+    history: tuple[Entry, ...]
+    began: float
+    suspect: Tensor | None = None
+
+
+def full_precision(
+    solver: Callable[Concatenate[LinearOperator, P], T],
+) -> Callable[Concatenate[LinearOperator, P], T]:
+    """Keep the caller's autocast and inference mode away from the solver's own arithmetic.
+
+    Raises:
+        TypeError: on call, if the first argument is no LinearOperator.
+    """
+
+    @wraps(solver)
+    def solve(op: LinearOperator, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if not isinstance(op, LinearOperator):
+            raise TypeError(
+                f"the operator must be a hvpkit.LinearOperator, got {type(op).__name__}; "
+                "hvpkit.aslinearoperator makes one of matrices and other operators"
+            )
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(op.device.type, enabled=False):
+            return solver(op, *args, **kwargs)
+
+    return solve
+
+
+def assessment_interval(op: LinearOperator, num_steps: int) -> int:
+    """Return the steps until the next assessment after ``num_steps`` steps."""
+    return max(1, num_steps // (OVERSHOOT_CPU if op.device.type == "cpu" else OVERSHOOT_GPU))
+
+
+def run(
+    solver: Solver[S, R_co],
     *,
-    step_cost: float,
-    limits: Limits,
-    monitor: Monitor | None = None,
+    monitor: Callable[[Any], object] | None = None,
     checkpoint: Checkpoint[S] | None = None,
-    verified: Callable[[S], S] | None = None,
-) -> Run[S]:
-    """Steps until a look says that it is over, or another step would break a limit.
+) -> R_co:
+    """Run a solver from the start, or from a checkpoint, to its result.
 
     Args:
-        state: where to begin.
-        step: one step; does not wait for the device.
-        assess: what the state has found; may wait for the device, and may restart.
-        step_cost: full-data products of a step.
-        limits: what may be spent.
-        monitor: called after each look.
-        checkpoint: where the solve goes on from, if it holds one, and is saved: now and then, at a limit, and
-            when something is raised in a step, as by an interruption from the keyboard.
-        verified: given the state of a checkpoint, the state to go on from, or an error.
+        solver: the method.
+        monitor: called after each assessment with the new entry of the history.
+        checkpoint: the solve continues from it, if it holds one, and is saved to it: now and then, at a limit, and
+            when a step or the monitor raises, as by an interruption from the keyboard. Cleared on convergence.
     """
+    found = conclude(solver, iterate(solver, monitor=monitor, checkpoint=checkpoint))
+    if checkpoint is not None and found.status.converged:
+        checkpoint.clear()
+    return found
+
+
+def iterate(
+    solver: Solver[S, Any],
+    *,
+    monitor: Callable[[Any], object] | None = None,
+    checkpoint: Checkpoint[S] | None = None,
+) -> Ended[S]:
+    """Step and assess until the solver says that it is over, or another step would exceed a limit."""
+    state, limits = solver.init(), solver.limits
     saved = Saved(state, 0, (), 0.0)
-    if checkpoint is not None and (earlier := checkpoint.load(state)) is not None:
-        saved = earlier if verified is None else replace(earlier, state=verified(earlier.state))
-    state, num_steps, history = saved.state, saved.num_steps, list(saved.history)
-    begin = time.perf_counter() - saved.seconds
+    if checkpoint is not None:
+        saved = checkpoint.load(state) or saved
+    state, num_steps, history = saved.state, saved.num_steps, list[Entry](saved.history)
+    began = time.perf_counter() - saved.seconds
     if limits.time_limit is not None:
         limits = replace(limits, time_limit=limits.time_limit + saved.seconds)
-    looking = False
+    assessing = False
 
     def save() -> None:
         if checkpoint is not None and state.num_matvecs:
-            checkpoint.save(Saved(state, num_steps, tuple(history), time.perf_counter() - begin))
+            checkpoint.save(Saved(state, num_steps, tuple(history), time.perf_counter() - began))
 
     try:
         while True:
             limit: Status | None = None
             while num_steps:
-                limit = limits.broken_by(step_cost, state.num_matvecs, time.perf_counter() - begin)
+                limit = limits.exceeded_by(solver.step_cost, state.num_matvecs, time.perf_counter() - began)
                 if limit is not None:
                     break
-                state = step(state)
+                state = solver.step(state)
                 num_steps -= 1
             if limit is not None or (checkpoint is not None and checkpoint.due()):
                 save()
-            looking = True  # a look may change buffers: nothing to save in the midst of it
-            found = assess(state)
-            state, num_steps, looking = found.state, found.num_steps, False
+            assessing = True  # an assessment may change buffers: nothing to save in the midst of it
+            found = solver.assess(state)
+            state, num_steps, assessing = found.state, found.num_steps, False
             if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
-                seconds = time.perf_counter() - begin
-                bounds = found.smallest_bound, found.largest_bound
-                ends = found.smallest, found.largest
-                history.append(Progress(state.num_matvecs, seconds, *ends, *bounds, found.level))
+                seconds = time.perf_counter() - began
+                history.append(replace(found.progress, num_matvecs=state.num_matvecs, seconds=seconds))
                 if monitor is not None:
                     monitor(history[-1])
-            status = found.status or limit
-            if status is not None:
-                return Run(state, status, tuple(history), saved.seconds)
+            status = found.status or (None if found.handover else limit)
+            if status is not None or found.handover:
+                return Ended(state, status, tuple(history), began, found.suspect)
     except BaseException:
-        if not looking:
+        if not assessing:
             save()
         raise
+
+
+def conclude(solver: Solver[S, R_co], ended: Ended[S], status: Status | None = None) -> R_co:
+    """Return the result of a solver where the loop ended; ``status`` is for one that handed over."""
+    status = ended.status or status
+    assert status is not None, "a solver that hands over has to be given a status"
+    found = solver.finalize(ended.state, status)
+    return completed(found, solver.op, ended.history, ended.began, ended.suspect)
+
+
+def completed(
+    found: R, op: LinearOperator, history: tuple[Entry, ...], began: float, suspect: Tensor | None
+) -> R:
+    """Return the result with its history and seconds, and the origin of non-finite matvecs in its message.
+
+    ``suspect`` are vectors ``[n, p]`` whose matvec was not finite, or None.
+    """
+    message = found.message if suspect is None else f"{found.message}; {op.blame(suspect)}"
+    return replace(found, history=history, message=message, seconds=time.perf_counter() - began)
+
+
+def progress_bar(**options: Any) -> Callable[[Entry], object]:
+    """Return a monitor that shows passes and values so far on one line of standard error.
+
+    Args:
+        options: for ``tqdm``, as ``disable=True``.
+
+    Example:
+        >>> import torch, hvpkit as hk
+        >>> op = hk.aslinearoperator(torch.eye(3))
+        >>> ex = hk.extreme_eigenvalues(op, monitor=hk.progress_bar(disable=True))
+        >>> round(ex.largest.value, 6)
+        1.0
+    """
+    from tqdm.auto import tqdm
+
+    bars: list[Any] = []  # made at the first entry, so that its clock starts with the solve
+
+    def show(entry: Entry) -> None:
+        if not bars:
+            bars.append(tqdm(bar_format="{n:g} passes, {elapsed}{postfix}", **options))
+        bars[0].n = entry.num_matvecs
+        bars[0].set_postfix_str(str(entry))
+
+    return show

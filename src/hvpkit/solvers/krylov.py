@@ -1,46 +1,61 @@
-"""A Krylov space that grows: its basis, the operator on it, and what is kept at a restart.
+r"""Krylov spaces: the Lanczos process with restarts, and a few steps of it for a function of an operator.
 
-With V the multiplied rows of the basis and F its frontier, the rows still to be multiplied,
-:math:`A V = V T + F B` holds at any time.
+With V the multiplied rows of the basis and F its frontier, the rows still to be multiplied, the functions of
+:class:`KrylovState` keep :math:`A V = V T + F B` at any time.
+
+:func:`krylov_space` is for :math:`f(A)\, b`: with Ritz values :math:`\theta_i` and coefficients :math:`s_i` of their
+vectors on a basis V that starts with b, :math:`f(A)\, b \approx \|b\| \sum_i f(\theta_i)\, s_{1i}\, V^\top s_i` and
+:math:`b' f(A)\, b \approx \|b\|^2 \sum_i f(\theta_i)\, s_{1i}^2`, of which the latter is Gauss quadrature.
+
+Cost: a matvec a step, and full reorthogonalisation. Memory: a vector a step.
+Source: Golub and Meurant, Matrices, Moments and Quadrature with Applications, 2010, doi:10.1515/9781400833887.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hvpkit._utils.random import normal_vector
 from hvpkit.operators.base import LinearOperator
-from hvpkit.solvers.common.block import RANDOM_SHARE, mixed_start, power_of_two
-from hvpkit.solvers.common.bounds import Filter
+from hvpkit.solvers.common.bounds import StartPolynomial
 from hvpkit.solvers.common.convergence import check_symmetric
-from hvpkit.solvers.common.orthogonalize import orthonormalise_
-from hvpkit.solvers.common.rayleigh_ritz import Ritz, ritz
+from hvpkit.solvers.common.orthogonalize import (
+    RANDOM_SHARE,
+    mixed_start,
+    orthonormalise_,
+    power_of_two,
+    rotate_,
+)
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, ritz
+
+SETTLING_INTERVAL = 3
+"""Steps of :func:`krylov_space` between two tests of its accuracy. Chosen by feel."""
 
 
 @dataclass(frozen=True)
-class State:
-    """A basis and the operator on it. ``step`` takes over the buffers of the state that it is given.
+class KrylovState:
+    """A basis and the operator on it. ``step`` donates (reuses) the input buffers.
 
     Attributes:
         basis: orthonormal rows ``[capacity, n]``: the multiplied ones, the frontier, and unused ones.
         projected: ``basis @ A @ basis.T / scale`` ``[capacity, capacity]``, columns of multiplied rows.
-        alive: 1, or 0 for a row that is zero because nothing new was left ``[capacity]``.
-        norm: largest norm of a product so far, over scale, 0-d.
-        scale: what products are divided by, 0-d.
-        dropped: length of all that counted as nothing, over scale, 0-d.
+        alive: 1, or 0 for a row that is zero because its vector depended on the rows above ``[capacity]``.
+        norm: largest norm of a matvec so far, over scale, 0-d.
+        scale: what matvecs are divided by, 0-d.
+        dropped: norm of all remainders that counted as zero, over scale, 0-d.
+        polynomial: the one that the restarts applied to the start.
         num_multiplied, num_frontier: rows in use.
         num_kept: of the multiplied ones, those that a restart kept.
-        filter: the polynomial that the restarts applied to the start.
-        num_products: products so far.
-        num_matvecs: the same in full-data products, with those that verified the operator.
-        num_verified: how many of these.
+        num_products: matvecs so far.
+        num_matvecs: the same in full-data matvecs, with those that verified the operator.
+        num_verified: number of these.
         num_random: random vectors drawn so far.
-        search_length, search_until: of the search for further copies of the values, in products; 0 before
-            it begins.
-        search_from: the values that it began with.
     """
 
     basis: Tensor
@@ -49,7 +64,7 @@ class State:
     norm: Tensor
     scale: Tensor
     dropped: Tensor
-    filter: Filter
+    polynomial: StartPolynomial
     num_multiplied: int = 0
     num_frontier: int = 0
     num_kept: int = 0
@@ -57,9 +72,6 @@ class State:
     num_matvecs: float = 0.0
     num_verified: int = 0
     num_random: int = 0
-    search_length: int = 0
-    search_until: int = 0
-    search_from: tuple[float, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -67,10 +79,13 @@ class State:
         return self.num_multiplied + self.num_frontier
 
 
-def start(op: LinearOperator, capacity: int, width: int, seed: int, v0: Tensor | None = None) -> State:
-    """A state with ``width`` vectors at its frontier: from ``v0`` ``[n, p]``, else random ones.
+S = TypeVar("S", bound=KrylovState)
 
-    Of v0 as :func:`hvpkit.solvers.common.block.mixed_start` mixes it.
+
+def start(op: LinearOperator, capacity: int, width: int, seed: int, v0: Tensor | None = None) -> KrylovState:
+    """Return a state with ``width`` vectors at its frontier: from ``v0`` ``[n, p]``, else random ones.
+
+    Of v0 as :func:`hvpkit.solvers.common.orthogonalize.mixed_start` mixes it.
     """
     capacity = min(capacity, op.n)
 
@@ -78,15 +93,15 @@ def start(op: LinearOperator, capacity: int, width: int, seed: int, v0: Tensor |
         return torch.zeros(shape, dtype=op.dtype, device=op.device)
 
     basis = torch.empty(capacity, op.n, dtype=op.dtype, device=op.device)
-    polynomial = Filter.of_start(op.n, 1.0 if width == 1 else 0.0)
-    state = State(
+    polynomial = StartPolynomial.of_start(op.n, 1.0 if width == 1 else 0.0)
+    state = KrylovState(
         basis, zeros(capacity, capacity), zeros(capacity), zeros(), zeros() + 1, zeros(), polynomial
     )
     if v0 is not None:
         mixed = mixed_start(v0, width, seed)
         if width == 1:
             share = RANDOM_SHARE / float(torch.linalg.vector_norm(mixed))
-            state = replace(state, filter=replace(polynomial, share=min(share, 1.0)))
+            state = replace(state, polynomial=replace(polynomial, share=min(share, 1.0)))
         for vector in mixed:
             state = _append(op, state, vector)
     while state.num_frontier < width:
@@ -94,50 +109,50 @@ def start(op: LinearOperator, capacity: int, width: int, seed: int, v0: Tensor |
     return state
 
 
-def append_random(op: LinearOperator, state: State, seed: int) -> State:
-    """The state with a random vector, orthogonal to its basis, at its frontier.
+def append_random(op: LinearOperator, state: S, seed: int) -> S:
+    """Append a random vector, orthogonal to the basis, to the frontier.
 
-    Beside others it starts a Krylov space of its own, and no single polynomial tells what was done.
+    Beside others it starts a Krylov space of its own, and no single polynomial describes the basis.
     """
     stream = 1 + state.num_random
     vector = normal_vector(op.n, dtype=op.dtype, device=op.device, seed=seed, stream=stream)
     if state.num_rows:
-        state = replace(state, filter=replace(state.filter, share=0.0))
+        state = replace(state, polynomial=replace(state.polynomial, share=0.0))
     return _append(op, replace(state, num_random=stream), vector)
 
 
-def _append(op: LinearOperator, state: State, vector: Tensor) -> State:
+def _append(op: LinearOperator, state: S, vector: Tensor) -> S:
     row, unit = state.num_rows, vector / torch.linalg.vector_norm(vector)
     _, _, state.alive[row] = orthonormalise_(op.space, state.basis, row, unit, state.norm * 0 + 1)
     return replace(state, num_frontier=state.num_frontier + 1)
 
 
-def step(op: LinearOperator, state: State, block_size: int = 1) -> State:
-    """Multiplies the first vectors of the frontier and appends what is new in their products.
+def step(op: LinearOperator, state: S, block_size: int = 1) -> S:
+    """Multiply the first vectors of the frontier and append the new directions of the matvecs.
 
-    Waits for nothing: on a GPU, scalars stay there.
+    No host synchronisation: on a GPU, scalars stay there.
     """
     first, width = state.num_multiplied, min(block_size, state.num_frontier)
     block = op.product(state.basis[first : first + width].mT.contiguous())
     if state.num_products == 0:
         state = replace(state, scale=power_of_two(block.abs().max()))
-    alive = state.alive[first : first + width] > 0  # a product with nothing is nothing, whatever came out
+    alive = state.alive[first : first + width] > 0  # a matvec with zero is zero, whatever came out
     block = torch.where(alive, block, 0.0).div_(state.scale)
     for column, vector in zip(range(first, first + width), block.unbind(1), strict=True):
-        state = _absorb(op, state, column, vector)
+        state = _append_matvec(op, state, column, vector)
     return state
 
 
-def _absorb(op: LinearOperator, state: State, column: int, vector: Tensor) -> State:
-    """Files the product with basis row ``column``: its coefficients, and what is new in it."""
+def _append_matvec(op: LinearOperator, state: S, column: int, vector: Tensor) -> S:
+    """Orthogonalise the matvec with basis row ``column``: store its coefficients, append the remainder."""
     row, norm = state.num_rows, torch.maximum(state.norm, op.space.norm(vector))
     if row < op.n:
-        # From one start, a product has parts along the last two vectors only, but for the first after a restart.
+        # From one start, a matvec has parts along the last two vectors only, but for the first after a restart.
         near = column - 2 if state.num_frontier == 1 and state.num_random <= 1 else 0
         first = near if near >= state.num_kept else 0
-        coefficients, length, alive = orthonormalise_(op.space, state.basis, row, vector, norm, first)
-        state.projected[row, column], state.alive[row] = length * alive, alive
-        state = replace(state, dropped=torch.hypot(state.dropped, length * (1 - alive)))
+        coefficients, rest, alive = orthonormalise_(op.space, state.basis, row, vector, norm, first)
+        state.projected[row, column], state.alive[row] = rest * alive, alive
+        state = replace(state, dropped=torch.hypot(state.dropped, rest * (1 - alive)))
     else:  # the basis spans the space
         coefficients = op.space.dots(state.basis, vector)
     state.projected[: min(row, op.n), column] = coefficients
@@ -151,8 +166,8 @@ def _absorb(op: LinearOperator, state: State, column: int, vector: Tensor) -> St
     )
 
 
-def project(op: LinearOperator, state: State) -> tuple[Ritz, Tensor]:
-    """Ritz pairs on the multiplied rows, and lengths of new vectors since a restart; over ``state.scale``.
+def project(op: LinearOperator, state: KrylovState) -> tuple[RitzPairs, Tensor]:
+    """Return Ritz pairs on the multiplied rows, and norms of new vectors since a restart; over ``state.scale``.
 
     Raises:
         NotSymmetricError: the operator is not symmetric beyond rounding.
@@ -164,16 +179,16 @@ def project(op: LinearOperator, state: State) -> tuple[Ritz, Tensor]:
     return pairs, projected.diagonal(-1)[state.num_kept :]
 
 
-def trimmed(state: State) -> State:
-    """The state without unused rows of its basis."""
+def trim(state: S) -> S:
+    """Drop the unused rows of the basis."""
     return replace(state, basis=state.basis[: state.num_rows])
 
 
-def verified(op: LinearOperator, state: State) -> State:
-    """A state that comes from elsewhere, once it is known to be of this operator: by one product, counted.
+def verify(op: LinearOperator, state: S) -> S:
+    """Verify by one matvec, counted, that a loaded state belongs to the operator.
 
     Raises:
-        ValueError: it is of another operator.
+        ValueError: it belongs to another operator.
     """
     if not state.num_multiplied:
         return state
@@ -188,9 +203,9 @@ def verified(op: LinearOperator, state: State) -> State:
     return replace(state, num_verified=state.num_verified + 1, num_matvecs=state.num_matvecs + op.cost)
 
 
-def compact(state: State) -> tuple[State, bool]:
-    """The state without rows that vanished, and cut before a product that was not finite (True then)."""
-    state = _compacted(state)
+def compact(state: S) -> tuple[S, bool]:
+    """Drop zero rows, and cut before a matvec that was not finite; also return whether there was one."""
+    state = _drop_zero_rows(state)
     rows = state.num_rows
     finite = torch.isfinite(state.projected[:rows, : state.num_multiplied]).all(dim=0).tolist()
     if all(finite):
@@ -199,8 +214,7 @@ def compact(state: State) -> tuple[State, bool]:
     return replace(state, num_multiplied=m, num_frontier=rows - m), True
 
 
-def _compacted(state: State) -> State:
-    """The state without rows that vanished."""
+def _drop_zero_rows(state: S) -> S:
     rows = state.num_rows
     alive = state.alive[:rows].nonzero().flatten()
     if len(alive) == rows:
@@ -214,19 +228,79 @@ def _compacted(state: State) -> State:
     return replace(state, num_multiplied=m, num_frontier=len(alive) - m)
 
 
-def restart(state: State, pairs: Ritz, lengths: Tensor, chosen: list[int]) -> State:
-    """The state with its basis reduced to the chosen Ritz vectors and the frontier."""
+def restart(state: S, pairs: RitzPairs, norms: Tensor, chosen: list[int]) -> S:
+    """Reduce the basis to the chosen Ritz vectors and the frontier; pairs and norms are those of :func:`project`."""
     m, f, kept = state.num_multiplied, state.num_frontier, len(chosen)
     discarded = torch.ones(m, dtype=torch.bool)
     discarded[chosen] = False
     basis, projected = state.basis, state.projected
-    rotation = pairs.coefficients[:, chosen]
+    rotation = pairs.vectors[:, chosen]
     coupling = projected[m : m + f, :m] @ rotation.to(projected)
-    for columns in basis.split(max(1, 2**22 // m), dim=1):  # in place, with little to work with
-        columns[:kept] = rotation.mT.to(basis) @ columns[:m]
+    rotate_(basis, rotation)
     basis[kept : kept + f] = basis[m : m + f].clone()
     projected.zero_()[:kept, :kept] = torch.diag(pairs.values[chosen]).to(projected)
     projected[kept : kept + f, :kept] = coupling
     state.alive.zero_()[: kept + f] = 1
-    polynomial = state.filter.restarted(pairs.values[discarded], lengths)
-    return replace(state, num_multiplied=kept, num_kept=kept, filter=polynomial)
+    polynomial = state.polynomial.restarted(pairs.values[discarded], norms)
+    return replace(state, num_multiplied=kept, num_kept=kept, polynomial=polynomial)
+
+
+@dataclass(frozen=True)
+class KrylovSpace:
+    """The Krylov space of an operator and a vector b.
+
+    Attributes:
+        rows: its orthonormal basis ``[m, n]``.
+        pairs: Ritz pairs over scale, with coefficients on the rows; NaN if a matvec was not finite.
+        scale: what matvecs are divided by, 0-d.
+    """
+
+    rows: Tensor
+    pairs: RitzPairs
+    scale: Tensor
+
+
+def krylov_space(
+    op: LinearOperator,
+    vector: Tensor,
+    num_steps: int,
+    scale: Tensor | None,
+    enough: Callable[[RitzPairs], bool],
+) -> KrylovSpace:
+    """Return the space after ``num_steps`` Lanczos steps from ``vector`` ``[n]``, or as soon as it is ``enough``.
+
+    ``scale`` is what matvecs are divided by; None: a power of two near the first one.
+    """
+    rows = torch.empty(num_steps, op.n, dtype=op.dtype, device=op.device)
+    projected = rows.new_zeros(num_steps + 1, num_steps)
+    alive, norm = rows.new_zeros(num_steps), rows.new_zeros(())
+    alive[0] = orthonormalise_(op.space, rows, 0, vector / vector.abs().max(), norm)[2]
+    for row in range(num_steps):
+        image = op.product(rows[row].unsqueeze(1))[:, 0]
+        if scale is None:
+            scale = power_of_two(image.abs().max())
+        image, norm = image / scale, torch.maximum(norm, op.space.norm(image / scale))
+        count = row + 1
+        if count == num_steps:
+            projected[:count, row] = op.space.dots(rows, image)
+        else:
+            projected[:count, row], projected[count, row], alive[count] = orthonormalise_(
+                op.space, rows, count, image, norm
+            )
+        if count % SETTLING_INTERVAL == 0 or count == num_steps:
+            found = _ritz_space(rows[:count], projected[: count + 1, :count], alive[:count], scale)
+            finite = bool(torch.isfinite(projected[count, row]))
+            if count < num_steps and (not finite or enough(found.pairs)):
+                break
+    return found
+
+
+def _ritz_space(rows: Tensor, projected: Tensor, alive: Tensor, scale: Tensor) -> KrylovSpace:
+    """Return the space of those rows that are not zero."""
+    kept = alive.cpu().nonzero().flatten()
+    small = projected.to("cpu", torch.float64)
+    coupling, small = small[-1:, kept], small[kept][:, kept]
+    if bool(torch.isfinite(small).all()):
+        return KrylovSpace(rows[kept], ritz(small, coupling), scale)
+    nothing = torch.full_like(small, math.nan)
+    return KrylovSpace(rows[kept], RitzPairs(nothing.diagonal(), nothing, nothing.diagonal()), scale)

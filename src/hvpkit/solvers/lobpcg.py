@@ -1,13 +1,13 @@
 r"""LOBPCG: locally optimal block preconditioned conjugate gradients.
 
 Method: a block X of Ritz vectors is improved by Rayleigh-Ritz on the span of X, of its residuals W
-(preconditioned if one knows how), and of the directions P of the last change of X: three terms, as in
-conjugate gradients, with the best coefficients. Pairs that are good enough stay in X, but have no row in W:
-soft locking.
+(preconditioned if a preconditioner is given), and of the directions P of the last change of X: three terms, as in
+conjugate gradients, with the best coefficients. Converged pairs stay in X, but have no row in W: soft
+locking.
 
-Cost: one product a step for each pair that is not yet good enough, and for each guard; the last products are
+Cost: one matvec a step for each pair that has not converged, and for each guard; the last matvecs are for
 the true residuals. Beside them, some twenty passes over the block.
-Memory: six times the block (X, P, W and their products), and the best ``k`` vectors so far.
+Memory: six times the block (X, P, W and their matvecs), and the best ``k`` vectors so far.
 Source: Knyazev, SIAM J. Sci. Comput. 23 (2001) 517-541, doi:10.1137/S1064827500366124; the basis of Duersch,
 Shao, Yang and Gu, SIAM J. Sci. Comput. 40 (2018) C655-C676, doi:10.1137/17M1129830, with P made orthonormal in
 coefficients as in Hetmaniuk and Lehoucq, J. Comput. Phys. 218 (2006) 324-332, doi:10.1016/j.jcp.2006.02.007.
@@ -17,16 +17,15 @@ Departures from the papers:
 2. Directions that depend on others are dropped, W by Gram-Schmidt and P by singular values, and the basis'
    inner products enter the projected problem, so that it needs no second basis to fall back on.
 3. The best block is kept: the one whose values lie furthest out, and among equals the one with the least
-   residual. The residual alone would prefer a start near an inner eigenvector.
-4. Once as many products are spent as the space has dimensions, up to a thousand, W is all that is missing: hard
-   small problems end exactly.
-5. The operator is divided by a power of two near its first product.
+   residual. By the residual alone a start near an inner eigenvector would win.
+4. Once n matvecs are spent, for n up to a thousand, W becomes all missing directions: hard small problems end
+   exactly.
+5. The operator is divided by a power of two near its first matvec.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -35,132 +34,139 @@ from torch import Tensor
 
 from hvpkit._utils.typing import Seed
 from hvpkit.operators.base import LinearOperator
-from hvpkit.results.eigen import EigenResult, Status
-from hvpkit.solvers.common.block import residuals_of, row_norms
-from hvpkit.solvers.common.block_subspace import (
-    RitzBlock,
-    Subspace,
-    drop_non_finite,
-    extend,
-    finalize,
-    multiply,
-    outcome,
-    rayleigh_ritz,
-    start,
-    turn,
-)
-from hvpkit.solvers.common.convergence import Checked, concluded, is_converged, rounding
-from hvpkit.solvers.common.rayleigh_ritz import num_at_low_end, select
+from hvpkit.results.eigen import EigenResult, Progress, Status
+from hvpkit.solvers.common import block_subspace
+from hvpkit.solvers.common.block_subspace import BlockSubspace, Projection
+from hvpkit.solvers.common.convergence import is_converged, rounding
+from hvpkit.solvers.common.orthogonalize import residuals_of, row_norms
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, num_at_low_end, select
 from hvpkit.solvers.common.request import Request, Start, check_arguments
-from hvpkit.solvers.driver import Assessment, Monitor, full_precision, run_solver
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, full_precision, run
 
 WHICH = ("LA", "SA", "BE")
 
 NUM_GUARDS = 1
-"""Vectors beside the wanted ones, at each end that is wanted."""
+"""Vectors in X beside the wanted ones, at each end that is wanted. Chosen by feel."""
 
 DEPENDENT = 1e-13
-"""Singular value, of 1, below which a direction P counts as none."""
+"""Singular value, of 1, below which a direction P counts as zero. Chosen by feel, above float64's rounding."""
 
-DEPTH = 6
-"""Steps without which a small residual says nothing: a start may happen to be near any eigenvector."""
+MIN_BLOCK_STEPS = 6
+"""Steps before which a convergence test is not accepted. Chosen by feel: each searches three blocks."""
 
 Preconditioner = Callable[[Tensor], Tensor]
 """``[n, p]`` to ``[n, p]``: residuals to directions nearer to the error."""
 
 
 @dataclass(frozen=True)
-class Goal(Request):
-    """What is asked for, with the number of vectors in X."""
-
-    width: int
-    preconditioner: Preconditioner | None
-
-
-@dataclass(frozen=True)
-class State(Subspace):
+class LobpcgState(BlockSubspace):
     """Rows X, P and W in this order; the first ``num_block`` of them are X."""
 
     num_block: int = 0
 
 
-def init(op: LinearOperator, goal: Goal) -> State:
-    """A state with the start in W."""
-    return State(**vars(start(op, goal, goal.width, 3 * goal.width)))
+@dataclass(frozen=True)
+class Lobpcg:
+    """The solver of :func:`lobpcg`: see :class:`hvpkit.solvers.driver.Solver`.
 
-
-def step(op: LinearOperator, goal: Goal, state: State) -> State:
-    """Multiplies W, or as much of it as a block holds."""
-    return multiply(op, state, goal.width)
-
-
-def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
-    """The best X in the span of X, P and W, whether it is good enough, and the P and W to go on with."""
-    nothing = math.nan, math.nan, math.inf, math.inf
-    if not state.num_fresh:
-        return Assessment(state, *nothing, status=None, num_steps=1)
-    state = drop_non_finite(state)
-    m = state.num_rows
-    if not m:
-        return Assessment(state, *nothing, status=Status.NON_FINITE, num_steps=1)
-    pairs = rayleigh_ritz(op, state.rows[:m], state.images[:m])
-    state, values = _turned(goal, state, pairs)
-    rows, images = state.rows[: state.num_block], state.images[: state.num_block]
-    residuals = residuals_of(rows, images, values)
-    norms = row_norms(op.space, residuals).to("cpu", torch.float64)
-    wanted = select(values, goal.k, goal.which)
-    early = m < op.n and state.num_matvecs < DEPTH * goal.width * op.cost
-    done = is_converged(op, 0.0 if early else goal.tol, state.norm, values, norms)
-    found = Checked(values[wanted], rows[wanted].mT, norms[wanted])
-    status = outcome(op, goal, state, found, done[wanted], whole=m == op.n)
-    state = _keep_best(op, goal, state, found)
-    if status is None:
-        directions = residuals[~done.to(op.device)]
-        if goal.preconditioner is not None and len(directions):
-            directions = _preconditioned(goal.preconditioner, directions)
-        state = extend(op, goal, state, directions)
-    scale = float(state.scale)
-    return Assessment(
-        state,
-        smallest=float(pairs.values[0]) * scale,
-        largest=float(pairs.values[-1]) * scale,
-        smallest_bound=float(norms[0]) * scale if goal.which != "LA" else math.inf,
-        largest_bound=float(norms[-1]) * scale if goal.which != "SA" else math.inf,
-        status=status,
-        num_steps=math.ceil(state.num_new / goal.width),
-    )
-
-
-def _turned(goal: Goal, state: State, pairs: RitzBlock) -> tuple[State, Tensor]:
-    r"""The state with new X and P in place of X, P and W, and the values of X.
-
-    P spans what X gained from outside of the old X, less the new X: from orthonormal coordinates y of Ritz
-    vectors, those of P are :math:`Y_\perp U`, with U the left singular vectors of the products of the old X's
-    rows of :math:`Y_\perp` (pairs not taken) and Y (pairs taken).
+    Attributes:
+        op: the operator.
+        request: what is asked for.
+        width: vectors in X.
+        preconditioner: or None.
     """
-    num_old, taken = state.num_block, select(pairs.values, goal.width, goal.which)
-    rest = [index for index in range(len(pairs.values)) if index not in set(taken)]
-    overlaps = pairs.vectors[:num_old, rest].mT @ pairs.vectors[:num_old, taken]
-    left, lengths, _ = torch.linalg.svd(overlaps, full_matrices=False)
-    left = left[:, lengths > DEPENDENT]
-    coordinates = torch.cat([pairs.vectors[:, taken], pairs.vectors[:, rest] @ left], dim=1)
-    return replace(turn(state, pairs, coordinates), num_block=len(taken)), pairs.values[taken]
 
+    op: LinearOperator
+    request: Request
+    width: int
+    preconditioner: Preconditioner | None = None
 
-def _keep_best(op: LinearOperator, goal: Goal, state: State, found: Checked) -> State:
-    """The state with these wanted pairs as the best ones, unless they are no further out and less accurate."""
-    best = state.best
-    if len(best.values) == len(found.values):
-        outward = torch.ones(len(best.values), dtype=torch.float64)
-        outward[: num_at_low_end(len(best.values), goal.which)] = -1.0
-        gain = float(outward @ (found.values - best.values))
-        worse = bool(found.residual_norms.max() > best.residual_norms.max())
-        if gain <= rounding(op, state.norm) and worse:
-            return state
-    return replace(state, best=found)
+    @property
+    def limits(self) -> Limits:
+        """Of the request."""
+        return self.request.limits
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        return self.width * self.op.cost
+
+    def init(self) -> LobpcgState:
+        """Return a state with the start vectors in W."""
+        return LobpcgState(**vars(block_subspace.start(self.op, self.request, self.width, 3 * self.width)))
+
+    def step(self, state: LobpcgState) -> LobpcgState:
+        """Multiply W, or as much of it as a block holds."""
+        return block_subspace.multiply(self.op, state, self.width)
+
+    def assess(self, state: LobpcgState) -> Assessment[LobpcgState]:
+        """Find the best X in the span of X, P and W, test convergence, and choose the next P and W."""
+        if not state.num_fresh:
+            return Assessment(state, Progress(), 1)
+        op, asked, state = self.op, self.request, block_subspace.drop_non_finite(state)
+        m = state.num_rows
+        if not m:
+            return Assessment(state, Progress(), 1, Status.NON_FINITE, state.suspect)
+        projection = block_subspace.rayleigh_ritz(op, state.rows[:m], state.images[:m])
+        state, values = self._rotated(state, projection)
+        rows, images = state.rows[: state.num_block], state.images[: state.num_block]
+        residuals = residuals_of(rows, images, values)
+        norms = row_norms(op.space, residuals).to("cpu", torch.float64)
+        early = m < op.n and state.num_matvecs < MIN_BLOCK_STEPS * self.width * op.cost
+        done = is_converged(op, 0.0 if early else asked.tol, state.norm, values, norms)
+        wanted = select(values, asked.k, asked.which)
+        found = RitzPairs(values[wanted], rows[wanted].mT, norms[wanted])
+        status = block_subspace.status_of(op, asked, state, found, done[wanted], whole=m == op.n)
+        state = self._keep_best(state, found)
+        if status is None:
+            directions = residuals[~done.to(op.device)]
+            if self.preconditioner is not None and len(directions):
+                directions = _preconditioned(self.preconditioner, directions)
+            state = block_subspace.extend(op, asked, state, directions)
+        scale = float(state.scale)
+        progress = Progress(
+            smallest=float(projection.values[0]) * scale,
+            largest=float(projection.values[-1]) * scale,
+            smallest_bound=float(norms[0]) * scale if asked.which != "LA" else math.inf,
+            largest_bound=float(norms[-1]) * scale if asked.which != "SA" else math.inf,
+        )
+        return Assessment(state, progress, math.ceil(state.num_new / self.width), status, state.suspect)
+
+    def _rotated(self, state: LobpcgState, projection: Projection) -> tuple[LobpcgState, Tensor]:
+        r"""Rotate X, P and W to the new X and P; also return the values of X.
+
+        P spans the part of the new X from outside of the old X, orthogonal to the new X: from orthonormal
+        coordinates y of Ritz vectors, those of P are :math:`Y_\perp U`, with U the left singular vectors of the inner
+        products of the old X's rows of :math:`Y_\perp` (pairs not taken) and Y (pairs taken).
+        """
+        num_old, taken = state.num_block, select(projection.values, self.width, self.request.which)
+        rest = [index for index in range(len(projection.values)) if index not in set(taken)]
+        overlaps = projection.vectors[:num_old, rest].mT @ projection.vectors[:num_old, taken]
+        left, singular_values, _ = torch.linalg.svd(overlaps, full_matrices=False)
+        left = left[:, singular_values > DEPENDENT]
+        coordinates = torch.cat([projection.vectors[:, taken], projection.vectors[:, rest] @ left], dim=1)
+        state = block_subspace.rotate(state, projection, coordinates)
+        return replace(state, num_block=len(taken)), projection.values[taken]
+
+    def _keep_best(self, state: LobpcgState, found: RitzPairs) -> LobpcgState:
+        """Keep these wanted pairs as the best ones, unless they are no further out and less accurate."""
+        best = state.best
+        if len(best.values) == len(found.values):
+            outward = torch.ones(len(best.values), dtype=torch.float64)
+            outward[: num_at_low_end(len(best.values), self.request.which)] = -1.0
+            gain = float(outward @ (found.values - best.values))
+            worse = bool(found.residual_norms.max() > best.residual_norms.max())
+            if gain <= rounding(self.op, state.norm) and worse:
+                return state
+        return replace(state, best=found)
+
+    def finalize(self, state: LobpcgState, status: Status) -> EigenResult:
+        """Return the best pairs with true residuals, for one more matvec each."""
+        return block_subspace.finalize(self.op, self.request, state, status)
 
 
 def _preconditioned(preconditioner: Preconditioner, residuals: Tensor) -> Tensor:
+    """Apply the caller's preconditioner to rows ``[m, n]`` and check what it returns."""
     result, shape = preconditioner(residuals.mT.contiguous()), residuals.shape[::-1]
     if not isinstance(result, Tensor) or result.shape != shape or result.dtype != residuals.dtype:
         found = (
@@ -186,44 +192,37 @@ def lobpcg(
     seed: Seed = 0,
     monitor: Monitor | None = None,
 ) -> EigenResult:
-    r"""A few eigenpairs at the ends of the spectrum, by LOBPCG.
+    r"""Compute a few eigenpairs at the ends of the spectrum, by LOBPCG.
 
-    Stops when for each wanted Ritz value :math:`\theta` with residual r,
-
-    .. math:: \|r\| + \text{rounding} \le \text{tol} \cdot |\theta|,
-
-    or, where a value is zero to rounding, when the left side is at most 32 eps times the operator's norm. A
-    ``tol`` below rounding is taken as rounding.
+    Stops as :func:`hvpkit.chebyshev` does.
 
     Use it where a preconditioner is known, where memory is for a few vectors only, or to improve several
-    vectors of an earlier result. Without any of these :func:`hvpkit.lanczos` mostly takes fewer products.
+    vectors of an earlier result. Without any of these :func:`hvpkit.lanczos` mostly takes fewer matvecs.
 
     Args:
         op: symmetric operator.
-        k: how many pairs.
+        k: number of pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest, ``"BE"`` half from each end (the odd one from the
             high end), all in one block.
-        v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are dealt out to the vectors of the block,
-            each with a tenth of a random vector, so that nothing is missed.
+        v0: start vectors, used as by :func:`hvpkit.lanczos`.
         tol: relative error of the eigenvalues.
         preconditioner: ``[n, p]`` to ``[n, p]``, applied to residuals: for the low end an approximate inverse of
             the operator, positive definite, less a shift near the end.
-        max_matvecs: full-data products, at most; by default 1,000, or ten for each pair if that is more.
+        max_matvecs: full-data matvecs, at most; the default is that of :func:`hvpkit.lanczos`.
         time_limit: seconds.
         seed: of random vectors.
-        monitor: called with a :class:`hvpkit.Progress` after each look.
+        monitor: called with a :class:`hvpkit.Progress` after each assessment.
 
     Returns:
-        Values ascending, with orthonormal vectors, true residuals, intervals and status. Running into a
-        limit or a product that is not finite is a status too, with the best that was found until then.
+        As :func:`hvpkit.lanczos`.
 
     Raises:
         ValueError: an argument out of its range, named.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
 
     Cost:
-        Products as ``num_matvecs`` says, ``k`` of them for the true residuals; ``7 k + 6`` vectors of memory
-        (``7 k + 12`` for both ends), and half as many to work with.
+        Matvecs as ``num_matvecs`` says, ``k`` of them for the true residuals; ``7 k + 6`` vectors of memory
+        (``7 k + 12`` for both ends), and half as many for work.
 
     Source:
         Knyazev, SIAM J. Sci. Comput. 23 (2001) 517-541, doi:10.1137/S1064827500366124; Duersch, Shao, Yang, Gu,
@@ -235,8 +234,7 @@ def lobpcg(
         >>> lobpcg(op, 2, which="BE", tol=1e-6).values.round(decimals=4).tolist()
         [-1.0, 2.0]
     """
-    begin = time.perf_counter()
-    asked = check_arguments(
+    request = check_arguments(
         op,
         k,
         which,
@@ -249,16 +247,6 @@ def lobpcg(
     )
     if preconditioner is not None and not callable(preconditioner):
         raise TypeError(f"preconditioner must be a function or None, got {type(preconditioner).__name__}")
-    num_ends = 1 if num_at_low_end(k, asked.which) in (0, k) else 2
-    width = min(k + num_ends * NUM_GUARDS, op.n, int(asked.left(0.0) / op.cost))
-    goal = Goal(**vars(asked), width=width, preconditioner=preconditioner)
-    ended = run_solver(
-        init(op, goal),
-        lambda state: step(op, goal, state),
-        lambda state: assess(op, goal, state),
-        step_cost=width * op.cost,
-        limits=goal.limits,
-        monitor=monitor,
-    )
-    found = finalize(op, goal, ended.state, ended.status)
-    return concluded(op, found, ended.history, begin, ended.state.suspect)
+    num_ends = 1 if num_at_low_end(k, request.which) in (0, k) else 2
+    width = min(k + num_ends * NUM_GUARDS, op.n, int(request.limits.remaining(0.0) / op.cost))
+    return run(Lobpcg(op, request, width, preconditioner), monitor=monitor)

@@ -34,9 +34,11 @@ from hvpkit._utils.validation import check_choice, check_count, check_positive
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import Layout, check_params, flatten, snapshot, unflatten
 from hvpkit.autodiff.pytree import batch_size as count_examples
+from hvpkit.curvature.batches import MODES, all_finite, check_loss, gradient_of, loss_shares, sum_over
 from hvpkit.curvature.constructors import hessian
-from hvpkit.curvature.products import MODES, all_finite, check_loss, loss, part_gradient, parts, sum_parts
-from hvpkit.data import Data, IterableBatches, as_data
+from hvpkit.curvature.functional import loss
+from hvpkit.data import Data, as_data
+from hvpkit.data.sources import IterableBatches, WholeBatches
 from hvpkit.errors import NonFiniteError
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Status
@@ -166,13 +168,13 @@ def absa(
     layout, leaves = check_params(params)
     device = leaves[0].device
     examples = as_data(data, batch_size=microbatch_size, device=device)
-    if isinstance(examples.source, IterableBatches):
+    if isinstance(examples.source, IterableBatches | WholeBatches):
         raise ValueError("data must be readable in any order: pass tensors, a Dataset or a DataLoader of one")
     N = examples.num_examples
     if state.batch_size > N:
         raise ValueError(f"state.batch_size must be at most the {N} examples of data, got {state.batch_size}")
     with exact_derivatives(device):
-        check_loss(next(parts(loss_fn, layout, examples)), leaves)
+        check_loss(next(loss_shares(loss_fn, layout, examples)), leaves)
     if resume is not None:
         layout.leaves(resume.params, name="resume.params")
         run = resume
@@ -186,10 +188,10 @@ def absa(
         adversarial_loss = _with_adversarial_share(loss_fn, used.adversarial_share, epsilon, source)
         batches = torch.randperm(N, generator=source).tensor_split(math.ceil(N / used.batch_size))
         with exact_derivatives(device):
-            subsets = (_subset(examples, indices) for indices in batches)
+            subsets = (examples.restrict(indices) for indices in batches)
             run = _train_epoch(adversarial_loss, layout, subsets, run, momentum, weight_decay)
         after = float(loss(loss_fn, run.params, examples))
-        H = hessian(loss_fn, run.params, _subset(examples, measured), mode=mode)
+        H = hessian(loss_fn, run.params, examples.restrict(measured), mode=mode)
         eigenvalue = _largest_eigenvalue(H, tol, number)
         entry = AbsaEpoch(used.batch_size, used.lr, used.adversarial_share, len(batches), after, eigenvalue)
         run = replace(run, state=absa_update(used, eigenvalue), history=(*run.history, entry))
@@ -226,7 +228,7 @@ def _train_epoch(
     """Return the run with parameters and velocity after a step for each batch."""
     leaves, velocity = layout.leaves(run.params), layout.leaves(run.velocity)
     for batch in batches:
-        gradients = sum_parts(parts(loss_fn, layout, batch), partial(part_gradient, leaves=leaves))
+        gradients = sum_over(loss_shares(loss_fn, layout, batch), partial(gradient_of, leaves=leaves))
         old = zip(leaves, velocity, gradients, strict=True)
         velocity = [momentum * v + g + weight_decay * p for p, v, g in old]
         leaves = [p - run.state.lr * v for p, v in zip(leaves, velocity, strict=True)]
@@ -243,11 +245,3 @@ def _largest_eigenvalue(H: LinearOperator, tol: float, seed: int) -> float:
     if found.status is Status.NON_FINITE:
         raise NonFiniteError(f"the largest eigenvalue of the Hessian: {found.message}")
     return float(found.values[-1])
-
-
-def _subset(examples: Data, indices: Tensor) -> Data:
-    """Select some of the examples, with weights so that their weighted mean estimates the mean of all."""
-    weights = examples.weights
-    if weights is not None:
-        weights = weights[indices.to(weights.device)] * (examples.num_examples / len(indices))
-    return examples.subset(indices, weights)

@@ -16,7 +16,12 @@ Departures from the paper:
 1. epsilon is added to the denominator, so that a direction without curvature does not divide by zero.
 2. Weight decay (lambda) is decoupled, as in AdamW: as part of the loss, the penalty would add to D, and the decay of
    a weight would depend on the curvature of the loss.
-3. If the diagonal is estimated at some steps only, the mean over i runs over these steps: no estimate counts twice.
+3. Blocks average |D|, as the published code does; the paper's formula averages D (``absolute=False``), whose mean is
+   near zero for a block with entries of both signs, which makes steps long. Measured on ``digits_cnn``, with 40 steps
+   of 128 examples at the learning rate 0.15 and the same probes: with ``absolute=True`` the parameters are those of the
+   published code to 3e-16, with False they differ by 112 % of their norm; the mean loss of the last ten steps was 0.50
+   with True and 0.32 with False.
+4. If the diagonal is estimated at some steps only, the mean over i runs over these steps: no estimate counts twice.
 """
 
 from __future__ import annotations
@@ -44,8 +49,8 @@ class AdaHessian(torch.optim.Optimizer):
     By default the diagonal is Hutchinson's estimate :math:`z \odot Hz` with random signs z, by a second backward pass
     through the graph of the gradients: call ``loss.backward(create_graph=True)``, for each loss if several are
     accumulated. (PyTorch warns that this makes a reference cycle. The step frees the graph, which breaks the cycle;
-    call ``zero_grad()`` where you skip a step.) Attention has to run on its MATH backend, by
-    ``torch.nn.attention.sdpa_kernel``, as the others have no second derivative.
+    call ``zero_grad()`` where you skip a step.) Fused attention kernels have no second
+    derivative: run the forward pass in ``with torch.nn.attention.sdpa_kernel(SDPBackend.MATH):``.
 
     Gradients can be clipped as for other optimisers; that does not change the diagonal.
 
@@ -64,6 +69,8 @@ class AdaHessian(torch.optim.Optimizer):
             kernel. Put other tensors of three or more dimensions into a group without it.
         block_size: average the diagonal of matrices over blocks of this many neighbours in a row; the last block of a
             row may be shorter.
+        absolute: average the absolute values of the diagonal over kernels and blocks, as the published code does; if
+            False, the signed values, as the paper's formula.
         update_every: number of steps of a parameter between estimates of its diagonal; the first step has one.
             :attr:`needs_graph` says whether the next step has one.
         num_probes: number of probes that an estimate is the mean of.
@@ -78,8 +85,8 @@ class AdaHessian(torch.optim.Optimizer):
     Raises:
         TypeError: an argument of the wrong type, named; a complex parameter.
         ValueError: an argument out of its range, named; a ``diagonal`` of other shapes.
-        RuntimeError: at a step: no gradient has a graph; a sparse gradient; ``torch.amp.GradScaler``, whose scale
-            the diagonal would contain (bfloat16 needs none).
+        RuntimeError: at a step: no gradient has a graph; an attention kernel has no second derivative; a
+            sparse gradient; ``torch.amp.GradScaler``, whose scale the diagonal would contain (bfloat16 needs none).
 
     Cost:
         A step that estimates the diagonal takes about two gradients more for each probe.
@@ -126,6 +133,7 @@ class AdaHessian(torch.optim.Optimizer):
         *,
         average_kernels: bool = True,
         block_size: int = 1,
+        absolute: bool = True,
         update_every: int = 1,
         num_probes: int = 1,
         seed: Seed = 0,
@@ -144,6 +152,7 @@ class AdaHessian(torch.optim.Optimizer):
             "hessian_power": hessian_power,
             "average_kernels": average_kernels,
             "block_size": block_size,
+            "absolute": absolute,
             "update_every": update_every,
             "num_probes": num_probes,
             "seed": resolve_seed(seed),
@@ -237,7 +246,8 @@ class AdaHessian(torch.optim.Optimizer):
             state |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_diagonal_sq")}
         state["step"] += 1
         if diagonal is not None:
-            average = block_average(diagonal, group["block_size"], kernels=group["average_kernels"])
+            values = diagonal.abs() if group["absolute"] else diagonal
+            average = block_average(values, group["block_size"], kernels=group["average_kernels"])
             beta = group["betas"][1]
             state["num_diagonals"] += 1
             state["exp_diagonal_sq"].mul_(beta).addcmul_(average, average, value=1 - beta)
@@ -282,18 +292,38 @@ def _hutchinson(
     most = max(group["num_probes"] for group in due.values())
     for probe in range(most):
         signs = {p: _signs(p, sources[p]) for p in due}
-        images = torch.autograd.grad(
-            list(curved.values()),
-            list(due),
-            [signs[p] for p in curved],
-            retain_graph=probe + 1 < most,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        images = _second_backward(curved, list(due), signs, retain_graph=probe + 1 < most)
         for (p, group), image in zip(due.items(), images, strict=True):
             if probe < group["num_probes"]:
                 totals[p].addcmul_(signs[p], image, value=1 / group["num_probes"])
     return totals
+
+
+def _second_backward(
+    gradients: Mapping[Tensor, Tensor],
+    params: list[Tensor],
+    signs: Mapping[Tensor, Tensor],
+    *,
+    retain_graph: bool,
+) -> tuple[Tensor, ...]:
+    """Return the Hessian-vector product with ``signs``, from the graphs of the gradients."""
+    try:
+        return torch.autograd.grad(
+            list(gradients.values()),
+            params,
+            [signs[p] for p in gradients],
+            retain_graph=retain_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    except RuntimeError as error:
+        if "attention" in str(error) and "not implemented" in str(error):
+            raise RuntimeError(
+                "AdaHessian needs second derivatives, and the kernel that computed scaled_dot_product_attention has "
+                "none: run the forward pass in `with torch.nn.attention.sdpa_kernel(SDPBackend.MATH):`, or pass "
+                f"diagonal= ({error})"
+            ) from error
+        raise
 
 
 def _generator(seed: int, stream: int, device: torch.device) -> torch.Generator:

@@ -28,15 +28,15 @@ from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count, check_positive
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import Layout, check_params, join
-from hvpkit.curvature.products import (
+from hvpkit.curvature.batches import (
     Leaves,
-    Part,
+    LossShare,
     all_finite,
-    blame,
+    blame_batch,
     check_loss,
-    part_gradient,
-    parts,
-    sum_parts,
+    gradient_of,
+    loss_shares,
+    sum_over,
 )
 from hvpkit.data import Data, as_data
 from hvpkit.errors import NonFiniteError
@@ -124,10 +124,10 @@ class Box:
         with exact_derivatives(z.device):
             displacement = self.displacement(z)
             term = partial(_gradient_and_loss, leaves=self.layout.split(self.origin + displacement))
-            total = sum_parts(parts(self.loss_fn, self.layout, self.data), term)
+            total = sum_over(loss_shares(self.loss_fn, self.layout, self.data), term)
             if not all_finite(total):
-                where = parts(self.loss_fn, self.layout, self.data)
-                raise NonFiniteError(blame("loss in the box, or its gradient,", where, term))
+                where = loss_shares(self.loss_fn, self.layout, self.data)
+                raise NonFiniteError(blame_batch("loss in the box, or its gradient,", where, term))
             gradient = join(total[:-1]) if self.basis is None else self.basis.mT @ join(total[:-1])
         gap = (gradient.abs() * (self.radius - gradient.sign() * z)).sum()  # no term is negative
         return Point(displacement, float(total[-1]), gradient, float(gap))
@@ -153,14 +153,14 @@ class Box:
             yield (point := self.at(z))
 
 
-def _gradient_and_loss(part: Part, leaves: Leaves) -> Leaves:
+def _gradient_and_loss(share: LossShare, leaves: Leaves) -> Leaves:
     losses: Leaves = []
 
     def recorded(points: Leaves) -> Tensor:
-        losses.append(part(points))
+        losses.append(share(points))
         return losses[0]
 
-    return [*part_gradient(recorded, leaves), losses[0].detach()]
+    return [*gradient_of(recorded, leaves), losses[0].detach()]
 
 
 def keskar_sharpness(
@@ -239,7 +239,7 @@ def keskar_sharpness(
     elif not callable(optimizer):
         raise TypeError(f"optimizer must be a name or a function of a list, got {type(optimizer).__name__}")
     with exact_derivatives(leaves[0].device):
-        check_loss(next(parts(loss_fn, layout, examples)), leaves)
+        check_loss(next(loss_shares(loss_fn, layout, examples)), leaves)
         box = _box(loss_fn, layout, examples, join(leaves), epsilon, subspace_dim, seed)
     base = best = box.at(torch.zeros_like(box.radius))
     if base.loss <= -1:

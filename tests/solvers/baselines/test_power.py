@@ -9,10 +9,11 @@ from torch import Tensor
 
 import hvpkit as hk
 from finite_sums import mean_of, scattered
-from hvpkit.solvers.baselines.momentum_block import Goal, State, assess, init, step
+from hvpkit.solvers.baselines.momentum_block import Goal, MomentumBlockState, assess, init, step
 from hvpkit.solvers.baselines.power import accelerated_power, power
 from hvpkit.solvers.common.request import check_arguments
 from problems import SPECTRA, matrix
+from variants import explained, variant
 
 BOTH = pytest.mark.parametrize("solve", [power, accelerated_power], ids=lambda solve: solve.__name__)
 
@@ -32,7 +33,7 @@ def goal_of(op: hk.LinearOperator, k: int, which: str, **options: object) -> Goa
     return Goal(**vars(asked), **options)
 
 
-def after(op: hk.LinearOperator, goal: Goal, num_steps: int) -> State:
+def after(op: hk.LinearOperator, goal: Goal, num_steps: int) -> MomentumBlockState:
     state = init(op, goal)
     for _ in range(num_steps):
         state = assess(op, goal, step(op, goal, state)).state
@@ -239,7 +240,8 @@ def test_the_vector_whose_product_is_not_finite_is_explained(solve: object, bad:
             images[3, 1] = math.inf
         return images
 
-    op = replace(hk.aslinearoperator(A), product=product, explain=lambda vector: f"{blamed.append(vector)}")
+    op = replace(hk.aslinearoperator(A), product=product)
+    op = explained(op, lambda vector: f"{blamed.append(vector)}")
     found = solve(op, 3, which="SA", tol=1e-12)
     assert found.status is hk.Status.NON_FINITE
     assert len(blamed) == 1
@@ -260,7 +262,7 @@ def test_a_published_case_is_as_exact_with_twenty_products(solve: object) -> Non
 
 def test_states_are_not_changed_by_later_steps_and_go_on_to_the_bit() -> None:
     op = mean_of(scattered(SPECTRA["negative_dominant"]))
-    goal = goal_of(op, 2, "BE", momentum=None, schedule=lambda _: 8, anchored=True)
+    goal = goal_of(op, 2, "BE", momentum=None, num_examples=64, schedule=lambda _: 8, anchored=True)
     state = after(op, goal, 20)
     kept = {name: value.clone() for name, value in vars(state).items() if isinstance(value, Tensor)}
     ends = []
@@ -299,7 +301,7 @@ def test_minibatches_that_are_too_small_for_variance_reduction_double() -> None:
         return op.sample(num_examples, seed)
 
     found = accelerated_power(
-        replace(op, sample=sample), which="LA", variance_reduced=True, batch_size=1, tol=1e-4
+        variant(op, sample=sample), which="LA", variance_reduced=True, batch_size=1, tol=1e-4
     )
     assert found.converged
     assert float(found.values[0]) == pytest.approx(3.0, rel=1e-6)

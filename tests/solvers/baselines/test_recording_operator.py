@@ -8,7 +8,7 @@ from torch import Tensor
 
 import hvpkit as hk
 from hvpkit.solvers.baselines.recording_operator import MAX_GROWTH, Recorder, Stop
-from hvpkit.solvers.common.convergence import Checked
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
 from hvpkit.solvers.common.request import check_arguments
 from problems import SPECTRA, matrix
 
@@ -174,4 +174,4 @@ def test_values_further_in_than_recorded_ones_leave_one_out(
     seen.product(torch.linalg.eigh(A).eigenvectors[:, [0, 1, 2, 50, 97, 98, 99]])
     found, error = seen.pairs(), torch.full((3,), 1e-3, dtype=torch.float64)
     values = (found.values + torch.tensor(shift, dtype=torch.float64) / seen.scale).sort().values
-    assert seen.shows_beyond(Checked(values, found.vectors, error / seen.scale)) is beyond
+    assert seen.shows_beyond(RitzPairs(values, found.vectors, error / seen.scale)) is beyond

@@ -15,6 +15,7 @@ from torch import Tensor
 import hvpkit as hk
 from hvpkit.solvers.baselines.scipy_eigs import eigsh, scipy_lobpcg
 from problems import SPECTRA, matrix
+from variants import explained
 
 Foreign = Callable[..., Any]
 each_solver = pytest.mark.parametrize("solve", [eigsh, scipy_lobpcg])
@@ -264,7 +265,8 @@ def test_product_that_is_not_finite_names_the_batch_at_fault() -> None:
         columns += v.shape[1]
         return A @ v if columns < 12 else torch.full_like(v, torch.nan)
 
-    op = replace(hk.aslinearoperator(A), product=product, explain=lambda v: f"batch {len(v)} is at fault")
+    op = replace(hk.aslinearoperator(A), product=product)
+    op = explained(op, lambda v: f"batch {len(v)} is at fault")
     for solve in (eigsh, scipy_lobpcg):
         columns = 0
         found = solve(op, tol=1e-12)

@@ -6,7 +6,7 @@ import torch
 import hvpkit as hk
 from finite_sums import Tally, mean_of, scattered
 from hvpkit.solvers.baselines.power import power
-from hvpkit.solvers.baselines.stochastic_power import growing, stochastic_power
+from hvpkit.solvers.baselines.stochastic_power import geometric, stochastic_power
 from problems import SPECTRA
 
 
@@ -25,13 +25,13 @@ def test_the_schedule_is_honoured() -> None:
 
 
 def test_the_default_schedule_grows_to_all_data_for_six_products() -> None:
-    schedule = growing(6400)
+    schedule = geometric(6400)
     sizes = [schedule(number) for number in range(40)]
     assert sizes == sorted(sizes)
     assert sizes[0] == 100
     assert sizes[-1] == 6400
     assert sum(size for size in sizes if size < 6400) / 6400 == pytest.approx(5, rel=0.1)
-    assert [growing(3)(number) for number in (0, 10**6)] == [1, 3]
+    assert [geometric(3)(number) for number in (0, 10**6)] == [1, 3]
 
 
 def test_full_data_is_looked_at_whenever_minibatches_have_cost_two_products() -> None:

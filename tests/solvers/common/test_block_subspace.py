@@ -8,16 +8,16 @@ from torch import Tensor
 
 import hvpkit as hk
 from hvpkit.solvers.common.block_subspace import (
-    Subspace,
+    BlockSubspace,
     drop_non_finite,
     extend,
     finalize,
     multiply,
-    outcome,
     rayleigh_ritz,
     start,
+    status_of,
 )
-from hvpkit.solvers.common.convergence import Checked
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
 from hvpkit.solvers.common.request import Request, check_arguments
 from problems import matrix
 
@@ -33,7 +33,7 @@ def random_rows(m: int, seed: int = 0) -> Tensor:
     return torch.randn(m, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def used(state: Subspace) -> Tensor:
+def used(state: BlockSubspace) -> Tensor:
     return state.rows[: state.num_rows + state.num_new]
 
 
@@ -115,7 +115,7 @@ def test_all_that_is_missing_is_new_once_as_much_was_spent(spent: int, budget: i
 
 
 def test_a_large_space_is_never_filled_and_has_no_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(start.__globals__, "WHOLE", 8)
+    monkeypatch.setitem(start.__globals__, "MAX_WHOLE_SPACE", 8)
     state = start(OP, request(), 2, 5)
     assert len(state.rows) == 5
     state = extend(OP, request(), replace(multiply(OP, state, 2), num_matvecs=99.0), random_rows(1))
@@ -133,7 +133,7 @@ def test_rows_whose_products_are_not_finite_go_and_the_first_is_kept_as_suspect(
     assert torch.equal(state.rows[:3], rows[[0, 1, 3]])
     assert torch.equal(state.images[:3], images[[0, 1, 3]])
     assert state.suspect is not None
-    assert torch.equal(state.suspect, rows[2])
+    assert torch.equal(state.suspect, rows[2:3].mT)
 
 
 @pytest.mark.parametrize(
@@ -151,18 +151,18 @@ def test_it_is_over_when_all_wanted_pairs_are_done(
     values: list[float], done: list[bool], whole: bool, expected: hk.Status | None
 ) -> None:
     state = replace(start(OP, request(), 2, 9), norm=10.0)
-    found = Checked(
+    found = RitzPairs(
         torch.tensor(values, dtype=A.dtype), A[:, : len(values)], torch.full((len(values),), 1e-15)
     )
-    assert outcome(OP, request(), state, found, torch.tensor(done), whole=whole) is expected
+    assert status_of(OP, request(), state, found, torch.tensor(done), whole=whole) is expected
     bad = replace(state, suspect=A[0])
-    assert outcome(OP, request(), bad, found, torch.tensor(done), whole=whole) is hk.Status.NON_FINITE
+    assert status_of(OP, request(), bad, found, torch.tensor(done), whole=whole) is hk.Status.NON_FINITE
 
 
-def test_final_result_is_measured_anew_at_unit_length() -> None:
+def test_final_result_is_measured_again_at_unit_norm() -> None:
     values, vectors = torch.linalg.eigh(A)
     state = start(OP, request(), 2, 9)
-    best = Checked(torch.tensor([9.0, 7.0]) / 2, vectors[:, [8, 7]] * 1.001, torch.ones(2))
+    best = RitzPairs(torch.tensor([9.0, 7.0]) / 2, vectors[:, [8, 7]] * 1.001, torch.ones(2))
     state = replace(state, best=best, scale=torch.tensor(2.0, dtype=A.dtype), norm=4.5, num_matvecs=5.0)
     found = finalize(OP, request(), state, hk.Status.CONVERGED)
     assert torch.allclose(found.values, values[7:], rtol=1e-14)

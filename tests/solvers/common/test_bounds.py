@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hvpkit as hk
-from hvpkit.solvers.common.bounds import Filter, kato_temple, uniform_distance
+from hvpkit.solvers.common.bounds import StartPolynomial, kato_temple, uniform_distance
 from hvpkit.solvers.common.rayleigh_ritz import select
 from hvpkit.solvers.krylov import project, restart, start, step
 from problems import SPECTRA, matrix
@@ -55,7 +55,7 @@ def test_components_on_the_start_follow_from_those_on_the_basis(name, restart_at
     inside = state.basis[: state.num_rows].square().sum(0).sqrt()  # of unit eigenvectors, as it is diagonal
     for index in (0, 1, len(values) // 2):  # not the largest, which has converged: rounding is all there is
         at = values[index] / float(state.scale)
-        component = state.filter.log_component(at, pairs.values, pairs.residual_norms, lengths)
+        component = state.polynomial.log_component(at, pairs.values, pairs.residual_norms, lengths)
         expected = math.exp(component) * float(inside[index])
         assert abs(float(first[index])) == pytest.approx(expected, rel=1e-6)
 
@@ -65,7 +65,7 @@ def test_probability_of_a_small_component_is_that_of_random_unit_vectors(n):
     g = torch.Generator().manual_seed(n)
     vectors = torch.randn(20_000, n, generator=g, dtype=torch.float64)
     first = (vectors[:, 0] / vectors.norm(dim=1)).abs()
-    polynomial = Filter.of_start(n, 1.0)
+    polynomial = StartPolynomial.of_start(n, 1.0)
     for size in (0.02, 0.2, 0.5):
         expected = polynomial.probability(math.log(size))
         error = math.sqrt(expected * (1 - expected) / len(first))
@@ -73,9 +73,9 @@ def test_probability_of_a_small_component_is_that_of_random_unit_vectors(n):
 
 
 def test_a_share_of_randomness_makes_small_components_as_likely_as_larger_ones_of_a_whole():
-    half, whole = Filter.of_start(100, 0.5), Filter.of_start(100, 1.0)
+    half, whole = StartPolynomial.of_start(100, 0.5), StartPolynomial.of_start(100, 1.0)
     assert half.probability(math.log(0.01)) == pytest.approx(whole.probability(math.log(0.02)))
-    assert Filter.of_start(100, 0.0).probability(math.log(1e-9)) == 1.0
+    assert StartPolynomial.of_start(100, 0.0).probability(math.log(1e-9)) == 1.0
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.9])
@@ -86,7 +86,9 @@ def test_outer_bound_holds_as_often_as_it_says(confidence, num_steps):
         op, state, _ = krylov(values, num_steps, seed=seed)
         pairs, lengths = project(op, state)
         arguments = confidence, pairs.values, pairs.residual_norms, lengths
-        low = float(pairs.values[0] * state.scale) - state.filter.distance(0, *arguments) * float(state.scale)
+        low = float(pairs.values[0] * state.scale) - state.polynomial.distance(0, *arguments) * float(
+            state.scale
+        )
         held += low <= min(values)
     share = held / trials
     assert share >= confidence - 3 * math.sqrt(confidence * (1 - confidence) / trials)
@@ -100,7 +102,7 @@ def test_outer_bound_shrinks_with_steps_and_grows_with_confidence():
         pairs, lengths = project(op, state)
         for confidence in (0.9, 0.999):
             arguments = confidence, pairs.values, pairs.residual_norms, lengths
-            distances[num_steps, confidence] = state.filter.distance(-1, *arguments)
+            distances[num_steps, confidence] = state.polynomial.distance(-1, *arguments)
     assert distances[4, 0.9] > distances[7, 0.9] > distances[10, 0.9] > 0
     assert all(distances[steps, 0.999] > distances[steps, 0.9] for steps in (4, 7, 10))
 
@@ -111,8 +113,8 @@ def test_outer_bound_knows_nothing_without_randomness_or_steps():
         torch.tensor([0.1, 0.1], dtype=torch.float64),
     )
     lengths = torch.tensor([0.5], dtype=torch.float64)
-    assert Filter.of_start(10, 0.0).distance(0, 0.99, values, norms, lengths) == math.inf
-    assert Filter.of_start(10, 1.0).distance(0, 0.99, values, norms, lengths[:0]) == math.inf
+    assert StartPolynomial.of_start(10, 0.0).distance(0, 0.99, values, norms, lengths) == math.inf
+    assert StartPolynomial.of_start(10, 1.0).distance(0, 0.99, values, norms, lengths[:0]) == math.inf
 
 
 def test_bound_by_the_number_of_steps_holds_and_is_infinite_when_there_are_few():

@@ -8,8 +8,12 @@ import torch
 
 import hvpkit as hk
 from hvpkit.operators.space import Space
-from hvpkit.solvers.common.convergence import Checked, check_pairs, concluded, floor, is_converged, rounding
+from hvpkit.solvers.common.convergence import attainable_accuracy, check_pairs, is_converged, rounding
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
+from hvpkit.solvers.common.request import check_arguments
+from hvpkit.solvers.driver import completed
 from problems import matrix
+from variants import explained
 
 EPS = torch.finfo(torch.float64).eps
 VALUES = [-3.0, -1.0, 0.0, 0.5, 2.0, 7.0]
@@ -28,10 +32,11 @@ def checked(
     """The result for eigenvectors, or for such that are ``shift`` away from them, with what was believed wrong."""
     vectors = torch.linalg.eigh(A).eigenvectors
     vectors = torch.linalg.qr(vectors[:, places] + shift * vectors[:, [2]]).Q
-    found = Checked(torch.full((len(places),), 5.0), vectors, torch.full((len(places),), 9.0))
-    return check_pairs(
-        op, found, ONE, 7.0, k=len(places), which="LA", tol=1e-3, status=status, num_matvecs=4.0
+    found = RitzPairs(torch.full((len(places),), 5.0), vectors, torch.full((len(places),), 9.0))
+    request = check_arguments(
+        op, len(places), "LA", v0=None, tol=1e-3, max_matvecs=None, time_limit=None, seed=0
     )
+    return check_pairs(op, request, found, ONE, 7.0, status=status, num_matvecs=4.0)
 
 
 def test_done_is_what_is_within_tol_or_within_rounding() -> None:
@@ -39,7 +44,7 @@ def test_done_is_what_is_within_tol_or_within_rounding() -> None:
     norms = torch.tensor([0.9e-3, 0.9e-3, 1.1e-3, 1e-15, 1e-3, 1e-15], dtype=torch.float64)
     assert is_converged(OP, 1e-3, 1.0, values, norms).tolist() == [True, True, False, True, False, True]
     assert is_converged(OP, 1e-3, 1e11, values, norms).tolist() == [False, False, False, True, False, True]
-    assert floor(OP, 2.0) == 64 * EPS
+    assert attainable_accuracy(OP, 2.0) == 64 * EPS
     assert rounding(OP, 2.0) == 16 * EPS
 
 
@@ -82,20 +87,22 @@ def test_check_that_is_not_finite_leaves_what_was_believed() -> None:
     assert checked([4, 5], op=bad, status=hk.Status.NON_FINITE).num_matvecs == 4.0
 
 
-def test_conclusion_has_history_time_and_the_vector_at_fault() -> None:
+def test_check_and_completion_name_the_vectors_at_fault() -> None:
     blamed: list[torch.Tensor] = []
 
     def explain(vector: torch.Tensor) -> str:
         blamed.append(vector)
         return "batch 3 is at fault"
 
-    op = replace(OP, product=lambda v: v * torch.nan, explain=explain)
+    op = explained(replace(OP, product=lambda v: v * torch.nan), explain)
     history = (hk.Progress(1.0, 0.5, -1.0, 1.0, 0.1, 0.1),)
-    begin = time.perf_counter() - 100.0
-    for suspect in (None, A[3]):
-        found = concluded(op, checked([5], op=op), history, begin, suspect)
-        assert found.message.endswith("; batch 3 is at fault")
-        assert torch.equal(blamed[-1], checked([5], op=op).vectors[:, 0] if suspect is None else suspect)
-        assert found.history == history
-        assert 100.0 <= found.seconds < 130.0
-    assert concluded(OP, checked([5]), history, begin).message == hk.Status.CONVERGED.advice
+    began = time.perf_counter() - 100.0
+    by_check = checked([5], op=op)
+    assert by_check.message == f"{hk.Status.NON_FINITE.advice}; batch 3 is at fault"
+    assert torch.equal(blamed[-1], by_check.vectors[:, 0])
+    found = completed(checked([5]), op, history, began, A[3:4].mT)
+    assert found.message.endswith("; batch 3 is at fault")
+    assert torch.equal(blamed[-1], A[3])
+    assert found.history == history
+    assert 100.0 <= found.seconds < 130.0
+    assert completed(checked([5]), OP, history, began, None).message == hk.Status.CONVERGED.advice

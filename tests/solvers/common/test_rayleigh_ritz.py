@@ -23,7 +23,7 @@ def test_residual_norms_are_those_of_the_ritz_vectors(m: int) -> None:
     A = matrix(VALUES)
     V, F = split_basis(8, m)
     pairs = ritz(V.mT @ A @ V, F.mT @ A @ V)
-    vectors = V @ pairs.coefficients
+    vectors = V @ pairs.vectors
     residuals = A @ vectors - vectors * pairs.values
     expected = torch.linalg.vector_norm(residuals, dim=0)
     assert pairs.residual_norms.tolist() == pytest.approx(expected.tolist(), abs=1e-14)

@@ -59,7 +59,7 @@ def test_budget_pays_for_an_estimate_of_each_value_and_its_check(
 
 
 def test_what_is_left_keeps_the_check_back() -> None:
-    assert asked(k=3, cost=0.5, max_matvecs=10.0).left(2.0) == pytest.approx(10.0 - 1.5 - 2.0)
+    assert asked(k=3, cost=0.5, max_matvecs=10.0).limits.remaining(2.0) == pytest.approx(10.0 - 1.5 - 2.0)
 
 
 def test_start_is_columns_and_apart_from_the_callers_graph() -> None:

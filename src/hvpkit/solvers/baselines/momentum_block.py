@@ -1,18 +1,16 @@
-r"""Power iteration with momentum on a block: what power, stochastic power and Oja's method have in common.
+r"""Power iteration with momentum on a block: the iteration of power, stochastic power and Oja's method.
 
 .. math:: W_{t+1} R_{t+1} = (A_t + \sigma_t I)\, W_t - \beta\, W_{t-1} R_t^{-1}
 
 with W orthonormal and R triangular, by Gram-Schmidt: each vector is deflated by those before it. :math:`A_t` is the
-operator, or that of a minibatch. Without a shift and momentum this is orthogonal iteration. Oja's rule is the same
-with one over the step size for a shift.
+operator, or that of a minibatch. Without a shift and momentum this is orthogonal iteration. In Oja's rule the shift is
+one over the step size.
 
-A look is Rayleigh-Ritz with a product of all data: results, the stop, shifts and a chosen momentum rest on looks.
+An assessment is Rayleigh-Ritz with full-data matvecs: results, the stop, shifts and a chosen momentum rest on it.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,88 +18,95 @@ import torch
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
-from hvpkit.results.eigen import EigenResult, Status
+from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.solvers.baselines.sampling import Schedule, draw, examples_of
-from hvpkit.solvers.common.block import power_of_two, residuals_of, row_norms, start_
+from hvpkit.solvers.common.bounds import TINY
 from hvpkit.solvers.common.convergence import (
-    Checked,
+    MIN_STEPS,
+    attainable_accuracy,
     check_pairs,
     check_symmetric,
-    concluded,
     final_status,
-    floor,
     intervals,
+    progress_of,
     rounding,
 )
-from hvpkit.solvers.common.orthogonalize import orthonormalise_
-from hvpkit.solvers.common.rayleigh_ritz import num_at_low_end, ritz
+from hvpkit.solvers.common.orthogonalize import (
+    orthonormalise_,
+    power_of_two,
+    residuals_of,
+    row_norms,
+    start_,
+)
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, no_pairs, num_at_low_end, ritz
 from hvpkit.solvers.common.request import Request
-from hvpkit.solvers.driver import Assessment, Monitor, run_solver
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, assessment_interval, run
 
 MARGIN = 2.0
-"""Residuals in an error bound at the stop. In a dense spectrum the components fall exponentially from the edge, and
-their mean distance from it, the error, is as large as their standard deviation, the residual."""
-
-DEPTH = 12
-"""Steps without which neither a small residual nor the sign of a Ritz value says anything."""
+"""Error bound at the stop, in residual norms. In a dense spectrum the components decay exponentially from the edge, and
+their mean distance from it, the error, is as large as their standard deviation, the residual norm."""
 
 
 @dataclass(frozen=True)
 class Goal(Request):
-    """What is asked for.
+    """The checked arguments of a solver.
 
     Attributes:
-        momentum: beta, in units of eigenvalues squared; None: chosen by looks.
+        momentum: beta, in units of eigenvalues squared; None: chosen at assessments.
+        num_examples: examples that minibatches are drawn from.
         schedule: sizes of minibatches; None: all data always.
-        period: full-data products that minibatches may cost, for each vector, between two looks.
-        anchored: whether minibatches only correct the products of the best vectors so far.
-        next_shift: the size of the next step's shift over scale, for Oja's rule; None: by looks.
+        period: full-data matvecs per vector that minibatches may cost between two assessments.
+        anchored: use minibatches only for the difference from the best vectors so far (variance reduction).
+        next_shift: magnitude of the next step's shift over scale, for Oja's rule; None: chosen at assessments.
     """
 
     momentum: float | None = 0.0
+    num_examples: int = 0
     schedule: Schedule | None = None
     period: float = 1.0
     anchored: bool = False
-    next_shift: Callable[[State], Tensor] | None = None
+    next_shift: Callable[[MomentumBlockState], Tensor] | None = None
 
     def ends(self) -> list[tuple[float, slice]]:
-        """Each end (-1 low, 1 high, 0 the dominant one) with its rows, which are places of ascending values too."""
+        """Return each end (-1 low, 1 high, 0 the dominant one) with its rows, the indices of its ascending values."""
         low = num_at_low_end(self.k, self.which)
         parts = [(0.0 if self.which == "LM" else -1.0, slice(0, low)), (1.0, slice(low, self.k))]
         return [(end, rows) for end, rows in parts if rows.start < rows.stop]
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Ritz pairs over scale: ascending values ``[k]``, vectors and products in rows ``[k, n]``, residuals ``[k]``."""
+@dataclass(frozen=True, kw_only=True)
+class Pairs(RitzPairs):
+    """Ritz pairs over scale, with their images as rows ``[k, n]``."""
 
-    values: Tensor
-    rows: Tensor
     images: Tensor
-    residual_norms: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """The vectors as rows ``[k, n]``."""
+        return self.vectors.mT
 
 
 @dataclass(frozen=True)
-class State:
-    """A block, its product, and the best pairs so far.
+class MomentumBlockState:
+    """A block, its image, and the best pairs so far.
 
     Attributes:
         rows: W, orthonormal ``[k, n]``.
-        images: its product over scale, of all data or of a minibatch ``[k, n]``; None: to be made of all data.
+        images: its image over scale, by all data or a minibatch ``[k, n]``; None: to be computed by all data.
         previous: the block before, in coordinates of this one ``[k, n]``; None without momentum.
-        scale: what products are divided by, 0-d.
+        scale: divisor of matvecs, 0-d.
         shift, momentum: sigma over scale and beta over scale squared, of each row ``[k, 1]``.
-        fresh: whether ``images`` is of all data, and no look has seen it.
-        best: the best pairs of all looks.
-        last: norms of the residuals at the last look; None if the shift is newer.
-        norm: largest norm of a full-data product with a unit vector, over scale.
+        fresh: True if ``images`` is by all data and not yet assessed.
+        best: the best pairs of all assessments.
+        last: residual norms at the last assessment; None if the shift is newer.
+        norm: largest norm of a full-data matvec with a unit vector, over scale.
         num_steps: so far.
-        num_before: those before the last look.
-        num_since: those before the shift was taken.
+        num_before: steps before the last assessment.
+        num_since: steps before the last change of the shift.
         num_drawn: minibatches so far.
         growth: factor of their sizes.
-        unchecked: what those since the last full-data product cost.
-        num_matvecs: full-data products so far, minibatches by their share.
+        unchecked: cost of the minibatches since the last full-data matvec.
+        num_matvecs: full-data matvecs so far, minibatches by their share.
     """
 
     rows: Tensor
@@ -123,16 +128,16 @@ class State:
     num_matvecs: float = 0.0
 
 
-def init(op: LinearOperator, goal: Goal) -> State:
-    """A state at the start."""
+def init(op: LinearOperator, goal: Goal) -> MomentumBlockState:
+    """Return the state before the first step."""
     rows = torch.empty(goal.k, op.n, dtype=op.dtype, device=op.device)
     start_(op, rows, goal.k, goal.start, goal.seed)
     nothing = rows.new_zeros(goal.k, 1)
-    return State(rows, None, None, rows.new_ones(()), nothing, nothing)
+    return MomentumBlockState(rows, None, None, rows.new_ones(()), nothing, nothing)
 
 
-def step(op: LinearOperator, goal: Goal, state: State) -> State:
-    """The next block and its product. Waits for nothing: on a GPU, scalars stay there."""
+def step(op: LinearOperator, goal: Goal, state: MomentumBlockState) -> MomentumBlockState:
+    """Compute the next block and its image. No host synchronisation."""
     moved = state if state.images is None else _moved(op, goal, state, state.images)
     size = next_size(op, goal, state)
     sample = op if size is None else draw(op, size, goal.seed, state.num_drawn)
@@ -143,7 +148,7 @@ def step(op: LinearOperator, goal: Goal, state: State) -> State:
         if state.num_steps == 0:
             moved = replace(moved, scale=power_of_two(images.abs().max()))
         images = images / moved.scale
-    if state.images is not None:  # what is not finite stays, for a look to see
+    if state.images is not None:  # keep an image that is not finite until the assessment
         finite = torch.isfinite(state.images).all()
         moved = replace(moved, rows=torch.where(finite, moved.rows, state.rows))
         images = torch.where(finite, images, state.images)
@@ -159,13 +164,13 @@ def step(op: LinearOperator, goal: Goal, state: State) -> State:
     )
 
 
-def _moved(op: LinearOperator, goal: Goal, state: State, images: Tensor) -> State:
-    """The state with the next block."""
+def _moved(op: LinearOperator, goal: Goal, state: MomentumBlockState, images: Tensor) -> MomentumBlockState:
+    """Return the state with the next block."""
     shift = state.shift
     if goal.next_shift is not None:
         size = goal.next_shift(state)
         shift = torch.cat([(end * size).expand(rows.stop - rows.start, 1) for end, rows in goal.ends()])
-    tiny = torch.finfo(op.dtype).eps  # keeps a vector that the operator makes zero
+    tiny = torch.finfo(op.dtype).eps  # keeps a vector that the operator maps to zero
     target = torch.addcmul(images, shift + tiny, state.rows)
     if state.previous is not None:
         target = torch.addcmul(target, state.momentum, state.previous, value=-1.0)
@@ -182,57 +187,52 @@ def _moved(op: LinearOperator, goal: Goal, state: State, images: Tensor) -> Stat
     return replace(state, rows=rows, shift=shift)
 
 
-def _anchored(op: LinearOperator, sample: LinearOperator, state: State, anchor: Pairs) -> Tensor:
-    r"""The product with W over scale by a minibatch: :math:`A_b (W - V V'W) + (A V) V'W`, with anchors V."""
+def _anchored(op: LinearOperator, sample: LinearOperator, state: MomentumBlockState, anchor: Pairs) -> Tensor:
+    r"""Return :math:`A_b (W - V V'W) + (A V) V'W`, over scale, with anchors V: variance reduction."""
     overlaps = op.space.dots(state.rows, anchor.rows.mT)
     rest = state.rows - overlaps @ anchor.rows
     return sample.product(rest.mT.contiguous()).mT / state.scale + overlaps @ anchor.images
 
 
-def next_size(op: LinearOperator, goal: Goal, state: State) -> int | None:
-    """Examples of the next minibatch; None for all: where no product is known, after a period, and at that size."""
-    total = op.num_examples
-    if goal.schedule is None or total is None or state.images is None:
+def next_size(op: LinearOperator, goal: Goal, state: MomentumBlockState) -> int | None:
+    """Return the examples of the next minibatch; None for all: at the start, after a period, and at that size."""
+    if goal.schedule is None or state.images is None:
         return None
     size = examples_of(goal.schedule, state.num_drawn) * state.growth
-    spent = state.unchecked + goal.k * op.cost * size / total
-    return size if size < total and spent <= goal.period * goal.k * op.cost * (1 + 1e-9) else None
+    spent = state.unchecked + goal.k * op.cost * size / goal.num_examples
+    return size if size < goal.num_examples and spent <= goal.period * goal.k * op.cost * (1 + 1e-9) else None
 
 
-def assess(op: LinearOperator, goal: Goal, state: State) -> Assessment[State]:
-    """The best pairs so far, whether they are good enough, and the state to go on from."""
-    status = None
+def assess(op: LinearOperator, goal: Goal, state: MomentumBlockState) -> Assessment[MomentumBlockState]:
+    """Return the best pairs so far, whether they suffice, and the state to continue from."""
+    status, suspect, progress = None, None, Progress()
     if state.fresh and state.images is not None:
-        if bool(torch.isfinite(state.images).all()):
-            state, status = _judged(op, goal, state, state.images)
+        finite = torch.isfinite(state.images).all(dim=1)
+        if bool(finite.all()):
+            state, status = _assessed(op, goal, state, state.images)
         else:
-            status = Status.NON_FINITE
-    best, unit = state.best, float(state.scale)
-    return Assessment(
-        state,
-        smallest=float(best.values[0]) * unit if best else math.nan,
-        largest=float(best.values[-1]) * unit if best else math.nan,
-        smallest_bound=float(best.residual_norms[0]) * unit if best else math.inf,
-        largest_bound=float(best.residual_norms[-1]) * unit if best else math.inf,
-        status=status,
-        num_steps=_num_steps(op, goal, state),
-    )
+            status, suspect = Status.NON_FINITE, state.rows[int(finite.int().argmin())].unsqueeze(1)
+    if state.best:
+        progress = progress_of(state.best.values, state.best.residual_norms, state.scale)
+    return Assessment(state, progress, _num_steps(op, goal, state), status, suspect)
 
 
-def _num_steps(op: LinearOperator, goal: Goal, state: State) -> int:
-    """Steps until the next look: on to a full-data product, or a few that may be too many."""
+def _num_steps(op: LinearOperator, goal: Goal, state: MomentumBlockState) -> int:
+    """Return the steps until the next assessment: up to the next full-data matvec, or a small share of all."""
     if goal.schedule is None:
-        return max(1, state.num_steps // (32 if op.device.type == "cpu" else 8))
+        return assessment_interval(op, state.num_steps)
     count = 1
     while (size := next_size(op, goal, state)) is not None:
-        cost = goal.k * op.cost * size / (op.num_examples or size)
+        cost = goal.k * op.cost * size / goal.num_examples
         state = replace(state, num_drawn=state.num_drawn + 1, unchecked=state.unchecked + cost)
         count += 1
     return count
 
 
-def _judged(op: LinearOperator, goal: Goal, state: State, images: Tensor) -> tuple[State, Status | None]:
-    """The state after a look at its Ritz pairs, and why it is over, if it is.
+def _assessed(
+    op: LinearOperator, goal: Goal, state: MomentumBlockState, images: Tensor
+) -> tuple[MomentumBlockState, Status | None]:
+    """Return the state with its Ritz pairs, and the status if the solve is over.
 
     Raises:
         NotSymmetricError: the operator is not symmetric beyond rounding.
@@ -244,15 +244,15 @@ def _judged(op: LinearOperator, goal: Goal, state: State, images: Tensor) -> tup
         difference = op.space.dots(best.rows, images.mT) - op.space.dots(best.images, state.rows.mT)
         asymmetry = max(asymmetry, float(difference.abs().max()))
     check_symmetric(op, asymmetry, norm)
-    turn = small.coefficients.mT.to(images)
-    rows, images = turn @ state.rows, turn @ images
+    rotation = small.vectors.mT.to(images)
+    rows, images = rotation @ state.rows, rotation @ images
     norms = row_norms(op.space, residuals_of(rows, images, small.values)).to("cpu", torch.float64)
-    pairs = Pairs(small.values, rows, images, norms)
-    whole, least, bounds = goal.k == op.n, floor(op, norm), MARGIN * norms + rounding(op, norm)
+    pairs = Pairs(small.values, rows.mT, norms, images=images)
+    whole, least, bounds = goal.k == op.n, attainable_accuracy(op, norm), MARGIN * norms + rounding(op, norm)
     if best is None or _gain(goal, best, pairs) >= -least:
         best = pairs
     right_side, shift = _sides(goal, state, pairs, least)
-    deep = state.num_steps - state.num_since >= DEPTH
+    deep = state.num_steps - state.num_since >= MIN_STEPS
     good = (bounds <= least) | (bounds <= goal.tol * pairs.values.abs()) & deep
     state = replace(state, norm=norm, best=best, fresh=False)
     if whole or (bool(good.all()) and right_side):
@@ -264,7 +264,7 @@ def _judged(op: LinearOperator, goal: Goal, state: State, images: Tensor) -> tup
 
 
 def _gain(goal: Goal, best: Pairs, pairs: Pairs) -> float:
-    """How much further out these values are than the best ones, in all."""
+    """Return the sum of the distances by which these values lie further out than the best ones."""
     gain = 0.0
     for end, rows in goal.ends():
         new, old = pairs.values[rows], best.values[rows]
@@ -272,11 +272,11 @@ def _gain(goal: Goal, best: Pairs, pairs: Pairs) -> float:
     return gain
 
 
-def _sides(goal: Goal, state: State, pairs: Pairs, least: float) -> tuple[bool, Tensor]:
-    """Whether all shifted Ritz values are clearly on the side of their ends, and the shift that is better.
+def _sides(goal: Goal, state: MomentumBlockState, pairs: Pairs, least: float) -> tuple[bool, Tensor]:
+    """Return True if all shifted Ritz values are clearly on the side of their ends, and a better shift.
 
-    The first shift is for an end where one is not, or where its residual falls more slowly than one over the steps, as
-    between two ends of the same size; the next for one where an eigenvalue is clearly on the other side.
+    An end gets its first shift if a value is not, or if its residual falls more slowly than one over the steps, as
+    between two ends of the same magnitude; the next if an eigenvalue is clearly on the other side.
     """
     right_side, shift, values, norms = True, state.shift.clone(), pairs.values, pairs.residual_norms
     for end, rows in goal.ends():
@@ -292,8 +292,10 @@ def _sides(goal: Goal, state: State, pairs: Pairs, least: float) -> tuple[bool, 
     return right_side, shift
 
 
-def _restarted(op: LinearOperator, goal: Goal, state: State, shift: Tensor) -> State:
-    """The state with another shift, and random vectors added to W."""
+def _restarted(
+    op: LinearOperator, goal: Goal, state: MomentumBlockState, shift: Tensor
+) -> MomentumBlockState:
+    """Return the state with another shift, and random vectors added to W."""
     block = torch.empty_like(state.rows)
     start_(op, block, goal.k, state.rows.mT, goal.seed)
     return replace(
@@ -301,8 +303,8 @@ def _restarted(op: LinearOperator, goal: Goal, state: State, shift: Tensor) -> S
     )
 
 
-def _tuned(goal: Goal, state: State, pairs: Pairs) -> State:
-    r"""The state with its momentum, and the size of its minibatches, as the last two looks suggest.
+def _tuned(goal: Goal, state: MomentumBlockState, pairs: Pairs) -> MomentumBlockState:
+    r"""Return the state with momentum and minibatch sizes chosen from the last two assessments.
 
     If the last wanted pair's residual falls by :math:`\rho` a step under the best momentum, the ratio of the first
     unwanted eigenvalue to it is :math:`2 \rho / (1 + \rho^2)`; a smaller momentum gives a larger one, and so rises.
@@ -315,7 +317,7 @@ def _tuned(goal: Goal, state: State, pairs: Pairs) -> State:
         for _, rows in goal.ends():
             shifted = (pairs.values[rows] + float(state.shift[rows.start])).abs()
             place = int(shifted.argmin())
-            fall = min(float(norms[rows][place] / last[rows][place].clamp(min=1e-300)), 1.0)
+            fall = min(float(norms[rows][place] / last[rows][place].clamp(min=TINY)), 1.0)
             rate = fall ** (1 / (state.num_steps - state.num_before))
             momentum[rows] = (float(shifted[place]) * rate / (1 + rate**2)) ** 2
     if goal.anchored and last is not None and bool(norms.max() >= last.max()):
@@ -323,22 +325,11 @@ def _tuned(goal: Goal, state: State, pairs: Pairs) -> State:
     return replace(state, momentum=momentum, growth=growth, last=norms, num_before=state.num_steps)
 
 
-def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> EigenResult:
-    """The best pairs with true residuals, for one more product each."""
-    best, nothing = state.best, torch.zeros(0, dtype=torch.float64)
-    found = Checked(nothing, state.rows[:0].mT, nothing)
-    if best is not None:
-        found = Checked(best.values, best.rows.mT, best.residual_norms)
+def finalize(op: LinearOperator, goal: Goal, state: MomentumBlockState, status: Status) -> EigenResult:
+    """Return the best pairs with true residuals, for one more matvec each."""
+    best, found = state.best, state.best or no_pairs(state.rows.mT)
     result = check_pairs(
-        op,
-        found,
-        state.scale,
-        state.norm,
-        k=goal.k,
-        which=goal.which,
-        tol=goal.tol,
-        status=status,
-        num_matvecs=state.num_matvecs,
+        op, goal, found, state.scale, state.norm, status=status, num_matvecs=state.num_matvecs
     )
     if result.status is Status.INVARIANT_SUBSPACE:
         return result
@@ -349,24 +340,43 @@ def finalize(op: LinearOperator, goal: Goal, state: State, status: Status) -> Ei
             message += (
                 f"; with a momentum above {shifted**2 / 4:.3g}, as far as is known, iterates rotate for ever"
             )
-    reach = torch.maximum(result.residual_norms, goal.tol * result.values.abs())  # what is not told apart
-    wide, noise = Checked(result.values, result.vectors, reach), rounding(op, state.norm) * unit
-    where = intervals(wide, goal.which, goal.k, noise, "residual")
+    # eigenvalues closer than tol cannot be distinguished
+    reach = torch.maximum(result.residual_norms, goal.tol * result.values.abs())
+    wide, noise = RitzPairs(result.values, result.vectors, reach), rounding(op, state.norm) * unit
+    where = intervals(wide, goal, noise, "residual")
     return replace(result, intervals=where, message=message)
 
 
+@dataclass(frozen=True)
+class MomentumBlock:
+    """The functions of this file as a :class:`hvpkit.solvers.driver.Solver`."""
+
+    op: LinearOperator
+    goal: Goal
+
+    @property
+    def limits(self) -> Limits:
+        """Of the goal."""
+        return self.goal.limits
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        return self.goal.k * self.op.cost
+
+    def init(self) -> MomentumBlockState:
+        return init(self.op, self.goal)
+
+    def step(self, state: MomentumBlockState) -> MomentumBlockState:
+        return step(self.op, self.goal, state)
+
+    def assess(self, state: MomentumBlockState) -> Assessment[MomentumBlockState]:
+        return assess(self.op, self.goal, state)
+
+    def finalize(self, state: MomentumBlockState, status: Status) -> EigenResult:
+        return finalize(self.op, self.goal, state, status)
+
+
 def solve(op: LinearOperator, goal: Goal, monitor: Monitor | None) -> EigenResult:
-    """From the start to the result."""
-    begin = time.perf_counter()
-    ended = run_solver(
-        init(op, goal),
-        lambda state: step(op, goal, state),
-        lambda state: assess(op, goal, state),
-        step_cost=goal.k * op.cost,
-        limits=goal.limits,
-        monitor=monitor,
-    )
-    state, suspect = ended.state, None
-    if ended.status is Status.NON_FINITE and state.images is not None:
-        suspect = state.rows[int(torch.isfinite(state.images).all(dim=1).int().argmin())]
-    return concluded(op, finalize(op, goal, state, ended.status), ended.history, begin, suspect)
+    """Run the solver from the start to the result."""
+    return run(MomentumBlock(op, goal), monitor=monitor)

@@ -12,21 +12,22 @@ plus for the high end, minus for the low one. It is :mod:`hvpkit.solvers.baselin
 
 about :math:`1 / (|\lambda| \sqrt t)`: it needs to know neither the scale of the operator nor a gap.
 
-Cost: k minibatch products a step, counted by their share of the examples, and k with all data whenever minibatches
+Cost: k minibatch matvecs per step, counted by their share of the examples, and k with all data whenever minibatches
 have cost twice that. Memory: as :mod:`hvpkit.solvers.baselines.power`.
 Source: Oja, J. Math. Biology 15 (1982) 267-273, doi:10.1007/BF00275687; step size: Henriksen and Ward, AdaOja,
 arXiv:1905.12115.
 
 Departures from the papers:
 1. One step size for the whole block, where AdaOja has one for each vector.
-2. Looks at all data are steps too; the result is the best block of all looks, not the last.
-3. The operator is divided by a power of two near its first product.
+2. Full-data assessments are steps too; the result is the best block of all assessments, not the last.
+3. The operator is divided by a power of two near its first matvec.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,26 +36,26 @@ from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count, check_positive
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult
-from hvpkit.solvers.baselines.momentum_block import Goal, State, solve
+from hvpkit.solvers.baselines.momentum_block import Goal, MomentumBlockState, solve
 from hvpkit.solvers.baselines.sampling import check_samples
 from hvpkit.solvers.baselines.stochastic_power import PERIOD
 from hvpkit.solvers.common.request import Start, check_arguments
 from hvpkit.solvers.driver import Monitor, full_precision
 
 NUM_BATCHES = 16
-"""Minibatches that the data is cut into, where the caller does not say."""
+"""Default number of minibatches that the data is split into. Chosen by feel."""
 
 StepSize = float | Callable[[int], float]
 
 
-def adaptive(op: LinearOperator, state: State) -> Tensor:
-    """One over AdaOja's step size, over scale, from the one before."""
+def adaptive(op: LinearOperator, state: MomentumBlockState) -> Tensor:
+    """Return one over AdaOja's step size, over scale, from the one before."""
     assert state.images is not None
     return torch.hypot(state.shift[0, 0], op.space.norm(state.images.flatten()) / len(state.images) ** 0.5)
 
 
-def given(step_size: StepSize, state: State) -> Tensor:
-    """One over the caller's step size, over scale."""
+def given(step_size: StepSize, state: MomentumBlockState) -> Tensor:
+    """Return one over the caller's step size, over scale."""
     number = state.num_steps - 1
     eta = step_size(number) if callable(step_size) else step_size
     return 1 / (check_positive(f"step_size({number})", eta) * state.scale)
@@ -75,18 +76,19 @@ def oja(
     seed: Seed = 0,
     monitor: Monitor | None = None,
 ) -> EigenResult:
-    r"""A few eigenpairs at the ends of the spectrum, by Oja's rule on minibatches.
+    r"""Find a few eigenpairs at the ends of the spectrum, by Oja's rule on minibatches.
 
     :math:`W \leftarrow \mathrm{orth}(W \pm \eta_t A_t W)`, plus for the high end and minus for the low one. Stops as
-    :func:`hvpkit.power` does, by residuals with all data only, looked at whenever minibatches have cost two products.
+    :func:`hvpkit.power` does, by residuals with all data only, computed whenever minibatches have cost two full-data
+    matvecs.
 
-    For comparison, and where two digits are enough: as the step size falls like one over the root of the steps, the
-    error of the vectors falls like one over the fourth root, and a small ``tol`` is hardly ever reached; the status
-    says so then. :func:`hvpkit.accelerated_power` with ``variance_reduced=True`` and :func:`hvpkit.lanczos` take less.
+    For comparison, and where two digits are enough: the step size falls as the inverse root of the steps, the error
+    of the vectors as the inverse fourth root, so that a small ``tol`` is rarely reached; the status says so.
+    :func:`hvpkit.accelerated_power` with ``variance_reduced=True`` and :func:`hvpkit.lanczos` take fewer matvecs.
 
     Args:
         op: symmetric operator with ``op.sample``, as of :func:`hvpkit.hessian`.
-        k: how many pairs.
+        k: number of pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest, ``"BE"`` half from each end (the odd one from the high
             end).
         v0: start ``[n]`` or ``[n, p]``, or an earlier result, as of :func:`hvpkit.power`.
@@ -94,18 +96,18 @@ def oja(
         batch_size: examples in a minibatch; by default a sixteenth of all.
         step_size: :math:`\eta`, in units of one over eigenvalues, or a function from a step, counted from 0, to it.
             By default AdaOja's: one over the root of the sum of all :math:`\|A_s W_s\|_F^2 / k` so far.
-        max_matvecs: full-data products, at most, minibatches counted by their share; by default 1,000, or ten
+        max_matvecs: full-data matvecs, at most, minibatches counted by their share; by default 1,000, or ten
             for each pair if that is more.
         time_limit: seconds.
         seed: of random vectors and minibatches.
-        monitor: called with a :class:`hvpkit.Progress` after each look at all data.
+        monitor: called with a :class:`hvpkit.Progress` after each full-data assessment.
 
     Returns:
-        As :func:`hvpkit.power`, from the best block of all looks.
+        As :func:`hvpkit.power`, from the best block of all assessments.
 
     Raises:
         TypeError: ``op`` has no minibatches.
-        ValueError: an argument out of its range, named.
+        ValueError: an argument is out of its range.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
 
     Cost:
@@ -122,7 +124,7 @@ def oja(
         >>> found.converged, bool((found.values - exact[-1]).abs() < 0.01 * exact[-1])
         (True, True)
     """
-    total = check_samples(op, "oja")
+    num_examples = check_samples(op, "oja")
     asked = check_arguments(
         op,
         k,
@@ -136,10 +138,13 @@ def oja(
         block_size=k,
     )
     size = check_count(
-        "batch_size", max(1, total // NUM_BATCHES) if batch_size is None else batch_size, 1, total
+        "batch_size",
+        max(1, num_examples // NUM_BATCHES) if batch_size is None else batch_size,
+        1,
+        num_examples,
     )
     if step_size is not None and not callable(step_size):
         check_positive("step_size", step_size)
     next_shift = partial(adaptive, op) if step_size is None else partial(given, step_size)
-    goal = Goal(**vars(asked), schedule=lambda _: size, period=PERIOD, next_shift=next_shift)
-    return solve(op, goal, monitor)
+    samples: Any = {"num_examples": num_examples, "schedule": lambda _: size, "period": PERIOD}
+    return solve(op, Goal(**vars(asked), next_shift=next_shift, **samples), monitor)

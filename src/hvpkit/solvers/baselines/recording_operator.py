@@ -1,8 +1,8 @@
-"""What a foreign solver multiplies by: an operator that counts, keeps to limits and remembers.
+"""Instrumented operator for external solvers: it counts matvecs, enforces limits and records a basis.
 
-Other solvers call for products when they like, and keep their basis to themselves. Rayleigh-Ritz on the last of what
-they multiplied, restarted thickly as in :mod:`hvpkit.solvers.lanczos`, gives the history, an answer when a limit or
-NaN ends the solve by an exception, and a second opinion on what the solver returns.
+External solvers do not expose their basis. Rayleigh-Ritz on the vectors multiplied last, with thick restarts as in
+:mod:`hvpkit.solvers.lanczos`, gives the history, an answer when a limit or NaN ends the solve by an exception, and a
+check of the pairs that the solver returns.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
-from hvpkit.solvers.common.block import power_of_two
-from hvpkit.solvers.common.convergence import Checked, check_symmetric, floor, is_converged, rounding
-from hvpkit.solvers.common.orthogonalize import orthonormalise_
-from hvpkit.solvers.common.rayleigh_ritz import num_at_low_end, select
+from hvpkit.solvers.common.convergence import attainable_accuracy, check_symmetric, is_converged, rounding
+from hvpkit.solvers.common.orthogonalize import orthonormalise_, power_of_two
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, num_at_low_end, select
 from hvpkit.solvers.common.request import Request
 from hvpkit.solvers.driver import Monitor
 
 MAX_GROWTH = 30.0
-"""How much larger than that of a product the rounding in a kept image may be. Little is new in what is left out."""
+"""Largest rounding error of a kept image, in that of a matvec. Nearly dependent vectors, with more, are left out.
+Chosen by feel."""
 
 
 class Stop(Exception):
-    """Raised out of a product to end the foreign solver."""
+    """Exception out of a matvec that ends the external solver."""
 
     def __init__(self, status: Status) -> None:
         super().__init__(status)
@@ -37,26 +37,26 @@ class Stop(Exception):
 
 @dataclass
 class Recorder:
-    """An operator over a scale, and what it was multiplied with. Products change it: the solver leaves no other way.
+    """An operator over a scale, with a basis of the vectors multiplied. Mutable, as external solvers keep no state.
 
     Attributes:
         op: the operator.
-        goal: what is wanted.
-        begin: when the solve began.
-        monitor: called after each product.
-        capacity: vectors that are kept; all of a space that is hardly larger.
-        depth: products before which recorded pairs do not end the solve, however good they are.
+        goal: the checked arguments.
+        begin: start of the solve, as ``time.perf_counter``.
+        monitor: called after each matvec.
+        capacity: vectors that are kept; n if that is at most twice as many.
+        depth: minimum matvecs before recorded pairs end the solve.
         tol: relative error of recorded pairs that ends it; 0: they have to be exact to rounding.
         num_rows: vectors in use.
-        num_products: so far.
-        norm: no more than that of the operator, over scale.
-        suspect: a vector ``[n]`` whose product was not finite.
-        remark: what there is to say of the solver.
-        history: one entry a product.
-        rows, images: an orthonormal basis of what was multiplied, and its products over scale ``[capacity, n]``.
+        num_products: matvecs so far.
+        norm: lower bound of the operator's norm, over scale.
+        suspect: a vector ``[n]`` whose matvec was not finite.
+        remark: a note on the external solver for the result's message.
+        history: one entry for each matvec.
+        rows, images: an orthonormal basis of the vectors multiplied, and its image over scale ``[capacity, n]``.
         projected: ``rows @ images.T`` ``[capacity, capacity]``, float64, on the CPU.
-        growth: how much larger than that of a product the rounding in each image is ``[capacity]``.
-        scale: what products are divided by, 0-d.
+        growth: rounding error of each image, in that of a matvec ``[capacity]``.
+        scale: divisor of matvecs, 0-d.
     """
 
     op: LinearOperator
@@ -84,21 +84,21 @@ class Recorder:
 
     @property
     def num_matvecs(self) -> float:
-        """Full-data products so far."""
+        """Full-data matvecs so far."""
         return self.num_products * self.op.cost
 
     def product(self, vectors: Tensor) -> Tensor:
-        """Products with ``[n, p]`` over scale, one column at a time, so that limits are kept to the product.
+        """Multiply ``[n, p]``, over scale, one column at a time, so that limits hold to the matvec.
 
         Raises:
-            Stop: a limit, a product that is not finite, or recorded pairs that are good enough.
+            Stop: a limit, a matvec that is not finite, or recorded pairs that satisfy the stop.
             NotSymmetricError: the operator is not symmetric beyond rounding.
         """
         return torch.cat([self._multiply(vector) for vector in vectors.split(1, dim=1)], dim=1)
 
     def _multiply(self, vector: Tensor) -> Tensor:
         seconds = time.perf_counter() - self.begin
-        limit = self.goal.limits.broken_by(self.op.cost, self.num_matvecs, seconds)
+        limit = self.goal.limits.exceeded_by(self.op.cost, self.num_matvecs, seconds)
         if limit is not None:
             raise Stop(limit)
         image = self.op.product(vector)
@@ -109,23 +109,23 @@ class Recorder:
         if not bool(torch.isfinite(image).all()):
             self.suspect = vector[:, 0]
             raise Stop(Status.NON_FINITE)
-        length = self.op.space.norm(vector[:, 0])
-        self._keep(vector[:, 0] / length, image[:, 0] / length)
-        self._look()
+        norm = self.op.space.norm(vector[:, 0])
+        self._keep(vector[:, 0] / norm, image[:, 0] / norm)
+        self._assess()
         return image
 
     def _keep(self, vector: Tensor, image: Tensor) -> None:
-        """Adds what is new in a unit vector to the basis, after a restart of a full one."""
+        """Extend the basis by the new component of a unit vector, after a restart if it is full."""
         space = self.op.space
         if self.num_rows == self.capacity:
             self._restart()
         m, self.norm = self.num_rows, max(self.norm, float(space.norm(image)))
-        coefficients, length, _ = orthonormalise_(space, self.rows, m, vector, torch.ones_like(self.scale))
-        brought = torch.linalg.vector_norm(coefficients.to(self.growth) * self.growth[:m])
-        self.growth[m] = (1 + brought**2).sqrt() / float(length)
+        coefficients, norm, _ = orthonormalise_(space, self.rows, m, vector, torch.ones_like(self.scale))
+        inherited = torch.linalg.vector_norm(coefficients.to(self.growth) * self.growth[:m])
+        self.growth[m] = (1 + inherited**2).sqrt() / float(norm)
         if not float(self.growth[m]) <= MAX_GROWTH:
             return
-        self.images[m] = torch.addmv(image, self.images[:m].mT, coefficients, alpha=-1.0) / length
+        self.images[m] = torch.addmv(image, self.images[:m].mT, coefficients, alpha=-1.0) / norm
         dots = space.dots(self.rows[: m + 1], self.images[m]), space.dots(self.images[: m + 1], self.rows[m])
         ahead, back = torch.stack(dots).to(self.projected)
         check_symmetric(self.op, float((ahead - back).abs().max()), self.norm)
@@ -133,31 +133,31 @@ class Recorder:
         self.num_rows = m + 1
 
     def _restart(self) -> None:
-        """Keeps the wanted half of the Ritz vectors."""
+        """Keep the wanted half of the Ritz vectors."""
         values, coefficients = torch.linalg.eigh(self.projected)
         kept = select(values, max(self.goal.k, self.capacity // 2), self.goal.which)
         coefficients, j = coefficients[:, kept], len(kept)
-        self.rows[:j], self.images[:j] = self._turned(coefficients)
+        self.rows[:j], self.images[:j] = self._rotated(coefficients)
         self.growth[:j] = (coefficients.square().mT @ self.growth.square()).sqrt()
         self.projected.zero_()[:j, :j] = torch.diag(values[kept])
         self.num_rows = j
 
-    def _turned(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """Combinations ``[m, j]`` of the basis and of its products, as rows ``[j, n]``."""
-        turn = coefficients.mT.to(self.rows)
-        return turn @ self.rows[: self.num_rows], turn @ self.images[: self.num_rows]
+    def _rotated(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Return combinations ``[m, j]`` of the basis and of its image, as rows ``[j, n]``."""
+        rotation = coefficients.mT.to(self.rows)
+        return rotation @ self.rows[: self.num_rows], rotation @ self.images[: self.num_rows]
 
-    def pairs(self, *first: int) -> Checked:
-        """The Ritz pairs of these indices, and the wanted ones, over scale; fewer than k of a smaller basis."""
+    def pairs(self, *first: int) -> RitzPairs:
+        """Return the Ritz pairs of these indices, then the wanted ones, over scale; fewer than k of a smaller basis."""
         values, coefficients = torch.linalg.eigh(self.projected[: self.num_rows, : self.num_rows])
         chosen = [*first, *select(values, self.goal.k, self.goal.which)]
-        rows, images = self._turned(coefficients[:, chosen])
+        rows, images = self._rotated(coefficients[:, chosen])
         residuals = images - rows * values[chosen].to(rows)[:, None]
         norms = self.op.space.reduce(residuals.square().sum(dim=1)).sqrt()
-        return Checked(values[chosen], rows.mT, norms.to("cpu", torch.float64))
+        return RitzPairs(values[chosen], rows.mT, norms.to("cpu", torch.float64))
 
-    def _look(self) -> None:
-        """Notes both ends, and ends the solve if the wanted pairs are good enough."""
+    def _assess(self) -> None:
+        """Record both ends, and end the solve if the wanted pairs satisfy the stop."""
         found, noise, unit = self.pairs(0, -1), rounding(self.op, self.norm), float(self.scale)
         ends = torch.cat([found.values[:2], found.residual_norms[:2] + noise]) * unit
         seconds = time.perf_counter() - self.begin
@@ -168,13 +168,14 @@ class Recorder:
         if self.num_products >= self.depth and len(done) == self.goal.k and bool(done.all()):
             raise Stop(Status.CONVERGED)
 
-    def shows_beyond(self, found: Checked) -> bool:
-        """Whether pairs over scale, ``k`` and right to their residuals, leave out one that was recorded.
+    def shows_beyond(self, found: RitzPairs) -> bool:
+        """Return True if ``k`` pairs over scale, exact to their residuals, miss a recorded eigenvalue.
 
-        By Cauchy, the j-th eigenvalue from an end lies no further in than the j-th Ritz value on any space.
+        By Cauchy interlacing, the j-th eigenvalue from an end lies no further in than the j-th Ritz value on any space.
         """
         recorded, num_low = self.pairs().values, num_at_low_end(self.goal.k, self.goal.which)
-        values, errors = found.values, found.residual_norms + MAX_GROWTH * floor(self.op, self.norm)
+        rounding_error = MAX_GROWTH * attainable_accuracy(self.op, self.norm)
+        values, errors = found.values, found.residual_norms + rounding_error
         if self.goal.which == "LM":
             order, num_low = values.abs().argsort(), 0
             recorded, values, errors = recorded.abs().sort().values, values.abs()[order], errors[order]

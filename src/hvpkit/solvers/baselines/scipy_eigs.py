@@ -1,20 +1,20 @@
-r"""SciPy's ARPACK and LOBPCG on an operator: for comparison, and for code that is written for them.
+r"""SciPy's ARPACK and LOBPCG on an operator: for comparison, and for code written for them.
 
 Method: SciPy multiplies by a :class:`~hvpkit.solvers.baselines.recording_operator.Recorder`, which counts, ends the
-solve by an exception at a limit, and has an answer where SciPy has none. What SciPy returns is multiplied once more.
-SciPy sees the operator's own dtype: in float64, with products in float32, it would iterate on their rounding. The
-recorder ends that too, for pairs that are exact to rounding do not become better.
+solve by an exception at a limit, and has an answer where SciPy has none. The pairs that SciPy returns are multiplied
+once more, for true residuals. SciPy works in the operator's own dtype: in float64, with matvecs in float32, it would
+iterate on their rounding errors. The recorder ends that too, once its pairs are exact to rounding.
 
 Departures from a plain call:
-1. Products are divided by a power of two near the first one: ARPACK takes values below eps^(2/3) for zero, and
-   LOBPCG has thresholds that are not relative.
-2. ARPACK's start vectors stay what they are. SciPy >= 1.17 multiplies them by the operator first, which removes the
-   null space: an end that is zero, as that of a convex loss, is then never found. Lanczos vectors have unit length;
-   start vectors are made longer, so that they are known from them.
-3. Where the recorder shows that ARPACK left an eigenvalue out, or SciPy breaks down or gives up, it is called again.
+1. Matvecs are divided by a power of two near the first one: ARPACK treats values below eps^(2/3) as zero, and LOBPCG
+   has absolute thresholds.
+2. ARPACK's start vectors are not multiplied. SciPy >= 1.17 multiplies them by the operator first, which removes the
+   null space: an end that is zero, as that of a convex loss, is then never found. Lanczos vectors have unit norm;
+   start vectors get a larger one, by which they are recognised.
+3. If the recorder shows that ARPACK missed an eigenvalue, or SciPy breaks down or gives up, it is called again.
 4. An operator no larger than two bases is multiplied with the identity: ARPACK refuses k = n, LOBPCG n < 5 k.
 
-Cost: SciPy's products, and k for the check. Memory: SciPy's (a basis of ``ncv`` vectors for ARPACK, about twelve
+Cost: SciPy's matvecs, and k for the check. Memory: SciPy's (a basis of ``ncv`` vectors for ARPACK, about twelve
 blocks for LOBPCG), and two bases for the recorder.
 Source: Lehoucq, Sorensen, Yang, ARPACK Users' Guide, SIAM (1998), doi:10.1137/1.9780898719628; Knyazev, SIAM J. Sci.
 Comput. 23 (2001) 517-541, doi:10.1137/S1064827500366124.
@@ -23,6 +23,7 @@ Comput. 23 (2001) 517-541, doi:10.1137/S1064827500366124.
 from __future__ import annotations
 
 import inspect
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -38,11 +39,11 @@ from hvpkit._utils.validation import check_count
 from hvpkit.operators.base import LinearOperator, Product
 from hvpkit.results.eigen import EigenResult, Status
 from hvpkit.solvers.baselines.recording_operator import Recorder, Stop
-from hvpkit.solvers.common.block import start_
-from hvpkit.solvers.common.convergence import Checked, check_pairs, concluded, floor
-from hvpkit.solvers.common.rayleigh_ritz import most_at_one_end
+from hvpkit.solvers.common.convergence import MIN_STEPS, attainable_accuracy, check_pairs
+from hvpkit.solvers.common.orthogonalize import start_
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, most_at_one_end
 from hvpkit.solvers.common.request import Start, check_arguments
-from hvpkit.solvers.driver import Monitor, full_precision
+from hvpkit.solvers.driver import Monitor, completed, full_precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,29 +52,26 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 LEAST_NCV = 20
-"""SciPy's own least basis for ARPACK."""
+"""SciPy's own minimum basis for ARPACK."""
 
-START_LENGTH = 4.0
-"""Of ARPACK's start vectors; random ones that it draws itself have about sqrt(n / 3)."""
+START_NORM = 4.0
+"""Norm of ARPACK's start vectors, to tell them from Lanczos vectors; those that it draws have about sqrt(n / 3)."""
 
 WARM_UP = 5
-"""Iterations of LOBPCG after which the values are known well enough to tell it a tolerance."""
+"""Iterations of LOBPCG before it is given a tolerance, which needs values. Chosen by feel."""
 
 NO_LIMIT = 10**5
-"""Of iterations: the limit is that of products."""
+"""Limit of iterations, never reached: the limit is that of matvecs."""
 
-DEPTH = 12
-"""Products of LOBPCG without which a small residual says nothing: a start may happen to be near any eigenvector."""
-
-UNSURE = "; one of several close eigenvalues may be left out all the same: hvpkit.lanczos looks for them"
+UNSURE = "; one of several close eigenvalues may still be missing: hvpkit.lanczos searches for them"
 SKIPPED = "; SciPy had reported convergence with an eigenvalue left out that its own products show"
 
-Call = Callable[[Recorder, Tensor], Checked | None]
-"""SciPy from orthonormal columns ``[n, p]``: its pairs over scale, if they are an answer."""
+Call = Callable[[Recorder, Tensor], RitzPairs | None]
+"""A call of SciPy from orthonormal columns ``[n, p]``: its pairs over scale, or None."""
 
 
 def _solve(seen: Recorder, call: Call, width: int) -> EigenResult:
-    """Calls SciPy until there is an answer or the recorder ends it; multiplies what was found once more."""
+    """Call SciPy until there is an answer or the recorder ends it; check the pairs by one more matvec each."""
     op, goal, found, status, num_calls = seen.op, seen.goal, None, Status.CONVERGED, 0
     start, v0 = torch.empty(width, op.n, dtype=op.dtype, device=op.device), goal.start
     try:
@@ -86,16 +84,16 @@ def _solve(seen: Recorder, call: Call, width: int) -> EigenResult:
             v0 = seen.pairs().vectors
     except Stop as stop:
         status = stop.status
-    goals: dict[str, Any] = {"k": goal.k, "which": goal.which, "tol": goal.tol}
     result = check_pairs(
-        op, found or seen.pairs(), seen.scale, seen.norm, status=status, num_matvecs=seen.num_matvecs, **goals
+        op, goal, found or seen.pairs(), seen.scale, seen.norm, status=status, num_matvecs=seen.num_matvecs
     )
-    result = concluded(op, result, tuple(seen.history), seen.begin, seen.suspect)
+    suspect = None if seen.suspect is None else seen.suspect[:, None]
+    result = completed(result, op, tuple(seen.history), seen.begin, suspect)
     return replace(result, message=result.message + seen.remark)
 
 
 def _to_scipy(op: LinearOperator, product: Product) -> scipy.sparse.linalg.LinearOperator:
-    """For SciPy, in the operator's dtype, or in float32 where SciPy has none such."""
+    """Convert to a SciPy operator, in the operator's dtype, or in float32 where SciPy does not support it."""
     import numpy as np
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
@@ -110,8 +108,8 @@ def _to_scipy(op: LinearOperator, product: Product) -> scipy.sparse.linalg.Linea
     return ScipyOperator(op.shape, matvec=apply, matmat=apply, dtype=dtype)
 
 
-def _arpack(seen: Recorder, start: Tensor, *, ncv: int) -> Checked | None:
-    """ARPACK's pairs; None if it broke down or left one out."""
+def _arpack(seen: Recorder, start: Tensor, *, ncv: int) -> RitzPairs | None:
+    """Return ARPACK's pairs; None if it broke down or missed one."""
     from scipy.sparse.linalg import ArpackError, eigsh
 
     def product(vector: Tensor) -> Tensor:
@@ -122,7 +120,7 @@ def _arpack(seen: Recorder, start: Tensor, *, ncv: int) -> Checked | None:
     operator, tol = _to_scipy(op, product), max(goal.tol / 2, torch.finfo(op.dtype).eps)
     options: dict[str, Any] = {"rng": goal.seed} if "rng" in inspect.signature(eigsh).parameters else {}
     options |= {"which": goal.which, "ncv": ncv, "tol": tol, "maxiter": NO_LIMIT}
-    v0 = (START_LENGTH * start[:, 0]).to("cpu", torch.float64).numpy().astype(operator.dtype)
+    v0 = (START_NORM * start[:, 0]).to("cpu", torch.float64).numpy().astype(operator.dtype)
     try:
         values, vectors = eigsh(operator, goal.k, v0=v0, **options)
     except ArpackError:
@@ -131,8 +129,8 @@ def _arpack(seen: Recorder, start: Tensor, *, ncv: int) -> Checked | None:
     return None if len(values) < goal.k else _answer(seen, values, vectors, tol * sizes)
 
 
-def _lobpcg(seen: Recorder, start: Tensor) -> Checked | None:
-    """LOBPCG's pairs; None if it broke down, gave up, or has no tolerance yet."""
+def _lobpcg(seen: Recorder, start: Tensor) -> RitzPairs | None:
+    """Return LOBPCG's pairs; None if it broke down, gave up, or has no tolerance yet."""
     import numpy as np
     from scipy.sparse.linalg import lobpcg
 
@@ -140,14 +138,14 @@ def _lobpcg(seen: Recorder, start: Tensor) -> Checked | None:
     operator, tol, maxiter = _to_scipy(op, seen.product), torch.finfo(torch.float32).tiny, WARM_UP
     if len(known.values) == goal.k:
         start, maxiter = known.vectors, NO_LIMIT
-        tol = max(goal.tol * float(known.values.abs().min()), floor(op, seen.norm), tol) / 2
+        tol = max(goal.tol * float(known.values.abs().min()), attainable_accuracy(op, seen.norm), tol) / 2
     columns = start.to("cpu", torch.float64).numpy().astype(operator.dtype)
     options: dict[str, Any] = {"tol": tol, "maxiter": maxiter, "largest": goal.which == "LA"}
     try:
-        with warnings.catch_warnings():  # what they say shows in the residuals
-            warnings.filterwarnings("ignore", module=r"scipy\.|hvpkit\.solvers\.arpack")
+        with warnings.catch_warnings():  # their content is in the residuals
+            warnings.filterwarnings("ignore", module=rf"scipy\.|{re.escape(__name__)}")
             values, vectors, norms = lobpcg(operator, columns, retResidualNormsHistory=True, **options)
-    except ValueError as error:  # a small problem without a solution; SciPy < 1.17 gives it another name
+    except ValueError as error:  # the projected problem failed; SciPy < 1.17 raises another type
         if not isinstance(error.__cause__ or error, np.linalg.LinAlgError):
             raise
         return None
@@ -155,11 +153,11 @@ def _lobpcg(seen: Recorder, start: Tensor) -> Checked | None:
     return None if float(claimed[0]) > tol else _answer(seen, values, vectors, claimed)
 
 
-def _answer(seen: Recorder, values: Array, vectors: Array, claimed: Tensor) -> Checked | None:
-    """SciPy's pairs with the residuals that it claims ``[k]``; None if the recorder shows that one is left out."""
+def _answer(seen: Recorder, values: Array, vectors: Array, claimed: Tensor) -> RitzPairs | None:
+    """Return SciPy's pairs with its claimed residual norms ``[k]``; None if the recorder shows a missing one."""
     ascending, order = torch.from_numpy(values).to(torch.float64).sort()
     columns = torch.linalg.qr(torch.from_numpy(vectors).to(torch.float64)[:, order]).Q
-    found = Checked(ascending, columns.to(seen.rows), claimed[order])
+    found = RitzPairs(ascending, columns.to(seen.rows), claimed[order])
     if not seen.shows_beyond(found):
         return found
     seen.remark = SKIPPED + UNSURE
@@ -180,45 +178,45 @@ def eigsh(
     seed: Seed = 0,
     monitor: Monitor | None = None,
 ) -> EigenResult:
-    r"""A few eigenpairs at the ends of the spectrum, by ARPACK through ``scipy.sparse.linalg.eigsh``.
+    r"""Find a few eigenpairs at the ends of the spectrum, by ARPACK through ``scipy.sparse.linalg.eigsh``.
 
-    ``converged`` says that after a further product, for each value :math:`\theta` with residual r,
+    ``converged`` means that after a further matvec, for each value :math:`\theta` with residual r,
 
     .. math:: \|r\| \le \text{tol} \cdot |\theta|,
 
     or, where a value is zero to rounding, that the left side is at most 32 eps times the operator's norm. ARPACK
-    compares its own estimate of :math:`\|r\|` with its ``tol`` times :math:`|\theta|`, once in a restart; it is
+    compares its own estimate of :math:`\|r\|` with its ``tol`` times :math:`|\theta|`, once per restart; it is
     given half of ``tol``, or eps if that is more.
 
-    For comparison. Nothing says that a value is the outermost one: ARPACK finds copies of a multiple eigenvalue late
-    or not at all, and can leave out one of several clustered eigenvalues and report convergence (scipy#26112), more
-    often than not at a ``tol`` above their distance. Where its own products show that, it is called again and the
-    message says so; mostly they do not. :func:`hvpkit.lanczos` looks for what may be missing.
+    For comparison. There is no evidence that a value is the outermost one: ARPACK finds copies of a multiple
+    eigenvalue late or not at all, and can miss one of several clustered eigenvalues and report convergence
+    (scipy#26112), usually if ``tol`` is above their distance. If its own matvecs show that, it is called again and
+    the message says so; mostly they do not. :func:`hvpkit.lanczos` searches for missing eigenvalues.
 
     Args:
         op: symmetric operator. SciPy works on the CPU: vectors are copied for each product.
-        k: how many pairs.
+        k: number of pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest, ``"LM"`` the largest in magnitude, ``"BE"`` half
             from each end (the odd one from the high end).
         v0: start ``[n]`` or ``[n, p]``, or an earlier result: the sum of the columns and a tenth of a random vector.
         tol: relative error of the eigenvalues.
         ncv: basis vectors before a restart, by default ``max(2 k + 1, 20)``.
-        max_matvecs: full-data products, at most; by default 1,000, or ten for each pair if that is more.
+        max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
         time_limit: seconds.
         seed: of random vectors.
-        monitor: called with a :class:`hvpkit.Progress` after each product: the ends on the span of what was
-            multiplied last, as SciPy does not tell its own.
+        monitor: called with a :class:`hvpkit.Progress` after each matvec: the ends on the span of the vectors
+            multiplied last, as SciPy does not report its own.
 
     Returns:
-        Values ascending, with orthonormal vectors, true residuals, intervals and status. Running into a limit or
-        a product that is not finite is a status too, with the best pairs on the span of what was multiplied last.
+        Values ascending, with orthonormal vectors, true residuals, intervals and status. A limit, or a
+        matvec that is not finite, is a status too, with the best pairs on the span of the vectors multiplied last.
 
     Raises:
-        ValueError: an argument out of its range, named.
+        ValueError: an argument is out of its range.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
 
     Cost:
-        Products as ``num_matvecs`` says, ``k`` of them for the check; ``n + k`` where n is at most ``2 ncv``.
+        Matvecs as ``num_matvecs`` says, ``k`` of them for the check; ``n + k`` where n is at most ``2 ncv``.
         ``3 ncv + k + 5`` vectors of memory.
 
     Source:
@@ -257,42 +255,42 @@ def scipy_lobpcg(
     seed: Seed = 0,
     monitor: Monitor | None = None,
 ) -> EigenResult:
-    r"""A few eigenpairs at one end of the spectrum, by ``scipy.sparse.linalg.lobpcg``.
+    r"""Find a few eigenpairs at one end of the spectrum, by ``scipy.sparse.linalg.lobpcg``.
 
-    ``converged`` says that after a further product, for each value :math:`\theta` with residual r,
+    ``converged`` means that after a further matvec, for each value :math:`\theta` with residual r,
 
     .. math:: \|r\| \le \text{tol} \cdot |\theta|,
 
     or, where a value is zero to rounding, that the left side is at most 32 eps times the operator's norm. LOBPCG's own
-    tolerance is absolute, and one for all pairs: after five iterations without any it is called anew from where it
-    is, with half of ``tol`` times the smallest :math:`|\theta|`, and again if it gives up early. It is stopped when
-    the span of what it multiplied last holds pairs that are good enough.
+    tolerance is absolute, and one for all pairs: after five iterations without any it is restarted from its vectors,
+    with half of ``tol`` times the smallest :math:`|\theta|`, and again if it gives up early. It is stopped when the
+    span of the vectors multiplied last contains pairs that satisfy the stop.
 
-    For comparison: :func:`hvpkit.lobpcg` is the same method with a better basis, and both ends. Nothing says that a
-    value is the outermost one, and ends that are dense for their distance to the other end take thousands of products.
+    For comparison: :func:`hvpkit.lobpcg` is the same method with a better basis, and both ends. There is no evidence
+    that a value is the outermost one, and a dense end, relative to the spread, takes thousands of matvecs.
 
     Args:
         op: symmetric operator. SciPy works on the CPU: vectors are copied for each product.
-        k: how many pairs.
+        k: number of pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest.
-        v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are dealt out to the vectors of the block,
-            each with a tenth of a random vector, so that nothing is missed.
+        v0: start ``[n]`` or ``[n, p]``, or an earlier result. Columns are assigned round-robin to the vectors of the
+            block and summed, each with a tenth of a random vector, so that nothing is missed.
         tol: relative error of the eigenvalues.
-        max_matvecs: full-data products, at most; by default 1,000, or ten for each pair if that is more.
+        max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
         time_limit: seconds.
         seed: of random vectors.
-        monitor: called with a :class:`hvpkit.Progress` after each product: the ends on that span.
+        monitor: called with a :class:`hvpkit.Progress` after each matvec: the ends on that span.
 
     Returns:
-        Values ascending, with orthonormal vectors, true residuals, intervals and status. Running into a limit or
-        a product that is not finite is a status too, with the best pairs so far.
+        Values ascending, with orthonormal vectors, true residuals, intervals and status. A limit, or a
+        matvec that is not finite, is a status too, with the best pairs so far.
 
     Raises:
-        ValueError: an argument out of its range, named.
+        ValueError: an argument is out of its range.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
 
     Cost:
-        Products as ``num_matvecs`` says, ``k`` of them for the check; ``n + k`` where n is at most ``max(10 k, 40)``.
+        Matvecs as ``num_matvecs`` says, ``k`` of them for the check; ``n + k`` where n is at most ``max(10 k, 40)``.
         About ``22 k`` vectors of memory, or ``12 k + 40`` if that is more.
 
     Source:
@@ -316,5 +314,7 @@ def scipy_lobpcg(
         seed=seed,
         offered=("LA", "SA"),
     )
-    seen = Recorder(op, goal, begin, monitor, capacity=max(5 * k, LEAST_NCV), depth=k + DEPTH, tol=goal.tol)
+    seen = Recorder(
+        op, goal, begin, monitor, capacity=max(5 * k, LEAST_NCV), depth=k + MIN_STEPS, tol=goal.tol
+    )
     return _solve(seen, _lobpcg, k)

@@ -1,19 +1,21 @@
-r"""Power iteration on minibatches that grow.
+r"""Power iteration on minibatches of increasing size.
 
 Method: :mod:`hvpkit.solvers.baselines.momentum_block` with the operator of a fresh minibatch in each step, drawn
-without replacement, of a size that a schedule says. As long as minibatches are of one size, the iterate stays a random
-walk about the eigenvector; growing them to all of the data makes it converge.
+without replacement, with sizes by a schedule. As long as minibatches are of one size, the iterate stays a random walk
+about the eigenvector; it converges as they are enlarged to all of the data.
 
-Cost: k minibatch products a step, counted by their share of the examples, and k with all data whenever minibatches
+Cost: k minibatch matvecs per step, counted by their share of the examples, and k with all data whenever minibatches
 have cost twice that. Memory: as :mod:`hvpkit.solvers.baselines.power`.
 Source: Hardt and Price, NeurIPS 2014, arXiv:1311.2495; batch sizes and momentum: Xu, He, De Sa, Mitliagkas, Re,
 AISTATS 2018, PMLR 84:58-67, arXiv:1707.02670, algorithms 1 and 2.
 
 Departures: the papers draw from a distribution for a given number of steps; here the data is finite, the last
-minibatches are all of it, and looks at all of it say when to stop.
+minibatches are all of it, and the stop is by full-data assessments.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_positive
@@ -25,17 +27,18 @@ from hvpkit.solvers.common.request import Start, check_arguments
 from hvpkit.solvers.driver import Monitor, full_precision
 
 FIRST_SHARE, GROWTH = 64, 1.2
-"""The default schedule begins with one 64th of the data and grows by a fifth at each step: 23 steps, 6 products."""
+"""Default schedule: from one 64th of the data, a fifth more at each step: 23 steps, 6 full-data matvecs in all. Chosen
+by feel."""
 
 PERIOD = 2.0
-"""Full-data products that minibatches may cost, for each vector, between two looks at all data."""
+"""Full-data matvecs per vector that minibatches may cost between two full-data assessments. Chosen by feel."""
 
 
-def growing(num_examples: int) -> Schedule:
-    """The default schedule: sizes that grow geometrically to all of the examples.
+def geometric(num_examples: int) -> Schedule:
+    """Return the default schedule: sizes that increase geometrically to all of the examples.
 
     Example:
-        >>> schedule = growing(6400)
+        >>> schedule = geometric(6400)
         >>> [schedule(number) for number in (0, 1, 12, 26, 1000)]
         [100, 120, 892, 6400, 6400]
     """
@@ -61,38 +64,38 @@ def stochastic_power(
     seed: Seed = 0,
     monitor: Monitor | None = None,
 ) -> EigenResult:
-    r"""A few eigenpairs at the ends of the spectrum, by power iteration on growing minibatches.
+    r"""Find a few eigenpairs at the ends of the spectrum, by power iteration on minibatches of increasing size.
 
     Stops as :func:`hvpkit.power` does, by residuals with all data only.
 
-    It saves full-data products while a minibatch's operator is near that of all data, which is so for outliers; for
-    an end that is not dominant it saves next to nothing. For comparison: ``accelerated_power`` with
-    ``variance_reduced=True`` takes fewer products, and :func:`hvpkit.lanczos` on ``op`` fewer or as many.
+    It saves full-data matvecs while a minibatch's operator is near that of all data, which holds for outliers; for
+    an end that is not dominant it saves almost nothing. For comparison: ``accelerated_power`` with
+    ``variance_reduced=True`` takes fewer matvecs, and :func:`hvpkit.lanczos` on ``op`` fewer or as many.
 
     Args:
         op: symmetric operator with ``op.sample``, as of :func:`hvpkit.hessian`.
-        k: how many pairs.
+        k: number of pairs.
         which: ``"LM"`` the largest in magnitude, ``"LA"`` the largest, ``"SA"`` the smallest, ``"BE"`` half from
             each end (the odd one from the high end).
         v0: start ``[n]`` or ``[n, p]``, or an earlier result, as of :func:`hvpkit.power`.
         tol: relative error of the eigenvalues.
         batch_schedule: from a minibatch's number, counted from 0, to its number of examples; more than there are
-            means all. By default a 64th at first, and a fifth more each time. With one that does not come to all
-            data the error stays at the level of the last minibatches, and the status says so.
-        momentum: :math:`\beta`, in units of eigenvalues squared. It multiplies the noise as well (the paper's
+            means all. By default a 64th at first, and a fifth more each time. With a schedule that does not reach
+            all data the error stays at the level of the last minibatches, and the status says so.
+        momentum: :math:`\beta`, in units of eigenvalues squared. It amplifies the noise as well (the paper's
             section 3), and helps with large minibatches only.
-        max_matvecs: full-data products, at most, minibatches counted by their share; by default 1,000, or ten
+        max_matvecs: full-data matvecs, at most, minibatches counted by their share; by default 1,000, or ten
             for each pair if that is more.
         time_limit: seconds.
         seed: of random vectors and minibatches.
-        monitor: called with a :class:`hvpkit.Progress` after each look at all data.
+        monitor: called with a :class:`hvpkit.Progress` after each full-data assessment.
 
     Returns:
         As :func:`hvpkit.power`. ``converged`` rests on full-data residuals alone.
 
     Raises:
         TypeError: ``op`` has no minibatches.
-        ValueError: an argument out of its range, named.
+        ValueError: an argument is out of its range.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
 
     Cost:
@@ -110,7 +113,7 @@ def stochastic_power(
         >>> found.converged, bool((found.values - exact[-1]).abs() < 1e-3 * exact[-1])
         (True, True)
     """
-    total = check_samples(op, "stochastic_power")
+    num_examples = check_samples(op, "stochastic_power")
     if batch_schedule is not None and not callable(batch_schedule):
         raise TypeError(
             "batch_schedule must be a function from a minibatch's number to a number of examples, got "
@@ -121,5 +124,6 @@ def stochastic_power(
     asked = check_arguments(
         op, k, which, v0=v0, tol=tol, max_matvecs=max_matvecs, time_limit=time_limit, seed=seed, block_size=k
     )
-    schedule = batch_schedule or growing(total)
-    return solve(op, Goal(**vars(asked), momentum=momentum, schedule=schedule, period=PERIOD), monitor)
+    schedule = batch_schedule or geometric(num_examples)
+    samples: Any = {"num_examples": num_examples, "schedule": schedule, "period": PERIOD}
+    return solve(op, Goal(**vars(asked), momentum=momentum, **samples), monitor)

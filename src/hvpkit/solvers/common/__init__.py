@@ -1,1 +1,1 @@
-"""What several eigensolvers share."""
+"""Parts that several eigensolvers share."""

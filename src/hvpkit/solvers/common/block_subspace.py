@@ -1,4 +1,4 @@
-"""A subspace that a block solver works on: its rows and their products, Ritz pairs, and what is found in it."""
+"""The subspace that a block solver works on: rows with their matvecs, and Rayleigh-Ritz on them."""
 
 from __future__ import annotations
 
@@ -10,47 +10,47 @@ from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Status
-from hvpkit.solvers.common.block import complete_, extend_, power_of_two, row_norms, start_, turn_
 from hvpkit.solvers.common.convergence import (
-    NOISE,
-    Checked,
+    ROUNDING,
+    attainable_accuracy,
     check_pairs,
     check_symmetric,
     final_status,
-    floor,
     rounding,
     warn_asymmetric,
 )
+from hvpkit.solvers.common.orthogonalize import complete_, extend_, power_of_two, rotate_, row_norms, start_
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, no_pairs
 from hvpkit.solvers.common.request import Request
 
-WHOLE = 1000
-"""The largest n for which a subspace may come to be the whole space."""
+MAX_WHOLE_SPACE = 1000
+"""The largest n for which a subspace may become the whole space. Chosen by feel: two matrices of 8 MB in float64."""
 
 
 @dataclass(frozen=True)
-class Subspace:
-    """Orthonormal rows: those with products, and then new ones still to be multiplied.
+class BlockSubspace:
+    """Orthonormal rows: those with known matvecs, and then new ones still to be multiplied.
 
-    The functions of this file, and the looks of solvers, take over the buffers.
+    The functions of this file, and the methods of solvers, donate (reuse) the buffers.
 
     Attributes:
         rows: ``[capacity, n]``.
-        images: products with them over ``scale`` ``[capacity, n]``.
+        images: matvecs with them over ``scale`` ``[capacity, n]``.
         best: the best wanted pairs so far, over ``scale``.
-        scale: what products are divided by, 0-d.
-        suspect: a vector ``[n]`` whose product was not finite.
-        norm: the largest norm of a product with a unit vector, over ``scale``.
+        scale: what matvecs are divided by, 0-d.
+        suspect: a column ``[n, 1]`` whose matvec was not finite.
+        norm: the largest norm of a matvec with a unit vector, over ``scale``.
         asymmetry: the largest ``|v'(Aw) - w'(Av)|`` of unit vectors, over the norm.
-        num_rows: rows that are multiplied.
-        num_fresh: the last of these, which no look has seen.
+        num_rows: rows with known matvecs.
+        num_fresh: the last of these, which are not assessed yet.
         num_new: rows after them, still to be multiplied.
-        num_matvecs: full-data products so far.
+        num_matvecs: full-data matvecs so far.
         num_random: random vectors drawn so far.
     """
 
     rows: Tensor
     images: Tensor
-    best: Checked
+    best: RitzPairs
     scale: Tensor
     suspect: Tensor | None = None
     norm: float = 0.0
@@ -62,22 +62,20 @@ class Subspace:
     num_random: int = 0
 
 
-S = TypeVar("S", bound=Subspace)
+S = TypeVar("S", bound=BlockSubspace)
 
 
-def start(op: LinearOperator, asked: Request, width: int, capacity: int) -> Subspace:
-    """New rows from the start of the caller's and random vectors; room for all of a small space."""
-    capacity = op.n if op.n <= WHOLE else min(capacity, op.n)
+def start(op: LinearOperator, request: Request, width: int, capacity: int) -> BlockSubspace:
+    """Return new rows from the caller's start and random vectors; a small space has room for all of it."""
+    capacity = op.n if op.n <= MAX_WHOLE_SPACE else min(capacity, op.n)
     rows = torch.empty(capacity, op.n, dtype=op.dtype, device=op.device)
-    num_random = start_(op, rows, width, asked.start, asked.seed)
-    nothing = torch.zeros(0, dtype=torch.float64)
-    best = Checked(nothing, rows[:0].mT, nothing)
-    scale = rows.new_ones(())
-    return Subspace(rows, torch.empty_like(rows), best, scale, num_new=width, num_random=num_random)
+    num_random = start_(op, rows, width, request.start, request.seed)
+    images, scale = torch.empty_like(rows), rows.new_ones(())
+    return BlockSubspace(rows, images, no_pairs(rows.mT), scale, num_new=width, num_random=num_random)
 
 
 def multiply(op: LinearOperator, state: S, width: int) -> S:
-    """The state with products of new rows, at most ``width`` of them. Waits for nothing."""
+    """Multiply new rows, at most ``width`` of them. No host synchronisation."""
     width = min(width, state.num_new)
     new = slice(state.num_rows, state.num_rows + width)
     images = op.product(state.rows[new].mT.contiguous()).mT
@@ -93,27 +91,28 @@ def multiply(op: LinearOperator, state: S, width: int) -> S:
     )
 
 
-def extend(op: LinearOperator, asked: Request, state: S, vectors: Tensor) -> S:
-    """The state with what is new in ``vectors`` ``[w, n]`` as new rows, or with a random one if nothing is.
+def extend(op: LinearOperator, request: Request, state: S, vectors: Tensor) -> S:
+    """Append the new directions in ``vectors`` ``[w, n]`` as rows, or a random one if there is none.
 
-    In a small space all that is missing is new once as many products are spent, if there is a budget for it.
+    In a small space, once n matvecs are spent, all missing directions are appended, if the budget allows for them.
     """
     m, missing, spent = state.num_rows, op.n - state.num_rows, state.num_matvecs
-    whole = op.n <= WHOLE and spent >= op.n * op.cost and asked.left(spent) >= missing * op.cost
+    affordable = request.limits.remaining(spent) >= missing * op.cost
+    whole = op.n <= MAX_WHOLE_SPACE and spent >= op.n * op.cost and affordable
     num_new = 0 if whole else extend_(op.space, state.rows, m, vectors[:missing])
     end = op.n if whole else m + max(num_new, 1)
-    num_random = complete_(op, state.rows[:end], m + num_new, asked.seed, state.num_random)
+    num_random = complete_(op, state.rows[:end], m + num_new, request.seed, state.num_random)
     return replace(state, num_new=end - m, num_random=num_random)
 
 
 def drop_non_finite(state: S) -> S:
-    """The state without rows whose products are not finite, the first of them noted, and nothing fresh or new."""
+    """Drop rows whose matvecs are not finite, and keep the first of them as suspect; no row stays fresh or new."""
     first, end = state.num_rows - state.num_fresh, state.num_rows
     finite = torch.isfinite(state.images[first:end]).all(dim=1).tolist()
     state = replace(state, num_fresh=0, num_new=0)
     if all(finite):
         return state
-    suspect = state.rows[first + finite.index(False)].clone()
+    suspect = state.rows[first + finite.index(False)].unsqueeze(1).clone()
     kept = [*range(first), *(first + place for place, good in enumerate(finite) if good)]
     for matrix in (state.rows, state.images):
         matrix[: len(kept)] = matrix[kept]
@@ -121,16 +120,16 @@ def drop_non_finite(state: S) -> S:
 
 
 @dataclass(frozen=True)
-class RitzBlock:
-    """Ritz pairs of an operator on rows that are orthonormal up to rounding, on the CPU in float64.
+class Projection:
+    """The eigenproblem projected on rows that are orthonormal up to rounding; on the CPU in float64.
 
     Attributes:
-        values: ascending ``[m]``.
-        vectors: their orthonormal columns ``[m, m]``, in the coordinates of the rows after Gram-Schmidt in
-            their order, so that the first j coordinates are the span of the first j rows.
-        to_rows: what turns such coordinates into coefficients of the rows, ``[m, m]``.
-        norm: the largest Ritz value in absolute value, or norm of a product with a row, if that is more; more still
-            where products are noisier than by rounding, as asymmetry shows: a norm whose rounding covers it.
+        values: Ritz values, ascending ``[m]``.
+        vectors: orthonormal columns ``[m, m]``: the eigenvectors, in the coordinates of the rows after Gram-Schmidt
+            in their order, so that the first j coordinates are the span of the first j rows.
+        to_rows: maps such coordinates to coefficients of the rows, ``[m, m]``.
+        norm: the largest Ritz value in absolute value, or norm of a matvec with a row, if that is more; more still
+            where matvecs are noisier than by rounding, as asymmetry shows: a norm whose rounding covers it.
         asymmetry: the largest ``|v'(Aw) - w'(Av)|`` of two rows, over the norm.
     """
 
@@ -141,10 +140,10 @@ class RitzBlock:
     asymmetry: float
 
 
-def rayleigh_ritz(op: LinearOperator, rows: Tensor, images: Tensor) -> RitzBlock:
-    """Ritz pairs on ``rows`` ``[m, n]``, of which ``images`` are the products; both finite.
+def rayleigh_ritz(op: LinearOperator, rows: Tensor, images: Tensor) -> Projection:
+    """Project the operator on ``rows`` ``[m, n]`` with matvecs ``images`` and solve for Ritz pairs; both are finite.
 
-    The rows' own inner products enter, so that what they lack of orthonormality does not build up.
+    The rows' own inner products enter, so that their loss of orthonormality does not build up.
 
     Raises:
         NotSymmetricError: the operator is not symmetric beyond rounding.
@@ -161,46 +160,41 @@ def rayleigh_ritz(op: LinearOperator, rows: Tensor, images: Tensor) -> RitzBlock
     norm = max(float(values.abs().max()), float(norms.max()))
     asymmetry = float((projected - projected.mT).abs().max())
     check_symmetric(op, asymmetry, norm)
-    noisy_norm = asymmetry / (NOISE * torch.finfo(op.dtype).eps)
-    return RitzBlock(values, vectors, to_rows, max(norm, noisy_norm), asymmetry / norm if norm else 0.0)
+    noisy_norm = asymmetry / (ROUNDING * torch.finfo(op.dtype).eps)
+    return Projection(values, vectors, to_rows, max(norm, noisy_norm), asymmetry / norm if norm else 0.0)
 
 
-def turn(state: S, pairs: RitzBlock, coordinates: Tensor) -> S:
-    """The state with rows that have these coordinates ``[m, j]``, as in ``pairs``, and with what these tell of it."""
+def rotate(state: S, projection: Projection, coordinates: Tensor) -> S:
+    """Rotate the rows to those with these coordinates ``[m, j]``, and take over norm and asymmetry."""
     for matrix in (state.rows, state.images):
-        turn_(matrix, pairs.to_rows @ coordinates)
+        rotate_(matrix, projection.to_rows @ coordinates)
     return replace(
         state,
-        norm=max(state.norm, pairs.norm),
-        asymmetry=max(state.asymmetry, pairs.asymmetry),
+        norm=max(state.norm, projection.norm),
+        asymmetry=max(state.asymmetry, projection.asymmetry),
         num_rows=coordinates.shape[1],
     )
 
 
-def outcome(
-    op: LinearOperator, asked: Request, state: Subspace, found: Checked, done: Tensor, *, whole: bool
+def status_of(
+    op: LinearOperator, request: Request, state: BlockSubspace, found: RitzPairs, done: Tensor, *, whole: bool
 ) -> Status | None:
-    """Why it is over with these wanted pairs, if it is: all done ``[k]``, from the ``whole`` space, or not finite."""
+    """Return the status if the solve is over with these wanted pairs.
+
+    It is over if all are ``done`` ``[k]``, if they come from the ``whole`` space, or if a matvec was not finite.
+    """
     if state.suspect is not None:
         return Status.NON_FINITE
-    if len(done) < asked.k or not (whole or bool(done.all())):
+    if len(done) < request.k or not (whole or bool(done.all())):
         return None
     best = Status.INVARIANT_SUBSPACE if whole else Status.CONVERGED
     bounds = found.residual_norms + rounding(op, state.norm)
-    return final_status(best, asked.tol, floor(op, state.norm), found.values, bounds)
+    return final_status(best, request.tol, attainable_accuracy(op, state.norm), found.values, bounds)
 
 
-def finalize(op: LinearOperator, asked: Request, state: Subspace, status: Status) -> EigenResult:
-    """The best pairs with true residuals, for one more product each."""
+def finalize(op: LinearOperator, request: Request, state: BlockSubspace, status: Status) -> EigenResult:
+    """Return the best pairs with true residuals, for one more matvec each."""
     warn_asymmetric(op, state.asymmetry, 1.0)
     return check_pairs(
-        op,
-        state.best,
-        state.scale,
-        state.norm,
-        k=asked.k,
-        which=asked.which,
-        tol=asked.tol,
-        status=status,
-        num_matvecs=state.num_matvecs,
+        op, request, state.best, state.scale, state.norm, status=status, num_matvecs=state.num_matvecs
     )

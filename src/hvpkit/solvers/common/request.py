@@ -1,4 +1,4 @@
-"""The arguments that all solvers share, checked once at the front door."""
+"""The arguments that all solvers share, checked once."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from hvpkit.results.eigen import EigenResult, ExtremeResult
 from hvpkit.solvers.common.rayleigh_ritz import WHICH
 from hvpkit.solvers.driver import Limits
 
-DEFAULT_MAX_MATVECS = 1000.0
+DEFAULT_MAX_MATVECS, DEFAULT_MATVECS_PER_PAIR = 1000.0, 10
+"""The default budget, in full-data matvecs: the first, or the second for each pair if that is more. Chosen by feel."""
 
 Start = Tensor | EigenResult | ExtremeResult
-"""Where to begin: vectors ``[n]`` or ``[n, p]``, or an earlier result, whose vectors are meant."""
+"""Start vectors ``[n]`` or ``[n, p]``, or an earlier result, whose vectors are meant."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What every solver is asked for; one with arguments of its own has a ``Goal`` that adds them.
+    """Arguments of a solve that all solvers share.
 
     Attributes:
-        k: how many pairs.
+        k: number of pairs.
         which: at which ends. Both ends of one pair are the high end.
         tol: relative error of the values; at least eps.
         start: columns ``[n, p]``, or None.
-        limits: what may be spent.
+        limits: budget and time limit.
         seed: of random vectors.
     """
 
@@ -41,10 +42,6 @@ class Request:
     start: Tensor | None
     limits: Limits
     seed: int
-
-    def left(self, num_matvecs: float) -> float:
-        """What is left of the budget after so many full-data products, besides those of the final check."""
-        return self.limits.max_matvecs * (1 + 1e-12) - self.limits.reserve - num_matvecs
 
 
 def check_arguments(
@@ -61,10 +58,10 @@ def check_arguments(
     block_size: int = 1,
     num_checks: int | None = None,
 ) -> Request:
-    """The request that a user function's arguments make.
+    """Check a user function's arguments and return them as a request.
 
-    ``offered`` are the words for ``which`` that the solver knows, ``block_size`` the products of a step that cannot
-    be taken apart, ``num_checks`` those of the final check, by default one for each pair.
+    ``offered`` are the values of ``which`` that the solver accepts, ``block_size`` the matvecs of a step that cannot
+    be split, ``num_checks`` those of the final check, by default one for each pair.
 
     Raises:
         TypeError: an argument of another type, named.
@@ -73,7 +70,7 @@ def check_arguments(
     check_count("k", k, 1, op.n)
     check_choice("which", which, offered)
     if max_matvecs is None:
-        max_matvecs = max(DEFAULT_MAX_MATVECS, 10 * k * op.cost)
+        max_matvecs = max(DEFAULT_MAX_MATVECS, DEFAULT_MATVECS_PER_PAIR * k * op.cost)
     minimum = math.ceil(k / block_size) * block_size * op.cost
     return Request(
         k,
@@ -91,14 +88,14 @@ def check_arguments(
 
 
 def check_confidence(confidence: float) -> float:
-    """Returns ``confidence`` if it is one; a ValueError if not."""
+    """Return ``confidence``; raise ValueError if it is not between 0 and 1."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     return confidence
 
 
 def check_start(op: LinearOperator, v0: Start | None) -> Tensor | None:
-    """The start of the caller's as columns ``[n, p]``; of an earlier result, its vectors.
+    """Return the caller's start as columns ``[n, p]``; of an earlier result, its vectors.
 
     Raises:
         ValueError: it has another shape, dtype or device, or a column that is zero or not finite.

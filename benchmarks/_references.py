@@ -1,19 +1,16 @@
-"""Problems of the comparison, what is true of them, and how far an answer is off.
+"""Reference values of the comparisons, computed independently, and errors of answers.
 
-References come from float64 products by double backward in plain torch, of which neither hvpkit nor a peer has a line:
-from the dense matrix where it is small, else from a plain Lanczos recurrence. Only the trace and the density of larger
-matrices are hvpkit's own, with many more probes than what is judged by them. They are kept in
-``results/compare_references.json`` with a digest of the parameters that they are of.
+References come from float64 products by double backward in plain torch, without a line of hvpkit or of its peers: from
+the dense matrix where it is small, otherwise from a plain Lanczos recurrence. Only the trace and the density of larger
+matrices are hvpkit's own, with many more probes than the answers that are compared with them. They are kept in
+``results/references.json`` with a digest of the parameters that they belong to.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,68 +22,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fidelity_problems
 import hvpkit as hk
-from fidelity_problems import Recipe, characters, cifar, digits, train
-from hvpkit.zoo import tiny_gpt, tiny_vit
+from _harness import RESULTS, digest, write
+from _problems import Problem, hessian, load
 
-FILE = Path(__file__).parent / "results" / "compare_references.json"
+FILE = RESULTS / "references.json"
 
 TOL = {"gradient": 1e-3, "product": 1e-3, "extremes": 1e-2, "top5": 1e-2, "trace": 5e-2, "density": 1e-2}
 """Relative errors; of a density, Wasserstein's distance over the span of the spectrum."""
 
 DENSE = 2000
-"""Parameters: with at most so many the matrix is written out."""
+"""The most parameters for which the matrix is written out."""
 
 NUM_SKETCHES = 32
-
-
-class Scores(nn.Module):
-    """A language model with classes second, as cross entropy takes them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x).transpose(1, 2)
-
-
-def gpt() -> nn.Module:
-    return Scores(tiny_gpt(vocab_size=64, context=16, width=24, num_layers=2))
-
-
-RECIPES = fidelity_problems.RECIPES | {
-    "digits ViT": Recipe(
-        digits, partial(tiny_vit, image_size=8, channels=1, patch_size=2, width=24, num_layers=2), 40, 0.3
-    ),
-    "GPT, characters": Recipe(partial(characters, 2000), gpt, 5),
-}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A trained network in ``eval()`` and its data, which ``batch_size`` divides.
-
-    A peer that averages batches without weights would else be wrong by its last batch alone.
-    """
-
-    name: str
-    model: nn.Module
-    x: Tensor
-    y: Tensor
-    batch_size: int
-
-    @property
-    def n(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
-    def num_examples(self) -> int:
-        return len(self.y)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)
+"""Random vectors by which a vector is known."""
 
 
 class Batches(Protocol):
@@ -98,36 +47,13 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
-def available(with_cifar10: bool) -> list[str]:
-    return [name for name, recipe in RECIPES.items() if with_cifar10 or recipe.data is not cifar]
-
-
-def load(name: str, cache: Path, dtype: torch.dtype = torch.float32) -> Problem:
-    """The trained network, which is trained first if the cache lacks it, and its data."""
-    recipe, file = RECIPES[name], cache / (name.replace(" ", "_").replace(",", "") + ".pt")
-    if not file.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.save(train(name, recipe).state_dict(), file)
-    model = recipe.model()
-    model.load_state_dict(torch.load(file, weights_only=True))
-    x, y = recipe.data()
-    x = x.to(dtype) if x.is_floating_point() else x
-    batch_size = max(size for size in range(1, min(len(y), 1000) + 1) if len(y) % size == 0)
-    return Problem(name, model.to(dtype).eval(), x, y, batch_size)
-
-
-def digest(model: nn.Module) -> str:
-    numbers = b"".join(p.detach().contiguous().numpy().tobytes() for p in model.parameters())
-    return hashlib.sha256(numbers).hexdigest()[:16]
-
-
 def probe(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The vector ``[n]`` that is multiplied with."""
+    """Return the vector ``[n]`` that all libraries multiply."""
     return torch.randn(n, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype)
 
 
 def sketch(v: Tensor) -> list[float]:
-    """Inner products of ``v`` with fixed random vectors: norms of differences survive, in little space."""
+    """Return inner products of ``v`` with fixed random vectors: they keep norms of differences, in little space."""
     g = torch.Generator().manual_seed(8)
     signs = torch.randint(2, (NUM_SKETCHES, len(v)), generator=g).to(torch.float64) * 2 - 1
     found: list[float] = (signs @ v.detach().to(torch.float64)).tolist()
@@ -139,7 +65,7 @@ def join(parts: Iterable[Tensor]) -> Tensor:
 
 
 def gradients(model: nn.Module, batches: Batches, *, create_graph: bool = False) -> Iterator[Tensor]:
-    """Shares of the gradient ``[n]`` of the mean loss, one a batch, in plain torch."""
+    """Yield the share of each batch in the gradient ``[n]`` of the mean loss, by plain torch."""
     for x, y in batches:
         with sdpa_kernel(SDPBackend.MATH):
             loss = F.cross_entropy(model(x), y) * (len(y) / batches.num_examples)
@@ -147,7 +73,7 @@ def gradients(model: nn.Module, batches: Batches, *, create_graph: bool = False)
 
 
 def plain_product(model: nn.Module, batches: Batches, v: Tensor) -> Tensor:
-    """H v ``[n]`` by double backward in plain torch."""
+    """Return H v ``[n]`` by double backward in plain torch."""
     total = torch.zeros_like(v)
     for gradient in gradients(model, batches, create_graph=True):
         total += join(torch.autograd.grad(gradient, list(model.parameters()), v))
@@ -155,7 +81,7 @@ def plain_product(model: nn.Module, batches: Batches, v: Tensor) -> Tensor:
 
 
 def dense(problem: Problem, file: Path) -> Tensor:
-    """All eigenvalues, ascending, of the matrix written out row by row; kept in a file, as it takes minutes."""
+    """Return all eigenvalues, ascending, of the matrix written out row by row; kept in a file, as it takes minutes."""
     if not file.exists():
         matrix = torch.zeros(problem.n, problem.n, dtype=torch.float64)
         params = list(problem.model.parameters())
@@ -168,14 +94,14 @@ def dense(problem: Problem, file: Path) -> Tensor:
 
 
 def pick(values: np.ndarray, task: str) -> np.ndarray:
-    """Both ends, or the five largest in magnitude, of values ``[m]`` in ascending order; the index."""
+    """Return the indices of both ends, or of the five largest in magnitude, of ascending values ``[m]``."""
     if task == "extremes":
         return np.array([0, len(values) - 1])
     return np.argsort(-np.abs(values), kind="stable")[:5]
 
 
 def krylov(problem: Problem, task: str, seed: int, max_steps: int = 300) -> tuple[list[float], int]:
-    """Values by plain Lanczos with full reorthogonalisation, and after how many steps half of tol is reached."""
+    """Return values by plain Lanczos with full reorthogonalisation, and the steps that reach half of tol."""
     g = torch.Generator().manual_seed(seed)
     v = torch.randn(problem.n, generator=g, dtype=torch.float64)
     basis, alphas, betas, found = [v / v.norm()], [], [], []
@@ -200,7 +126,7 @@ def krylov(problem: Problem, task: str, seed: int, max_steps: int = 300) -> tupl
 
 
 def relative_errors(found: Any, truth: Any) -> float:
-    """The worst relative error of some numbers."""
+    """Return the worst relative error of several numbers; infinity if they are not finite or not as many."""
     found, truth = np.asarray(found, float), np.asarray(truth, float)
     if found.shape != truth.shape or not np.isfinite(found).all():
         return math.inf
@@ -208,7 +134,7 @@ def relative_errors(found: Any, truth: Any) -> float:
 
 
 def grouped(values: Tensor, alone: int = 60, groups: int = 300) -> dict[str, list[float]]:
-    """Points and weights of a spectrum: the ends one by one, the middle in groups of neighbours."""
+    """Return points and weights of a spectrum: the ends one by one, the middle in groups of neighbours."""
     if len(values) <= 2 * alone + groups:
         return {"points": values.tolist(), "weights": [1 / len(values)] * len(values)}
     middle = np.array_split(values[alone:-alone].numpy(), groups)
@@ -217,14 +143,8 @@ def grouped(values: Tensor, alone: int = 60, groups: int = 300) -> dict[str, lis
     return {"points": points, "weights": [weight / len(values) for weight in weights]}
 
 
-def operator(problem: Problem) -> hk.LinearOperator:
-    objective, params = hk.from_module(problem.model, F.cross_entropy)
-    data = (problem.x, problem.y)
-    return hk.hessian(objective, params, data, batch_size=problem.batch_size, mode="reverse-over-reverse")
-
-
 def of_spectrum(problem: Problem, task: str, cache: Path) -> dict[str, Any]:
-    """The reference of a task that eigenvalues answer."""
+    """Return the reference of a task that eigenvalues answer."""
     small = problem.n <= DENSE
     values = dense(problem, cache / f"eigenvalues_{digest(problem.model)}.pt") if small else None
     if task in ("extremes", "top5"):
@@ -239,7 +159,7 @@ def of_spectrum(problem: Problem, task: str, cache: Path) -> dict[str, Any]:
     if values is not None:
         moments = {"mean": float(values.mean()), "second_moment": float(values.square().mean())}
         return {"by": "dense", "value": moments | grouped(values)}
-    H = operator(problem)
+    H = hessian(problem)
     if task == "trace":
         found = hk.trace(H, method="xtrace", num_matvecs=600, seed=99)
         return {"by": "hk.trace, XTrace, 600 products", "value": found.value, "stderr": found.stderr}
@@ -252,7 +172,7 @@ def of_spectrum(problem: Problem, task: str, cache: Path) -> dict[str, Any]:
 
 
 def of_vector(problem: Problem, task: str, _cache: Path) -> dict[str, Any]:
-    """The reference of a product or of the gradient, by its sketch."""
+    """Return the reference of a product or of the gradient, by its sketch."""
     if task == "gradient":
         exact = sum(gradients(problem.model, problem), torch.zeros(problem.n, dtype=torch.float64))
     else:
@@ -261,7 +181,7 @@ def of_vector(problem: Problem, task: str, _cache: Path) -> dict[str, Any]:
 
 
 def known_of(name: str, own: str) -> dict[str, Any]:
-    """The file, without what it says of other parameters of this problem."""
+    """Return the references in the file, without those of other parameters of this problem."""
     known: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
     if known.get(name, {}).get("parameters") != own:
         known[name] = {"parameters": own}
@@ -269,7 +189,7 @@ def known_of(name: str, own: str) -> dict[str, Any]:
 
 
 def reference(name: str, task: str, cache: Path) -> dict[str, Any]:
-    """What is true, from the file, or computed anew if the parameters are others."""
+    """Return a reference from the file; compute and store it if the parameters are others."""
     own = digest(load(name, cache).model)
     known = known_of(name, own)
     if task not in known[name]:
@@ -278,13 +198,13 @@ def reference(name: str, task: str, cache: Path) -> dict[str, Any]:
         made = make(load(name, cache, torch.float64), task, cache)
         known = known_of(name, own)  # again, as that took minutes
         known[name][task] = made
-        FILE.write_text(json.dumps(known, indent=1) + "\n")
+        write(FILE, known)
     found: dict[str, Any] = known[name][task]
     return found
 
 
 def error(task: str, answer: Any, truth: Any, n: int) -> float:
-    """The relative error of an answer; infinite where it is not finite or not of the right shape."""
+    """Return the relative error of an answer; infinity if it is not finite or not of the right shape."""
     if task in ("gradient", "product"):
         if answer.numel() != n:
             return math.inf
@@ -298,7 +218,7 @@ def error(task: str, answer: Any, truth: Any, n: int) -> float:
 
 
 def density_error(points: Any, weights: Any, truth: dict[str, Any], n: int) -> float:
-    r"""Wasserstein's distance over the span; more if the mean is more than five standard errors off.
+    r"""Return Wasserstein's distance over the span; more if the mean is more than five standard errors off.
 
     One random direction has a mean of variance :math:`2 (E \lambda^2 - (E \lambda)^2) / (n + 2)`.
     """

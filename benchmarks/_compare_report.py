@@ -1,12 +1,13 @@
-"""Tables and the picture of the comparison, from its JSON alone."""
+"""Tables and the picture of compare, from its JSON alone."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from _harness import Record, markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,11 +26,9 @@ TITLES = {
 
 IN_README = ("extremes", "product", "memory")
 
-Entry = dict[str, Any]
 
-
-def libraries(found: Entry) -> list[str]:
-    """Libraries in the order in which they were run."""
+def libraries(found: Record) -> list[str]:
+    """Return the libraries in the order in which they were run."""
     cells = [cells for problem in found["problems"].values() for cells in problem["tasks"].values()]
     return list(dict.fromkeys(name for cell in cells for name in cell))
 
@@ -38,8 +37,8 @@ def number(values: list[float]) -> str:
     return f"{statistics.median(values):.3g}"
 
 
-def shown(cell: Entry | None, own: bool) -> str:
-    """A cell of the table: the median, the passes, and the ratio to hvpkit with its range over rounds."""
+def shown(cell: Record | None, own: bool) -> str:
+    """Return a cell of the table: the median, the passes, and the ratio to hvpkit with its range over rounds."""
     if cell is None:
         return ""
     if cell["status"] == "wrong":
@@ -63,39 +62,39 @@ def shown(cell: Entry | None, own: bool) -> str:
     return ", ".join(parts)
 
 
-def mean_ratio(cells: list[Entry]) -> str:
-    """The geometric mean of a library's ratios, of the problems where it has one."""
+def mean_ratio(cells: list[Record]) -> str:
+    """Return the geometric mean of a library's ratios over the problems where it has one."""
     ratios = [statistics.median(cell["ratios"]) for cell in cells if cell.get("ratios")]
     if not ratios:
         return ""
-    mean = math.exp(statistics.mean(map(math.log, ratios)))
-    return f"{mean:.2f} x, on {len(ratios)} of {len(cells)}"
+    return f"{statistics.geometric_mean(ratios):.2f} x, on {len(ratios)} of {len(cells)}"
 
 
-def task_table(found: Entry, task: str, names: list[str]) -> list[str]:
-    """A row for each problem, a column for each library that offers it."""
+def task_table(found: Record, task: str, names: list[str]) -> str:
+    """Return a row for each problem, a column for each library that offers the task."""
     cells = {
         name: entry["tasks"][task] for name, entry in found["problems"].items() if task in entry["tasks"]
     }
     nothing = {None, "not offered"}
     names = [name for name in names if {row.get(name, {}).get("status") for row in cells.values()} - nothing]
-    rows = [f"| {TITLES[task]} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for problem, row in cells.items():
-        columns = [shown(row.get(name), name == "hvpkit") for name in names]
-        rows.append(f"| {problem} | {' | '.join(columns)} |")
+    rows = [
+        [problem, *(shown(row.get(name), name == "hvpkit") for name in names)]
+        for problem, row in cells.items()
+    ]
     means = [
         "" if name == "hvpkit" else mean_ratio([row[name] for row in cells.values() if name in row])
         for name in names
     ]
-    return [*rows, f"| geometric mean | {' | '.join(means)} |"] if len(cells) > 1 else rows
+    rows += [["geometric mean", *means]] if len(cells) > 1 else []
+    return markdown([TITLES[task], *names], rows)
 
 
-def tasks_in(found: Entry) -> list[str]:
+def tasks_in(found: Record) -> list[str]:
     return [task for task in TITLES if any(task in entry["tasks"] for entry in found["problems"].values())]
 
 
-def notes(found: Entry) -> str:
-    """What was called, and why there is no number where a library failed."""
+def notes(found: Record) -> str:
+    """Return the functions that were called, and the messages of those that failed."""
     how: dict[tuple[str, str, str], list[str]] = {}
     failed: dict[tuple[str, str], list[str]] = {}
     for problem, entry in found["problems"].items():
@@ -113,8 +112,8 @@ def notes(found: Entry) -> str:
     return "\n".join(lines)
 
 
-def table(found: Entry, tasks: Collection[str] = tuple(TITLES)) -> str:
-    """Tables, and what they were measured with, as Markdown."""
+def table(found: Record, tasks: Collection[str] = tuple(TITLES)) -> str:
+    """Return the tables of tasks, and a note on the machine and the versions, as Markdown."""
     names = libraries(found)
     present = [task for task in tasks_in(found) if task in tasks]
     machine = found["machine"]
@@ -125,14 +124,15 @@ def table(found: Entry, tasks: Collection[str] = tuple(TITLES)) -> str:
         f"{versions}."
     )
     told = (
-        "hessian-eigenthings' Lanczos runs for a given number of steps, and says afterwards whether they were enough: "
-        "here they are doubled until they are. Given the steps, it knows beforehand how many will do."
+        "hessian-eigenthings' Lanczos runs for a given number of steps and reports afterwards whether they were "
+        'enough; here they are doubled until they are. The column "given the steps" starts with the number '
+        "that is enough."
     )
-    return "\n\n".join([*("\n".join(task_table(found, task, names)) for task in present), f"{note} {told}"])
+    return "\n\n".join([*(task_table(found, task, names) for task in present), f"{note} {told}"])
 
 
-def write_readme(file: Path, found: Entry) -> None:
-    """Puts the tables of ``IN_README`` between the markers, whatever was there.
+def write_readme(file: Path, found: Record) -> None:
+    """Replace the text between the markers of a file with the tables of ``IN_README``.
 
     Raises:
         ValueError: the file lacks the markers.
@@ -147,8 +147,8 @@ def write_readme(file: Path, found: Entry) -> None:
     file.write_text(f"{whole[: begin + len(MARKERS[0])]}\n{text}\n{whole[end:]}")
 
 
-def picture(found: Entry, file: Path) -> None:
-    """Ratios to hvpkit, a panel for each task; crosses are answers that are wrong, or did not come."""
+def picture(found: Record, file: Path) -> None:
+    """Draw ratios to hvpkit, a panel for each task; a cross is a wrong answer or none."""
     import matplotlib.pyplot as plt
 
     names = [name for name in libraries(found) if name != "hvpkit"]
@@ -183,8 +183,8 @@ def picture(found: Entry, file: Path) -> None:
     plt.close(figure)
 
 
-def plot_cell(ax: Axes, y: float, color: str, cell: Entry) -> None:
-    """The median ratio with its range, or a cross at the right edge."""
+def plot_cell(ax: Axes, y: float, color: str, cell: Record) -> None:
+    """Draw the median ratio with its range, or a cross at the right edge."""
     if cell.get("ratios"):
         ax.plot([min(cell["ratios"]), max(cell["ratios"])], [y, y], color=color, linewidth=1)
         ax.plot(statistics.median(cell["ratios"]), y, "o", color=color, markersize=4)

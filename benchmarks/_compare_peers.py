@@ -1,12 +1,12 @@
-"""One adapter for each library: what it offers of the tasks, by its public functions.
+"""One adapter for each library, which solves the tasks that the library offers by its public functions.
 
-An adapter's method is a task; one that it lacks the library does not offer. It gets a seed and an ``effort``: what the
-user of that function has to choose (a tolerance, a number of steps or of products). ``EFFORT`` lists the choices, which
-are tried in turn until one is right, and only that one counts; ``"steps"`` is what a plain Lanczos recurrence needs,
-known from the reference. ``HOW`` says what is called.
+An adapter has a method for each task that its library offers. It takes a seed and an ``effort``: the number that the
+user of that function has to choose (a tolerance, a number of steps or of matvecs). ``EFFORT`` lists the choices, which
+are tried in turn until one gives the right answer; only that one is timed. ``"steps"`` is the number that a plain
+Lanczos recurrence needs, known from the reference. ``HOW`` names the function that is called.
 
-hessian-eigenthings' Lanczos takes a number of steps and says afterwards whether they were enough. It stands in the
-comparison twice: as its user can call it, with more steps until they are, and given what is enough, with no search.
+hessian-eigenthings' Lanczos takes a number of steps and reports afterwards whether they were enough. It is compared
+twice: as its user can call it, with the steps doubled until they are enough, and given the number that is enough.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hvpkit as hk
-from compare_references import TOL, Problem, gradients, join, plain_product
+from _problems import Problem
+from _references import TOL, gradients, join, plain_product
 
 Spectrum = tuple[Any, Any]
 Effort = float | str
 
 
 class OutOfPasses(RuntimeError):
-    """More of the data was read than a run may."""
+    """A run has read more data than it may."""
 
 
 class Counted:
-    """A problem's batches, counted: re-iterable, as peers take their data."""
+    """Re-iterable batches of a problem, which count the examples that are read."""
 
     def __init__(self, problem: Problem, limit: float = math.inf) -> None:
         self.problem, self.limit, self.num_read = problem, limit, 0
@@ -67,14 +68,14 @@ class Counted:
 
 @contextmanager
 def derivable() -> Iterator[None]:
-    """Settings that a peer's user has to know of: attention's backend with a second derivative."""
+    """Set attention's backend that has a second derivative, which a peer's user has to know of."""
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 class Library:
-    """What adapters share: a copy of the network, counted data, passes by them or as the library says."""
+    """Base of the adapters: a copy of the network, counted data, and passes over them."""
 
     NAME: ClassVar[str]
     PACKAGE: ClassVar[str]
@@ -89,7 +90,7 @@ class Library:
         self.build()
 
     def build(self) -> None:
-        """Makes the library's operator."""
+        """Make the library's operator."""
 
     @property
     def passes(self) -> float:
@@ -178,7 +179,7 @@ class ArpackTasks(Library):
 
 
 class Plain(ArpackTasks):
-    """What is written in an afternoon: double backward, and SciPy on top."""
+    """Double backward in plain torch, and SciPy's solvers."""
 
     NAME, PACKAGE, MODULE = "torch + SciPy", "scipy", "scipy"
     HOW: ClassVar = {
@@ -234,7 +235,7 @@ class PyHessian(Library):
 
 
 class EigenThingsLanczos(Library):
-    """Its Lanczos, which takes the steps that it is told, and whose residuals say afterwards whether they did."""
+    """Lanczos for a given number of steps, whose residuals tell afterwards whether they were enough."""
 
     PACKAGE, MODULE = "hessian-eigenthings", "hessian_eigenthings"
 
@@ -245,7 +246,7 @@ class EigenThingsLanczos(Library):
         self.H = he.HessianOperator(self.model, self.data, he.supervised_loss(nn.CrossEntropyLoss()))
 
     def ends(self, seed: int, steps: int) -> tuple[list[float], bool]:
-        """Both, and whether its test of convergence holds for them."""
+        """Return both ends, and whether its test of convergence holds for them."""
         v0 = torch.randn(self.problem.n, generator=torch.Generator().manual_seed(seed))
         found = self.he.lanczos_tridiagonal(self.H, v0 / v0.norm(), steps)
         ritz, vectors = eigh_tridiagonal(np.array(found.alphas, float), np.array(found.betas, float))
@@ -253,7 +254,7 @@ class EigenThingsLanczos(Library):
         return values.tolist(), bool((residuals < TOL["extremes"] * np.abs(values)).all())
 
     def five(self, seed: int, steps: int) -> tuple[list[float], bool]:
-        """The largest in magnitude, and whether all have converged."""
+        """Return the five largest in magnitude, and whether all have converged."""
         found = self.he.lanczos(
             self.H, k=5, which="LM", max_iter=steps, tol=TOL["top5"], reorthogonalize=True, seed=seed
         )
@@ -261,7 +262,7 @@ class EigenThingsLanczos(Library):
 
 
 def doubled(run: Callable[[int], tuple[list[float], bool]], steps: int) -> list[float]:
-    """What runs of ever twice the steps find, once they have converged."""
+    """Return the values of a run that has converged, doubling the steps until one has."""
     values, converged = run(steps)
     return values if converged else doubled(run, 2 * steps)
 
@@ -297,7 +298,7 @@ class EigenThings(EigenThingsLanczos):
 
 
 class EigenThingsGivenSteps(EigenThingsLanczos):
-    """As nobody can call it who does not know the answer: with the number of steps that is enough."""
+    """Lanczos given the number of steps that is enough, which only who knows the answer can give."""
 
     NAME = "hessian-eigenthings, given the steps"
     EFFORT: ClassVar = {"extremes": ("steps",), "top5": ("steps",)}
@@ -335,7 +336,7 @@ class CurvLinOps(ArpackTasks):
             nn.CrossEntropyLoss(),
             params,
             self.data,
-            check_deterministic=False,  # a safeguard that costs passes, which no other library is charged with
+            check_deterministic=False,  # this check costs passes, and no other library makes one
             num_data=self.problem.num_examples,
         )
 
@@ -354,7 +355,7 @@ class CurvLinOps(ArpackTasks):
 
     def trace(self, _seed: int, effort: Effort) -> float:
         found = float(self.library.hutchpp_trace(self.H, int(effort)))
-        self.columns = float(effort)  # which share reads of the data
+        self.columns = float(effort)  # vectors that share one reading of the data
         return found
 
     def density(self, _seed: int, _effort: Effort) -> Spectrum:

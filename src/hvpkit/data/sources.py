@@ -1,0 +1,394 @@
+"""Sources of batches: slices of tensors, a map-style dataset, a re-iterable of batches, batches that stay whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+
+from hvpkit._utils.typing import Batch
+from hvpkit._utils.validation import check_count
+from hvpkit.autodiff.pytree import batch_size as leading_dimension
+from hvpkit.autodiff.pytree import flatten, unflatten
+from hvpkit.data.augmentation import check_examples, check_stream, summarize
+from hvpkit.data.random_state import SeededExamples, isolated
+from hvpkit.errors import UnstableDataError
+
+R = TypeVar("R")
+
+
+def count_examples(batch: Batch) -> int:
+    """Return the common first dimension of the tensors of a batch.
+
+    Raises:
+        TypeError, ValueError: a leaf is not a tensor, or there is no common first dimension.
+    """
+    try:
+        return leading_dimension(batch)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{error}. Batches of any other form are read whole by "
+            "hvpkit.as_data(data, num_examples=lambda batch: ...), which says how many examples each holds"
+        ) from None
+
+
+@dataclass(frozen=True)
+class TensorBatches:
+    """Slices of one tree of tensors, which holds all examples."""
+
+    examples: Batch
+    batch_size: int
+
+    def __len__(self) -> int:
+        return count_examples(self.examples)
+
+    @property
+    def smallest_batch(self) -> int:
+        return _last_slice(len(self), self.batch_size)
+
+    @property
+    def name(self) -> str:
+        return "tensors"
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self), self.batch_size):
+            yield take(self.examples, slice(start, start + self.batch_size))
+
+    def select(self, indices: Tensor) -> TensorBatches:
+        return replace(self, examples=take(self.examples, indices))
+
+    def resized(self, batch_size: int) -> TensorBatches:
+        return replace(self, batch_size=batch_size)
+
+
+@dataclass(frozen=True)
+class DatasetBatches:
+    """Batches of a map-style dataset, each example once and in order, read by a loader with these options."""
+
+    examples: SeededExamples
+    batch_size: int
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, dataset: Any, batch_size: int, like: DataLoader[Any] | None = None) -> DatasetBatches:
+        """Return batches of ``dataset``, collated and fetched as by the loader ``like``.
+
+        Raises:
+            UnstableDataError: examples or batches are random, and seeds cannot fix them.
+        """
+        examples, options = SeededExamples(dataset), loader_options(like)
+        check_examples(examples, batch_size, options)
+        return cls(examples, batch_size, options)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def smallest_batch(self) -> int:
+        return _last_slice(len(self), self.batch_size)
+
+    @property
+    def name(self) -> str:
+        return type(self.examples.dataset).__name__
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(0)  # of workers; else a loader draws from the global one
+        examples: Any = self.examples
+        return iter(DataLoader(examples, self.batch_size, generator=generator, **self.options))
+
+    def batches_at(self, positions: Iterable[int]) -> Iterator[Batch]:
+        """Yield the batches at these positions only."""
+        generator = torch.Generator().manual_seed(0)
+        starts = (position * self.batch_size for position in positions)
+        chosen = [[*range(start, min(start + self.batch_size, len(self)))] for start in starts]
+        examples: Any = self.examples
+        return iter(DataLoader(examples, batch_sampler=chosen, generator=generator, **self.options))
+
+    def select(self, indices: Tensor) -> DatasetBatches:
+        return replace(self, examples=self.examples.select(indices.tolist()))
+
+    def resized(self, batch_size: int) -> DatasetBatches:
+        return replace(self, batch_size=batch_size)
+
+
+def loader_options(like: DataLoader[Any] | None) -> dict[str, Any]:
+    """Return how a loader collates and fetches, without how it chooses and orders examples."""
+    if like is None:
+        return {}
+    names = (
+        "collate_fn",
+        "num_workers",
+        "pin_memory",
+        "timeout",
+        "worker_init_fn",
+        "multiprocessing_context",
+    )
+    # without persistent_workers: their random state would carry over from pass to pass
+    return {name: getattr(like, name) for name in (*names, "prefetch_factor")}
+
+
+def with_seeded_examples(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a loader with samplers of its own over examples whose random numbers are fixed by their indices.
+
+    Raises:
+        UnstableDataError: examples or batches are random, and seeds cannot fix them.
+    """
+    examples, options = SeededExamples(loader.dataset), loader_options(loader)
+    if loader.batch_sampler is None:  # the dataset holds batches
+        check_examples(examples, 1, options | {"collate_fn": None})
+        order: dict[str, Any] = {"batch_size": None, "sampler": loader.sampler}
+    else:
+        check_examples(examples, getattr(loader.batch_sampler, "batch_size", None) or 1, options)
+        order = {"batch_sampler": loader.batch_sampler}
+    seeded: Any = examples
+    return DataLoader(seeded, generator=loader.generator, **order, **options)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A re-iterable of batches, read under fixed seeds if reading it draws random numbers.
+
+    Attributes:
+        batches: the batches.
+        draws: whether a pass draws.
+        given: the object that the caller passed, by which two streams are known to be the same.
+    """
+
+    batches: Iterable[Batch]
+    draws: bool
+    given: object
+
+    @property
+    def name(self) -> str:
+        return type(self.given).__name__
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for batch, _ in isolated(self.batches)) if self.draws else iter(self.batches)
+
+
+def count_stream(
+    batches: Iterable[Batch], size_of: Callable[[Batch], int], *, reseed: bool, given: object
+) -> tuple[Stream, list[int]]:
+    """Read a stream once; return it with the sizes of its batches.
+
+    Args:
+        batches: the stream.
+        size_of: the number of examples in a batch.
+        reseed: as in :func:`hvpkit.data.augmentation.check_stream`.
+        given: as in :class:`Stream`.
+
+    Raises:
+        ValueError: an iterator, which one pass uses up.
+        UnstableDataError: a second read gives other examples.
+    """
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"data is a one-shot iterator ({type(batches).__name__}): a second pass would be empty; "
+            "pass a list of batches, a DataLoader, or an object whose __iter__ starts afresh"
+        )
+    sizes: list[int] = []
+    first, draws, contents = None, False, torch.zeros(2, dtype=torch.float64)
+    moves = not isinstance(batches, list)
+    for batch, drew in name_batch(isolated(batches)):
+        first = batch if not sizes else first
+        sizes.append(size_of(batch))
+        contents += summarize(batch) if moves else 0
+        draws = draws or drew
+    if sizes and moves:
+        check_stream(batches, first, contents, reseed=reseed)
+    return Stream(batches, draws, given), sizes
+
+
+@dataclass(frozen=True)
+class IterableBatches:
+    """Batches of a stream; ``batch_size`` splits larger ones."""
+
+    batches: Stream
+    num_examples: int
+    batch_size: int | None = None
+    indices: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.num_examples if self.indices is None else len(self.indices)
+
+    @property
+    def smallest_batch(self) -> None:
+        return None
+
+    @property
+    def name(self) -> str:
+        return self.batches.name
+
+    def __iter__(self) -> Iterator[Batch]:
+        start = 0
+        for batch in self.batches:
+            size = count_examples(batch)
+            kept = batch if self.indices is None else take(batch, self._within(start, size))
+            start += size
+            yield from TensorBatches(kept, self.batch_size or max(size, 1))
+        if start != self.num_examples:
+            raise unstable(start, self.num_examples)
+
+    def _within(self, start: int, size: int) -> Tensor:
+        """Return the (sorted) indices that lie in a batch, relative to its start."""
+        assert self.indices is not None
+        low, high = torch.searchsorted(self.indices, torch.tensor([start, start + size])).tolist()
+        return self.indices[low:high] - start
+
+    def select(self, indices: Tensor) -> IterableBatches:
+        return replace(self, indices=indices if self.indices is None else self.indices[indices])
+
+    def resized(self, batch_size: int) -> IterableBatches:
+        return replace(self, batch_size=batch_size)
+
+
+@dataclass(frozen=True)
+class WholeBatches:
+    """Batches of any form, which are never split; each counts for as many examples as ``count`` says.
+
+    Attributes:
+        batches: all of them.
+        sizes: how many examples each of the selected ones holds.
+        count: the number of examples in a batch.
+        positions: of the selected batches among all, in order; None: all are.
+    """
+
+    batches: list[Batch] | DatasetBatches | Stream
+    sizes: tuple[int, ...]
+    count: Callable[[Batch], Any]
+    positions: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def smallest_batch(self) -> int:
+        return min(self.sizes)
+
+    @property
+    def batch_size(self) -> None:
+        return None
+
+    @property
+    def name(self) -> str:
+        return "list" if isinstance(self.batches, list) else self.batches.name
+
+    def __iter__(self) -> Iterator[Batch]:
+        number = 0
+        for number, batch in enumerate(self._read(), 1):
+            size = count_by(self.count, batch)
+            if number > len(self) or size != self.sizes[number - 1]:
+                raise unstable(
+                    size, self.sizes[number - 1] if number <= len(self) else 0, f"batch {number - 1}"
+                )
+            yield batch
+        if number != len(self):
+            raise unstable(sum(self.sizes[:number]), sum(self.sizes))
+
+    def _read(self) -> Iterable[Batch]:
+        if self.positions is None:
+            return self.batches
+        if isinstance(self.batches, list):
+            return (self.batches[position] for position in self.positions)
+        if isinstance(self.batches, DatasetBatches):
+            return self.batches.batches_at(self.positions)
+        return _at(self.batches, self.positions)
+
+    def select(self, indices: Tensor) -> WholeBatches:
+        chosen = indices.tolist()
+        positions = tuple(chosen if self.positions is None else (self.positions[index] for index in chosen))
+        return replace(self, sizes=tuple(self.sizes[index] for index in chosen), positions=positions)
+
+    def resized(self, batch_size: int) -> WholeBatches:
+        raise ValueError(
+            f"batch_size={batch_size}: batches whose examples num_examples counts are read whole, and never split; "
+            "make them of that size in the loader"
+        )
+
+
+def count_by(count: Callable[[Batch], Any], batch: Batch) -> int:
+    """Return ``count(batch)``; raise TypeError or ValueError unless it is a number of examples."""
+    size = count(batch)
+    if isinstance(size, Tensor):
+        size = size.item()
+    return check_count("num_examples of a batch", size, 0)
+
+
+def _at(batches: Iterable[Batch], positions: Sequence[int]) -> Iterator[Batch]:
+    """Yield the batches at these positions, in order and with repeats, and read no further."""
+    wanted = Counter(positions)
+    for position, batch in enumerate(batches):
+        for _ in range(wanted[position]):
+            yield batch
+        if position == positions[-1]:
+            return
+
+
+Source: TypeAlias = TensorBatches | DatasetBatches | IterableBatches | WholeBatches
+
+
+def name_batch(batches: Iterable[R]) -> Iterator[R]:
+    """Yield the batches; errors while one is read get a note that names it and the usual remedies."""
+    number = 0
+    try:
+        for batch in batches:
+            yield batch
+            number += 1
+    except UnstableDataError:
+        raise
+    except Exception as error:
+        error.add_note(f"hvpkit: while reading batch {number} of data (counted from 0){_remedy(error)}")
+        raise
+
+
+def _remedy(error: Exception) -> str:
+    text = str(error)
+    if "stack expects each tensor to be equal size" in text or "default_collate" in text:
+        return (
+            ": the default collate_fn cannot make a batch of these examples; pass a DataLoader with one that can, and "
+            "num_examples= to hvpkit.as_data if its batches have no common first dimension"
+        )
+    return ""
+
+
+def covers_dataset(loader: DataLoader[Any]) -> bool:
+    """Return True if the loader yields each example of a map-style dataset once, in some order."""
+    if own_iteration(loader) or type(loader.batch_sampler) is not BatchSampler:
+        return False
+    sampler = loader.batch_sampler.sampler  # loader.sampler is another one where batch_sampler was given
+    return type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+    )
+
+
+def own_iteration(loader: DataLoader[Any]) -> bool:
+    """Return True if the loader's class overrides how it is iterated."""
+    return type(loader).__iter__ is not DataLoader.__iter__
+
+
+def take(batch: Batch, index: slice | Tensor) -> Batch:
+    """Return the examples of the batch at ``index``."""
+    leaves, spec = flatten(batch)
+    if isinstance(index, slice):
+        return unflatten([leaf[index] for leaf in leaves], spec)
+    return unflatten([leaf[index.to(leaf.device)] for leaf in leaves], spec)
+
+
+def unstable(found: int, expected: int, where: str = "this pass") -> UnstableDataError:
+    """Return the error for a pass, or a batch of it, that gave another number of examples."""
+    return UnstableDataError(
+        f"data gave {found} examples in {where}, not the {expected} counted at first; a mean over "
+        "examples needs the same ones in every pass"
+    )
+
+
+def _last_slice(num_examples: int, batch_size: int) -> int:
+    """Return the size of the last slice of ``num_examples`` examples."""
+    return (num_examples - 1) % batch_size + 1

@@ -1,0 +1,112 @@
+"""A module as a function of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvpkit._utils.typing import Batch, Tree
+from hvpkit.autodiff.fixed_random import fixed_random_numbers
+from hvpkit.autodiff.pytree import batch_size, snapshot
+from hvpkit.objective.first_call import run_original
+from hvpkit.objective.module_copy import ModuleCopy, attributes_restored
+from hvpkit.objective.objective import check_statistics
+from hvpkit.objective.parameter_access import NamedTensors, ParameterAccess
+
+BESIDE_COPY = (
+    "model: its forward pass reads {name!r} of the original module, and not of the copy that is differentiated, "
+    "through a global variable or a helper object; let it use self, or a submodule registered on it"
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A copy of a module, and the tensors that are not variables.
+
+    Attributes:
+        module: the copy, with tensors on the meta device.
+        tensors: those tensors, by name.
+        constants: the values of frozen parameters, by name.
+        buffers: the values of buffers, by name.
+        originals: the tensors of the original module.
+        batchnorm: as in :func:`hvpkit.from_module`.
+        dropout: as in :func:`hvpkit.from_module`.
+    """
+
+    module: nn.Module
+    tensors: dict[str, Tensor]
+    constants: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    originals: NamedTensors
+    batchnorm: str
+    dropout: int | None
+
+    @classmethod
+    def of(
+        cls, copied: ModuleCopy, include_frozen: bool, batchnorm: str, dropout: int | None
+    ) -> tuple[Network, dict[str, Tensor]]:
+        """Return the network and the values of its variables; raise ValueError if there are none."""
+        values: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+        for name, parameter in copied.module.named_parameters():
+            is_variable = parameter.requires_grad or include_frozen
+            values[is_variable][name] = snapshot(copied.originals[parameter])
+        constants, variables = values
+        if not variables:
+            state = "all its parameters are frozen (pass include_frozen=True)" if constants else "it has none"
+            raise ValueError(f"model has no parameters to differentiate by: {state}")
+        module = copied.module
+        buffers = {name: snapshot(copied.originals[buffer]) for name, buffer in module.named_buffers()}
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        originals = NamedTensors({name: copied.originals[tensor] for name, tensor in tensors.items()})
+        return cls(module, tensors, constants, buffers, originals, batchnorm, dropout), variables
+
+    def __call__(self, params: Tree, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the outputs for the inputs ``args`` and ``kwargs`` of a batch."""
+        if self.batchnorm == "batch":
+            check_statistics(batch_size(batch))
+        values = self.values(params)
+        with ExitStack() as stack:
+            if not torch.compiler.is_compiling():
+                replaced = {id(t): values[name] for name, t in self.tensors.items() if name in values}
+                stack.enter_context(attributes_restored(self.module))
+                stack.enter_context(ParameterAccess(replaced, self.originals, BESIDE_COPY))
+            stack.enter_context(self.dropouts(batch))
+            return torch.func.functional_call(self.module, values, args, kwargs)
+
+    def values(self, params: Tree) -> dict[str, Tensor]:
+        """Return the values of all tensors; buffers are copies, as modules may write to them."""
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        return {**self.constants, **buffers, **params}
+
+    def dropouts(self, batch: Batch) -> Any:
+        """Return the context that fixes dropout masks."""
+        return nullcontext() if self.dropout is None else fixed_random_numbers(self.dropout, batch)
+
+
+def original_call(model: nn.Module, network: Network, copied: ModuleCopy) -> Callable[..., Any]:
+    """Return a function like ``network``, by the original ``model``, which then calls a function of the outputs."""
+    names = {id(copied.originals[tensor]): name for name, tensor in network.tensors.items()}
+    training = {name: module.training for name, module in network.module.named_modules()}
+
+    def call(
+        params: Tree,
+        batch: Batch,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        losses: Callable[[Any], Tensor],
+    ) -> Tensor:
+        values = network.values(params)
+        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors = {
+            name: values[names[id(tensor)]] if id(tensor) in names else tensor.detach().clone()
+            for name, tensor in own.items()
+        }
+        with network.dropouts(batch):
+            return run_original(model, training, tensors, lambda: losses(model(*args, **kwargs)))
+
+    return call

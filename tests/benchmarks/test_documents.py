@@ -1,0 +1,65 @@
+"""Tables in the documents are those that the scripts make from benchmarks/results."""
+
+from pathlib import Path
+
+import pytest
+
+import _compare_report
+import _harness as harness
+import bench_fidelity
+import bench_products
+import bench_solvers
+import bench_tracking
+import interval_coverage
+import profile_solve
+
+ROOT = Path(__file__).parents[2]
+
+
+def result(name):
+    return harness.read(harness.RESULTS / f"{name}.json")
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "document"),
+    [
+        (bench_fidelity, "fidelity", "README.md"),
+        (bench_fidelity, "fidelity", "docs/multifidelity.md"),
+        (bench_products, "products", "docs/performance.md"),
+        (profile_solve, "profile", "docs/performance.md"),
+    ],
+)
+def test_table_is_in_the_document(script, name, document):
+    assert script.table(result(name)) in (ROOT / document).read_text()
+
+
+def test_comparison_is_in_the_readme_and_beside_its_results():
+    found = result("compare")
+    text = _compare_report.table(found, _compare_report.IN_README)
+    begin, end = _compare_report.MARKERS
+    assert f"{begin}\n{text}\n{end}" in (ROOT / "README.md").read_text()
+    whole = f"{_compare_report.table(found)}\n\n{_compare_report.notes(found)}\n"
+    assert (harness.RESULTS / "compare.md").read_text() == whole
+
+
+def test_figures_of_tracking_are_in_the_document():
+    for line in bench_tracking.table(result("tracking")).splitlines()[2:]:
+        passes = " | ".join(line.split(" | ")[1:4])
+        assert f"| {passes} |" in (ROOT / "docs/multifidelity.md").read_text()
+
+
+def test_figures_of_solvers_are_in_the_readme():
+    record, readme = result("solvers"), (ROOT / "README.md").read_text()
+    problems = ("late training", "digits CNN, trained", "dense network, 6 epochs")
+    for solver in ("floor", "lanczos", "eigsh", "lobpcg", "chebyshev"):
+        counts = [bench_solvers.report.medians(record, name, solver, "both")[1] for name in problems]
+        assert " / ".join(f"{count:.0f}" for count in counts) in readme
+
+
+def test_figures_of_coverage_are_in_the_readme():
+    found = result("interval_coverage")["all"]
+    inside = round(found["inside"] * found["intervals"])
+    text = (ROOT / "README.md").read_text()
+    assert f"{inside:,} of the {found['intervals']:,}" in text.replace("\n", " ")
+    assert interval_coverage.ADVERSARIAL in result("interval_coverage")
+    assert f"{found['error_above_tol']:.1%}".replace("%", " %") in text

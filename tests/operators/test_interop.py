@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from torch import Tensor
+
+import hvpkit as hk
+
+
+def test_scipy_may_be_shown_another_dtype_but_only_on_request() -> None:
+    A = hk.aslinearoperator(torch.diag(torch.tensor([1.0, 3.0])))
+    assert A.to_scipy().dtype == np.float32
+    wide = A.to_scipy(dtype=np.float64)
+    assert wide.dtype == np.float64
+    assert (wide @ np.array([1.0, 1 + 1e-12])).dtype == np.float64
+    assert (wide @ np.array([1.0, 1 + 1e-12])).tolist() == [1.0, 3.0]
+    half = hk.aslinearoperator(torch.eye(2, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match=r"NumPy has no torch.bfloat16; pass dtype=numpy.float32"):
+        half.to_scipy()
+    assert half.to_scipy(dtype=np.float32).matvec(np.ones(2)).dtype == np.float32
+
+
+def test_scipy_leaves_its_own_arrays_alone() -> None:
+    array = np.arange(3.0)[::-1]
+    array.flags.writeable = False
+    A = hk.aslinearoperator(torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)))
+    assert A.to_scipy().matvec(array).tolist() == [2.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("layout", ["read-only", "reversed", "fortran"])
+def test_numpy_matrices_may_lie_in_memory_as_they_like(layout: str) -> None:
+    array = np.diag([1.0, 2.0, 3.0])
+    if layout == "read-only":
+        array.flags.writeable = False
+    elif layout == "reversed":
+        array = array[::-1, ::-1]
+    else:
+        array = np.asfortranarray(array)
+    A = hk.aslinearoperator(array)
+    assert (A @ torch.ones(3).double()).tolist() == array.sum(1).tolist()
+
+
+def test_an_operator_is_its_own_operator() -> None:
+    A = hk.aslinearoperator(torch.eye(2))
+    assert hk.aslinearoperator(A) is A
+
+
+class Foreign:
+    def __init__(self, dtype: object = torch.float64, shape: tuple[int, ...] = (2, 2)) -> None:
+        self.dtype, self.shape = dtype, shape
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return torch.ones(3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("A", "error", "reason"),
+    [
+        (torch.ones(2, 3), ValueError, r"A must be square, .* got shape \[2, 3\]"),
+        (torch.ones(2), ValueError, r"A must be square"),
+        (torch.ones(0, 0), ValueError, r"A must be square, \[n, n\] with n >= 1"),
+        (torch.ones(2, 2).long(), TypeError, "A must have a real floating dtype, got torch.int64"),
+        (torch.ones(2, 2, dtype=torch.complex64), TypeError, "A must have a real floating dtype"),
+        (torch.full((2, 2), float("nan")), ValueError, "A contains NaN or infinity"),
+        (np.full((2, 2), np.inf), ValueError, "A contains NaN or infinity"),
+        (np.ones((2, 2), dtype=np.int32), TypeError, "A must have a real floating dtype"),
+        (np.ones((2, 3)), ValueError, "A must be square"),
+        (scipy.sparse.eye_array(2, dtype=np.int64), TypeError, "A must have a real floating dtype"),
+        (scipy.sparse.csr_array(np.ones((2, 3))), ValueError, "A must be square"),
+        (torch.eye(2).to_sparse(), TypeError, r"A is a sparse tensor \(torch.sparse_coo\); pass \(matvec"),
+        (Foreign(shape=(2, 3)), ValueError, "A must be square"),
+        (Foreign(dtype=torch.int64), TypeError, "A must have a real floating dtype"),
+        (Foreign(dtype=np.complex128), TypeError, "A must have a real floating dtype"),
+        ((lambda v: v, 2), TypeError, r"A: a tuple must be \(matvec, n, dtype\)"),
+        ((torch.eye(2), 2, torch.float64), TypeError, r"A: a tuple must be \(matvec, n, dtype\)"),
+        ((lambda v: v, 0, torch.float64), ValueError, "n of A must be at least 1, got 0"),
+        ((lambda v: v, 2.0, torch.float64), TypeError, "n of A must be an int"),
+        ((lambda v: v, 2, torch.int32), TypeError, "A must have a real floating dtype, got torch.int32"),
+        ((lambda v: v, 2, np.float64), TypeError, "A must have a real floating dtype"),
+        ([[1.0]], TypeError, "A must be a tensor, a SciPy matrix .* got list"),
+        (None, TypeError, "A must be a tensor, .* got NoneType"),
+        (torch.nn.Linear(2, 2), TypeError, "A must be a tensor, .* got Linear"),
+    ],
+)
+def test_what_is_no_symmetric_operator_is_refused(A: object, error: type[Exception], reason: str) -> None:
+    with pytest.raises(error, match=reason):
+        hk.aslinearoperator(A)
+
+
+@pytest.mark.parametrize(
+    ("A", "reason"),
+    [
+        ((lambda v: v[:1], 2, torch.float64), r"A: matvec must return a tensor of shape \[2\], got \[1\]"),
+        ((lambda v: v.numpy(), 2, torch.float64), r"A: matvec must return .* got ndarray"),
+        (Foreign(), r"A: matvec must return a tensor of shape \[2\], got \[3\]"),
+    ],
+)
+def test_a_product_of_another_shape_is_refused(A: object, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        hk.aslinearoperator(A) @ torch.ones(2, dtype=torch.float64)
