@@ -207,7 +207,7 @@ def test_weights_reach_gradients_and_products(source: str) -> None:
 
 
 def test_weights_need_one_loss_for_each_example() -> None:
-    data = hk.as_data((X, Y)).subset([1, 2], torch.ones(2))
+    data = hk.as_data((X, Y)).subset([1, 2], torch.tensor([1.0, 2.0]))
 
     def mean_loss(params: Tensor, batch: object) -> Tensor:
         return losses(params, batch).mean()
@@ -372,11 +372,34 @@ def test_augmentation_is_one_draw_of_each_example_whatever_reads_it(source: str)
     random.setstate(before[3])
 
 
+class Keyed(Dataset):
+    """Examples by name, which only a sampler knows, and which are drawn at random."""
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        return X[{"first": 0, "last": N - 1}[name]] + torch.rand(3), Y[0]
+
+
+def test_examples_may_have_keys_of_any_type() -> None:
+    names = ["last", "first", "last"]
+    data = hk.as_data(DataLoader(Keyed(), sampler=names, batch_size=2))
+    first, second = (torch.cat([x for x, _ in data]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[0] - X[N - 1], first[1] - X[0])
+
+
 class DrawsLate(Augmented):
     """As a dataset that augments one class only."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return (X[index] * torch.rand(()) if index == 8 else X[index]), Y[index]
+
+
+def test_a_subset_of_a_dataset_has_its_examples() -> None:
+    whole = torch.cat([x for x, _ in hk.as_data(Augmented())])
+    part = hk.as_data(torch.utils.data.Subset(torch.utils.data.Subset(Augmented(), [8, 3, 5]), [2, 0]))
+    assert torch.equal(torch.cat([x for x, _ in part]), whole[[5, 8]])
+    assert torch.equal(torch.cat([x for x, _ in part.subset([1])]), whole[[8]])
 
 
 def test_one_example_that_draws_is_fixed_too() -> None:
@@ -515,6 +538,14 @@ def test_the_smallest_batch_is_known_where_the_sizes_are(source: str) -> None:
     known = hk.as_data(SOURCES[source]()).smallest_batch is not None
     counted = ("list", "reiterable", "loader_of_own", "loader_of_stream", "loader_of_batches")
     assert known == (not source.startswith(counted))
+
+
+def test_the_data_may_be_indices_alone() -> None:
+    def loss_fn(params: Tensor, index: Tensor) -> Tensor:
+        return (X[index] @ params - Y[index]) ** 2
+
+    for indices in (torch.arange(N), range(N), DataLoader(range(N), batch_size=3)):
+        assert same(hk.loss(loss_fn, P, indices), direct(list(range(N))))
 
 
 def test_the_data_may_be_one_tensor_or_integers() -> None:
@@ -849,3 +880,94 @@ def test_data_have_a_short_name() -> None:
         repr(hk.as_data(in_pairs(), num_examples=num_pictures))
         == "<Data: 7 examples of Pictures in 4 whole batches>"
     )
+
+
+# Errors of the loss name the batch that they are about.
+
+
+def classifier() -> tuple[hk.Objective, dict[str, Tensor]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 4).double()
+    return hk.from_module(model, torch.nn.functional.cross_entropy)
+
+
+def notes_of(error: BaseException) -> str:
+    return "\n".join(getattr(error, "__notes__", []))
+
+
+KINDS = {"hessian": hk.hessian, "ggn": hk.ggn, "fisher": hk.empirical_fisher}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_label_out_of_range_is_found_in_its_batch(kind: str) -> None:
+    objective, params = classifier()
+    y = torch.arange(N) % 4
+    y[9] = 4
+    H = KINDS[kind](objective, params, hk.as_data((X, y), batch_size=4))
+    with pytest.raises((IndexError, RuntimeError)) as caught:
+        H @ torch.ones(H.n, dtype=torch.float64)
+    assert "loss_fn failed on batch 2 of data (counted from 0), examples 8 to 10" in notes_of(caught.value)
+    assert "1: int64 [3], from 0 (example 8) to 4 (example 9)" in notes_of(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_of_another_dtype_than_the_parameters_say_how_to_convert(kind: str) -> None:
+    objective, params = classifier()
+    with pytest.raises(RuntimeError, match="dtype") as caught:
+        KINDS[kind](objective, params, (X.float(), torch.arange(N) % 4))
+    assert "0: float32 [11, 3]" in notes_of(caught.value)
+    assert "The parameters are float64: convert one, as by model.to(torch.float32)" in notes_of(caught.value)
+
+
+def test_labels_of_a_wrong_type_are_described() -> None:
+    objective, params = classifier()
+    for labels in (torch.ones(N), (torch.arange(N) % 4).to(torch.int16)):
+        with pytest.raises((RuntimeError, NotImplementedError)) as caught:
+            hk.hessian(objective, params, (X, labels))
+        assert f"1: {str(labels.dtype)[6:]} [11]" in notes_of(caught.value)
+
+
+def test_a_missing_key_is_shown_beside_those_that_are_there() -> None:
+    def loss_fn(params: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return (batch["x"] @ params - batch["target"]) ** 2
+
+    with pytest.raises(KeyError) as caught:
+        hk.hessian(loss_fn, P, {"x": X, "y": Y})
+    assert (
+        "batch 0 of data (counted from 0), examples 0 to 10: x: float64 [11, 3]; y: float64 [11]"
+        in notes_of(caught.value)
+    )
+    for one_pass in (hk.loss, hk.grad):
+        with pytest.raises(KeyError) as caught:
+            one_pass(loss_fn, P, {"x": X, "y": Y})
+        assert "batch 0 of data" in notes_of(caught.value)
+
+
+def test_an_example_that_breaks_a_solve_is_named() -> None:
+    H = hk.hessian(lambda p, b: (b["x"] @ p - b["y"]) ** 4, P, DataLoader(Broken(), batch_size=3))
+    with pytest.raises(OSError, match="truncated file") as caught:
+        hk.extreme_eigenvalues(H)
+    assert "while reading example 7 of the dataset" in notes_of(caught.value)
+    assert "while reading batch 2 of data" in notes_of(caught.value)
+
+
+def test_a_mean_can_be_weighted_where_all_examples_of_a_batch_weigh_the_same() -> None:
+    def quartic(params: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (batch[0] @ params - batch[1]) ** 4
+
+    indices, weights = [0, 1, 2, 3, 4, 5], torch.tensor([0.5, 0.5, 0.5, 2.0, 2.0, 2.0], dtype=torch.float64)
+    data = hk.as_data(hk.as_data((X, Y)).subset(indices, weights), batch_size=3)
+    expected = torch.autograd.functional.hessian(
+        lambda p: (weights * (X[indices] @ p - Y[indices]) ** 4).sum(), P
+    )
+    for loss_fn in (quartic, lambda p, batch: quartic(p, batch).mean()):
+        found = hk.hessian(loss_fn, P, data) @ torch.eye(3, dtype=torch.float64)
+        assert torch.allclose(found, expected, rtol=1e-13, atol=0.0)
+    with pytest.raises(ValueError, match="loss_fn returned a 0-d mean, which cannot be weighted"):
+        hk.hessian(lambda p, batch: quartic(p, batch).mean(), P, hk.as_data(data, batch_size=4))
+    H = hk.hessian(lambda p, batch: quartic(p, batch).mean(), P, (X, Y))
+    sample = H.coarsen(4, importance=None)
+    chosen = torch.cat([y for _, y in sample.data]).long()
+    mean = torch.autograd.functional.hessian(lambda p: ((X[chosen] @ p - Y[chosen]) ** 4).mean(), P)
+    assert torch.allclose(sample @ torch.eye(3, dtype=torch.float64), mean, rtol=1e-12, atol=0.0)

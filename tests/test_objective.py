@@ -44,6 +44,19 @@ CRITERIA: dict[str, tuple[Callable[..., Tensor], Tensor, Tensor]] = {
     "CrossEntropyLoss sum": (nn.CrossEntropyLoss(reduction="sum"), SCORES, CLASSES),
     "CrossEntropyLoss sum sequence": (nn.CrossEntropyLoss(reduction="sum"), SEQUENCE, TOKENS),
     "CrossEntropyLoss weighted sum": (nn.CrossEntropyLoss(WEIGHT, reduction="sum"), SCORES, CLASSES),
+    "CrossEntropyLoss weighted": (nn.CrossEntropyLoss(WEIGHT), SCORES, CLASSES),
+    "CrossEntropyLoss weighted smoothed": (nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1), SCORES, CLASSES),
+    "CrossEntropyLoss weighted sequence": (nn.CrossEntropyLoss(WEIGHT), SEQUENCE, TOKENS),
+    "CrossEntropyLoss weighted soft": (nn.CrossEntropyLoss(WEIGHT), SCORES, CHANCES),
+    "CrossEntropyLoss soft sequence": (nn.CrossEntropyLoss(WEIGHT), SEQUENCE, SEQUENCE.softmax(1)),
+    "CrossEntropyLoss ignored class": (nn.CrossEntropyLoss(WEIGHT, ignore_index=2), SEQUENCE, TOKENS),
+    "NLLLoss weighted": (nn.NLLLoss(WEIGHT), SCORES.log_softmax(1), CLASSES),
+    "cross_entropy weighted": (partial(F.cross_entropy, weight=WEIGHT), SCORES, CLASSES),
+    "nll_loss weighted": (
+        partial(F.nll_loss, weight=WEIGHT, reduction="mean"),
+        SEQUENCE.log_softmax(1),
+        TOKENS,
+    ),
     "NLLLoss": (nn.NLLLoss(), SCORES.log_softmax(1), CLASSES),
     "MSELoss": (nn.MSELoss(), SCORES, REALS),
     "MSELoss vector": (nn.MSELoss(), SCORES[:, 0], REALS[:, 0]),
@@ -83,10 +96,16 @@ def losses_of(criterion: Callable, outputs: Tensor, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", CRITERIA)
 def test_torch_losses_are_evaluated_per_example(name: str) -> None:
     criterion, outputs, targets = CRITERIA[name]
-    found = losses_of(criterion, outputs, targets)
+    objective, _ = hk.from_module(nn.Linear(1, 1), criterion)
+    found = objective.output_loss(outputs, (outputs, targets))
     alone = [criterion(outputs[i : i + 1], targets[i : i + 1]) for i in range(len(outputs))]
-    assert torch.allclose(found, torch.stack(alone), rtol=1e-13, atol=1e-15)
-    together = found.sum() if "sum" in name else found.mean()
+    weight = torch.ones(len(outputs), dtype=torch.float64)
+    if objective.example_weight is not None:
+        weight = objective.example_weight((outputs, targets))
+    kept = weight > 0
+    assert torch.allclose((found / weight)[kept], torch.stack(alone)[kept], rtol=1e-13, atol=1e-15)
+    assert not found[~kept].any()
+    together = found.sum() if "sum" in name else found.sum() / weight.sum()
     assert torch.allclose(together, criterion(outputs, targets), rtol=1e-13)
 
 
@@ -115,20 +134,6 @@ def test_an_ignored_target_is_an_example_of_loss_zero() -> None:
     found = losses_of(nn.CrossEntropyLoss(), SCORES, targets)
     assert found[[2, 5]].eq(0).all()
     assert torch.allclose(found.sum(), F.cross_entropy(SCORES, targets, reduction="sum"))
-
-
-@pytest.mark.parametrize(
-    "criterion",
-    [
-        nn.CrossEntropyLoss(WEIGHT),
-        nn.NLLLoss(WEIGHT),
-        partial(F.cross_entropy, weight=WEIGHT),
-        partial(F.nll_loss, weight=WEIGHT, reduction="mean"),
-    ],
-)
-def test_means_over_class_weights_are_refused(criterion: Callable) -> None:
-    with pytest.raises(ValueError, match="criterion has no per-example form: with class weights"):
-        hk.from_module(nn.Linear(3, 4), criterion)
 
 
 class OwnMean(nn.Module):

@@ -19,6 +19,10 @@ class CompileWarning(UserWarning):
     """``compile=True`` is ignored: torch cannot compile the matvec, or its compiled matvec is wrong."""
 
 
+class DerivativeWarning(UserWarning):
+    """A second derivative of the loss is wrong or could not be checked. The message says which mode is used."""
+
+
 class UnstableDataError(RuntimeError):
     """Data gave other examples, or another number of them, in a later pass than in the first one."""
 

@@ -253,6 +253,7 @@ def test_an_interrupted_solve_gives_its_last_assessment(
         ("density", ["--num-steps", 30], 20),
         ("sharpness", ["--epsilon", 1e-2, "--optimizer", "sgd"], 8),
         ("report", ["--tol", 1e-9, "--method", "lanczos"], 40),
+        ("report", ["--tol", 0.5, "--method", "lanczos"], 40),  # both ends are known then
     ],
 )
 def test_every_measuring_command_gives_a_partial_result(
@@ -267,11 +268,16 @@ def test_every_measuring_command_gives_a_partial_result(
     matvecs = ["--memory-limit", 0, "--mode", "reverse-over-reverse"] if command != "sharpness" else []
     args = [command, f"{file}:interrupting", *options, *matvecs, "--out", tmp_path]
     found = strict(call(*args, "--json", code=143).stdout)
+    assert (found["status"], found["converged"]) == ("interrupted", False)
     partial = found["extremes"] if command == "report" else found
-    assert (partial["status"], partial["converged"]) == ("interrupted", False)
+    assert partial["converged"] == (0.5 in options)
+    if command == "trace":  # of diag(linspace(-1, 3, 300)): 300
+        assert abs(partial["value"] - 300) < 5 * partial["stderr"]
     assert partial.get("num_matvecs", partial.get("num_passes")) > 1
     assert strict((tmp_path / f"{command}.json").read_text()) == found
-    assert "interrupted" in call(*args, code=143).stdout
+    result = call(*args, code=143)
+    assert "interrupted" in result.stdout + result.stderr
+    assert "passes" in result.stdout or "num_" in result.stdout
 
 
 def test_a_callers_handler_of_a_signal_is_kept(file: Path, signal_at: Callable[[str, int], None]) -> None:
@@ -627,6 +633,8 @@ def test_every_command_shows_examples_and_exit_codes() -> None:
         text = call(name, "--help").stdout
         assert f"hvpkit {name} " in text.split("Examples:")[1] or name == "demo"
         assert "Exit codes" in text
+        examples = text.split("Examples:")[1].split("Exit codes")[0].splitlines()
+        assert all(line.split()[0] == "hvpkit" for line in examples if line.strip()), "no line is broken"
     text = call("--help").stdout
     assert all(name in text for name in commands)
     assert "130 by Ctrl-C" in " ".join(text.split())

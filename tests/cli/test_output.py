@@ -90,7 +90,7 @@ for number in range(2):
     assert "\x1b[1A" not in text[begin : text.index("Both ends", begin)]  # not up into the printed line
 
 
-def test_a_watch_keeps_the_last_entry() -> None:
+def test_a_progress_line_keeps_the_last_entry() -> None:
     watch, entry = ProgressLine("Trace"), Progress(7, 0.1, -1.25, 8.5, 0.1, 0.2)
     watch(entry)
     assert watch.last == entry

@@ -150,21 +150,213 @@ def test_a_mode_that_is_wrong_or_missing_is_not_taken(
     assert relative_error(H @ torch.eye(4).double(), ORACLE) < (1e-8 if chosen == DIFFERENCES else 1e-13)
 
 
-def test_modes_that_are_both_wrong_are_refused() -> None:
-    with pytest.raises(
-        ArithmeticError, match=r"no mode can be trusted here.* differ by 1e-01, and both from"
-    ):
-        hk.hessian(cubic({FORWARD: 1.05, REVERSE: 0.95}), P, X)
+def test_differences_replace_modes_that_are_both_wrong() -> None:
+    loss_fn = cubic({FORWARD: 1.05, REVERSE: 0.95})
+    with pytest.warns(hk.DerivativeWarning, match="differ by 1e-01, and both from finite differences"):
+        H = hk.hessian(loss_fn, P, X)
+    assert H.mode == DIFFERENCES
+    assert relative_error(H @ torch.eye(4).double(), ORACLE) < 1e-8
     for mode, factor in ((FORWARD, 1.05), (REVERSE, 0.95)):  # whoever names a mode gets it
-        H = hk.hessian(cubic({FORWARD: 1.05, REVERSE: 0.95}), P, X, mode=mode)
+        H = hk.hessian(loss_fn, P, X, mode=mode)
         assert relative_error(H @ torch.eye(4).double(), factor * ORACLE) < 1e-13
 
 
-def test_a_difference_too_small_for_finite_differences_is_told_and_no_more() -> None:
-    cubes = cubic({FORWARD: 1.0005})
-    H = hk.hessian(lambda p, x: cubes(p, x) + 1e4 * (x @ p), P.float(), X.float())  # long gradients, rounded
+def with_long_gradients(wrong_in: dict[str, float | None]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Losses whose gradients are rounded to more than the error that is to be found, in float32."""
+    cubes = cubic(wrong_in)
+    return lambda p, x: cubes(p, x) + 1e4 * (x @ p)
+
+
+def test_modes_in_float32_are_judged_in_float64() -> None:
+    H = hk.hessian(with_long_gradients({REVERSE: 1.07}), P.float(), X.float())
+    assert H.mode == FORWARD
+    assert re.match(f"{FORWARD}: {REVERSE} is wrong by 7e-02 here", H.mode_reason)
+
+
+def only_float32(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def checked(p: Tensor, x: Tensor) -> Tensor:
+        if p.dtype != torch.float32:
+            raise RuntimeError("only float32")
+        return loss_fn(p, x)
+
+    return checked
+
+
+def test_a_gap_that_nothing_can_settle_is_refused_if_it_is_large() -> None:
+    with pytest.raises(
+        ArithmeticError, match=r"no mode can be trusted here.* differ by 7e-02, .*cannot tell"
+    ):
+        hk.hessian(only_float32(with_long_gradients({FORWARD: 1.07})), P.float(), X.float())
+    H = hk.hessian(only_float32(with_long_gradients({FORWARD: 1.0005})), P.float(), X.float())
     assert H.mode == REVERSE
     assert re.match(f"{REVERSE}: {FORWARD} differs by [45]e-04, less than finite differences", H.mode_reason)
+
+
+# One exact mode, or none, is right.
+
+
+class Swish(torch.autograd.Function):
+    """Swish as many write it: right once, and without the derivative of its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x = ctx.saved_tensors[0].detach()
+        s = torch.sigmoid(x)
+        return gradient * s * (1 + x * (1 - s))
+
+
+class Reversal(torch.autograd.Function):
+    """Gradient reversal: the identity, with the negative of its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        return -gradient
+
+
+class CorrectSquare(torch.autograd.Function):
+    """x^2 without a forward mode; its double backward is right."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+def through(function: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor] = torch.tanh) -> Callable:
+    """Losses of a network of two layers with a function in the middle."""
+    return lambda p, x: (after(function(torch.tanh(x @ p["a"])) @ p["b"]) ** 2).sum(-1)
+
+
+def layers(dtype: torch.dtype = torch.float64, width: int = 6) -> tuple[dict[str, Tensor], Tensor]:
+    params = {"a": normal(4, width, seed=2).to(dtype), "b": 0.5 * normal(width, 3, seed=3).to(dtype)}
+    return params, X.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_only_mode_that_works_is_left_if_its_derivative_is_wrong(dtype: torch.dtype) -> None:
+    arguments = layers(dtype)
+    with pytest.warns(
+        hk.DerivativeWarning, match=f"{REVERSE} is wrong by .*mode='finite-difference' is used"
+    ):
+        H = hk.hessian(through(Swish.apply), *arguments)
+    oracle = hessian_by_double_backward(through(nn.functional.silu), *layers())
+    eye = torch.eye(H.n, dtype=dtype)
+    error = relative_error(H @ eye, oracle)
+    assert H.mode == DIFFERENCES
+    assert H.mode_reason.startswith(f"{DIFFERENCES}: {REVERSE} is wrong by")
+    assert error < (1e-8 if dtype == torch.float64 else 2e-3)
+    named = hk.hessian(through(Swish.apply), *arguments, mode=REVERSE)
+    assert relative_error(named @ eye, oracle) > 0.02
+
+
+def test_an_interval_covers_the_truth_where_the_only_mode_is_wrong() -> None:
+    with pytest.warns(hk.DerivativeWarning):
+        H = hk.hessian(through(Swish.apply), *layers())
+    truth = torch.linalg.eigvalsh(hessian_by_double_backward(through(nn.functional.silu), *layers()))
+    found = hk.lanczos(H, which="LA", tol=1e-4, certify=True)
+    assert abs(float(found.values[0]) - float(truth[-1])) < 1e-4 * float(truth[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("after", [torch.tanh, torch.relu, torch.abs])
+def test_the_only_mode_that_works_is_kept_if_it_is_right(after: Callable, dtype: torch.dtype) -> None:
+    H = hk.hessian(through(CorrectSquare.apply, after), *layers(dtype, width=60))
+    assert H.mode == REVERSE
+    assert "agrees with finite differences to" in H.mode_reason
+
+
+def test_no_kink_is_taken_for_a_wrong_derivative() -> None:
+    # inputs so close to the kink that half of the differences cross it
+    distance = torch.finfo(torch.float64).eps ** 0.5
+    params, x = layers()
+    x = torch.cat([x[:31], torch.zeros(1, 4, dtype=torch.float64)])
+
+    def loss_fn(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        z = CorrectSquare.apply(x @ p["a"]) @ p["b"]
+        return (torch.relu(z) + torch.relu(p["b"][0] - p["b"][0].detach() + 0.5 * distance)).sum(-1)
+
+    assert hk.hessian(loss_fn, params, x).mode == REVERSE
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", [hk.hessian, ggn])
+def test_the_gradient_of_no_loss_is_refused(kind: Callable, dtype: torch.dtype) -> None:
+    forward = lambda p, x: torch.tanh(Reversal.apply(torch.tanh(x @ p["a"])) @ p["b"])  # noqa: E731
+    objective = hk.Objective(forward, lambda z, x: (z**2).sum(-1))  # noqa: ARG005
+    with pytest.raises(
+        ArithmeticError, match=r"gradient of no loss.*gradient reversal.*reverse-over-reverse"
+    ):
+        kind(objective, *layers(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("distance", ["norm", "cdist"])
+def test_distances_of_zero_leave_finite_differences(distance: str, dtype: torch.dtype) -> None:
+    # some centres are examples: at distance zero double backward of a norm loses the curvature of its square
+    x, centres = X.to(dtype), torch.cat([X[:3], X[3:5] + 0.1]).to(dtype)
+
+    def kernels(c: Tensor, x: Tensor) -> Tensor:
+        if distance == "cdist":
+            d = torch.cdist(x, c, compute_mode="donot_use_mm_for_euclid_dist")
+        else:
+            d = torch.linalg.vector_norm(x[:, None] - c, dim=-1)
+        return torch.exp(-(d**2)).sum(-1)
+
+    def smooth(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.exp(-(x[:, None] - p["c"]).square().sum(-1)).sum(-1)
+
+    with pytest.warns(hk.DerivativeWarning):
+        H = hk.hessian(kernels, centres, x)
+    assert H.mode == DIFFERENCES
+    oracle = hessian_by_double_backward(smooth, {"c": centres.double()}, x.double())
+    assert relative_error(H @ torch.eye(H.n, dtype=dtype), oracle) < (
+        1e-7 if dtype == torch.float64 else 3e-3
+    )
+
+
+def test_distances_rounded_by_matrix_products_are_not_trusted() -> None:
+    with pytest.warns(hk.DerivativeWarning):
+        H = hk.hessian(lambda c, x: torch.exp(-(torch.cdist(x, c) ** 2)).sum(-1), X[:5].clone(), X)
+    assert H.mode == DIFFERENCES
+
+
+def test_compiled_code_is_not_of_a_mode_that_is_wrong() -> None:
+    with (
+        pytest.warns(hk.DerivativeWarning),
+        pytest.warns(hk.CompileWarning, match=f"{FORWARD}, which it would compile, is wrong"),
+    ):
+        H = hk.hessian(cubic({FORWARD: 1.05, REVERSE: 0.95}), P, X, compile=True)
+    assert H.mode == DIFFERENCES
+
+
+@pytest.mark.parametrize("name", ["swish", "norm"])
+def test_check_finds_a_wrong_mode_that_was_named(name: str) -> None:
+    if name == "swish":
+        H = hk.hessian(through(Swish.apply), *layers(), mode=REVERSE)
+    else:
+        H = hk.hessian(
+            lambda c, x: torch.exp(-(torch.linalg.vector_norm(x[:, None] - c, dim=-1) ** 2)).sum(-1),
+            X[:16].clone(),
+            X[:16],
+            mode=FORWARD,
+        )
+    report = hk.check(H)
+    assert not report.ok
+    if name == "swish":
+        assert [f.check for f in report.findings if f.verdict == "failed"] == ["differences"]
 
 
 def test_a_loss_without_curvature_agrees_with_itself() -> None:

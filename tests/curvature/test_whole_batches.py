@@ -213,7 +213,7 @@ def test_coarse_operators_of_whole_batches_have_the_mean_of_all(importance: str 
     score = importance
     if importance == "own":
         score = lambda params, batch: this.loss_fn(params, batch).mean()  # noqa: E731
-    drawn = torch.stack([matrix(H.coarsen(4, importance=score, seed=seed)) for seed in range(400)])
+    drawn = torch.stack([matrix(H.coarsen(4, importance=score, seed=seed)) for seed in range(80)])
     expected = this.dense()
     spread = drawn.std(0) / len(drawn) ** 0.5
     assert bool(((drawn.mean(0) - expected).abs() <= 5 * spread + 1e-12).all())

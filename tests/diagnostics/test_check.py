@@ -145,7 +145,7 @@ def test_a_loss_divided_by_what_its_batch_holds_depends_on_the_batching():
         kept = batch[1] > 0
         return (loss_fn(params, batch) * kept).sum() / kept.sum()
 
-    report = check(hk.hessian(mean_of_kept, params, (x, y), batch_size=5))
+    report = check(hk.hessian(mean_of_kept, params, (x, y), batch_size=13))
     assert failed(report) == {"batching"}
     assert finding(report, "batching").suspects == ("loss_fn",)
 
@@ -287,6 +287,34 @@ def test_a_loader_that_shuffles_is_found():
     assert failed(report) == {"data order"}
     assert finding(report, "data order").suspects == ("data",)
     assert 0 < finding(report, "data order").figure <= 1
+
+
+def standardized(examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A collate function that makes each example another one in another batch."""
+    x, y = torch.utils.data.default_collate(examples)
+    return x - x.mean(0), y
+
+
+def test_examples_that_depend_on_their_batch_are_found_to_be_the_data_s_fault():
+    _, loss_fn, params, data = mlp()
+    loader = DataLoader(TensorDataset(*data), batch_size=5, collate_fn=standardized)
+    report = check(hk.hessian(loss_fn, params, loader))
+    assert failed(report) == {"batching"}
+    assert finding(report, "batching").suspects == ("data",)
+    assert "collate_fn" in finding(report, "batching").mend
+
+
+def test_parameters_that_the_loss_does_not_use_are_named_and_no_fault():
+    _, loss_fn, params, data = mlp()
+    extra = {"idle": torch.ones(3, dtype=torch.float64)}
+
+    def used_only(p: dict[str, Tensor], batch: tuple) -> Tensor:
+        return loss_fn({name: p[name] for name in params}, batch)
+
+    report = check(hk.hessian(used_only, params | extra, data))
+    assert report.ok
+    assert finding(report, "finite").detail == "4 products; zero in all rows of idle"
+    assert finding(check(hk.hessian(loss_fn, params, data)), "finite").detail == "4 products"
 
 
 def test_data_that_shrinks_is_found():

@@ -11,7 +11,7 @@ import torch
 import hvpkit as hk
 from hvpkit.estimators.spectral_density import spectral_density
 from hvpkit.results.density import Density
-from hvpkit.results.spectral_measure import Measure, grid_around, join, smoothed, smoothing_width
+from hvpkit.results.spectral_measure import Measure, deflate, grid_around, join, smoothed, smoothing_width
 from problems import SPECTRA, matrix
 
 
@@ -71,6 +71,55 @@ def test_file_of_something_else_is_refused(tmp_path: Path) -> None:
         Density.load(path)
 
 
+def test_file_from_before_deflated_weights_is_read_with_the_raw_ones(
+    density: Density, tmp_path: Path
+) -> None:
+    density.save(tmp_path / "new.npz")
+    with np.load(tmp_path / "new.npz") as file:
+        np.savez(
+            tmp_path / "old.npz", **{name: file[name] for name in file.files if name != "deflated_weights"}
+        )
+    loaded = Density.load(tmp_path / "old.npz")
+    assert torch.equal(loaded.deflated_weights, density.probe_weights)
+
+
+def test_converged_single_eigenvalues_count_without_chance(density: Density) -> None:
+    eigenvalues = torch.tensor(SPECTRA["bulk_with_outliers"], dtype=torch.float64)
+    deflated, raw = density.deflated_weights, density.probe_weights
+    outliers = density.nodes > 10
+    assert torch.equal(deflated[:, outliers], torch.full((3, 2), 1 / 300, dtype=torch.float64))
+    assert float((raw[:, outliers] - 1 / 300).abs().max()) > 1e-3
+    assert torch.allclose(deflated.sum(dim=1), torch.ones(3, dtype=torch.float64))
+    assert density.expectation(torch.square).value == pytest.approx(
+        float(eigenvalues.square().mean()), rel=1e-4
+    )
+
+
+def test_deflation_leaves_copies_that_may_be_more_and_what_has_not_converged() -> None:
+    nodes = torch.tensor([0.0, 1.0, 1.0, 5.0, 9.0], dtype=torch.float64)
+    weights = torch.tensor([[0.4, 0.1, 0.2, 0.1, 0.2], [0.5, 0.1, 0.1, 0.1, 0.2]], dtype=torch.float64)
+    residuals = torch.tensor([0.5, 0.0, 0.0, 0.1, 0.0], dtype=torch.float64)
+    found = deflate(nodes, weights, residuals, n=100, noise=1e-12)
+    rest = (
+        weights[:, :4] * 0.99 / weights[:, :4].sum(dim=1, keepdim=True)
+    )  # of two vectors: two copies or more
+    assert torch.allclose(found, torch.cat([rest, torch.full((2, 1), 0.01, dtype=torch.float64)], dim=1))
+    alone = deflate(nodes, weights[:1], residuals, n=100, noise=1e-12)
+    assert torch.equal(alone, weights[:1])
+
+
+def test_multiple_eigenvalues_stay_unbiased() -> None:
+    op = hk.aslinearoperator(matrix(SPECTRA["multiple"]))
+    truth = torch.tensor(SPECTRA["multiple"], dtype=torch.float64).square().mean()
+    for num_probes in (2, 3, 5):  # fewer, as many and more than there are copies
+        found = [
+            spectral_density(op, num_steps=12, num_probes=num_probes, seed=seed).expectation(torch.square)
+            for seed in range(60)
+        ]
+        values = torch.tensor([e.value for e in found], dtype=torch.float64)
+        assert abs(float((values.mean() - truth) / (values.std() / 60**0.5))) < 3.5
+
+
 def test_cdf_steps_by_the_mass_of_each_node(density: Density) -> None:
     for place in (0, 7, len(density.nodes) - 1):
         node = density.nodes[place]
@@ -103,12 +152,11 @@ def test_width_follows_the_bulk_and_not_outliers_or_rounding() -> None:
 
 
 def test_measures_of_groups_join_without_mixing_their_probes() -> None:
-    first = Measure(
-        *(torch.tensor(t, dtype=torch.float64) for t in ([1.0, 3.0], [[0.5, 0.5]], [[0.5, 0.5]], [0.0, 0.1]))
-    )
-    second = Measure(
-        *(torch.tensor(t, dtype=torch.float64) for t in ([2.0], [[1.0], [1.0]], [[1.0], [1.0]], [0.2]))
-    )
+    def measure(nodes: list[float], weights: list[list[float]], residual_norms: list[float]) -> Measure:
+        parts = (nodes, weights, weights, residual_norms, weights)
+        return Measure(*(torch.tensor(part, dtype=torch.float64) for part in parts))
+
+    first, second = measure([1.0, 3.0], [[0.5, 0.5]], [0.0, 0.1]), measure([2.0], [[1.0], [1.0]], [0.2])
     both = join([first, second])
     assert both.nodes.tolist() == [1, 2, 3]
     assert both.weights.tolist() == [[0.5, 0, 0.5], [0, 1, 0], [0, 1, 0]]

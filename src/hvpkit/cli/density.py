@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Annotated
 
@@ -15,6 +14,7 @@ from hvpkit.cli.options import CurvatureProblem
 from hvpkit.cli.output import Output, table
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.eigen import Status
+from hvpkit.results.estimate import plus_minus
 
 NumSteps = Annotated[int, typer.Option(help="Matvecs with each probe vector.")]
 NumProbes = Annotated[
@@ -23,7 +23,7 @@ NumProbes = Annotated[
 
 
 @command(
-    "hvpkit density digits --num-steps 80 --num-probes 4 --out results",
+    "hvpkit density digits --num-steps 80 --out results",
     "hvpkit density problem.py:make --method chebyshev --json",
 )
 def density(
@@ -63,7 +63,7 @@ def density(
         ("largest node", f"{found.nodes[-1]:.6g}" if len(found.nodes) else "none"),
         ("single eigenvalues", ", ".join(f"{value:.5g}" for value in single) or "none"),
         ("share below zero", f"{float(found.cdf(-found.noise)):.3g}"),
-        ("trace", f"{trace['value']:.5g} {_error(trace['stderr'])}"),
+        ("trace", plus_minus(trace["value"], trace["stderr"], digits=5)),
         ("passes", f"{found.num_matvecs:g}"),
     ]
     record = {
@@ -76,7 +76,3 @@ def density(
     shown = [table(target.title, ("density", "value"), rows), f"{found.status}: {found.message}."]
     output.write("density", record, shown, found.plot)
     return found.status in (Status.COMPLETED, Status.INVARIANT_SUBSPACE)
-
-
-def _error(stderr: float) -> str:
-    return f"± {stderr:.2g}" if math.isfinite(stderr) else "(one probe gives no standard error)"

@@ -16,7 +16,7 @@ from hvpkit.cli.progress_line import ProgressLine
 @command(
     "hvpkit extremes digits",
     "hvpkit extremes problem.py:make --tol 1e-3 --method lanczos --json",
-    "hvpkit extremes cifar10 --arch resnet20 --data-dir data --resume model.pt --out results",
+    "hvpkit extremes cifar10 --data-dir data --resume model.pt --out results",
 )
 def extremes(problem: CurvatureProblem, solve: Solve, output: Output) -> bool:
     """Find the smallest and the largest eigenvalue of the full-data Hessian, with error intervals.
@@ -57,7 +57,7 @@ def find_both_ends(
         with watch:
             return hk.extreme_eigenvalues(H, **vars(solve), seed=seed, monitor=watch)
     except KeyboardInterrupt:
-        if watch.last is not None:
+        if isinstance(watch.last, hk.Progress):
             record = interrupted(watch.last, solve.tol, H)
             write_partial(record, partial_items(record))
         raise

@@ -28,7 +28,9 @@ DataDir = Annotated[Path | None, typer.Option(help="Folder that holds CIFAR-10."
 Arch = Annotated[str, typer.Option(help=f"Network for cifar10: {ARCHITECTURES}.")]
 Device = Annotated[
     str | None,
-    typer.Option(help="Device, as cpu, cuda or cuda:1. By default the tensors stay where they are."),
+    typer.Option(
+        help="Device, as cpu, cuda or cuda:1. By default cpu for built-in problems; the tensors of a function stay."
+    ),
 ]
 DtypeOption = Annotated[
     Dtype | None, typer.Option(help="Dtype of parameters and data; by default they keep theirs.")

@@ -22,6 +22,9 @@ from torch import Tensor
 from hvpkit._utils.files import atomic_write
 from hvpkit.results.eigen import ExtremeResult
 
+MAX_UNBROKEN = 28
+"""Characters of a cell that a table keeps on one line: an interval of two numbers with five digits and exponents."""
+
 
 def print_message(text: str) -> None:
     """Print a line on standard error."""
@@ -67,8 +70,12 @@ def as_json(record: Any, indent: int | None = None) -> str:
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Make a table with its first column aligned left and the others right."""
     result = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    rows = list(rows)
     for place, column in enumerate(header):
-        result.add_column(column, justify="right" if place else "left")
+        longest = max((len(row[place]) for row in rows), default=0)
+        # a narrow terminal breaks headers and long lists, but no number or interval
+        unbroken = len(column) <= longest <= MAX_UNBROKEN
+        result.add_column(column, justify="right" if place else "left", no_wrap=unbroken)
     for row in rows:
         result.add_row(*(escape(cell) for cell in row))
     return result

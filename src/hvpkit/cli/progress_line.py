@@ -13,13 +13,13 @@ class ProgressLine:
     """A monitor that shows the last entry of a solve's history on a terminal's standard error, inside ``with``.
 
     Attributes:
-        last: the last entry of an eigensolver, or None.
+        last: the last entry, or None.
     """
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.status: Status | None = None
-        self.last: Progress | None = None
+        self.last: Progress | EstimateProgress | None = None
 
     def __enter__(self) -> ProgressLine:
         # a new one for each solve: rich's Status, started again, erases lines that were printed since
@@ -33,6 +33,6 @@ class ProgressLine:
 
     def __call__(self, entry: Progress | EstimateProgress) -> None:
         """Keep an entry of a solve, and show it."""
-        self.last = entry if isinstance(entry, Progress) else None
+        self.last = entry
         if self.status is not None:
             self.status.update(f"{self.text}: {entry}, {entry.num_matvecs:g} passes")

@@ -19,7 +19,7 @@ from hvpkit.cli.progress_line import ProgressLine
 
 @command(
     "hvpkit report digits --out results",
-    "hvpkit report cifar10 --arch c1 --data-dir data --resume model.pt --landscape --out results",
+    "hvpkit report cifar10 --arch c1 --data-dir data --landscape --out results",
 )
 def report(
     problem: CurvatureProblem,
@@ -39,11 +39,12 @@ def report(
     output.prepare()
     target, H = problem.operator()
     about = problem.describe(target, H)
+    partial = {"status": "interrupted", "converged": False, "problem": about}
     ex = find_both_ends(
         H,
         solve,
         problem.seed,
-        lambda record, shown: output.write("report", {"extremes": record, "problem": about}, shown),
+        lambda record, shown: output.write("report", {"extremes": record, **partial}, shown),
     )
     try:
         with ProgressLine("Density") as watch:
@@ -51,7 +52,7 @@ def report(
                 H, num_steps=num_steps, num_probes=num_probes, seed=problem.seed, monitor=watch
             )
     except KeyboardInterrupt:
-        output.write("report", {"extremes": ex.to_dict(), "problem": about}, result_items(target.title, ex))
+        output.write("report", {"extremes": ex.to_dict(), **partial}, result_items(target.title, ex))
         raise
     assert output.out is not None
     path = hk.report(H, ex, density, landscape=landscape, title=target.title, path=output.out / "report.html")

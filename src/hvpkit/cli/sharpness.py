@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Annotated
 
 import typer
@@ -16,7 +17,7 @@ from hvpkit.train import Sharpness, keskar_sharpness
 
 @command(
     "hvpkit sharpness digits",
-    "hvpkit sharpness problem.py:make --optimizer sgd --lr 1e-3 --max-steps 500 --json",
+    "hvpkit sharpness problem.py:make --optimizer sgd --lr 1e-3 --json",
 )
 def sharpness(
     problem: Problem,
@@ -46,7 +47,7 @@ def sharpness(
         "num_examples": data.num_examples,
         "seed": problem.seed,
     }
-    last: list[Sharpness] = []
+    last: deque[Sharpness] = deque(maxlen=1)
     try:
         found = keskar_sharpness(
             target.loss_fn,
@@ -58,7 +59,7 @@ def sharpness(
             optimizer=optimizer,
             tol=tol,
             seed=problem.seed,
-            monitor=lambda entry: last.__setitem__(slice(None), [entry]),
+            monitor=last.append,
         )
     except KeyboardInterrupt:
         output.write_partial("sharpness", last[0] if last else None, about)

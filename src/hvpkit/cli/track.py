@@ -24,7 +24,7 @@ from hvpkit.train import SpectrumTracker
 
 @command(
     "hvpkit track digits --checkpoints 'run/epoch-*.pt' --out tracked",
-    "hvpkit track cifar10 --arch c1 --data-dir data --checkpoints run/epoch-*.pt --json",
+    "hvpkit track cifar10 --arch c1 --data-dir data --checkpoints run/epoch-*.pt",
 )
 def track(
     model: Model,

@@ -25,8 +25,8 @@ CHECKPOINT, MODEL, SPECTRUM = "checkpoint.pt", "model.pt", "spectrum.jsonl"
 
 @command(
     "hvpkit train digits --epochs 10 --out run",
-    "hvpkit train cifar10 --arch resnet20 --data-dir data --method knee --epochs 100 --device cuda --out run",
-    "hvpkit train cifar10 --arch c1 --data-dir data --method absa --lr 0.02 --epochs 90 --out run",
+    "hvpkit train cifar10 --data-dir data --method knee --epochs 100 --out run",
+    "hvpkit train cifar10 --arch c1 --data-dir data --method absa --out run",
     "hvpkit extremes cifar10 --arch c1 --data-dir data --resume run/model.pt",
 )
 def train(
@@ -144,7 +144,7 @@ def _saved(out: Path, run: dict[str, Any]) -> State | None:
     if not (out / CHECKPOINT).exists():
         if (out / SPECTRUM).exists():
             raise ValueError(
-                f"out: {out} has a {SPECTRUM} and no {CHECKPOINT} to go on from; name another folder"
+                f"out: {out} has a {SPECTRUM} and no {CHECKPOINT} to continue from; name another folder"
             )
         return None
     state: State = load(out / CHECKPOINT)

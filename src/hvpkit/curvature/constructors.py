@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
+
+import torch
 
 from hvpkit._utils.random import normal_vector, resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count
 from hvpkit.autodiff.exact import exact_derivatives
-from hvpkit.autodiff.pytree import check_params, snapshot
+from hvpkit.autodiff.pytree import check_params, snapshot, unflatten
+from hvpkit.curvature.batch_means import check_batch_mean
 from hvpkit.curvature.batch_size import best_size
 from hvpkit.curvature.batches import (
     MODES,
@@ -25,14 +29,15 @@ from hvpkit.curvature.batches import (
 )
 from hvpkit.curvature.compiled import MODE, compiled_kind
 from hvpkit.curvature.fisher import LIKELIHOODS, empirical_fisher_of_batch, find_likelihood, fisher_of_batch
+from hvpkit.curvature.float64 import in_float64
 from hvpkit.curvature.ggn import check_objective, ggn_of_batch
 from hvpkit.curvature.graph_cache import MemoryBudget
 from hvpkit.curvature.mode_selection import check_arithmetic, choose_recipe, lower_precision
 from hvpkit.curvature.operator import Curvature, CurvatureOperator
 from hvpkit.curvature.param_selection import Selection, restrict
 from hvpkit.data import Data, as_data
-from hvpkit.errors import NonFiniteError
-from hvpkit.objective import Objective, check_batches, check_loss_fn, goes_by_batches
+from hvpkit.errors import CompileWarning, NonFiniteError
+from hvpkit.objective import Objective, check_batches, check_loss_fn, goes_by_batches, normalized
 
 TRIAL_EXAMPLES = 32
 """The most examples of the first batch on which modes are tried and errors measured. By feel."""
@@ -63,7 +68,8 @@ def hessian(
             rounding. By default the loader's own, else 256. ``"auto"``: the fastest within
             ``memory_limit``, by trials with 16, 32, 64 ... examples.
         mode: of automatic differentiation: one of :func:`hvpkit.hvp`, or ``"auto"``: the exact one that is the
-            faster on the first examples, if both agree; ``H.mode`` and ``H.mode_reason`` say which and why.
+            faster on the first examples, if both agree; else the one that finite differences confirm, or these
+            themselves. ``H.mode`` and ``H.mode_reason`` say which and why.
         arithmetic: ``"native"``, the parameters' dtype; ``"bf16"`` or ``"tf32"`` (CUDA only): matrix products and
             convolutions of float32 networks in fewer digits. The last matvecs of a solve, and the values and
             residuals that it reports, are in native arithmetic in any case.
@@ -85,7 +91,12 @@ def hessian(
         TypeError, ValueError: as :func:`hvpkit.hvp` and :func:`hvpkit.as_data`; ``wrt`` matches nothing; a
             last batch of one example under ``batchnorm="batch"``; arithmetic that the dtype, device or mode lacks.
         NonFiniteError: the loss of the first batch is not finite.
-        ArithmeticError: ``mode="auto"``: the modes disagree, and finite differences agree with neither.
+        ArithmeticError: ``mode="auto"``: the exact modes disagree or differ from finite differences, and these are not
+            symmetric, the gradient being that of no loss, or too rough.
+
+    Warns:
+        DerivativeWarning: ``mode="auto"``: no exact mode is right, by finite differences, which are used instead; or
+            the only one that works differs from them, and they are too rough to tell.
 
     Cost:
         A gradient of the first batch now, and four matvecs with 32 of its examples, twelve at most. A matvec is a
@@ -299,9 +310,13 @@ def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> 
         batch_size = None  # until trials have chosen it
     examples = as_data(data, batch_size=batch_size, device=device)
     check_batches(loss_fn, examples)
+    function = normalized(function, examples)
     first = examples.first()
     with exact_derivatives(device):
         value = check_loss(next(loss_shares(function, layout, first)), leaves)
+        check_batch_mean(
+            function, unflatten(leaves, layout.spec), examples, first, resized=options.batch_size == "auto"
+        )
     if not all_finite([value]):
         raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
     return Problem(function, layout, leaves, examples), first.first(TRIAL_EXAMPLES)
@@ -322,9 +337,17 @@ def _build(kind: str, of_batch: Kind, problem: Problem, first: Data, options: _O
     def first_batch(size: int) -> BatchCurvature:
         return next(batch_curvatures(of_batch, problem, as_data(problem.data, batch_size=size)))
 
+    def trial(problem: Problem) -> BatchCurvature:
+        return next(batch_curvatures(of_batch, problem, first))
+
+    def trial_in_float64() -> BatchCurvature:
+        if dtype == torch.float64:
+            return trial(problem)
+        leaves = [leaf.double() for leaf in problem.leaves]
+        return trial(replace(problem, loss_fn=in_float64(problem.loss_fn), leaves=leaves))
+
     with exact_derivatives(device):
-        trial = next(batch_curvatures(of_batch, problem, first))
-        recipe = choose_recipe(trial, random_vector, options.mode, arithmetic)
+        recipe = choose_recipe(trial(problem), random_vector, options.mode, arithmetic, trial_in_float64)
         if options.batch_size == "auto":
             with lower_precision(arithmetic, device):
                 longest = problem.data.longest_batch
@@ -333,8 +356,16 @@ def _build(kind: str, of_batch: Kind, problem: Problem, first: Data, options: _O
         if options.compile:
             if options.mode not in ("auto", MODE):
                 raise ValueError(f"compile=True makes products {MODE}; leave mode={options.mode!r} out")
-            with lower_precision(arithmetic, device):
-                faster = compiled_kind(of_batch, problem)
+            faster = None
+            if MODE in recipe.refuted:
+                warnings.warn(
+                    f"compile=True is ignored: {MODE}, which it would compile, is wrong here ({recipe.reason})",
+                    CompileWarning,
+                    stacklevel=3,
+                )
+            else:
+                with lower_precision(arithmetic, device):
+                    faster = compiled_kind(of_batch, problem)
             if faster is not None:
                 of_batch, recipe = faster, replace(recipe, mode=MODE, reason=f"{MODE}: compiled")
     curvature = Curvature(kind, of_batch, problem, recipe, budget.new_cache(), progress=options.progress)

@@ -36,7 +36,7 @@ def _same_source(one: Source, other: Source) -> bool:
         (leaves, spec), (other_leaves, other_spec) = flatten(one.examples), flatten(other.examples)
         return spec == other_spec and all(map(_same_tensor, leaves, other_leaves))
     if isinstance(one, DatasetBatches) and isinstance(other, DatasetBatches):
-        same_collation = one.options.get("collate_fn") is other.options.get("collate_fn")
+        same_collation = one.options["collate_fn"] is other.options["collate_fn"]
         return same_collation and one.examples.same_as(other.examples)
     if isinstance(one, IterableBatches) and isinstance(other, IterableBatches):
         return one.batches.given is other.batches.given and _same_optional(one.indices, other.indices)

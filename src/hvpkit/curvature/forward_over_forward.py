@@ -16,6 +16,7 @@ from hvpkit.autodiff.overrides import FunctionOverrides, Table
 from hvpkit.autodiff.pytree import batch_size, check_params, unflatten
 from hvpkit.curvature.batches import INDEPENDENT, Leaves, check_losses
 from hvpkit.data import prepare
+from hvpkit.objective import normalized_in_batch
 
 
 def quadratic_form(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree) -> Tensor:
@@ -49,6 +50,7 @@ def quadratic_form(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree) -> Tens
     layout, leaves = check_params(params, finite=False)
     direction = [check_like(leaf, leaves[0]) for leaf in layout.leaves(v)]
     examples, size = prepare(batch), batch_size(batch)
+    loss_fn = normalized_in_batch(loss_fn, examples)
 
     def losses(leaves: Leaves) -> Tensor:
         found = loss_fn(unflatten(leaves, layout.spec), examples)

@@ -31,7 +31,7 @@ from hvpkit.curvature.batches import (
 )
 from hvpkit.data import as_data, whole_batch
 from hvpkit.errors import NonFiniteError
-from hvpkit.objective import check_loss_fn
+from hvpkit.objective import check_loss_fn, normalized, normalized_in_batch
 
 R = TypeVar("R")
 
@@ -72,6 +72,7 @@ def hvp(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree, *, mode: str = "fo
         >>> hvp(loss_fn, params, batch, {"w": torch.tensor([1.0, 0.0])})
         {'w': tensor([2., 4.])}
     """
+    loss_fn = normalized_in_batch(loss_fn, batch)
     return batch_matvec(hessian_of_batch, checked(loss_fn), params, batch, v, mode)
 
 
@@ -128,6 +129,7 @@ def grad(loss_fn: LossFn, params: Tree, data: object) -> Tree:
     check_loss_fn(loss_fn, params)
     layout, leaves = check_params(params)
     examples = as_data(data, device=leaves[0].device)
+    loss_fn = normalized(loss_fn, examples)
 
     def gradient(share: LossShare) -> Leaves:
         return gradient_of(share, leaves)
@@ -171,6 +173,7 @@ def loss(loss_fn: LossFn, params: Tree, data: object) -> Tensor:
     check_loss_fn(loss_fn, params)
     layout, leaves = check_params(params)
     examples = as_data(data, device=leaves[0].device)
+    loss_fn = normalized(loss_fn, examples)
 
     def value(share: LossShare) -> Leaves:
         return [share(leaves).detach()]

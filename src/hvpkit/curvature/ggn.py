@@ -26,7 +26,7 @@ from hvpkit.curvature.batches import (
     central_difference,
 )
 from hvpkit.curvature.functional import batch_matvec, checked
-from hvpkit.objective import Objective
+from hvpkit.objective import Objective, normalized_in_batch
 
 
 def ggnvp(
@@ -66,7 +66,7 @@ def ggnvp(
         >>> ggnvp(objective, torch.zeros(2), torch.tensor([[1.0, 2.0]]), torch.tensor([1.0, 0.0]))
         tensor([2., 4.])
     """
-    check_objective(objective)
+    objective = check_objective(normalized_in_batch(check_objective(objective), batch))
     safe = replace(objective, forward=checked(objective.forward))
     return batch_matvec(ggn_of_batch, safe, params, batch, v, mode)
 
@@ -100,6 +100,7 @@ class BatchGGN:
         layout: of the parameters.
         leaves: the parameters.
         batch: the examples.
+        step: of finite differences: see :func:`hvpkit.curvature.batches.central_difference`.
     """
 
     forward: Callable[[Tree, Batch], Tree]
@@ -107,6 +108,7 @@ class BatchGGN:
     layout: Layout
     leaves: Leaves
     batch: WeightedBatch
+    step: float | None = None
 
     def linearize(self, mode: str) -> LinearMap:
         """Return the matrix as a linear map; ``mode`` says how J is multiplied: see :func:`hvpkit.ggnvp`."""
@@ -125,7 +127,9 @@ class BatchGGN:
 
             return share
 
-        return annotated("Gauss-Newton", mode, lambda: _linearize(outputs, share_at, self.leaves, mode))
+        return annotated(
+            "Gauss-Newton", mode, lambda: _linearize(outputs, share_at, self.leaves, mode, self.step)
+        )
 
 
 def _linearize(
@@ -133,6 +137,7 @@ def _linearize(
     loss_at: Callable[[Tree], Callable[[Tree], Tensor]],
     leaves: Leaves,
     mode: str,
+    step: float | None,
 ) -> LinearMap:
     """Linearize ``forward`` at ``leaves`` once; the loss is differentiated in each matvec."""
     with torch.enable_grad():
@@ -159,7 +164,7 @@ def _linearize(
         loss = loss_at(rebuilt(outputs))
         return lambda outputs: loss(rebuilt(outputs))
 
-    push_forward = _linearized_forward(outputs_at, leaves, points, outputs, mode)
+    push_forward = _linearized_forward(outputs_at, leaves, points, outputs, mode, step)
     del tree, outputs  # forward mode computes them again, and two copies would be much
     loss: LossShare | None = None
 
@@ -167,7 +172,7 @@ def _linearize(
         nonlocal loss
         values, tangents = (_cast(found, wide) for found in push_forward(vector))
         loss = loss or loss_near(values)
-        cotangents = loss_matvec(loss, values, tangents, mode)
+        cotangents = loss_matvec(loss, values, tangents, mode, step)
         del values, tangents
         pulled = torch.autograd.grad(
             edges,
@@ -205,7 +210,12 @@ def _variable(tree: list[object]) -> list[int]:
 
 
 def _linearized_forward(
-    outputs_at: Callable[[Leaves], Leaves], leaves: Leaves, points: Leaves, outputs: Leaves, mode: str
+    outputs_at: Callable[[Leaves], Leaves],
+    leaves: Leaves,
+    points: Leaves,
+    outputs: Leaves,
+    mode: str,
+    step: float | None,
 ) -> Callable[[Leaves], tuple[Leaves, Leaves]]:
     """Return the function from a vector v to the outputs and J v."""
     if mode == "forward-over-reverse":
@@ -218,7 +228,7 @@ def _linearized_forward(
         with torch.enable_grad():  # by which constants are known, as padding
             return [o.detach() for o in outputs_at([leaf.detach().requires_grad_() for leaf in leaves])]
 
-    return lambda vector: (values, central_difference(constant_outputs, leaves, vector))
+    return lambda vector: (values, central_difference(constant_outputs, leaves, vector, step))
 
 
 def _push_forward(
@@ -253,11 +263,15 @@ def _transposed_twice(
 
 
 def loss_matvec(
-    loss: LossShare, values: Leaves, tangents: Leaves, mode: str = "reverse-over-reverse"
+    loss: LossShare,
+    values: Leaves,
+    tangents: Leaves,
+    mode: str = "reverse-over-reverse",
+    step: float | None = None,
 ) -> Leaves:
     """Multiply the Hessian of a loss of outputs by tangents, in the full precision of the outputs' dtype."""
     if mode != "finite-difference":
         mode = "reverse-over-reverse"  # a loss of outputs is shallow: this needs the least memory
     lean = FunctionOverrides({F.cross_entropy: cross_entropy})
     with lean, torch.autocast(values[0].device.type, enabled=False):
-        return BatchHessian(loss, values).linearize(mode)([tangents])[0]
+        return BatchHessian(loss, values, step).linearize(mode)([tangents])[0]

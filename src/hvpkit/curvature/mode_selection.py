@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,17 +16,18 @@ from hvpkit._utils.validation import check_choice
 from hvpkit.autodiff.exact import FLOAT32_BACKENDS, Autocast
 from hvpkit.autodiff.pytree import join
 from hvpkit.curvature.batches import BatchCurvature, Leaves, LinearMap
+from hvpkit.curvature.derivative_check import LARGEST_GAP, SURE, Comparison, compare, norm
+from hvpkit.errors import DerivativeWarning
 
 ARITHMETICS = ("native", "bf16", "tf32")
+
+DIFFERENCES = "finite-difference"
 
 CLEARLY_FASTER = 1.2
 """How many times faster than the preferred mode the other must be to be chosen, in each round. By feel."""
 
 ROUNDS = 5
 """Rounds of timing, at most: one in which the other mode is not clearly faster ends them. By feel."""
-
-SURE = 4.0
-"""Ratio of the gap between two modes to the error of one that makes finite differences decisive. By feel."""
 
 Draw = Callable[[int], Leaves]
 """From the number of a random stream to a random vector."""
@@ -40,41 +42,69 @@ class Recipe:
         reason: the mode and why it was chosen; None: it was asked for.
         arithmetic: one of :data:`ARITHMETICS`.
         precision: measured relative error of matvecs; 0: rounding in the dtype.
+        refuted: modes whose matvecs are wrong.
+        warning: a doubt about the derivatives that the user must know of.
     """
 
     mode: str
     reason: str | None
     arithmetic: str
-    precision: float
+    precision: float = 0.0
+    refuted: tuple[str, ...] = ()
+    warning: str | None = None
 
 
-def choose_recipe(batch: BatchCurvature, draw: Draw, mode: str, arithmetic: str) -> Recipe:
-    """Choose the mode where it is ``"auto"``, and measure the error of matvecs, by trials on one batch."""
-    reason = None
+def choose_recipe(
+    batch: BatchCurvature,
+    draw: Draw,
+    mode: str,
+    arithmetic: str,
+    in_float64: Callable[[], BatchCurvature] | None = None,
+) -> Recipe:
+    """Choose the mode where it is ``"auto"``, and measure the error of matvecs, by trials on one batch.
+
+    Args:
+        batch: the trial examples.
+        draw: random vectors.
+        mode: ``"auto"`` or one of :data:`hvpkit.curvature.batches.MODES`.
+        arithmetic: one of :data:`ARITHMETICS`.
+        in_float64: makes the same batch in float64; None: it is.
+
+    Warns:
+        DerivativeWarning: a mode is wrong and there is no other exact one, or may be wrong.
+
+    Raises:
+        ArithmeticError: no mode can be trusted.
+    """
+    recipe = Recipe(mode, None, arithmetic)
     if mode == "auto":
-        mode, reason = _choose_mode(batch, draw, arithmetic)
-    error = 0.0
-    if mode == "finite-difference":
+        recipe = _choose_mode(batch, draw, arithmetic, in_float64 or (lambda: batch))
+    error = recipe.precision
+    if recipe.mode == "finite-difference":
         if arithmetic != "native":
             raise ValueError(
                 f"arithmetic={arithmetic!r} leaves finite differences no digits; take 'native', or another mode "
-                f"({reason or 'this one was asked for'})"
+                f"({recipe.reason or 'this one was asked for'})"
             )
-        error = _error_of_differences(batch, draw)
+        error = max(error, _error_of_differences(batch, draw))
     elif arithmetic != "native":
-        error = _error_of_arithmetic(batch, draw(0), mode, arithmetic)
-    return Recipe(mode, reason, arithmetic, error)
+        error = _error_of_arithmetic(batch, draw(0), recipe.mode, arithmetic)
+    if recipe.warning is not None:
+        warnings.warn(f"mode='auto': {recipe.warning}", DerivativeWarning, stacklevel=4)
+    return replace(recipe, precision=error)
 
 
-def _choose_mode(batch: BatchCurvature, draw: Draw, arithmetic: str) -> tuple[str, str]:
-    """Choose the mode for matvecs in this arithmetic; return it and why.
+def _choose_mode(
+    batch: BatchCurvature, draw: Draw, arithmetic: str, in_float64: Callable[[], BatchCurvature]
+) -> Recipe:
+    """Choose the mode for matvecs in this arithmetic.
 
     Of the two exact ones reverse over reverse is preferred on a CPU and forward over reverse elsewhere, unless the
-    other is clearly faster. They must agree to half the dtype's digits; where they do not, finite differences
-    decide. Finite differences are chosen where neither exact mode has all derivatives.
+    other is clearly faster. They must agree to half the dtype's digits; where they do not, or only one works, finite
+    differences are the judge. These are chosen where neither exact mode has all derivatives, or all right.
 
     Raises:
-        ArithmeticError: the modes disagree, and finite differences are sure that both are wrong.
+        ArithmeticError: no mode can be trusted.
     """
     v, lowered = draw(0), batch if arithmetic == "native" else _LoweredBatch(batch, arithmetic)
     exact = ("reverse-over-reverse", "forward-over-reverse")
@@ -83,19 +113,23 @@ def _choose_mode(batch: BatchCurvature, draw: Draw, arithmetic: str) -> tuple[st
     failed: dict[str, str] = {}
     for mode in (preferred, other):
         try:
-            found[mode] = join(batch.linearize(mode)([v])[0])
+            matvec = join(batch.linearize(mode)([v])[0])
             if lowered is not batch:
                 lowered.linearize(mode)([v])
+            found[mode] = matvec
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
             failed[mode] = f"{mode} does not work here ({str(error).splitlines()[0]:.120})"
+    if not found:
+        return Recipe(DIFFERENCES, f"{DIFFERENCES}: {', and '.join(failed.values())}", arithmetic)
     if failed:
-        chosen = next(iter(found), "finite-difference")
-        return chosen, f"{chosen}: {', and '.join(failed.values())}"
+        compared = compare(batch, in_float64, v, draw(1), found)
+        return _judge_alone(batch, v, compared, next(iter(found)), "".join(failed.values()), arithmetic)
     distance = _relative_distance(found[preferred], found[other])
     if not distance <= torch.finfo(v[0].dtype).eps ** 0.5:
-        return _arbitrate(batch, draw, found, distance)
+        compared = compare(batch, in_float64, v, draw(1), found)
+        return _arbitrate(batch, v, compared, found, distance, arithmetic)
     seconds = dict.fromkeys(found, math.inf)
     chosen, rest = other, preferred
     for _ in range(ROUNDS):
@@ -107,27 +141,110 @@ def _choose_mode(batch: BatchCurvature, draw: Draw, arithmetic: str) -> tuple[st
             chosen, rest = preferred, other
             break
     ratio = seconds[rest] / seconds[chosen]
-    return chosen, f"{chosen}: {rest} takes {ratio:.2g} times as long, and agrees to {distance:.0e}"
+    reason = f"{chosen}: {rest} takes {ratio:.2g} times as long, and agrees to {distance:.0e}"
+    return Recipe(chosen, reason, arithmetic)
+
+
+def _judge_alone(
+    batch: BatchCurvature, v: Leaves, compared: Comparison, mode: str, failed: str, arithmetic: str
+) -> Recipe:
+    """Judge the only exact mode that works by finite differences."""
+    gap = compared.relative(compared.off[mode])
+    if compared.agrees(mode):
+        verdict = f"it agrees with finite differences to {gap:.0e}"
+        if not compared.decisive:
+            verdict = "finite differences are too rough to check it"
+        return Recipe(mode, f"{mode}: {failed}; {verdict}", arithmetic)
+    if compared.in_float64 and compared.decisive:
+        wrong = f"{mode} is wrong by {gap:.0e} here, as finite differences say, and {failed}"
+        return _fall_back(batch, v, compared, wrong, (mode,), arithmetic)
+    doubt = (
+        f"{mode} differs from finite differences by {gap:.0e}, which err by {compared.relative(compared.error):.0e} "
+        "and may cross kinks of the loss"
+    )
+    warning = (
+        f"{failed}, and {doubt}: {mode} is used unchecked. Where its derivatives are in doubt, compare with "
+        f"mode={DIFFERENCES!r} and parameters and data in float64"
+    )
+    return Recipe(mode, f"{mode}: {failed}; {doubt}", arithmetic, warning=warning)
 
 
 def _arbitrate(
-    batch: BatchCurvature, draw: Draw, found: dict[str, Tensor], distance: float
-) -> tuple[str, str]:
-    """Resolve disagreeing AD modes by finite differences."""
-    expected, error = _differences(batch, draw)
-    (preferred, a), (other, b) = found.items()
-    gap = float(torch.linalg.vector_norm(a - b))
-    off = {mode: float(torch.linalg.vector_norm(matvec - expected)) for mode, matvec in found.items()}
-    for right, wrong in ((preferred, other), (other, preferred)):
-        if SURE * off[right] <= gap or (math.isfinite(off[right]) and not math.isfinite(off[wrong])):
-            return right, f"{right}: {wrong} is wrong by {distance:.0e} here, as finite differences say"
-    if not SURE * error <= gap:
+    batch: BatchCurvature,
+    v: Leaves,
+    compared: Comparison,
+    found: dict[str, Tensor],
+    distance: float,
+    arithmetic: str,
+) -> Recipe:
+    """Resolve disagreeing exact modes by finite differences."""
+    preferred, other = found
+    differ = f"{preferred} and {other} differ by {distance:.0e}"
+    off, right = compared.off, [mode for mode in found if compared.agrees(mode)]
+    if len(right) == 1:
+        (chosen,) = right
+        wrong = other if chosen == preferred else preferred
+        if SURE * off[chosen] <= off[wrong] or (compared.decisive and math.isnan(off[wrong])):
+            reason = f"{chosen}: {wrong} is wrong by {distance:.0e} here, as finite differences say"
+            return Recipe(chosen, reason, arithmetic, refuted=(wrong,))
+    elif right and (distance <= LARGEST_GAP or (compared.in_float64 and compared.decisive)):
+        # Both derivatives are right, and one of them, at least, is rounded.
+        errors = {mode: norm(matvec - compared.expected) for mode, matvec in found.items()}
+        if SURE * errors[other] <= errors[preferred]:
+            reason = f"{preferred} differs by {distance:.0e}, further from finite differences"
+            return Recipe(other, f"{other}: {reason}", arithmetic)
         reason = f"{other} differs by {distance:.0e}, less than finite differences can tell here"
-        return preferred, f"{preferred}: {reason}"
+        return Recipe(preferred, f"{preferred}: {reason}", arithmetic)
+    elif not right and compared.in_float64 and compared.decisive:
+        wrong = f"{differ}, and both from finite differences"
+        return _fall_back(batch, v, compared, wrong, (preferred, other), arithmetic)
+    error = compared.relative(compared.error)
     raise ArithmeticError(
-        f"mode='auto': no mode can be trusted here. Products {preferred} and {other} differ by {distance:.0e}, and "
-        "both from finite differences: some function in the loss has a wrong derivative, or another value in each call"
+        f"mode='auto': no mode can be trusted here. Products {differ}, and finite differences, which err by "
+        f"{error:.0e} in {_name(compared.expected)}, cannot tell which is right: a function in the loss has a wrong "
+        "derivative, another value in each call, or too few digits. Convert parameters and data to float64, correct "
+        "that function, or name a mode that you trust"
     )
+
+
+def _fall_back(
+    batch: BatchCurvature,
+    v: Leaves,
+    compared: Comparison,
+    wrong: str,
+    refuted: tuple[str, ...],
+    arithmetic: str,
+) -> Recipe:
+    """Take finite differences where no exact mode is right, if they are a symmetric matrix and have the digits.
+
+    Raises:
+        ArithmeticError: they do not.
+    """
+    if not compared.symmetric:
+        raise ArithmeticError(
+            f"mode='auto': {wrong}. The gradient is the gradient of no loss: by finite differences of it, its Jacobian "
+            f"H is not symmetric, w'(H v) and v'(H w) differ by {compared.relative(compared.asymmetry):.0e} of |H v|. "
+            "A backward in the loss is not the derivative of its forward, as in a gradient reversal layer, or a value "
+            f"is detached; correct that, or leave it out. Where it is meant so, name the mode, as mode={refuted[0]!r}"
+        )
+    native = join(batch.linearize(DIFFERENCES)([v])[0])
+    error = compared.relative(norm(native - compared.expected))
+    if not error <= LARGEST_GAP:
+        raise ArithmeticError(
+            f"mode='auto': {wrong}. Finite differences would do, but err by {error:.0e} in {_name(native)}; convert "
+            f"parameters and data to float64, or correct the function in the loss whose derivative is wrong. "
+            f"mode={DIFFERENCES!r} takes them as they are"
+        )
+    warning = (
+        f"{wrong}: a function in the loss has a wrong second derivative, or detaches a value. mode={DIFFERENCES!r} is "
+        f"used, which needs first derivatives only; correct that function for exact products. Where values are meant "
+        f"to be constants, name the mode, as mode={refuted[0]!r}"
+    )
+    return Recipe(DIFFERENCES, f"{DIFFERENCES}: {wrong}", arithmetic, error, refuted, warning)
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _differences(batch: BatchCurvature, draw: Draw) -> tuple[Tensor, float]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from hvpkit._utils.typing import Batch
 from hvpkit.autodiff.pytree import plain
@@ -50,7 +50,7 @@ def check_examples(dataset: SeededExamples, batch_size: int, options: Mapping[st
     indices = [*range(min(len(dataset), batch_size, PROBED_EXAMPLES))]
     if not indices:
         return
-    probe = _Probe(dataset, options.get("collate_fn", default_collate))
+    probe = _Probe(dataset, options["collate_fn"])
     changes = {"num_workers": min(options.get("num_workers", 0), 1), "pin_memory": False, "collate_fn": probe}
     examples: Any = dataset
     loader: DataLoader[Any] = DataLoader(

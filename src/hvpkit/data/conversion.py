@@ -60,8 +60,8 @@ def as_data(
     cannot fix is refused: generators of the dataset's own, a ``collate_fn`` that draws (mixup), streams
     (``IterableDataset``, own re-iterables) that give other examples under other seeds. ``list(loader)`` is one
     fixed draw of anything. Loaders of an own class are read under a fixed seed, and what they draw depends on
-    their batches. A sampler with replacement or weights is read once, under a fixed seed: the mean is over the examples
-    that it gives then.
+    their batches. A sampler that draws examples, with replacement or by weights, gives those of one draw: the mean
+    is over them.
 
     Args:
         data: one of the above. A batch is any tree of tensors with a common first dimension; a mapping of
@@ -69,8 +69,9 @@ def as_data(
         batch_size: the most examples in a batch; by default the loader's own, else 256.
         num_examples: ``num_examples(batch)``: how many examples a batch holds. Then a batch may be anything that
             the loss takes: lists of tensors of different shapes, packed sequences, graphs, point sets of different
-            sizes, text. It is read whole, and never split: samples are of whole batches. A tensor, a
-            tuple or a mapping is one batch then.
+            sizes, text. It is read whole, and never split: its losses, one for each of these examples or their 0-d
+            mean, have its share of the examples as weight, and samples are of whole batches. A tensor, a tuple or a
+            mapping is one batch then. The sizes are found in one pass now.
         device: where batches are moved to; by default they stay.
 
     Raises:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from hvpkit._utils.typing import Batch
 
@@ -78,12 +79,15 @@ class SeededExamples:
     nothing is read without a change to any generator.
 
     Attributes:
-        dataset: of the caller's.
+        dataset: of the caller's; under a ``Subset`` that it is of.
         indices: the examples to read, or None: all.
         draws: whether a read has been seen to draw; from then on, seeds are set before each.
     """
 
     def __init__(self, dataset: Any, indices: Sequence[int] | None = None, draws: bool = False) -> None:
+        while type(dataset) is Subset:  # a part of a dataset has the examples of the whole
+            indices = dataset.indices if indices is None else [dataset.indices[index] for index in indices]
+            dataset = dataset.dataset
         self.dataset, self.indices, self.draws = dataset, indices, draws
 
     def __len__(self) -> int:

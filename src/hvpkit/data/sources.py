@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
 
 from hvpkit._utils.typing import Batch
 from hvpkit._utils.validation import check_count
@@ -119,7 +120,7 @@ class DatasetBatches:
 def loader_options(like: DataLoader[Any] | None) -> dict[str, Any]:
     """Return how a loader collates and fetches, without how it chooses and orders examples."""
     if like is None:
-        return {}
+        return {"collate_fn": default_collate}
     names = (
         "collate_fn",
         "num_workers",
@@ -140,11 +141,13 @@ def with_seeded_examples(loader: DataLoader[Any]) -> DataLoader[Any]:
     """
     examples, options = SeededExamples(loader.dataset), loader_options(loader)
     if loader.batch_sampler is None:  # the dataset holds batches
-        check_examples(examples, 1, options | {"collate_fn": None})
+        size, probed = 1, options | {"collate_fn": None}
         order: dict[str, Any] = {"batch_size": None, "sampler": loader.sampler}
     else:
-        check_examples(examples, getattr(loader.batch_sampler, "batch_size", None) or 1, options)
+        size, probed = getattr(loader.batch_sampler, "batch_size", None) or 1, options
         order = {"batch_sampler": loader.batch_sampler}
+    with suppress(LookupError, TypeError):  # examples 0 and 1 need not exist: keys are the sampler's own
+        check_examples(examples, size, probed)
     seeded: Any = examples
     return DataLoader(seeded, generator=loader.generator, **order, **options)
 

@@ -104,8 +104,8 @@ REMEDIES = {
     "take (A + A.T) / 2",
     "differences": "try another mode; inspect custom autograd functions and values that the loss detaches; if this "
     "check passes in float64, matvecs in this dtype have few digits",
-    "batching": "where data are suspected, make each example the same in every batch: its collate_fn may pad or mix; "
-    "where differences fails too, fix that first; return one loss for each example, [B], whatever "
+    "batching": "where data are suspected, make each example the same in every batch: collate_fn may pad or mix; where "
+    "differences fails too, fix that first; return one loss for each example, [B], whatever "
     "other examples are in its batch; in a mean over batches, weigh each by the examples that it holds",
     "constants": "compute the loss from its params argument (torch.func.functional_call, hvpkit.from_module); where "
     "these parameters are meant to be fixed, say so by requires_grad_(False) or detach()",

@@ -17,7 +17,7 @@ from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import ExtremeResult
-from hvpkit.results.estimate import Estimate
+from hvpkit.results.estimate import Estimate, plus_minus
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,7 +151,7 @@ def _spectrum(d: Density) -> list[Row]:
         ("method", f"{d.method}, {len(d.probe_weights)} probes"),
         ("status", f"{d.status}: {d.message}"),
         ("passes over the data", f"{d.num_matvecs:g}"),
-        ("trace", f"{d.n * mean.value:.5g} ± {d.n * mean.stderr:.2g} (standard error)"),
+        ("trace", f"{plus_minus(d.n * mean.value, d.n * mean.stderr, digits=5)} (standard error)"),
         ("single eigenvalues", single or "none"),
     ]
 

@@ -173,7 +173,7 @@ def diagonal(
         op: symmetric operator.
         method: ``"hutchinson"``, or ``"xdiag"``, which is more accurate where the spectrum decays, and keeps vectors.
         num_matvecs: budget, as for :func:`hvpkit.trace`.
-        tol: stop where ``norm(stderr) <= tol * norm(value)``, at ten samples or more.
+        tol: stop where ``norm(stderr) <= tol * norm(value)``, at 20 samples or more.
         block_size: probes that are multiplied together.
         time_limit: seconds.
         seed: of random vectors.

@@ -125,7 +125,8 @@ def measure(band: Band, moments: Tensor) -> Measure:
     weights, masses = moments @ series, (moments * jackson(count)) @ series
     nodes = band.center + band.half_width * torch.cos(angles)
     unknown = torch.full_like(nodes, math.inf)
-    return Measure(nodes.flip(0), weights.flip(1), masses.clamp(min=0).flip(1), unknown)
+    weights = weights.flip(1)
+    return Measure(nodes.flip(0), weights, masses.clamp(min=0).flip(1), unknown, weights)
 
 
 def assess(op: LinearOperator, goal: Goal, state: KernelState) -> Assessment[KernelState]:

@@ -20,6 +20,11 @@ from torch import Tensor
 from hvpkit.estimators.sketch import Small
 from hvpkit.results.estimate import Mean, mean_of
 
+MAX_SHARED = 2.0
+"""Bound of the shared variance, in that of the mean of independent samples. On 11 kinds of spectra (with outliers, and
+exponential) with 10 and 25 probes, standard errors are 0.95 to 1.15 of the spread; with 1, 0.90 to 1.06, and 95 %
+intervals fail up to 1.4 times as often; with 4, 0.97 to 1.30."""
+
 
 def left_out(factor: Tensor, eps: float) -> Tensor:
     r"""Return the leave-one-out null direction of each column of R ``[r, k]``, a unit column or zero: ``[r, k]``.
@@ -112,11 +117,11 @@ def shared_variance(found: Small, lost: Tensor, *, normalise: bool) -> Tensor:
 def leave_one_out(found: Small, lost: Tensor, *, normalise: bool) -> Mean:
     """Return the mean of the leave-one-out estimates (XTrace), with its standard error.
 
-    The estimate of the shared variance is clamped between zero and the samples' own variance: where the spectrum
-    decays fast, it is noise.
+    The estimate of the shared variance is noise where the spectrum decays fast: it is clamped between zero and
+    ``MAX_SHARED`` times the variance that independent samples would have.
     """
     mean = mean_of(samples(found, lost, normalise=normalise))
     if len(mean.samples) < 2:
         return mean
     own, shared = mean.stderr**2, shared_variance(found, lost, normalise=normalise)
-    return replace(mean, stderr=(own + torch.minimum(shared.clamp(min=0), own)).sqrt())
+    return replace(mean, stderr=(own + torch.minimum(shared.clamp(min=0), MAX_SHARED * own)).sqrt())

@@ -83,7 +83,7 @@ def frobenius_norm(
         method: ``"xtrace"`` or ``"hutchinson"``, which needs no memory, and has a relative standard error of at most
             :math:`1/\sqrt{2m}` with m matvecs.
         num_matvecs: budget, as for :func:`hvpkit.trace`.
-        tol: stop where ``stderr <= tol * value``, at ten samples or more.
+        tol: stop where ``stderr <= tol * value``, at 20 samples or more.
         probe: kind of probes, as for :func:`hvpkit.trace`.
         block_size: probes that are multiplied together.
         time_limit: seconds.

@@ -24,11 +24,12 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from hvpkit._utils.random import generator
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
-from hvpkit.results.spectral_measure import Measure
+from hvpkit.results.spectral_measure import Measure, deflate
 from hvpkit.solvers import krylov
 from hvpkit.solvers.common.convergence import progress_of
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
@@ -133,10 +134,17 @@ def matvecs_left(goal: Goal, state: QuadratureState) -> int:
     return goal.sizes[len(state.finished)] * goal.num_steps - state.krylov.num_products
 
 
-def measure(krylov_state: krylov.KrylovState, pairs: RitzPairs, size: int) -> Measure:
+def measure(op: LinearOperator, krylov_state: krylov.KrylovState, pairs: RitzPairs, size: int) -> Measure:
     """Return the rules of the start vectors, which are the first rows of the basis."""
     scale, weights = float(krylov_state.scale), pairs.vectors[:size] ** 2
-    return Measure(pairs.values * scale, weights, weights, pairs.residual_norms * scale)
+    nodes, residual_norms = pairs.values * scale, pairs.residual_norms * scale
+    deflated = deflate(nodes, weights, residual_norms, op.n, rounding_of(op, nodes))
+    return Measure(nodes, weights, weights, residual_norms, deflated)
+
+
+def rounding_of(op: LinearOperator, nodes: Tensor) -> float:
+    """Return the rounding error of nodes ``[K]``, at least one: 32 eps times the largest."""
+    return 32 * op.precision * float(nodes.abs().max())
 
 
 def assess(op: LinearOperator, goal: Goal, state: QuadratureState) -> Assessment[QuadratureState]:
@@ -147,7 +155,7 @@ def assess(op: LinearOperator, goal: Goal, state: QuadratureState) -> Assessment
     if poisoned:
         status, suspect = Status.NON_FINITE, space.basis[space.num_multiplied].unsqueeze(1)
     elif not (matvecs_left(goal, state) and space.num_frontier):
-        finished = (*state.finished, measure(space, pairs, goal.sizes[len(state.finished)]))
+        finished = (*state.finished, measure(op, space, pairs, goal.sizes[len(state.finished)]))
         if len(finished) < len(goal.sizes):
             state = replace(init(op, goal, len(finished)), finished=finished, num_before=state.num_matvecs)
         else:
@@ -164,7 +172,7 @@ def measures(op: LinearOperator, goal: Goal, state: QuadratureState) -> list[Mea
     if state.finished or not state.krylov.num_multiplied:
         return list(state.finished)
     space, _ = krylov.compact(state.krylov)
-    return [measure(space, krylov.project(op, space)[0], goal.sizes[0])]
+    return [measure(op, space, krylov.project(op, space)[0], goal.sizes[0])]
 
 
 @dataclass(frozen=True)

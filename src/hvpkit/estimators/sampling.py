@@ -19,8 +19,10 @@ from hvpkit.results.eigen import Status
 from hvpkit.results.estimate import Estimate, EstimateProgress, Mean
 from hvpkit.solvers.driver import Assessment, Limits, run
 
-MIN_SAMPLES = 10
-"""Samples before a standard error may end a run: from fewer, it is itself too uncertain. Chosen by feel."""
+MIN_SAMPLES = 20
+"""Samples before a standard error may end a run: it is checked after each block, where a small one by chance ends it.
+In 3,750 runs on 168 matrices, with 10, 20 and 32 samples the error was more than twice tol in 2.6, 2.0 and 1.8 %, and
+more than three standard errors in 1.9, 1.2 and 1.3 %."""
 
 Monitor = Callable[[EstimateProgress], object]
 """Called with each entry of the history; its return value is ignored, an exception from it ends the run."""

@@ -54,7 +54,8 @@ def spectral_density(
         op: symmetric operator.
         method: ``"lanczos"`` or ``"chebyshev"``.
         num_steps: matvecs with each probe.
-        num_probes: random vectors; two or more give standard errors.
+        num_probes: random vectors; of one, standard errors are unknown (infinite). With Lanczos, two or more that share
+            a basis leave converged single eigenvalues out of the random error: see :meth:`hvpkit.Density.expectation`.
         block_size: probes that are multiplied together and, with Lanczos, share a basis; by default as many as 2 GiB
             hold, in block matvecs of eight columns; eight with Chebyshev.
         time_limit: seconds.
@@ -120,7 +121,7 @@ def _density(op: LinearOperator, method: str, found: Measured) -> Density:
     """Return the density of these measures, with its smooth curve."""
     measure = join(found.measures)
     num_sharing = max((len(m.weights) for m in found.measures), default=0)
-    noise = 32 * op.precision * float(measure.nodes.abs().max()) if len(measure.nodes) else 0.0
+    noise = quadrature.rounding_of(op, measure.nodes) if len(measure.nodes) else 0.0
     share, curve, width, grid = num_sharing / op.n, mean_of(measure.masses), 0.0, measure.nodes
     if len(grid):
         width = smoothing_width(measure.nodes, noise, num_sharing if method == "lanczos" else 1)
@@ -134,6 +135,7 @@ def _density(op: LinearOperator, method: str, found: Measured) -> Density:
         measure.weights,
         measure.masses,
         measure.residual_norms,
+        measure.deflated,
         op.n,
         width,
         noise,

@@ -61,7 +61,7 @@ def trace(
         method: ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``.
         num_matvecs: full-data matvecs, at most. All are spent, but for a remainder of less than one probe's, unless
             ``tol`` ends the run before.
-        tol: stop where ``stderr <= tol * |value|``, at ten samples or more; checked after each block.
+        tol: stop where ``stderr <= tol * |value|``, at 20 samples or more; checked after each block.
         probe: ``"rademacher"``, ``"gaussian"`` or ``"sphere"``: see :mod:`hvpkit.estimators.probe`. With
             ``"sphere"`` the part of a probe outside of a basis is rescaled to the norm expected in its dimension.
         block_size: probes that are multiplied together, as ``[n, block_size]`` (or twice as many columns). The

@@ -2,5 +2,14 @@
 
 from hvpkit.objective.modules import from_module
 from hvpkit.objective.objective import Objective, check_batches, check_loss_fn, goes_by_batches
+from hvpkit.objective.weighting import normalized, normalized_in_batch
 
-__all__ = ["Objective", "check_batches", "check_loss_fn", "from_module", "goes_by_batches"]
+__all__ = [
+    "Objective",
+    "check_batches",
+    "check_loss_fn",
+    "from_module",
+    "goes_by_batches",
+    "normalized",
+    "normalized_in_batch",
+]

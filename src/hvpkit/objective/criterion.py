@@ -42,8 +42,26 @@ class Criterion:
             values = values / torch.as_tensor(arguments[3], device=values.device).clamp(min=1)
         if self.reduction is None or not isinstance(values, Tensor) or values.ndim < 2:
             return values
-        flat = values.flatten(1)
-        return flat.mean(1) if self.reduction == "mean" else flat.sum(1)
+        flat: Tensor = values.flatten(1)
+        summed = self.is_weighted or self.reduction != "mean"
+        return flat.sum(1) if summed else flat.mean(1)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether its mean is one by the weights of targets, and its losses are weighted sums."""
+        return self.reduction == "mean" and _function(self.original) in _MEANS_BY_WEIGHT
+
+    def weights(self, targets: Sequence[Any]) -> Tensor:
+        """Return the sum of the weights of each example's targets, ``[B]``, as torch's weighted means have them."""
+        target = torch.as_tensor(targets[0])
+        if target.is_floating_point():  # probabilities: each prediction weighs the same
+            predictions = target[:, 0] if target.ndim > 1 else target
+            return torch.ones_like(predictions, dtype=torch.float64).reshape(len(target), -1).sum(1)
+        kept: Tensor = (target != _given(self.original, "ignore_index")).double()
+        by_class = _given(self.original, "weight")
+        if by_class is not None:
+            kept = kept * by_class.to(target.device).double()[torch.where(kept > 0, target, 0)]
+        return kept.reshape(len(target), -1).sum(1)
 
     @property
     def is_custom(self) -> bool:
@@ -73,18 +91,20 @@ def as_criterion(criterion: Callable[..., Tensor]) -> Criterion:
     """Return ``criterion`` with its reduction undone.
 
     Raises:
-        TypeError: it cannot be called.
+        TypeError: it cannot be called, or is a class.
         ValueError: it has parameters of its own that require gradients.
     """
     if not callable(criterion):
         raise TypeError(f"criterion must be callable, got {type(criterion).__name__}")
+    if isinstance(criterion, type):
+        name = criterion.__name__
+        raise TypeError(f"criterion must be an instance, got the class {name}: pass {name}()")
     if isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
         raise ValueError(
             "criterion has parameters of its own, which would be constants; make them part of model, or say so "
             "by criterion.requires_grad_(False)"
         )
     function = _function(criterion)
-    _check_class_weights(criterion, function)
     is_torch = getattr(function, "__module__", "").startswith("torch.nn.")
     if isinstance(criterion, nn.Module):
         if isinstance(reduction := vars(criterion).get("reduction"), str):
@@ -102,7 +122,10 @@ def _function(criterion: Any) -> Any:
     """Return the function or the class of a criterion: what it is, whatever it was given."""
     if isinstance(criterion, functools.partial):
         return _function(criterion.func)
-    return type(criterion) if isinstance(criterion, nn.Module) else criterion
+    if not isinstance(criterion, nn.Module):
+        return criterion
+    kinds = type(criterion).__mro__  # a subclass that computes the same is the same
+    return next((kind for kind in kinds if "forward" in vars(kind)), type(criterion))
 
 
 def _undone(reduction: object) -> str | None:
@@ -127,16 +150,6 @@ def _parameters(function: Any) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return {}
-
-
-def _check_class_weights(criterion: Any, function: Any) -> None:
-    if function not in _MEANS_BY_WEIGHT:
-        return
-    if _given(criterion, "reduction") == "mean" and _given(criterion, "weight") is not None:
-        raise ValueError(
-            "criterion has no per-example form: with class weights, torch's mean divides by the weights that "
-            "happen to be in a batch; pass reduction='none' for the mean over examples of the weighted losses"
-        )
 
 
 # Arguments.

@@ -153,7 +153,7 @@ def _with_own_loss(network: Network, where: int | tuple[str, ...]) -> Objective:
     def output_loss(outputs: OwnLoss, batch: Batch) -> Tensor:  # noqa: ARG001
         return outputs.loss
 
-    return Objective(forward, output_loss, network.batchnorm)
+    return Objective(forward, output_loss, batchnorm=network.batchnorm)
 
 
 def _with_criterion(
@@ -210,7 +210,11 @@ def _with_criterion(
         with access():
             return criterion.losses(from_tree(outputs), split(batch)[2])
 
-    return Objective(forward, output_loss, network.batchnorm)
+    def example_weight(batch: Batch) -> Tensor:
+        return criterion.weights(split(batch)[2])
+
+    weight = example_weight if criterion.is_weighted else None
+    return Objective(forward, output_loss, weight, network.batchnorm)
 
 
 def _check_order(model: object, criterion: object) -> None:

@@ -18,7 +18,11 @@ class Objective:
 
     Attributes:
         forward: ``forward(params, batch)``: the outputs.
-        output_loss: ``output_loss(outputs, batch)``: losses ``[B]``, or their mean as a 0-d tensor.
+        output_loss: ``output_loss(outputs, batch)``: losses ``[B]``, or their mean as a 0-d tensor; with
+            ``example_weight`` the weighted sum of each example's terms, ``[B]``.
+        example_weight: ``example_weight(batch)``: the weight of each example ``[B]``, where the loss is a weighted
+            mean, the sum of all losses over the sum of all weights **of the data**: of tokens, the number that is not
+            ignored. By default the loss is the mean over examples.
         batchnorm: ``"eval"``, or ``"batch"`` where losses depend on the batch that an example is in.
 
     Example:
@@ -26,10 +30,22 @@ class Objective:
         >>> objective = Objective(lambda p, batch: batch[0] @ p, lambda z, batch: (z - batch[1]) ** 2)
         >>> objective(torch.ones(2), (torch.ones(3, 2), torch.zeros(3)))
         tensor([4., 4., 4.])
+
+        A mean over the entries of y that a mask keeps, however they lie in batches:
+
+        >>> def output_loss(z, batch):
+        ...     return (batch["mask"] * (z - batch["y"]) ** 2).sum(1)
+        >>> masked = Objective(lambda p, batch: batch["x"] @ p, output_loss, lambda batch: batch["mask"].sum(1))
+        >>> mask = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+        >>> data = {"x": torch.ones(3, 4), "y": torch.zeros(3, 2), "mask": mask}
+        >>> import hvpkit as hk
+        >>> hk.loss(masked, torch.ones(4, 2), hk.as_data(data, batch_size=2))
+        tensor(16.)
     """
 
     forward: Callable[[Tree, Batch], Any]
     output_loss: Callable[[Any, Batch], Tensor]
+    example_weight: Callable[[Batch], Tensor] | None = None
     batchnorm: str = "eval"
 
     def __call__(self, params: Tree, batch: Batch) -> Tensor:

@@ -115,7 +115,7 @@ class LinearOperator:
         return self.layout
 
     def _is_tree(self, v: Tensor) -> bool:
-        """Return True if the tensor ``v`` is a tree of one leaf: parameters that are one matrix."""
+        """Return True if the tensor ``v`` is a tree of one leaf: parameters that are one matrix, or complex."""
         is_vector = v.ndim == 1 and not v.is_complex()
         return self.layout is not None and not is_vector and self.layout.shapes == (as_real(v).shape,)
 

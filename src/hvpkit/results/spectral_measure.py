@@ -13,6 +13,10 @@ REACH = 7
 SMOOTHING = 1.5
 """Width of the smoothing, in median distances of neighbouring nodes. Chosen by feel."""
 
+CONVERGED = 0.01
+"""Residual norm of a converged Ritz pair over its distance to other nodes: a bound of the sine of its angle to the
+eigenvector, the square of which is the relative error in :func:`deflate`. Chosen by feel."""
+
 MAX_BRIDGED = 4
 """Neighbouring nodes that the smoothing bridges, at most, where vectors share a basis. Chosen by feel."""
 
@@ -26,26 +30,56 @@ class Measure:
         weights: of a quadrature rule for each vector ``[b, K]``.
         masses: nonnegative, for distributions and curves ``[b, K]``; the weights themselves where these are so.
         residual_norms: an eigenvalue lies within this distance of the node ``[K]``; infinite where nothing is known.
+        deflated: the weights, exact at converged single eigenvalues ``[b, K]``: see :func:`deflate`.
     """
 
     nodes: Tensor
     weights: Tensor
     masses: Tensor
     residual_norms: Tensor
+    deflated: Tensor
 
 
 def join(measures: list[Measure]) -> Measure:
     """Join measures into one, nodes ascending."""
     if not measures:
         nothing = torch.empty(0, 0, dtype=torch.float64)
-        return Measure(nothing[0:0].flatten(), nothing, nothing, nothing.flatten())
+        return Measure(nothing.flatten(), nothing, nothing, nothing.flatten(), nothing)
     order = torch.argsort(torch.cat([m.nodes for m in measures]), stable=True)
     return Measure(
         torch.cat([m.nodes for m in measures])[order],
         torch.block_diag(*(m.weights for m in measures))[:, order],
         torch.block_diag(*(m.masses for m in measures))[:, order],
         torch.cat([m.residual_norms for m in measures])[order],
+        torch.block_diag(*(m.deflated for m in measures))[:, order],
     )
+
+
+def deflate(nodes: Tensor, weights: Tensor, residual_norms: Tensor, n: int, noise: float) -> Tensor:
+    r"""Return the weights ``[b, K]`` with the share 1/n, without chance, at each converged eigenvalue.
+
+    The weight of a random vector at an eigenvalue has the mean 1/n and a standard deviation of :math:`\sqrt 2 / n`, and
+    that of an outlier may dominate all others. Where Ritz vectors have converged, the trace splits into that over
+    them, which is known, and that over their complement, in which the rest of a random vector is uniform:
+
+    .. math:: \operatorname{tr} f(A) = \sum_{j \le q} f(\theta_j) + (n - q)\,
+              E\, \frac{\sum_{j > q} w_j f(\theta_j)}{\sum_{j > q} w_j}.
+
+    Nodes whose residual intervals overlap form a cluster. It has converged if its residuals are at most ``CONVERGED``
+    of its distance to other nodes. A Krylov space of b vectors has no more than b copies of a multiple eigenvalue:
+    clusters of b nodes may have further ones, and are left as they are; of a single vector, so are all.
+    """
+    ends = (nodes.diff() > residual_norms[1:] + residual_norms[:-1] + noise).nonzero().flatten() + 1
+    known = torch.zeros(len(nodes), dtype=torch.bool)
+    for cluster in torch.arange(len(nodes)).tensor_split(ends):
+        first, last = int(cluster[0]), int(cluster[-1])
+        outside = torch.cat([nodes[first] - nodes[:first], nodes[last + 1 :] - nodes[last]])
+        apart = bool(len(outside)) and residual_norms[cluster].max() <= CONVERGED * outside.min()
+        known[cluster] = bool(apart) and len(cluster) < len(weights)
+    rest, num_rest = weights[:, ~known].sum(dim=1, keepdim=True), n - int(known.sum())
+    if not bool(known.any()) or num_rest <= 0 or not bool((rest > 0).all()):
+        return weights
+    return torch.where(known, 1 / n, weights * (num_rest / n) / rest)
 
 
 def smoothing_width(nodes: Tensor, noise: float, num_sharing: int) -> float:

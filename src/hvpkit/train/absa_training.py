@@ -40,6 +40,7 @@ from hvpkit.curvature.functional import loss
 from hvpkit.data import Data, as_data
 from hvpkit.data.sources import IterableBatches, WholeBatches
 from hvpkit.errors import NonFiniteError
+from hvpkit.objective import normalized
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Status
 from hvpkit.solvers.lanczos import lanczos
@@ -173,6 +174,7 @@ def absa(
     N = examples.num_examples
     if state.batch_size > N:
         raise ValueError(f"state.batch_size must be at most the {N} examples of data, got {state.batch_size}")
+    loss_fn = normalized(loss_fn, examples)
     with exact_derivatives(device):
         check_loss(next(loss_shares(loss_fn, layout, examples)), leaves)
     if resume is not None:

@@ -41,7 +41,7 @@ def knee_lr(
         step: number of steps done so far, from 0; with one call per epoch, of epochs. Need not be whole.
         peak_lr: the highest rate.
         warmup_steps: w.
-        explore_steps: e. The paper takes about half of the total.
+        explore_steps: e. About half of the total in the paper.
         total_steps: T, at least w + e.
 
     Raises:

@@ -40,6 +40,7 @@ from hvpkit.curvature.batches import (
 )
 from hvpkit.data import Data, as_data
 from hvpkit.errors import NonFiniteError
+from hvpkit.objective import normalized
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
@@ -239,6 +240,7 @@ def keskar_sharpness(
     elif not callable(optimizer):
         raise TypeError(f"optimizer must be a name or a function of a list, got {type(optimizer).__name__}")
     with exact_derivatives(leaves[0].device):
+        loss_fn = normalized(loss_fn, examples)
         check_loss(next(loss_shares(loss_fn, layout, examples)), leaves)
         box = _box(loss_fn, layout, examples, join(leaves), epsilon, subspace_dim, seed)
     base = best = box.at(torch.zeros_like(box.radius))

@@ -43,7 +43,7 @@ def train_classifier(
 
     Example:
         >>> from hvpkit.zoo import digits, digits_cnn
-        >>> train_classifier(digits_cnn(), digits(), max_epochs=3) < 0.5
+        >>> train_classifier(digits_cnn(), digits(), max_epochs=3) < 1.0
         True
     """
     check_positive("target_loss", target_loss)
