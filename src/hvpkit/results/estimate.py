@@ -77,9 +77,9 @@ class Estimate(Generic[V]):
 
         Measured on 168 matrices (n of 60 to 200, none to six outliers) with two seeds each, the 95 % interval failed in
         2.7 and 5.7 % for Hutchinson's trace with 10 and 30 samples, 3.3 % where ``tol`` stopped it, 4.2 % for Hutch++
-        with 10, 4.2 to 5.4 % for densities with 2 to 8 probes, and 5 % for diagonals. With XTrace of 25 probes, whose
-        samples are dependent, it was 7 to 9 % before its standard errors were raised (``MAX_SHARED``), and on fast
-        exponential decay it is still about 10 %.
+        with 10, 4.2 to 5.4 % for densities with 2 to 8 probes, and 5 % for diagonals; over four seeds, in 2.7 and 5.7 %
+        for XTrace with 10 and 25 probes, and 5.4 and 5.7 % for the Frobenius norm. On fast exponential decay XTrace,
+        whose samples are dependent, fails in about 10 %.
 
         Args:
             confidence: in (0, 1).
