@@ -74,6 +74,12 @@ class Estimate(Generic[V]):
         several times as often as the 0.3 % of a normal distribution. For a diagonal, whose samples are not kept, it is
         Student's interval of each entry alone. Without two samples it is infinite.
 
+        Measured on 168 matrices (n of 60 to 200, none to six outliers) with two seeds each, the 95 % interval failed in
+        2.7 and 5.7 % for Hutchinson's trace with 10 and 30 samples, 3.3 % where ``tol`` stopped it, 4.2 % for Hutch++
+        with 10, 4.2 to 5.4 % for densities with 2 to 8 probes, and 5 % for diagonals; over four seeds, in 2.7 and 5.7 %
+        for XTrace with 10 and 25 probes, and 5.4 and 5.7 % for the Frobenius norm. On fast exponential decay XTrace,
+        whose samples are dependent, fails in about 10 %.
+
         Args:
             confidence: in (0, 1).
 
