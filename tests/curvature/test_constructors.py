@@ -183,7 +183,9 @@ def test_a_last_batch_of_one_is_refused_before_any_pass(
     objective, params = batch_normalised()
     calls = []
     counted = hk.Objective(
-        lambda p, batch: calls.append(batch) or objective.forward(p, batch), objective.output_loss, "batch"
+        lambda p, batch: calls.append(batch) or objective.forward(p, batch),
+        objective.output_loss,
+        batchnorm="batch",
     )
     with pytest.raises(ValueError, match='batchnorm="batch" needs at least two examples in each batch'):
         hk.hessian(counted, params, data, batch_size=batch_size, wrt=wrt)

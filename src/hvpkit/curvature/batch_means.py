@@ -37,11 +37,11 @@ def check_batch_mean(
     if size < 2 or data.whole or goes_by_batches(loss_fn):
         return
     parts = [few.subset(torch.arange(start, stop)) for start, stop in ((0, size // 2), (size // 2, size))]
-    with torch.no_grad():
-        whole = loss_fn(params, _batch(few))
+    with torch.enable_grad():  # a loss may differentiate by its inputs
+        whole = loss_fn(params, _batch(few)).detach()
         if whole.ndim > 0:
             return
-        halves = [loss_fn(params, _batch(part)) for part in parts]
+        halves = [loss_fn(params, _batch(part)).detach() for part in parts]
     mean = sum(
         (half * (part.num_examples / size) for half, part in zip(halves, parts, strict=True)), 0 * whole
     )
