@@ -250,6 +250,11 @@ def test_weights_that_are_none_are_refused(weight: Any, error: type[Exception], 
             call(objective, torch.ones(3, dtype=f64), X)
 
 
+def test_a_weight_that_is_no_function_is_refused() -> None:
+    with pytest.raises(TypeError, match="example_weight must be a function of a batch, got 'batch'"):
+        hk.Objective(lambda p, batch: batch @ p, lambda z, _: z, "batch")
+
+
 def test_a_mean_cannot_be_weighted() -> None:
     objective = hk.Objective(
         lambda p, batch: batch @ p, lambda z, _: z.square().mean(), lambda batch: torch.ones(len(batch))

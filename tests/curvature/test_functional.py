@@ -283,6 +283,7 @@ def test_a_loss_may_call_autograd_on_its_inputs_where_products_go_backward_twice
     assert not hk.loss(residual, params, x).requires_grad
 
 
+@pytest.mark.filterwarnings("ignore::hvpkit.CapturedParameterWarning")
 @pytest.mark.parametrize("mode", MODES)
 def test_results_carry_no_graph_whatever_the_loss_closes_over(mode: str) -> None:
     head = torch.ones(2, dtype=torch.float64, requires_grad=True)

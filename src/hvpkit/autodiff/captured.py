@@ -63,8 +63,9 @@ def captured_parameters(function: object, value: Tensor, points: Sequence[Tensor
     Inputs that a loss differentiates by itself are neither.
     """
     given = {id(point) for point in points}
-    found = [leaf for leaf in graph_leaves(value) if id(leaf) not in given]
-    if not found:
+    leaves = list(graph_leaves(value))
+    found = [leaf for leaf in leaves if id(leaf) not in given]
+    if not found or len(found) == len(leaves):  # a loss that depends on no point at all is another error
         return []
     names = dict(_named_tensors(function))
     labels = (names.get(id(leaf)) or _unnamed(leaf) for leaf in found)

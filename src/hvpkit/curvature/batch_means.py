@@ -37,15 +37,11 @@ def check_batch_mean(
     if size < 2 or data.whole or goes_by_batches(loss_fn):
         return
     parts = [few.subset(torch.arange(start, stop)) for start, stop in ((0, size // 2), (size // 2, size))]
-
-    def value(part: Data) -> Tensor:
-        with torch.enable_grad():  # a loss may differentiate by its inputs
-            return loss_fn(params, _batch(part)).detach()
-
-    whole = value(few)
-    if whole.ndim > 0:
-        return
-    halves = [value(part) for part in parts]
+    with torch.enable_grad():  # a loss may differentiate by its inputs
+        whole = loss_fn(params, _batch(few)).detach()
+        if whole.ndim > 0:
+            return
+        halves = [loss_fn(params, _batch(part)).detach() for part in parts]
     mean = sum(
         (half * (part.num_examples / size) for half, part in zip(halves, parts, strict=True)), 0 * whole
     )

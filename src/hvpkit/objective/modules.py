@@ -177,7 +177,7 @@ def _with_criterion(
         """Compare the objective with the model and the criterion as they were given."""
         args, kwargs, targets = split(batch)
         moved = changed_parameters(params, like)
-        with torch.no_grad(), access():
+        with torch.enable_grad(), access():  # a module may differentiate by its inputs
             outputs = network(moved, batch, args, kwargs)
             if original is not None:
                 check_stored_state(

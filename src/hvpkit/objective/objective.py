@@ -48,6 +48,12 @@ class Objective:
     example_weight: Callable[[Batch], Tensor] | None = None
     batchnorm: str = "eval"
 
+    def __post_init__(self) -> None:
+        if self.example_weight is not None and not callable(self.example_weight):
+            raise TypeError(
+                f"example_weight must be a function of a batch, got {self.example_weight!r}; pass batchnorm by name"
+            )
+
     def __call__(self, params: Tree, batch: Batch) -> Tensor:
         """Return the losses of the batch."""
         return self.output_loss(self.forward(params, batch), batch)
