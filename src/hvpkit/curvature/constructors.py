@@ -183,8 +183,8 @@ def empirical_fisher(  # noqa: D417
 ) -> CurvatureOperator:
     r"""Return the empirical Fisher matrix: the second moment of single gradients, :math:`\frac1N \sum_i g_i g_i^\top`.
 
-    :math:`g_i` is the gradient of the loss of an **example**: of a sequence whose loss is a mean over its tokens, the mean
-    of their gradients. For a Fisher matrix of tokens let each token be an example.
+    :math:`g_i` is the gradient of the loss of an **example**: for a sequence whose loss is a mean over its tokens, the
+    mean of their gradients. For a Fisher matrix of tokens let each token be an example.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``: losses ``[B]``. Pure.
