@@ -48,7 +48,7 @@ class Criterion:
 
     @property
     def is_weighted(self) -> bool:
-        """Whether its mean is one by the weights of targets, and its losses are weighted sums."""
+        """True if its mean is weighted by targets: its losses are weighted sums."""
         return self.reduction == "mean" and _function(self.original) in _MEANS_BY_WEIGHT
 
     def weights(self, targets: Sequence[Any]) -> Tensor:
