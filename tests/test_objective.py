@@ -150,7 +150,7 @@ def test_a_criterion_that_only_gives_a_mean_has_no_losses_of_examples(criterion:
     v = torch.ones(H.n, dtype=torch.float64)
     assert relative_error(H @ v, expected @ v) < 1e-13
     with pytest.raises(ValueError, match="loss_fn returned a 0-d mean, which cannot be weighted by example"):
-        hk.loss(objective, params, hk.as_data(problem.data).subset([0, 1], torch.ones(2)))
+        hk.loss(objective, params, hk.as_data(problem.data).subset([0, 1], torch.tensor([1.0, 2.0])))
     with pytest.raises(ValueError, match="loss_fn returned a 0-d mean, but a Fisher matrix is made of"):
         hk.empirical_fisher(objective, params, problem.data)
 

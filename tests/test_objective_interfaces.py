@@ -298,11 +298,15 @@ class Subclass(nn.CrossEntropyLoss):
     pass
 
 
-@pytest.mark.parametrize(
-    "criterion", [WeightedMean(), Subclass(weight=torch.tensor([1.0, 3.0], dtype=torch.float64))]
-)
-def test_a_reduction_that_is_no_mean_over_examples_is_refused(criterion: Callable) -> None:
-    model = Net().double()
+def test_a_subclass_of_a_weighted_criterion_is_weighted() -> None:
+    model, criterion = Net().double(), Subclass(weight=torch.tensor([1.0, 3.0], dtype=torch.float64))
+    objective, params = hk.from_module(model, criterion)
+    oracle = trained_hessian(model, lambda: criterion(model(X), Y))
+    assert relative_error(dense(hk.hessian(objective, params, (X, Y), batch_size=2)), oracle) < 1e-12
+
+
+def test_a_reduction_that_is_no_mean_over_examples_is_refused() -> None:
+    model, criterion = Net().double(), WeightedMean()
     objective, params = hk.from_module(model, criterion)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"criterion with reduction='mean' gives .* on the first batch"):

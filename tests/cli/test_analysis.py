@@ -6,7 +6,7 @@ import pickle
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -213,14 +213,23 @@ def test_a_product_that_is_not_finite_is_said_in_strict_json_and_exits_with_1(
 
 
 @pytest.fixture
-def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], None]]:
     """Let the problem `interrupting` raise a signal in a call of its loss."""
+    # a job in the background inherits that some are ignored
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
 
     def arrange(name: str, at: int) -> None:
         monkeypatch.setenv("TEST_SIGNAL", name)
         monkeypatch.setenv("TEST_CALL", str(at))
 
-    return arrange
+    yield arrange
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
