@@ -38,6 +38,7 @@ def extreme_eigenvalues(
     H: LinearOperator,
     *,
     tol: float = 1e-2,
+    atol: float | None = None,
     method: str = "auto",
     confidence: float = 0.99,
     certify: bool = False,
@@ -50,24 +51,30 @@ def extreme_eigenvalues(
 ) -> ExtremeResult:
     r"""Compute the smallest and the largest eigenvalue, with vectors, residuals and intervals.
 
-    The solve stops when for both ends ``error_bound <= tol * |value|``. By ``"lanczos"`` both come from one Krylov
-    space, the bound is the residual norm or its square over the gap, and it has to be unlikely (probability 0.3) that
-    an eigenvalue hides further out than ``2 tol * |value|``. By ``"multifidelity"`` most of the work is done on samples
-    of the data, usually for a quarter to two thirds of the passes; the bound is an estimate of the error by a sample.
-    Each interval's ``kind`` says what it rests on. An end that is zero to rounding has no relative digits: see
-    :func:`hvpkit.lanczos`.
+    The solve stops when for both ends ``error_bound <= max(tol * |value|, atol * norm)``. By ``"lanczos"`` both come
+    from one Krylov space, and with probability ``confidence`` over random starts a converged value is off by at most
+    twice ``max(tol * |value|, atol * norm)`` (once with ``certify``): the bound is the residual norm or its square
+    over the gap, and it has to be that unlikely that an eigenvalue hides further out. By ``"multifidelity"`` most of
+    the work is done on samples of the data, usually for a quarter to two thirds of the passes; the bound is an estimate
+    of the error by a sample, with no such probability. Each interval's ``kind`` says what it rests on.
+
+    An end that is zero, as the smallest one of a convex loss, has no relative digits: it is found to ``atol * norm``,
+    and the status is ``"zero-within-atol"``. An end of less than ``atol / tol`` of the norm, a thousandth by default,
+    has fewer digits than ``tol`` says; ``atol=0`` gives it all of them, for more passes.
 
     Args:
         H: symmetric operator, as from :func:`hvpkit.hessian`.
         tol: relative error of each eigenvalue.
+        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
+            default ``min(1e-5, tol / 1000)``.
         method: ``"multifidelity"``, which continues by Lanczos where samples do not help; its intervals rest on
             residuals alone, without a confidence, and where the next eigenvalue is only a few tol away it may have that
             one: see :func:`hvpkit.multifidelity`. ``"lanczos"``: all of the work on all of the data. ``"auto"``: the
             first for the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 10,000
             examples, if neither ``certify`` nor ``checkpoint`` is asked for; else the second.
-        confidence: of each interval by Lanczos, over random starts.
-        certify: use Lanczos, and continue until each interval is at most ``tol * |value|`` wide; about a third more
-            passes.
+        confidence: of each value and interval by Lanczos, over random starts.
+        certify: use Lanczos, and continue until each interval is at most ``max(tol * |value|, atol * norm)`` wide;
+            about a tenth more passes.
         max_matvecs: full-data matvecs, at most; 1,000 by default.
         time_limit: seconds.
         v0: start ``[n]`` or ``[n, p]``, or an earlier result.
@@ -113,6 +120,7 @@ def extreme_eigenvalues(
                 levels,
                 v0=v0,
                 tol=tol,
+                atol=atol,
                 confidence=confidence,
                 spent=spent,
                 max_matvecs=max_matvecs,
@@ -127,6 +135,7 @@ def extreme_eigenvalues(
         which="BE",
         v0=v0,
         tol=tol,
+        atol=atol,
         confidence=confidence,
         certify=certify,
         max_matvecs=max_matvecs,

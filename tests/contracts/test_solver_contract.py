@@ -170,8 +170,36 @@ def test_finds_the_wanted_pairs_of_every_spectrum(
     n = len(A)
     ks = {1} if spectrum in SOLVERS[solver].few else {1, min(2, n), min(3, n), *([n] if n <= 40 else [])}
     for k in sorted(ks):
-        found = SOLVERS[solver].solve(hk.aslinearoperator(A), k, which=which, tol=TOL[dtype])
+        found = SOLVERS[solver].solve(hk.aslinearoperator(A), k, which=which, tol=TOL[dtype], atol=0.0)
         check(solver, found, A, k, which, TOL[dtype])
+
+
+ZERO_ENDS = {
+    "rank_deficient": [0.0] * 150 + torch.linspace(1, 10, 50, dtype=torch.float64).tolist(),
+    "decaying_to_zero": [*torch.logspace(-8, 0, 199, dtype=torch.float64).tolist(), 0.0],
+}
+
+
+@pytest.mark.parametrize("solver", [name for name, entry in SOLVERS.items() if "SA" in entry.which])
+@pytest.mark.parametrize("spectrum", ZERO_ENDS)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@each_dtype
+def test_an_end_that_is_zero_is_found_to_atol_for_no_more_products(
+    solver: str, spectrum: str, scale: float, dtype: torch.dtype
+) -> None:
+    A = (matrix(ZERO_ENDS[spectrum]) * scale).to(dtype)
+    truth, solve, op = torch.linalg.eigvalsh(A.double()), SOLVERS[solver].solve, hk.aslinearoperator(A)
+    norm, eps = norm_of(truth), torch.finfo(dtype).eps
+    found = solve(op, which="SA", tol=1e-2)
+    value, bound, interval = float(found.values[0]), float(found.error_bounds[0]), found.intervals[0]
+    assert found.status in (hk.Status.ZERO_WITHIN_ATOL, hk.Status.ZERO_TO_ROUNDING)
+    assert found.converged
+    assert abs(value) <= max(1e-5, 32 * eps) * norm
+    assert bound <= max(1e-5, 32 * eps) * norm
+    assert interval.lower - 40 * eps * norm <= float(truth[0]) <= interval.upper + 40 * eps * norm
+    relative = solve(op, which="SA", tol=1e-2, atol=0.0)
+    assert relative.status in (hk.Status.ZERO_TO_ROUNDING, hk.Status.MAX_MATVECS)
+    assert found.num_matvecs <= relative.num_matvecs
 
 
 @each_pair
@@ -183,7 +211,7 @@ def test_scale_of_the_operator_does_not_matter(
 ) -> None:
     A = (matrix(SPECTRA[spectrum]) * scale).to(dtype)
     k = 1 if spectrum in SOLVERS[solver].few else min(2, len(A))
-    found = SOLVERS[solver].solve(hk.aslinearoperator(A), k, which=which, tol=TOL[dtype])
+    found = SOLVERS[solver].solve(hk.aslinearoperator(A), k, which=which, tol=TOL[dtype], atol=0.0)
     check(solver, found, A, k, which, TOL[dtype])
 
 
@@ -408,6 +436,11 @@ NAN_START = torch.full((100,), float("nan"), dtype=torch.float64)
         ({"tol": float("nan")}, ValueError, "tol"),
         ({"tol": float("inf")}, ValueError, "tol"),
         ({"tol": "small"}, TypeError, "tol"),
+        ({"atol": -1e-9}, ValueError, "atol"),
+        ({"atol": float("nan")}, ValueError, "atol"),
+        ({"atol": float("inf")}, ValueError, "atol"),
+        ({"atol": "small"}, TypeError, "atol"),
+        ({"atol": True}, TypeError, "atol"),
         ({"max_matvecs": 0}, ValueError, "max_matvecs"),
         ({"max_matvecs": -5}, ValueError, "max_matvecs"),
         ({"max_matvecs": 1}, ValueError, "max_matvecs"),

@@ -46,7 +46,12 @@ def pairs(status: Status = Status.CONVERGED) -> EigenResult:
     )
 
 
-CONVERGED = {Status.CONVERGED, Status.INVARIANT_SUBSPACE, Status.ZERO_TO_ROUNDING}
+CONVERGED = {
+    Status.CONVERGED,
+    Status.INVARIANT_SUBSPACE,
+    Status.ZERO_WITHIN_ATOL,
+    Status.ZERO_TO_ROUNDING,
+}
 
 
 @pytest.mark.parametrize("status", list(Status))
@@ -149,6 +154,38 @@ def test_summary_is_a_table_with_aligned_columns_and_a_closing_line() -> None:
     assert largest.split()[:2] == ["largest", "123.457"]
     assert close.startswith("converged: 12 passes, 0.5 s; ")
     assert Status.CONVERGED.advice in close
+
+
+@pytest.mark.parametrize(
+    ("kind", "confidence", "status", "expected"),
+    [
+        (
+            "random-start",
+            0.9,
+            Status.CONVERGED,
+            ["0.9 over random starts", "interval", "off by at most 2 max(tol"],
+        ),
+        (
+            "random-start",
+            0.9,
+            Status.ZERO_WITHIN_ATOL,
+            ["0.9 over random starts", "interval", "off by at most"],
+        ),
+        ("random-start", 0.9, Status.MAX_MATVECS, ["0.9 over random starts", "interval"]),
+        ("residual", None, Status.CONVERGED, []),
+        ("exact", None, Status.INVARIANT_SUBSPACE, []),
+    ],
+)
+def test_summary_ends_with_what_has_a_probability(
+    kind: str, confidence: float | None, status: Status, expected: list[str]
+) -> None:
+    end = replace(pair(), interval=Interval(1.5, 2.5, kind, confidence))
+    lines = extreme(end, end, status).summary().splitlines()
+    assert lines[3].startswith(status)
+    assert len(lines) == 4 + bool(expected)
+    if expected:
+        assert all(text in lines[4] for text in expected)
+        assert ("off by" in lines[4]) is (len(expected) == 3)
 
 
 def test_summary_keeps_its_columns_with_the_longest_numbers() -> None:

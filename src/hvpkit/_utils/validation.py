@@ -27,6 +27,15 @@ def check_positive(name: str, value: float) -> float:
     return float(value)
 
 
+def check_non_negative(name: str, value: float) -> float:
+    """Return ``value``; raise TypeError or ValueError unless it is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+    return float(value)
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     """Return ``value``; raise ValueError unless it is one of ``choices``."""
     if value not in choices:

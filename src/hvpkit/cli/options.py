@@ -220,6 +220,12 @@ class Solve:
     """Options of the solver for both ends."""
 
     tol: Annotated[float, typer.Option(help="Relative error of each eigenvalue.")] = 1e-2
+    atol: Annotated[
+        float | None,
+        typer.Option(
+            help="Error that is enough too, in units of the norm. By default min(1e-5, tol / 1000)."
+        ),
+    ] = None
     method: Annotated[ExtremesMethod, typer.Option(help="Solver.")] = ExtremesMethod.AUTO
     max_matvecs: Annotated[float | None, typer.Option(help="The most passes over the data.")] = None
     time_limit: Annotated[float | None, typer.Option(help="Time limit in seconds.")] = None

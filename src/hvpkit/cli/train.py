@@ -56,6 +56,12 @@ def train(
     ] = None,
     track_every: Annotated[int, typer.Option(help="Find both ends every so many epochs.")] = 1,
     tol: Annotated[float, typer.Option(help="Relative error of each eigenvalue.")] = 1e-2,
+    atol: Annotated[
+        float | None,
+        typer.Option(
+            help="Error that is enough too, in units of the norm. By default min(1e-5, tol / 1000)."
+        ),
+    ] = None,
     mode: ModeOption = Mode.AUTO,
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the model of each epoch, as epoch-0001.pt.")
@@ -85,7 +91,7 @@ def train(
     )
     problem = model.load()
     run = {**asdict(plan), "lr_decay_epochs": list(plan.lr_decay_epochs), **_identity(model)}
-    run = to_plain(run | {"track_every": track_every, "tol": tol, "mode": mode})
+    run = to_plain(run | {"track_every": track_every, "tol": tol, "atol": atol, "mode": mode})
     saved = _saved(out, run)
     watch = ProgressLine("Both ends")
     tracker = SpectrumTracker.for_module(
@@ -95,6 +101,7 @@ def train(
         mode=mode,
         every=track_every,
         tol=tol,
+        atol=atol,
         seed=plan.seed,
         path=out / SPECTRUM,
         monitor=watch,

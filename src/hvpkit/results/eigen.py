@@ -21,6 +21,7 @@ class Status(StrEnum):
 
     CONVERGED = "converged"
     INVARIANT_SUBSPACE = "invariant-subspace"
+    ZERO_WITHIN_ATOL = "zero-within-atol"
     ZERO_TO_ROUNDING = "zero-to-rounding"
     COMPLETED = "completed"
     ROUNDING_LIMITED = "rounding-limited"
@@ -31,7 +32,12 @@ class Status(StrEnum):
     @property
     def converged(self) -> bool:
         """True if the values have the accuracy asked for, or are zero to rounding."""
-        return self in (Status.CONVERGED, Status.INVARIANT_SUBSPACE, Status.ZERO_TO_ROUNDING)
+        return self in (
+            Status.CONVERGED,
+            Status.INVARIANT_SUBSPACE,
+            Status.ZERO_WITHIN_ATOL,
+            Status.ZERO_TO_ROUNDING,
+        )
 
     @property
     def advice(self) -> str:
@@ -40,11 +46,15 @@ class Status(StrEnum):
 
 
 _ADVICE = {
-    Status.CONVERGED: "every error bound is at most tol * |value|",
+    Status.CONVERGED: "every error bound is at most max(tol * |value|, atol * norm)",
     Status.INVARIANT_SUBSPACE: "the Krylov space is invariant: the values are exact to rounding",
+    Status.ZERO_WITHIN_ATOL: (
+        "a value cannot be told from zero: it and its error bound are at most atol * norm; the other bounds are at "
+        "most max(tol * |value|, atol * norm); see the intervals, or lower atol for more digits"
+    ),
     Status.ZERO_TO_ROUNDING: (
         "a value is zero to the rounding of the matvecs and has no relative digits; the other bounds are at "
-        "most tol * |value|"
+        "most max(tol * |value|, atol * norm)"
     ),
     Status.COMPLETED: (
         "all samples that were asked for are taken; the standard error says how well the value is known; raise "
@@ -52,7 +62,7 @@ _ADVICE = {
     ),
     Status.ROUNDING_LIMITED: (
         "the rounding of the matvecs does not allow tol for every value; see the intervals, use float64, or "
-        "raise tol"
+        "raise tol or atol"
     ),
     Status.MAX_MATVECS: (
         "the matvec budget is used up; the values bound the ends from inside, the intervals say how well; "
@@ -98,8 +108,9 @@ class Eigenpair:
         value: the Ritz value.
         vector: of unit norm, ``[n]``.
         residual_norm: norm of ``H v - value v``.
-        error_bound: the convergence test compares it with ``tol * |value|``: the residual norm, or its square over
-            the gap to the next eigenvalue where that is smaller and no eigenvalue is likely to hide in the gap.
+        error_bound: the convergence test compares it with ``max(tol * |value|, atol * norm)``: the residual norm, or
+            its square over the gap to the next eigenvalue where that is smaller and no eigenvalue is likely to hide in
+            the gap.
         interval: contains the eigenvalue.
     """
 
@@ -263,7 +274,7 @@ class ExtremeResult:
             raise ValueError(f"plain is not what ExtremeResult.to_dict makes: {error!r}") from error
 
     def summary(self) -> str:
-        """Return a small table of both ends, and a line with status, passes and seconds."""
+        """Return a small table of both ends, a line with status, passes and seconds, and one on the confidence."""
         header = f"{'end':<9}{'value':>13}  {'interval':<29}{'residual norm':>14}"
         rows = [
             f"{name:<9}{pair.value:>13.6g}  "
@@ -271,7 +282,18 @@ class ExtremeResult:
             for name, pair in (("smallest", self.smallest), ("largest", self.largest))
         ]
         close = f"{self.status}: {self.num_matvecs:g} passes, {self.seconds:.3g} s; {self.message}"
-        return "\n".join([header, *rows, close])
+        return "\n".join([header, *rows, close, *self._claim()])
+
+    def _claim(self) -> list[str]:
+        """Return what is known of both ends with a probability, in words; nothing where none is claimed."""
+        ends = self.smallest.interval, self.largest.interval
+        confidence = ends[0].confidence
+        if confidence is None or any(end.kind != "random-start" for end in ends):
+            return []
+        claim = f"with probability {confidence:g} over random starts, an end is in its interval"
+        if self.status in (Status.CONVERGED, Status.ZERO_WITHIN_ATOL):
+            claim += " and off by at most 2 max(tol * |value|, atol * norm)"
+        return [claim]
 
     def __repr__(self) -> str:
         return (

@@ -118,9 +118,9 @@ def make_plan(
     places, num_low = torch.arange(len(values)), num_at_low_end(request.k, request.which)
     wanted = torch.isin(places, torch.tensor(select(values, request.k, request.which)))
     block = torch.isin(places, torch.tensor(select(values, width, request.which)))
-    needed = wanted & ~is_converged(op, request.tol, norm, values, norms)
+    needed = wanted & ~is_converged(op, request.allowed(values, norm), norm, norms)
     gaps = (values[:, None] - values[needed]).abs().amin(dim=1)
-    aims = (request.tol * values.abs()).clamp(min=attainable_accuracy(op, norm)) - rounding(op, norm)
+    aims = request.allowed(values, norm).clamp(min=attainable_accuracy(op, norm)) - rounding(op, norm)
     allowed = LOCKING_SHARE * aims[needed].min()
     aims = torch.where(needed, aims, torch.maximum(allowed, (allowed * gaps).sqrt()))
     accurate = places[~needed & (norms <= aims)]
@@ -274,7 +274,8 @@ class Chebyshev:
         found = RitzPairs(values[wanted], state.rows[wanted].mT, norms[wanted])
         state = replace(state, progress=progress_of(values, norms, state.scale), best=found)
         early = m < op.n and state.num_matvecs < MIN_STEPS * op.cost
-        done = is_converged(op, 0.0 if early else asked.tol, state.norm, found.values, found.residual_norms)
+        allowed = 0.0 if early else asked.allowed(found.values, state.norm)
+        done = is_converged(op, allowed, state.norm, found.residual_norms)
         status = block_subspace.status_of(op, asked, state, found, done, whole=m == op.n)
         if status is not None:
             return state, status
@@ -316,6 +317,7 @@ def chebyshev(
     which: str = "LA",
     v0: Start | None = None,
     tol: float = 1e-3,
+    atol: float | None = None,
     block_size: int | None = None,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
@@ -326,9 +328,9 @@ def chebyshev(
 
     Stops when for each wanted Ritz value :math:`\theta` with residual r,
 
-    .. math:: \|r\| + \text{rounding} \le \text{tol} \cdot |\theta|,
+    .. math:: \|r\| + \text{rounding} \le \max(\text{tol} \cdot |\theta|, \; \text{atol} \cdot \|A\|),
 
-    or, where a value is zero to rounding, when the left side is at most 32 eps times the operator's norm. A
+    with the largest norm of a matvec so far for :math:`\|A\|`, or when the left side is at most 32 eps times that. A
     ``tol`` below rounding is taken as rounding.
 
     Use it where matvecs with many vectors at once are cheap, where many pairs are wanted, or where
@@ -342,6 +344,8 @@ def chebyshev(
             high end), by a filter that damps the interval between.
         v0: start vectors, used as by :func:`hvpkit.lanczos`.
         tol: relative error of the eigenvalues.
+        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
+            default ``min(1e-5, tol / 1000)``.
         block_size: vectors to filter, at least ``k``; by default one more for each end where several are wanted,
             without which one of them may be missed where many lie close together.
         max_matvecs: full-data matvecs, at most; the default is that of :func:`hvpkit.lanczos`.
@@ -375,6 +379,7 @@ def chebyshev(
         which,
         v0=v0,
         tol=tol,
+        atol=atol,
         max_matvecs=max_matvecs,
         time_limit=time_limit,
         seed=seed,

@@ -309,14 +309,19 @@ class Davidson:
         """
         if state.num_rows < self.request.k:
             return self.ends[0]
-        tol, noise = self.request.tol, rounding(self.op, state.norm)
-        attainable = attainable_accuracy(self.op, state.norm)
+        noise, attainable = rounding(self.op, state.norm), attainable_accuracy(self.op, state.norm)
+
+        def allowed(end: int) -> float:
+            return float(
+                self.request.allowed(torch.tensor(state.values[end], dtype=torch.float64), state.norm)
+            )
+
         for end in reversed(self.ends):
-            if not state.errors[end] + noise <= max(tol * abs(state.values[end]), attainable):
+            if not state.errors[end] + noise <= max(allowed(end), attainable):
                 return end
         for end in self.ends if state.num_rows > 2 else ():
             neighbour = 1 if end == 0 else -2
-            room = abs(state.values[neighbour] - state.values[end]) + tol * abs(state.values[end])
+            room = abs(state.values[neighbour] - state.values[end]) + allowed(end)
             if not state.errors[neighbour] <= max(room, attainable):
                 return neighbour
         return None
@@ -332,7 +337,7 @@ class Davidson:
         bounds = torch.tensor([state.errors[end] for end in self.ends], dtype=torch.float64)
         best = Status.INVARIANT_SUBSPACE if whole else Status.CONVERGED
         attainable = attainable_accuracy(self.op, state.norm)
-        return final_status(best, self.request.tol, attainable, values, bounds + noise)
+        return final_status(best, self.request, state.norm, attainable, values, bounds + noise)
 
     def _with_room(self, state: DavidsonState) -> DavidsonState:
         """Make room for another row: if the basis is full, keep half of the Ritz vectors, from either end."""

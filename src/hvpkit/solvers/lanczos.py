@@ -39,7 +39,7 @@ from hvpkit.solvers.checkpoint import Checkpoint
 from hvpkit.solvers.common import convergence
 from hvpkit.solvers.common.bounds import kato_temple, uniform_distance
 from hvpkit.solvers.common.convergence import MIN_STEPS
-from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, most_at_one_end, select
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, most_at_one_end, num_at_low_end, select
 from hvpkit.solvers.common.request import Request, Start, check_arguments, check_confidence
 from hvpkit.solvers.driver import (
     Assessment,
@@ -58,16 +58,8 @@ MAX_NCV, EXTRA_NCV = 300, 18
 """The default ``ncv``: at most the first, or 4 k; at least the second above the least that is possible. Chosen by
 feel."""
 
-SMALL_SPACE = 500
-"""The largest n for which ``MIN_STEPS`` hold always: there they cost next to nothing. For larger n a smaller
-probability of a hidden eigenvalue may take their place."""
-
 HIDDEN_BEYOND = 2.0
-"""In units of ``tol * |value|``: an eigenvalue hides if it lies further out than this from its Ritz value."""
-
-HIDDEN_PROBABILITY, HIDDEN_PROBABILITY_EARLY = 0.3, 0.05
-"""Probability of a hidden eigenvalue below which a solve may stop; the second one before ``MIN_STEPS``. With 0.1 for
-0.3 a solve takes 14 % more matvecs and a third fewer values are off by more than tol; without any, 17 of 138 were."""
+"""In units of the error allowed: an eigenvalue hides if it lies further out than this from its Ritz value."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,6 @@ class Lanczos:
         request: what is asked for.
         ncv: the most basis vectors before a restart.
         block_size, check_copies, confidence, certify: as of :func:`lanczos`.
-        hidden_probability: of a hidden eigenvalue, below which the solve may stop.
     """
 
     op: LinearOperator
@@ -104,7 +95,6 @@ class Lanczos:
     check_copies: bool = False
     confidence: float = 0.99
     certify: bool = False
-    hidden_probability: float = HIDDEN_PROBABILITY
 
     @property
     def limits(self) -> Limits:
@@ -118,7 +108,7 @@ class Lanczos:
 
     @property
     def min_products(self) -> int:
-        """Minimum matvecs before a convergence test is accepted, or needs more than a probability."""
+        """Minimum matvecs before a convergence test is accepted, where it rests on residuals alone."""
         return self.request.k + MIN_STEPS * self.block_size
 
     def init(self) -> LanczosState:
@@ -162,53 +152,55 @@ class Lanczos:
     ) -> tuple[Status | None, bool, LanczosState]:
         """Test convergence: the status if the solve is over, and if not, whether it needs a random vector."""
         op, asked, m = self.op, self.request, state.num_multiplied
-        exhausted, by_polynomial = state.num_frontier == 0, self._has_polynomial(state)
-        early = state.num_products < self.min_products and not (by_polynomial and op.n > SMALL_SPACE)
+        exhausted = state.num_frontier == 0
+        early = state.num_products < self.min_products and not self._uses_gap(state)
         if m < asked.k or (early and not exhausted):
             return None, exhausted, state
         wanted, attainable = select(pairs.values, asked.k, asked.which), self._attainable(state, pairs)
         values = pairs.values[wanted]
         bounds = self._error_bounds(state, pairs)[wanted] + self._noise(state, pairs)
         if not exhausted:
-            within_tol = (bounds <= asked.tol * values.abs()) & (values != 0)
-            if not bool((within_tol | (bounds <= attainable)).all()):
-                return None, False, state
-            if by_polynomial and self._may_hide(state, pairs, norms, wanted, attainable):
+            allowed = asked.allowed(values, self._norm(state, pairs)).clamp(min=attainable)
+            if bool((bounds > allowed).any()) or self._may_hide(state, pairs, norms, attainable):
                 return None, False, state
         if m < op.n and self.check_copies and most_at_one_end(asked.k, asked.which) > 1:
             searching, state = self._search_copies(state, values, bounds)
             if searching:
                 return None, state.search_until == state.num_products + state.search_steps, state
         best = Status.INVARIANT_SUBSPACE if exhausted else Status.CONVERGED
-        return convergence.final_status(best, asked.tol, attainable, values, bounds), False, state
+        status = convergence.final_status(best, asked, self._norm(state, pairs), attainable, values, bounds)
+        return status, False, state
 
-    def _has_polynomial(self, state: LanczosState) -> bool:
-        """Return True if the polynomial of the start tells how likely a hidden eigenvalue is."""
+    def _uses_gap(self, state: LanczosState) -> bool:
+        """Return True if error bounds use gaps: the polynomial of the start says how likely an eigenvalue hides."""
         return bool(state.polynomial.share) and most_at_one_end(self.request.k, self.request.which) == 1
 
     def _error_bounds(self, state: LanczosState, pairs: RitzPairs) -> Tensor:
         """Return error bounds ``[m]``; they use the gap only where it is known how likely an eigenvalue hides in it."""
-        if not self._has_polynomial(state):
+        if not self._uses_gap(state):
             return pairs.residual_norms
         return kato_temple(pairs.values, pairs.residual_norms)
 
-    def _may_hide(
-        self, state: LanczosState, pairs: RitzPairs, norms: Tensor, wanted: list[int], attainable: float
-    ) -> bool:
-        """Return True if an eigenvalue is too likely to hide beyond a wanted end, by more than the error bound."""
-        ends = {place: float(pairs.values[place]) for place in wanted}
-        if self.request.which == "LM":  # it may hide at the other end
-            size = abs(next(iter(ends.values())))
-            ends = {0: -size, -1: size}
-        early = state.num_products < self.min_products
-        multiple, allowed = HIDDEN_BEYOND, HIDDEN_PROBABILITY_EARLY if early else self.hidden_probability
-        if self.certify:
-            multiple, allowed = 1.0, 1 - self.confidence
-        for place, value in ends.items():
-            beyond = max(multiple * self.request.tol * abs(value), attainable)
-            at = value - beyond if place == 0 else value + beyond
-            component = state.polynomial.log_component(at, pairs.values, pairs.residual_norms, norms)
-            if state.polynomial.probability(component) > allowed:
+    def _may_hide(self, state: LanczosState, pairs: RitzPairs, norms: Tensor, attainable: float) -> bool:
+        """Return True if an eigenvalue is too likely to hide beyond a wanted end; False where this is not known.
+
+        If one does, the start's component along its vector is one of the smallest that it can be, with probability
+        ``1 - confidence``. This is an event of the start alone, so that testing at every step costs no confidence.
+        """
+        asked, polynomial = self.request, state.polynomial
+        if not polynomial.share:
+            return False
+        values = pairs.values[select(pairs.values, asked.k, asked.which)]
+        num_low, size = num_at_low_end(asked.k, asked.which), values.abs().max()
+        ends = [(-1.0, values[0])] * (num_low > 0) + [(1.0, values[-1])] * (num_low < asked.k)
+        if asked.which == "LM":  # it may hide at the other end
+            ends = [(-1.0, -size), (1.0, size)]
+        multiple, norm = 1.0 if self.certify else HIDDEN_BEYOND, self._norm(state, pairs)
+        for outward, value in ends:
+            beyond = (multiple * asked.allowed(value, norm)).clamp(min=attainable)
+            at = float(value + outward * beyond)
+            component = polynomial.log_component(at, pairs.values, pairs.residual_norms, norms)
+            if polynomial.probability(component) > 1 - self.confidence:
                 return True
         return False
 
@@ -223,7 +215,7 @@ class Lanczos:
         if state.num_products < state.search_until and state.num_frontier:
             return True, state
         before = torch.tensor(state.search_from, dtype=torch.float64)
-        allowed = bounds + self.request.tol * values.abs()
+        allowed = bounds + self.request.allowed(values, float(state.norm))
         if len(before) and not bool(((values - before).abs() > allowed).any()):
             return False, state
         if (
@@ -237,6 +229,10 @@ class Lanczos:
             search_until=state.num_products + num_steps,
             search_from=tuple(values.tolist()),
         )
+
+    def _norm(self, state: LanczosState, pairs: RitzPairs) -> float:
+        """Return the operator's norm as far as it is known, over scale."""
+        return max(pairs.norm, float(state.norm))
 
     def _noise(self, state: LanczosState, pairs: RitzPairs) -> float:
         """Return what rounding may add to an error bound: by the dtype, or as much as was seen."""
@@ -254,7 +250,8 @@ class Lanczos:
         """
         op, asked = self.op, self.request
         pairs, lanczos_norms = krylov.project(op, state)
-        convergence.warn_asymmetric(op, pairs.asymmetry, max(pairs.norm, float(state.norm)))
+        norm = self._norm(state, pairs)
+        convergence.warn_asymmetric(op, pairs.asymmetry, norm)
         wanted, m, noise = (
             select(pairs.values, asked.k, asked.which),
             state.num_multiplied,
@@ -278,7 +275,7 @@ class Lanczos:
                 bounds, noise = bounds + difference, max(noise, difference)
                 if status not in (Status.MAX_MATVECS, Status.TIME_LIMIT):
                     attainable = max(self._attainable(state, pairs), 4 * difference)
-                    status = convergence.final_status(status, asked.tol, attainable, found.values, bounds)
+                    status = convergence.final_status(status, asked, norm, attainable, found.values, bounds)
         scale = float(state.scale)
         found = replace(found, vectors=vectors / torch.linalg.vector_norm(vectors, dim=0)).scaled(scale)
         kind = "exact" if status is Status.INVARIANT_SUBSPACE else "residual"
@@ -316,7 +313,7 @@ class Lanczos:
         return None
 
     def identity(self) -> dict[str, Any]:
-        """Return what must be the same when a solve is continued from a checkpoint; ``tol`` and limits may change."""
+        """Return what must be the same when a solve continues from a checkpoint; tolerances and limits may change."""
         asked = {name: getattr(self.request, name) for name in ("k", "which", "seed")}
         own = {name: getattr(self, name) for name in ("ncv", "block_size", "check_copies")}
         return {"solver": "lanczos", "n": self.op.n, "dtype": str(self.op.dtype), **asked, **own}
@@ -330,6 +327,7 @@ def lanczos(
     which: str = "LA",
     v0: Start | None = None,
     tol: float = 1e-3,
+    atol: float | None = None,
     ncv: int | None = None,
     block_size: int = 1,
     check_copies: bool = True,
@@ -343,12 +341,19 @@ def lanczos(
 ) -> EigenResult:
     r"""Compute a few eigenpairs at the ends of the spectrum, by thick-restart Lanczos.
 
-    Stops when for each wanted value ``error_bound <= tol * |value|``, or, where a value is zero to rounding,
-    when the bound is at most 32 eps times the operator's norm. The bound is the residual norm, with rounding.
-    For one pair at an end, from one start vector, it is the residual norm squared over the gap where that is
-    smaller, on two more conditions: the gap is bounded by the other Ritz pairs' residuals, and it is unlikely
-    (probability 0.3 over random starts) that an eigenvalue hides further out than ``2 tol * |value|``. A
-    ``tol`` below rounding is taken as rounding.
+    For one pair at an end, from one start vector: **with probability** ``confidence`` **over random starts, a converged
+    value** :math:`\theta` **is off by at most twice the error allowed** (once with ``certify``),
+
+    .. math:: \text{allowed} = \max(\text{tol} \cdot |\theta|, \; \text{atol} \cdot \|A\|),
+
+    with the largest Ritz value or norm of a matvec so far for :math:`\|A\|`, or 32 eps of it where that is more. It
+    stops when for each wanted value ``error_bound <= allowed``, and it is that unlikely that an eigenvalue hides
+    further out. The bound is the residual norm, with rounding, or its square over the gap, bounded by the other Ritz
+    pairs' residuals, where that is smaller.
+
+    For more pairs at an end the bound is the residual norm, and the probability holds for the outermost value; for the
+    others there is none, but the search for copies. For blocks there is none at all: see the intervals. An end that is
+    zero has no relative digits: see ``atol``.
 
     Args:
         op: symmetric operator.
@@ -358,20 +363,22 @@ def lanczos(
         v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are assigned round-robin to the vectors of
             the block and summed, each sum with a tenth of a random vector, so that no direction is missing.
         tol: relative error of the eigenvalues.
+        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
+            default ``min(1e-5, tol / 1000)``.
         ncv: the most basis vectors before a restart, by default as many as 4 GiB hold, at most 300 or 4 k.
         block_size: vectors in one matvec. Operators share work among them; the number of matvecs rises.
         check_copies: for two or more pairs at one end, make sure by a further random vector that no copy of
             a multiple eigenvalue is missed; doubles the matvecs.
-        confidence: of intervals, over random starts.
-        certify: continue until the interval itself has a width of at most ``tol * |value|`` at this confidence,
-            for one pair at an end; about a third more matvecs.
+        confidence: of the outermost values and of intervals, over random starts.
+        certify: continue until the interval itself has a width of at most the error allowed, for one pair at an end;
+            about a tenth more matvecs.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
         time_limit: seconds.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
         checkpoint: a file. The solve is saved there every minute, at a limit and when it is interrupted. The same call
-            continues from it, for one matvec that verifies the operator, to the same bits; ``tol`` and limits may be
-            changed. Deleted on convergence.
+            continues from it, for one matvec that verifies the operator, to the same bits; tolerances and limits may
+            be changed. Deleted on convergence.
 
     Returns:
         Values ascending, with orthonormal vectors, true residuals, intervals and status. At a limit, or if a matvec
@@ -402,6 +409,7 @@ def lanczos(
         which,
         v0=v0,
         tol=tol,
+        atol=atol,
         max_matvecs=max_matvecs,
         time_limit=time_limit,
         seed=seed,

@@ -113,7 +113,7 @@ class Lobpcg:
         residuals = residuals_of(rows, images, values)
         norms = row_norms(op.space, residuals).to("cpu", torch.float64)
         early = m < op.n and state.num_matvecs < MIN_BLOCK_STEPS * self.width * op.cost
-        done = is_converged(op, 0.0 if early else asked.tol, state.norm, values, norms)
+        done = is_converged(op, 0.0 if early else asked.allowed(values, state.norm), state.norm, norms)
         wanted = select(values, asked.k, asked.which)
         found = RitzPairs(values[wanted], rows[wanted].mT, norms[wanted])
         status = block_subspace.status_of(op, asked, state, found, done[wanted], whole=m == op.n)
@@ -186,6 +186,7 @@ def lobpcg(
     which: str = "LA",
     v0: Start | None = None,
     tol: float = 1e-3,
+    atol: float | None = None,
     preconditioner: Preconditioner | None = None,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
@@ -206,6 +207,8 @@ def lobpcg(
             high end), all in one block.
         v0: start vectors, used as by :func:`hvpkit.lanczos`.
         tol: relative error of the eigenvalues.
+        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
+            default ``min(1e-5, tol / 1000)``.
         preconditioner: ``[n, p]`` to ``[n, p]``, applied to residuals: for the low end an approximate inverse of
             the operator, positive definite, less a shift near the end.
         max_matvecs: full-data matvecs, at most; the default is that of :func:`hvpkit.lanczos`.
@@ -240,6 +243,7 @@ def lobpcg(
         which,
         v0=v0,
         tol=tol,
+        atol=atol,
         max_matvecs=max_matvecs,
         time_limit=time_limit,
         seed=seed,

@@ -29,6 +29,7 @@ def multifidelity(
     which: str = "BE",
     v0: Start | None = None,
     tol: float = 1e-2,
+    atol: float | None = None,
     ncv: int = 60,
     num_inner: int | None = None,
     confidence: float = 0.99,
@@ -39,11 +40,11 @@ def multifidelity(
 ) -> EigenResult:
     r"""Compute both ends of the last of several levels, with most of the work on cheaper ones.
 
-    Stops when for each end asked for ``error_bound <= tol * |value|``. The bound is the residual norm or, where a
-    cheap level has just predicted the error, ten times the prediction, :math:`10\, r' f(A_S)\, r`, with a clamp of ten
-    times ``tol * |value|``, and more if the last directions gained much more than predicted. That is an
-    estimate; the interval of an end rests on the residual alone, and says that an eigenvalue is in it, not that it is
-    the extreme one.
+    Stops when for each end asked for ``error_bound <= max(tol * |value|, atol * norm)``. The bound is the residual
+    norm or, where a cheap level has just predicted the error, ten times the prediction, :math:`10\, r' f(A_S)\, r`,
+    with a clamp of ten times ``tol * |value|``, and more if the last directions gained much more than predicted. That
+    is an estimate; the interval of an end rests on the residual alone, and says that an eigenvalue is in it, not that
+    it is the extreme one.
 
     Use it for a Hessian over many examples: levels are ``H.coarsen(...)`` and H itself. For operators without a cheap
     approximation, and where the interval must hold with a stated confidence, use :func:`hvpkit.lanczos`.
@@ -56,6 +57,8 @@ def multifidelity(
         v0: start ``[n]`` or ``[n, p]``, or an earlier result, for the steps on the first level: the sum of the unit
             columns and a tenth of a random vector.
         tol: relative error of the eigenvalues.
+        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
+            default ``min(1e-5, tol / 1000)``.
         ncv: the most basis vectors before half of them are dropped.
         num_inner: the most Lanczos steps on a cheap level for each direction; by default as many as cost one matvec,
             but from 6 to 30. They end when their prediction has settled.
@@ -91,6 +94,7 @@ def multifidelity(
         which=which,
         v0=v0,
         tol=tol,
+        atol=atol,
         ncv=ncv,
         num_inner=num_inner,
         confidence=confidence,
@@ -107,6 +111,7 @@ def solve_levels(
     which: str = "BE",
     v0: Start | None = None,
     tol: float = 1e-2,
+    atol: float | None = None,
     ncv: int = 60,
     num_inner: int | None = None,
     confidence: float = 0.99,
@@ -132,6 +137,7 @@ def solve_levels(
         which,
         v0=v0,
         tol=tol,
+        atol=atol,
         max_matvecs=max_matvecs,
         time_limit=time_limit,
         seed=seed,
@@ -145,6 +151,7 @@ def solve_levels(
             which=request.which,
             v0=request.start,
             tol=request.tol,
+            atol=request.atol,
             confidence=confidence,
             max_matvecs=request.limits.max_matvecs,
             time_limit=time_limit,
@@ -197,6 +204,7 @@ def _solve(op: LinearOperator, solver: Davidson, confidence: float, monitor: Mon
         request.k,
         which=request.which,
         tol=request.tol,
+        atol=request.atol,
         confidence=confidence,
         max_matvecs=remaining,
         time_limit=time_left,

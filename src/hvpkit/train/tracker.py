@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hvpkit._utils.files import atomic_write
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
-from hvpkit._utils.validation import check_choice, check_count, check_positive
+from hvpkit._utils.validation import check_choice, check_count, check_non_negative, check_positive
 from hvpkit.curvature.constructors import hessian
 from hvpkit.data import as_data
 from hvpkit.extreme import METHODS, extreme_eigenvalues
@@ -41,6 +41,7 @@ class SpectrumTracker:
         data: all examples of the Hessian, as for :func:`hvpkit.hessian`.
         every: measure at the first of every so many calls; of steps, if calls give their ``step``.
         tol: relative error of both eigenvalues.
+        atol: error in units of the operator's norm that is enough too, as for :func:`hvpkit.extreme_eigenvalues`.
         method: as for :func:`hvpkit.extreme_eigenvalues`.
         max_matvecs: the most passes over the data for a measurement; the values found by then are recorded.
         time_limit: the most seconds for a measurement; the values found by then are recorded.
@@ -82,6 +83,7 @@ class SpectrumTracker:
         *,
         every: int = 1,
         tol: float = 1e-2,
+        atol: float | None = None,
         method: str = "auto",
         max_matvecs: float | None = None,
         time_limit: float | None = None,
@@ -101,12 +103,14 @@ class SpectrumTracker:
             )
         check_count("every", every, 1)
         check_positive("tol", tol)
+        if atol is not None:
+            check_non_negative("atol", atol)
         check_choice("method", method, METHODS)
         self._objective: MakeObjective = lambda params: (loss_fn, params)
         self._data = as_data(data, batch_size=batch_size)
         self._every, self._seed, self._num_calls = every, resolve_seed(seed), 0
         self._hessian: dict[str, Any] = {"wrt": wrt, "mode": mode}
-        self._solve: dict[str, Any] = {"tol": tol, "method": method, "monitor": monitor}
+        self._solve: dict[str, Any] = {"tol": tol, "atol": atol, "method": method, "monitor": monitor}
         self._solve |= {"max_matvecs": max_matvecs, "time_limit": time_limit}
         self._path = None if path is None else Path(path)
         self._num_parameters: int | None = None

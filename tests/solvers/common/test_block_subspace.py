@@ -26,7 +26,9 @@ OP = hk.aslinearoperator(A)
 
 
 def request(op: hk.LinearOperator = OP, k: int = 2, max_matvecs: float | None = None) -> Request:
-    return check_arguments(op, k, "LA", v0=None, tol=1e-3, max_matvecs=max_matvecs, time_limit=None, seed=0)
+    return check_arguments(
+        op, k, "LA", v0=None, tol=1e-3, atol=0.0, max_matvecs=max_matvecs, time_limit=None, seed=0
+    )
 
 
 def random_rows(m: int, seed: int = 0) -> Tensor:

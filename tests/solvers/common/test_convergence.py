@@ -42,8 +42,9 @@ def checked(
 def test_done_is_what_is_within_tol_or_within_rounding() -> None:
     values = torch.tensor([1.0, -1.0, 1.0, 0.0, 0.0, 1e-13], dtype=torch.float64)
     norms = torch.tensor([0.9e-3, 0.9e-3, 1.1e-3, 1e-15, 1e-3, 1e-15], dtype=torch.float64)
-    assert is_converged(OP, 1e-3, 1.0, values, norms).tolist() == [True, True, False, True, False, True]
-    assert is_converged(OP, 1e-3, 1e11, values, norms).tolist() == [False, False, False, True, False, True]
+    allowed = 1e-3 * values.abs()
+    assert is_converged(OP, allowed, 1.0, norms).tolist() == [True, True, False, True, False, True]
+    assert is_converged(OP, allowed, 1e11, norms).tolist() == [False, False, False, True, False, True]
     assert attainable_accuracy(OP, 2.0) == 64 * EPS
     assert rounding(OP, 2.0) == 16 * EPS
 

@@ -253,11 +253,11 @@ def _assessed(
         best = pairs
     right_side, shift = _sides(goal, state, pairs, least)
     deep = state.num_steps - state.num_since >= MIN_STEPS
-    good = (bounds <= least) | (bounds <= goal.tol * pairs.values.abs()) & deep
+    good = (bounds <= least) | (bounds <= goal.allowed(pairs.values, norm)) & deep
     state = replace(state, norm=norm, best=best, fresh=False)
     if whole or (bool(good.all()) and right_side):
         status = Status.INVARIANT_SUBSPACE if whole else Status.CONVERGED
-        return replace(state, best=pairs), final_status(status, goal.tol, least, pairs.values, bounds)
+        return replace(state, best=pairs), final_status(status, goal, norm, least, pairs.values, bounds)
     if deep and goal.next_shift is None and not torch.equal(shift, state.shift):
         return _restarted(op, goal, state, shift), None
     return _tuned(goal, state, pairs), None
@@ -340,8 +340,8 @@ def finalize(op: LinearOperator, goal: Goal, state: MomentumBlockState, status: 
             message += (
                 f"; with a momentum above {shifted**2 / 4:.3g}, as far as is known, iterates rotate for ever"
             )
-    # eigenvalues closer than tol cannot be distinguished
-    reach = torch.maximum(result.residual_norms, goal.tol * result.values.abs())
+    # eigenvalues closer than the error allowed cannot be distinguished
+    reach = torch.maximum(result.residual_norms, goal.allowed(result.values, state.norm * unit))
     wide, noise = RitzPairs(result.values, result.vectors, reach), rounding(op, state.norm) * unit
     where = intervals(wide, goal, noise, "residual")
     return replace(result, intervals=where, message=message)

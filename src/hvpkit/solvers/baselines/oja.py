@@ -69,6 +69,7 @@ def oja(
     which: str = "LA",
     v0: Start | None = None,
     tol: float = 1e-2,
+    atol: float | None = None,
     batch_size: int | None = None,
     step_size: StepSize | None = None,
     max_matvecs: float | None = None,
@@ -93,6 +94,8 @@ def oja(
             end).
         v0: start ``[n]`` or ``[n, p]``, or an earlier result, as of :func:`hvpkit.power`.
         tol: relative error of the eigenvalues.
+        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
+            default ``min(1e-5, tol / 1000)``.
         batch_size: examples in a minibatch; by default a sixteenth of all.
         step_size: :math:`\eta`, in units of one over eigenvalues, or a function from a step, counted from 0, to it.
             By default AdaOja's: one over the root of the sum of all :math:`\|A_s W_s\|_F^2 / k` so far.
@@ -131,6 +134,7 @@ def oja(
         which,
         v0=v0,
         tol=tol,
+        atol=atol,
         max_matvecs=max_matvecs,
         time_limit=time_limit,
         seed=seed,

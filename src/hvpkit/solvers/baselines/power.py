@@ -43,6 +43,7 @@ def power(
     which: str = "LM",
     v0: Start | None = None,
     tol: float = 1e-3,
+    atol: float | None = None,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
     seed: Seed = 0,
@@ -55,10 +56,10 @@ def power(
     other end to zero. Values and residuals are those of Rayleigh-Ritz with A. Stops when for each Ritz value
     :math:`\theta` with residual r
 
-    .. math:: 2 \|r\| + \text{rounding} \le \text{tol} \cdot |\theta|,
+    .. math:: 2 \|r\| + \text{rounding} \le \max(\text{tol} \cdot |\theta|, \; \text{atol} \cdot \|A\|),
 
-    after a dozen steps, or, where a value is zero to rounding, when the left side is at most 32 eps times the
-    operator's norm. (The factor 2: at the edge of a dense spectrum the error of a value is as large as its
+    after a dozen steps, or when the left side is at most 32 eps times :math:`\|A\|`, the largest norm of a matvec so
+    far. (The factor 2: at the edge of a dense spectrum the error of a value is as large as its
     residual.) A ``tol`` below rounding is taken as rounding. A value that no longer changes is never a reason to stop.
 
     For comparison and teaching: :func:`hvpkit.lanczos` always takes fewer matvecs, in particular for an end that is
@@ -73,6 +74,8 @@ def power(
         v0: start ``[n]`` or ``[n, p]``, or an earlier result. Columns are assigned round-robin to the vectors of the
             block and summed, each with a tenth of a random vector.
         tol: relative error of the eigenvalues.
+        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
+            default ``min(1e-5, tol / 1000)``.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
         time_limit: seconds.
         seed: of random vectors.
@@ -80,7 +83,7 @@ def power(
 
     Returns:
         Values ascending, with orthonormal vectors, true residuals, intervals and status. An interval is no narrower
-        than ``tol * |value|``, as closer eigenvalues cannot be distinguished. A limit, or a matvec that is not
+        than the error allowed, as closer eigenvalues cannot be distinguished. A limit, or a matvec that is not
         finite, is a status too, with the best pairs found until then.
 
     Raises:
@@ -101,7 +104,16 @@ def power(
         (tensor([-8.0000], dtype=torch.float64), tensor([5.0000], dtype=torch.float64))
     """
     asked = check_arguments(
-        op, k, which, v0=v0, tol=tol, max_matvecs=max_matvecs, time_limit=time_limit, seed=seed, block_size=k
+        op,
+        k,
+        which,
+        v0=v0,
+        tol=tol,
+        atol=atol,
+        max_matvecs=max_matvecs,
+        time_limit=time_limit,
+        seed=seed,
+        block_size=k,
     )
     return solve(op, Goal(**vars(asked)), monitor)
 
@@ -114,6 +126,7 @@ def accelerated_power(
     which: str = "LM",
     v0: Start | None = None,
     tol: float = 1e-3,
+    atol: float | None = None,
     momentum: float | None = None,
     variance_reduced: bool = False,
     batch_size: int | None = None,
@@ -152,6 +165,8 @@ def accelerated_power(
             each end (the odd one from the high end).
         v0: start ``[n]`` or ``[n, p]``, or an earlier result, as of :func:`hvpkit.power`.
         tol: relative error of the eigenvalues: the stop is that of :func:`hvpkit.power`.
+        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
+            default ``min(1e-5, tol / 1000)``.
         momentum: :math:`\beta`, in units of eigenvalues squared; by default chosen.
         variance_reduced: use minibatches.
         batch_size: examples in a minibatch, with ``variance_reduced``; by default an eighth of all. Doubled
@@ -187,7 +202,16 @@ def accelerated_power(
     if momentum:
         check_positive("momentum", momentum)
     asked = check_arguments(
-        op, k, which, v0=v0, tol=tol, max_matvecs=max_matvecs, time_limit=time_limit, seed=seed, block_size=k
+        op,
+        k,
+        which,
+        v0=v0,
+        tol=tol,
+        atol=atol,
+        max_matvecs=max_matvecs,
+        time_limit=time_limit,
+        seed=seed,
+        block_size=k,
     )
     if not variance_reduced:
         if batch_size is not None:

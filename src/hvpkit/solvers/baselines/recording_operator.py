@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Recorder:
         monitor: called after each matvec.
         capacity: vectors that are kept; n if that is at most twice as many.
         depth: minimum matvecs before recorded pairs end the solve.
-        tol: relative error of recorded pairs that ends it; 0: they have to be exact to rounding.
+        tol: relative error of recorded pairs that ends it; 0: only ``atol`` of the goal, or rounding, does.
         num_rows: vectors in use.
         num_products: matvecs so far.
         norm: lower bound of the operator's norm, over scale.
@@ -164,7 +164,8 @@ class Recorder:
         self.history.append(Progress(self.num_matvecs, seconds, *ends.tolist()))
         if self.monitor is not None:
             self.monitor(self.history[-1])
-        done = is_converged(self.op, self.tol, self.norm, found.values[2:], found.residual_norms[2:])
+        allowed = replace(self.goal, tol=self.tol).allowed(found.values[2:], self.norm)
+        done = is_converged(self.op, allowed, self.norm, found.residual_norms[2:])
         if self.num_products >= self.depth and len(done) == self.goal.k and bool(done.all()):
             raise Stop(Status.CONVERGED)
 

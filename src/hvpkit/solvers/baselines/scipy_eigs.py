@@ -138,7 +138,8 @@ def _lobpcg(seen: Recorder, start: Tensor) -> RitzPairs | None:
     operator, tol, maxiter = _to_scipy(op, seen.product), torch.finfo(torch.float32).tiny, WARM_UP
     if len(known.values) == goal.k:
         start, maxiter = known.vectors, NO_LIMIT
-        tol = max(goal.tol * float(known.values.abs().min()), attainable_accuracy(op, seen.norm), tol) / 2
+        allowed = float(goal.allowed(known.values, seen.norm).min())
+        tol = max(allowed, attainable_accuracy(op, seen.norm), tol) / 2
     columns = start.to("cpu", torch.float64).numpy().astype(operator.dtype)
     options: dict[str, Any] = {"tol": tol, "maxiter": maxiter, "largest": goal.which == "LA"}
     try:
@@ -172,6 +173,7 @@ def eigsh(
     which: str = "LA",
     v0: Start | None = None,
     tol: float = 1e-3,
+    atol: float | None = None,
     ncv: int | None = None,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
@@ -182,9 +184,9 @@ def eigsh(
 
     ``converged`` means that after a further matvec, for each value :math:`\theta` with residual r,
 
-    .. math:: \|r\| \le \text{tol} \cdot |\theta|,
+    .. math:: \|r\| \le \max(\text{tol} \cdot |\theta|, \; \text{atol} \cdot \|A\|),
 
-    or, where a value is zero to rounding, that the left side is at most 32 eps times the operator's norm. ARPACK
+    or that the left side is at most 32 eps times :math:`\|A\|`. ARPACK
     compares its own estimate of :math:`\|r\|` with its ``tol`` times :math:`|\theta|`, once per restart; it is
     given half of ``tol``, or eps if that is more.
 
@@ -200,6 +202,8 @@ def eigsh(
             from each end (the odd one from the high end).
         v0: start ``[n]`` or ``[n, p]``, or an earlier result: the sum of the columns and a tenth of a random vector.
         tol: relative error of the eigenvalues.
+        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
+            default ``min(1e-5, tol / 1000)``.
         ncv: basis vectors before a restart, by default ``max(2 k + 1, 20)``.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
         time_limit: seconds.
@@ -230,7 +234,7 @@ def eigsh(
     """
     begin = time.perf_counter()
     goal = check_arguments(
-        op, k, which, v0=v0, tol=tol, max_matvecs=max_matvecs, time_limit=time_limit, seed=seed
+        op, k, which, v0=v0, tol=tol, atol=atol, max_matvecs=max_matvecs, time_limit=time_limit, seed=seed
     )
     if ncv is None:
         ncv = max(2 * k + 1, LEAST_NCV)
@@ -250,6 +254,7 @@ def scipy_lobpcg(
     which: str = "LA",
     v0: Start | None = None,
     tol: float = 1e-3,
+    atol: float | None = None,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
     seed: Seed = 0,
@@ -259,9 +264,9 @@ def scipy_lobpcg(
 
     ``converged`` means that after a further matvec, for each value :math:`\theta` with residual r,
 
-    .. math:: \|r\| \le \text{tol} \cdot |\theta|,
+    .. math:: \|r\| \le \max(\text{tol} \cdot |\theta|, \; \text{atol} \cdot \|A\|),
 
-    or, where a value is zero to rounding, that the left side is at most 32 eps times the operator's norm. LOBPCG's own
+    or that the left side is at most 32 eps times :math:`\|A\|`. LOBPCG's own
     tolerance is absolute, and one for all pairs: after five iterations without any it is restarted from its vectors,
     with half of ``tol`` times the smallest :math:`|\theta|`, and again if it gives up early. It is stopped when the
     span of the vectors multiplied last contains pairs that satisfy the stop.
@@ -276,6 +281,8 @@ def scipy_lobpcg(
         v0: start ``[n]`` or ``[n, p]``, or an earlier result. Columns are assigned round-robin to the vectors of the
             block and summed, each with a tenth of a random vector, so that nothing is missed.
         tol: relative error of the eigenvalues.
+        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
+            default ``min(1e-5, tol / 1000)``.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
         time_limit: seconds.
         seed: of random vectors.
@@ -309,6 +316,7 @@ def scipy_lobpcg(
         which,
         v0=v0,
         tol=tol,
+        atol=atol,
         max_matvecs=max_matvecs,
         time_limit=time_limit,
         seed=seed,

@@ -57,6 +57,7 @@ def stochastic_power(
     which: str = "LM",
     v0: Start | None = None,
     tol: float = 1e-3,
+    atol: float | None = None,
     batch_schedule: Schedule | None = None,
     momentum: float = 0.0,
     max_matvecs: float | None = None,
@@ -79,6 +80,8 @@ def stochastic_power(
             each end (the odd one from the high end).
         v0: start ``[n]`` or ``[n, p]``, or an earlier result, as of :func:`hvpkit.power`.
         tol: relative error of the eigenvalues.
+        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
+            default ``min(1e-5, tol / 1000)``.
         batch_schedule: from a minibatch's number, counted from 0, to its number of examples; more than there are
             means all. By default a 64th at first, and a fifth more each time. With a schedule that does not reach
             all data the error stays at the level of the last minibatches, and the status says so.
@@ -122,7 +125,16 @@ def stochastic_power(
     if momentum:
         check_positive("momentum", momentum)
     asked = check_arguments(
-        op, k, which, v0=v0, tol=tol, max_matvecs=max_matvecs, time_limit=time_limit, seed=seed, block_size=k
+        op,
+        k,
+        which,
+        v0=v0,
+        tol=tol,
+        atol=atol,
+        max_matvecs=max_matvecs,
+        time_limit=time_limit,
+        seed=seed,
+        block_size=k,
     )
     schedule = batch_schedule or geometric(num_examples)
     samples: Any = {"num_examples": num_examples, "schedule": schedule, "period": PERIOD}

@@ -189,7 +189,8 @@ def status_of(
         return None
     best = Status.INVARIANT_SUBSPACE if whole else Status.CONVERGED
     bounds = found.residual_norms + rounding(op, state.norm)
-    return final_status(best, request.tol, attainable_accuracy(op, state.norm), found.values, bounds)
+    attainable = attainable_accuracy(op, state.norm)
+    return final_status(best, request, state.norm, attainable, found.values, bounds)
 
 
 def finalize(op: LinearOperator, request: Request, state: BlockSubspace, status: Status) -> EigenResult:

@@ -78,25 +78,31 @@ def warn_asymmetric(op: LinearOperator, asymmetry: float, norm: float) -> None:
         )
 
 
-def is_converged(
-    op: LinearOperator, tol: float, norm: float, values: Tensor, residual_norms: Tensor
-) -> Tensor:
-    """Return which values ``[k]`` have converged: to ``tol``, or to the attainable accuracy."""
+def is_converged(op: LinearOperator, allowed: Tensor | float, norm: float, residual_norms: Tensor) -> Tensor:
+    """Return which values ``[k]`` have converged: to the errors ``allowed``, or to the attainable accuracy."""
     bounds = residual_norms + rounding(op, norm)
-    within_tol = (bounds <= tol * values.abs()) & (values != 0)
-    return within_tol | (bounds <= attainable_accuracy(op, norm))
+    return (bounds <= allowed) | (bounds <= attainable_accuracy(op, norm))
 
 
-def final_status(best: Status, tol: float, attainable: float, values: Tensor, bounds: Tensor) -> Status:
-    """Return ``best`` if all bounds are within ``tol``, else ZERO_TO_ROUNDING or ROUNDING_LIMITED.
+def final_status(
+    best: Status, request: Request, norm: float, attainable: float, values: Tensor, bounds: Tensor
+) -> Status:
+    """Return ``best`` if all error bounds ``[k]`` are as small as asked for, else what the others allow.
 
-    For error bounds ``[k]`` that further matvecs do not make smaller.
+    A value whose bound is above ``tol * |value|`` is zero to rounding, zero within atol, or clearly neither: then it
+    has converged if its bound is within ``atol * norm``, and is limited by rounding if not. For bounds that further
+    matvecs do not make smaller, or that end the solve.
     """
-    short = (bounds > tol * values.abs()) | (values == 0)
-    if not bool(short.any()):
-        return best
-    zero = values.abs() <= bounds.clamp(min=attainable)
-    return Status.ZERO_TO_ROUNDING if bool(zero[short].all()) else Status.ROUNDING_LIMITED
+    sizes = values.abs()
+    short = (bounds > request.tol * sizes) | (values == 0)
+    within = bounds <= request.atol * norm
+    no_digits = short & (sizes <= bounds.clamp(min=attainable)) & ((bounds <= attainable) | ~within)
+    small = short & within & ~no_digits & (sizes <= request.atol * norm)
+    if bool((short & ~within & ~no_digits).any()):
+        return Status.ROUNDING_LIMITED
+    if bool(small.any()):
+        return Status.ZERO_WITHIN_ATOL
+    return Status.ZERO_TO_ROUNDING if bool(no_digits.any()) else best
 
 
 def progress_of(values: Tensor, bounds: Tensor, scale: Tensor, level: int = 0) -> Progress:
@@ -199,7 +205,7 @@ def check_pairs(
             found = RitzPairs(values[order], vectors[:, order.to(op.device)], residual_norms[order])
             if status not in (Status.MAX_MATVECS, Status.TIME_LIMIT):
                 attainable = attainable_accuracy(op, norm)
-                status = final_status(status, request.tol, attainable, found.values, found.residual_norms)
+                status = final_status(status, request, norm, attainable, found.values, found.residual_norms)
     unit = float(scale)
     kind = "exact" if status is Status.INVARIANT_SUBSPACE else "residual"
     slack = attainable_accuracy(op, norm) * unit  # a statement wants more of it than a stop

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import Seed
-from hvpkit._utils.validation import check_choice, check_count, check_like, check_positive
+from hvpkit._utils.validation import (
+    check_choice,
+    check_count,
+    check_like,
+    check_non_negative,
+    check_positive,
+)
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, ExtremeResult
 from hvpkit.solvers.common.rayleigh_ritz import WHICH
@@ -18,6 +24,10 @@ from hvpkit.solvers.driver import Limits
 
 DEFAULT_MAX_MATVECS, DEFAULT_MATVECS_PER_PAIR = 1000.0, 10
 """The default budget, in full-data matvecs: the first, or the second for each pair if that is more. Chosen by feel."""
+
+MAX_ATOL, ATOL_SHARE = 1e-5, 1e-3
+"""The default ``atol``, in units of the operator's norm: the first, or the second times ``tol`` if that is less. Chosen
+by feel: at tol = 1e-2, an end of more than a thousandth of the other one keeps its relative accuracy."""
 
 Start = Tensor | EigenResult | ExtremeResult
 """Start vectors ``[n]`` or ``[n, p]``, or an earlier result, whose vectors are meant."""
@@ -31,6 +41,7 @@ class Request:
         k: number of pairs.
         which: at which ends. Both ends of one pair are the high end.
         tol: relative error of the values; at least eps.
+        atol: error of the values in units of the operator's norm, which is enough too.
         start: columns ``[n, p]``, or None.
         limits: budget and time limit.
         seed: of random vectors.
@@ -39,9 +50,24 @@ class Request:
     k: int
     which: str
     tol: float
+    atol: float
     start: Tensor | None
     limits: Limits
     seed: int
+
+    def allowed(self, values: Tensor, norm: float) -> Tensor:
+        r"""Return the errors allowed of values ``[k]``, :math:`\max(\text{tol} |\theta|, \text{atol} \|A\|)`."""
+        return (self.tol * values.abs()).clamp(min=self.atol * norm)
+
+
+def default_atol(tol: float) -> float:
+    """Return the ``atol`` that goes with ``tol`` where none is given: 1e-5, or a thousandth of ``tol``.
+
+    Example:
+        >>> default_atol(1e-2), default_atol(1e-6)
+        (1e-05, 1e-09)
+    """
+    return min(MAX_ATOL, ATOL_SHARE * tol)
 
 
 def check_arguments(
@@ -51,6 +77,7 @@ def check_arguments(
     *,
     v0: Start | None,
     tol: float,
+    atol: float | None = None,
     max_matvecs: float | None,
     time_limit: float | None,
     seed: Seed,
@@ -76,6 +103,7 @@ def check_arguments(
         k,
         "LA" if (which, k) == ("BE", 1) else which,
         max(check_positive("tol", tol), torch.finfo(op.dtype).eps),
+        default_atol(tol) if atol is None else check_non_negative("atol", atol),
         check_start(op, v0),
         Limits(
             max_matvecs,
