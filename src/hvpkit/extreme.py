@@ -25,9 +25,9 @@ Evidence: docs/multifidelity.md."""
 MIN_PARAMETERS = 1000
 """Parameters from which on samples are used: for fewer, Lanczos completes in few passes. Chosen by feel."""
 
-SAMPLE_RATIO, MIN_SAMPLE, MAX_SAMPLE, MIDDLE_RATIO = 10, 200, 4000, 3
-"""All examples over those of the small sample, its size at least and at most, and size of the middle one over it: the
-accuracy of a sample depends on its number of examples, its cost on their share. Chosen by feel."""
+SAMPLE_RATIO, MIN_SAMPLE, MAX_SAMPLE = 20, 200, 2000
+"""All examples over those of the sample, and its size at least and at most: the accuracy of a sample depends on its
+number of examples, its cost on their share. Evidence: docs/multifidelity.md."""
 
 SCORE_COST = 1 / 9
 """Cost of the scores for a sample, a forward pass, in full-data matvecs. By operations: docs/performance.md."""
@@ -105,10 +105,9 @@ def extreme_eigenvalues(
         (-0.5, 100.0, True)
     """
     check_choice("method", method, METHODS)
-    plain = not certify and checkpoint is None
-    if method == "multifidelity" and not plain:
-        raise ValueError('certify and checkpoint are for method="lanczos"; leave them out')
-    if method == "multifidelity" or (method == "auto" and plain and worth_sampling(H)):
+    if method == "multifidelity" and checkpoint is not None:
+        raise ValueError('checkpoint is for method="lanczos"; leave it out')
+    if method == "multifidelity" or (method == "auto" and checkpoint is None and worth_sampling(H)):
         number = resolve_seed(seed)
         try:
             levels, spent = sample_levels(H, number)
@@ -122,6 +121,7 @@ def extreme_eigenvalues(
                 tol=tol,
                 atol=atol,
                 confidence=confidence,
+                certify=certify,
                 spent=spent,
                 max_matvecs=max_matvecs,
                 time_limit=time_limit,
@@ -158,9 +158,9 @@ def worth_sampling(H: LinearOperator) -> bool:
 
 
 def sample_levels(H: LinearOperator, seed: int) -> tuple[list[LinearOperator], float]:
-    """Return two nested samples and the operator, for :func:`hvpkit.multifidelity`, and the cost of their scores.
+    """Return a sample and the operator, for :func:`hvpkit.multifidelity`, and the cost of the sample's scores.
 
-    The small sample is a tenth of the data, up to 4,000 examples; the other is three times as large.
+    The sample is a twentieth of the data, from 200 to 2,000 examples.
 
     Raises:
         TypeError, ValueError: ``H`` is not over examples that can be weighted.
@@ -170,13 +170,9 @@ def sample_levels(H: LinearOperator, seed: int) -> tuple[list[LinearOperator], f
             f'method="multifidelity" samples the data, but {H!r} is not over examples; take "lanczos"'
         )
     whole = H.num_examples
-    importance = "residual" if H.has_outputs else "loss"
-    small = min(max(whole // SAMPLE_RATIO, min(whole, MIN_SAMPLE)), MAX_SAMPLE)
-    middle = min(MIDDLE_RATIO * small, whole)
-    coarse = H.coarsen(middle, importance=importance, seed=seed)
-    small_one = coarse.coarsen(small, importance=importance, seed=seed)
-    levels: list[LinearOperator] = [small_one, *([coarse] if 2 * middle < whole else []), H]
-    return levels, SCORE_COST * (H.cost + coarse.cost)
+    size = min(max(whole // SAMPLE_RATIO, min(whole, MIN_SAMPLE)), MAX_SAMPLE)
+    sample = H.coarsen(size, importance="residual" if H.has_outputs else "loss", seed=seed)
+    return [sample, H], SCORE_COST * H.cost
 
 
 def _result(H: LinearOperator, found: EigenResult, tol: float) -> ExtremeResult:

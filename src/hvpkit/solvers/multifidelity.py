@@ -1,26 +1,462 @@
-"""Both ends from cheap levels of an operator, corrected on the operator itself.
+r"""Both ends of an operator from cheap likenesses of it, with a certificate that rests on all of it.
 
-Method: :mod:`hvpkit.solvers.davidson`, with the first cheap level until it is left, then the next one; after the last
-of them :func:`hvpkit.lanczos`, with its own bounds. That starts again: from vectors that are partly right it takes more
-matvecs (22 for 17 on a bulk with outliers), as it has to exclude all the same what they may lack.
+Method, for each level of the likeness until one serves:
 
-Cost, memory and source: see there.
+1. Lanczos on the likeness S shows its extreme vectors and outliers (:mod:`hvpkit.solvers.sample_space`). The extreme
+   vectors are multiplied by H.
+2. Rayleigh-Ritz on all vectors with known matvecs, with a few more by :mod:`hvpkit.solvers.davidson`: values are true
+   ones for any likeness.
+3. For each end a certificate: Lanczos from a random vector on :math:`C (H - \sigma I) C` with C from S, until it is
+   unlikely that an eigenvalue of H hides beyond the value by twice the error allowed
+   (:mod:`hvpkit.solvers.certificate`). What S lacked shows there as a negative eigenvalue, whose vector joins 2.
+
+A likeness is poor if directions gain less than it predicts or if the certificate's operator is far from the identity.
+After the last one :func:`hvpkit.lanczos` starts again: from vectors that are partly right it takes more matvecs (22 for
+17 on a bulk with outliers), as it has to exclude all the same what they may lack.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
 
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Progress, Status
-from hvpkit.solvers.common.request import Start, check_arguments, check_confidence
-from hvpkit.solvers.davidson import ENDS, Davidson
-from hvpkit.solvers.driver import Monitor, conclude, full_precision, iterate
-from hvpkit.solvers.lanczos import lanczos
+from hvpkit.solvers import certificate, davidson
+from hvpkit.solvers.certificate import Certificate
+from hvpkit.solvers.common import block_subspace, convergence
+from hvpkit.solvers.common.block_subspace import BlockSubspace
+from hvpkit.solvers.common.bounds import TINY, kato_temple
+from hvpkit.solvers.common.convergence import Outer, attainable_accuracy, rounding
+from hvpkit.solvers.common.orthogonalize import residuals_of, row_norms
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, select
+from hvpkit.solvers.common.request import Request, Start, check_arguments, check_confidence
+from hvpkit.solvers.congruence import DEGREE, congruent_operator, make_congruence
+from hvpkit.solvers.davidson import Direction
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, conclude, full_precision, iterate
+from hvpkit.solvers.lanczos import HIDDEN_BEYOND, lanczos
+from hvpkit.solvers.sample_space import SampleSpace, sample_space
+
+MAX_START_STEPS, START_SHARE = 60, 0.5
+"""Lanczos steps on the first level, at most, and their share of the budget, at most. With 40 or 90 steps a certificate
+on the dense network takes 17 or 15 steps instead of 15."""
+
+MIN_INNER_STEPS, MAX_INNER_STEPS = 6, 15
+"""Lanczos steps on a level for a direction, by default: as many as cost a matvec of the last level, within these.
+Chosen by feel."""
+
+MAX_DIRECTIONS = 1
+"""Directions for an end before its certificate: what the likeness lacks more directions do not find, and a translated
+certificate needs but a rough value. With 2 or 3 a solve of the dense network takes 2 or 3 passes more."""
+
+MARGIN = 5.0
+"""The shift of a translated certificate lies beyond the value by the predicted gain, or by this times the distance that
+may be missed if that is more. Shifts of 0.8 to 1.1 of the true value took as many steps."""
+
+PREDICTION_FACTOR = 3.0
+"""The error bound in units of the predicted error. Evidence: docs/multifidelity.md."""
+
+NEAR = 10.0
+"""In units of the error allowed: eigenvalues nearer to an end than that count as this far away in its error bound.
+Chosen by feel."""
+
+POOR_GAIN, NUM_GAINS = 0.5, 3
+"""A level is left if the geometric mean of its last gains, in units of the predicted ones, is less than the first; the
+mean is over the second, so that one direction is enough if its gain is very small. Chosen by feel."""
+
+FIRST_SHARE = 0.75
+"""Share of the probability of failure for the first certificate of an end; each further one has this share of the rest,
+so that all together have no more than was asked for."""
+
+ENDS = {"BE": (0, -1), "SA": (0,), "LA": (-1,)}
+
+
+@dataclass(frozen=True)
+class End:
+    """An end of the spectrum, as far as it is known; numbers are over scale.
+
+    Attributes:
+        value: the Ritz value.
+        vector, residual: of its Ritz pair ``[n]``.
+        error: its error bound, or predicted error times ``PREDICTION_FACTOR``.
+        direction: for this pair, if it is known.
+        num_directions: that were followed.
+        bound: nothing lies beyond it, by a certificate.
+        refuted: an exact certificate has found a vector further out.
+        promised: error bound of the next value, by a certificate.
+        num_certificates: that began.
+    """
+
+    value: float
+    vector: Tensor
+    residual: Tensor
+    error: float
+    direction: Direction | None = None
+    num_directions: int = 0
+    bound: float | None = None
+    refuted: bool = False
+    promised: float = 0.0
+    num_certificates: int = 0
+
+
+@dataclass(frozen=True)
+class MultifidelityState(BlockSubspace):
+    """A subspace with known matvecs, what it says about the ends, and a certificate in progress.
+
+    Attributes:
+        sample: of the first level.
+        ends: those that are known, 0 the low one, -1 the high one.
+        target: the end to find a direction for.
+        certificate: in progress.
+        expected: predicted gain of the last direction that was followed.
+        gains: of the level's last directions, in units of the predicted ones.
+        level: index of the level in use.
+    """
+
+    sample: SampleSpace | None = None
+    ends: Mapping[int, End] = field(default_factory=dict)
+    target: int | None = None
+    certificate: Certificate | None = None
+    expected: float = 0.0
+    gains: tuple[float, ...] = ()
+    level: int = 0
+
+
+@dataclass(frozen=True)
+class Multifidelity:
+    """The solver for the cheap levels of :func:`hvpkit.multifidelity`: see :class:`hvpkit.solvers.driver.Solver`.
+
+    It hands over once all cheap levels are left.
+
+    Attributes:
+        request: what is asked for.
+        levels: operators of rising cost, the last one asked about.
+        ncv: the most basis vectors before a restart.
+        num_inner: the most Lanczos steps on a level for a direction, or None.
+        confidence, certify: as of :func:`hvpkit.multifidelity`.
+        spent: full-data matvecs that making the levels has cost.
+    """
+
+    request: Request
+    levels: tuple[LinearOperator, ...]
+    ncv: int
+    num_inner: int | None = None
+    confidence: float = 0.99
+    certify: bool = False
+    spent: float = 0.0
+
+    @property
+    def op(self) -> LinearOperator:
+        """The operator asked about."""
+        return self.levels[-1]
+
+    @property
+    def limits(self) -> Limits:
+        """Of the request."""
+        return self.request.limits
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        cheap = self.levels[:-1]
+        on_level = max(self.inner_steps(level) * level.cost for level in cheap)
+        return max(on_level, self.op.cost + 2 * DEGREE * max(level.cost for level in cheap))
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """The ends asked for, the high one first: it is the easier one."""
+        return ENDS[self.request.which][::-1]
+
+    def inner_steps(self, level: LinearOperator) -> int:
+        """Return the most Lanczos steps on a level for a direction."""
+        worth = round(self.op.cost / level.cost) if level.cost else MAX_INNER_STEPS
+        return min(self.num_inner or min(MAX_INNER_STEPS, max(MIN_INNER_STEPS, worth)), level.n)
+
+    def init(self) -> MultifidelityState:
+        """Return a state with room for the first rows."""
+        without_start = replace(self.request, start=None)
+        return MultifidelityState(**vars(block_subspace.start(self.op, without_start, 0, self.ncv)))
+
+    def step(self, state: MultifidelityState) -> MultifidelityState:
+        """Multiply a new row or the certificate's vector; else find a direction, or start, on a cheap level."""
+        if state.num_new:
+            return block_subspace.multiply(self.op, state, 1)
+        if state.certificate is not None:
+            cost = state.certificate.op.cost
+            return replace(
+                state, certificate=state.certificate.step(), num_matvecs=state.num_matvecs + cost
+            )
+        if state.sample is None:
+            return self._start(state)
+        return state if state.target is None else self._find_direction(state, state.target)
+
+    def _start(self, state: MultifidelityState) -> MultifidelityState:
+        """Append the extreme Ritz vectors of the first level, from the caller's start or a random one."""
+        level, asked = self.levels[0], self.request
+        remaining = START_SHARE * self.limits.remaining(self.spent)
+        affordable = remaining / level.cost if level.cost else MAX_START_STEPS
+        # also for the low end alone: the high one is not far, and would else be in every residual
+        k, which = (1, "LA") if asked.which == "LA" else (min(2, self.op.n), "BE")
+        num_steps = min(MAX_START_STEPS, int(affordable), self.op.n)
+        sample = sample_space(level, k, which, v0=asked.start, num_steps=num_steps, seed=asked.seed)
+        finite = bool(torch.isfinite(sample.ends).all())
+        new = sample.ends if finite else torch.zeros_like(sample.ends[:1])  # replaced by a random one
+        num_matvecs = self.spent + sample.num_matvecs
+        level_index = state.level if finite else len(self.levels) - 1
+        state = replace(
+            state, sample=sample, num_matvecs=num_matvecs, scale=sample.scale, level=level_index
+        )
+        return block_subspace.extend(self.op, asked, state, new)
+
+    def _find_direction(self, state: MultifidelityState, place: int) -> MultifidelityState:
+        """Find a direction for an end, and its predicted error."""
+        level, end = self.levels[state.level], state.ends[place]
+        direction = davidson.find_direction(
+            level,
+            end.residual,
+            end.value,
+            1.0 if place == 0 else -1.0,
+            max(state.norm, abs(end.value)),
+            attainable_accuracy(self.op, state.norm),
+            num_steps=self.inner_steps(level),
+            scale=state.scale,
+        )
+        state = replace(state, num_matvecs=state.num_matvecs + direction.num_steps * level.cost)
+        if not math.isfinite(direction.gain):
+            return _with_end(state, place, direction=Direction(end.residual, 0.0, 0))
+        error = min(end.error, PREDICTION_FACTOR * direction.gain)
+        return _with_end(state, place, direction=direction, error=error)
+
+    def assess(self, state: MultifidelityState) -> Assessment[MultifidelityState]:
+        """Update the ends, hear the certificate, test convergence, and decide what comes next."""
+        if state.num_fresh:
+            state = self._update(block_subspace.drop_non_finite(state))
+        if state.certificate is not None and state.certificate.krylov.num_multiplied:
+            state = self._judge(state)
+        status = self._status(state)
+        handover = status is None and state.level == len(self.levels) - 1 and bool(state.ends)
+        if status is None and not handover and not state.num_new and state.certificate is None:
+            state = self._next(state)
+        return Assessment(
+            state, self._progress(state), max(1, state.num_new), status, state.suspect, handover
+        )
+
+    def _update(self, state: MultifidelityState) -> MultifidelityState:
+        """Compute new Ritz pairs for the ends, and the gain of the last direction."""
+        op, m = self.op, state.num_rows
+        if not m:
+            return state
+        projection = block_subspace.rayleigh_ritz(op, state.rows[:m], state.images[:m])
+        state = replace(state, norm=max(state.norm, projection.norm))
+        chosen = select(projection.values, min(m, 2), "BE") if m > 1 else [0]
+        rotation = (projection.to_rows @ projection.vectors[:, chosen]).mT.to(state.rows)
+        vectors, images = rotation @ state.rows[:m], rotation @ state.images[:m]
+        found = projection.values[chosen]
+        residuals = residuals_of(vectors, images, found)
+        norms = row_norms(op.space, residuals).to("cpu", torch.float64)
+        near = (NEAR * self.request.allowed(found, state.norm)).clamp(min=TINY)
+        bounds = torch.minimum(norms, torch.maximum(kato_temple(found, norms), norms**2 / near))
+        gains = state.gains
+        if state.target is not None and state.expected > 0:
+            place = 0 if state.target == 0 else -1
+            gained = abs(float(found[place]) - state.ends[state.target].value)
+            gains = (*gains, gained / state.expected)[-NUM_GAINS:]
+        poor = False
+        ends = {}
+        for place in (0, -1):
+            before = state.ends.get(place)
+            value, vector, residual = float(found[place]), vectors[place], residuals[place]
+            outwards = 1.0 if place == -1 else -1.0
+            if before is None:
+                ends[place] = End(value, vector, residual, float(bounds[place]))
+                continue
+            # a certificate that was refuted is void
+            void = before.bound is not None and outwards * (value - before.bound) > rounding(op, state.norm)
+            moved = value != before.value
+            certified = before.bound is not None and before.promised > 0
+            ends[place] = replace(
+                before,
+                value=value,
+                vector=vector,
+                residual=residual,
+                error=min(float(bounds[place]), before.promised if certified else math.inf if moved else before.error),
+                direction=None if moved else before.direction,
+                bound=None if void else before.bound,
+            )
+        wanted = [place % len(found) for place in ENDS[self.request.which]][: len(found)]
+        return replace(
+            state,
+            best=RitzPairs(found[wanted], vectors[wanted].mT, norms[wanted]),
+            ends=ends,
+            target=None,
+            expected=0.0,
+            gains=() if poor else gains,
+            level=state.level + poor,
+        )
+
+    def _judge(self, state: MultifidelityState) -> MultifidelityState:
+        """Take over what the certificate says; a vector that the likeness lacked expands the subspace."""
+        running = state.certificate
+        assert running is not None
+        end = state.ends[running.end]
+        share = FIRST_SHARE * (1 - FIRST_SHARE) ** (end.num_certificates - 1)
+        allowed = self._allowed(state, end.value)
+        distance = self._multiple * allowed
+        verdict = certificate.judge(running, allowed, distance, share * (1 - self.confidence))
+        state = replace(
+            state, certificate=verdict.certificate, num_matvecs=state.num_matvecs + verdict.num_matvecs
+        )
+        if verdict.suspect is not None:
+            return replace(state, certificate=None, suspect=verdict.suspect)
+        if verdict.poor:
+            return replace(state, certificate=None, level=state.level + 1, gains=())
+        if verdict.bound is None and verdict.vector is None:
+            return state
+        state = replace(state, certificate=None)
+        state = _with_end(
+            state, running.end, bound=verdict.bound, refuted=verdict.bound is None, promised=verdict.error
+        )
+        if verdict.vector is None:
+            return state
+        return block_subspace.extend(self.op, self.request, self._with_room(state), verdict.vector[None])
+
+    def _next(self, state: MultifidelityState) -> MultifidelityState:
+        """Prepare the next step: a direction to find or to follow, or a certificate to begin."""
+        if state.num_rows < self.request.k or not state.ends:
+            return state
+        for place in self.wanted:
+            end = state.ends[place]
+            certified = end.bound is not None
+            may_follow = certified or (end.num_directions < MAX_DIRECTIONS and not end.refuted)
+            if not self._is_accurate(state, end) and (may_follow or end.direction is None):
+                return self._follow(state, place)
+            if not certified:
+                return self._certify(state, place)
+        return state
+
+    def _follow(self, state: MultifidelityState, place: int) -> MultifidelityState:
+        """Expand by the end's direction; if it has none yet, make it the target."""
+        end = state.ends[place]
+        state = replace(state, target=place)
+        if end.direction is None:
+            return state
+        state = replace(
+            _with_end(state, place, num_directions=end.num_directions + 1), expected=end.direction.gain
+        )
+        return block_subspace.extend(
+            self.op, self.request, self._with_room(state), end.direction.vector[None]
+        )
+
+    def _certify(self, state: MultifidelityState, place: int) -> MultifidelityState:
+        """Begin the certificate of an end: an exact one if its value is accurate, else a translated one."""
+        end, outwards = state.ends[place], 1.0 if place == -1 else -1.0
+        exact = self._is_accurate(state, end) and not end.refuted
+        margin = self._multiple * self._allowed(state, end.value)
+        if not exact:
+            margin = max(MARGIN * margin, end.direction.gain if end.direction else 0.0)
+        sigma = end.value + outwards * margin
+        known = [*state.ends.values()][: state.num_rows]
+        level = self.levels[state.level]
+        assert state.sample is not None
+        congruence = make_congruence(
+            replace(level, product=lambda v: level.product(v) / state.scale),
+            state.sample,
+            torch.stack([one.vector for one in known]),
+            [one.value for one in known],
+            sigma,
+            -outwards,
+            state.norm,
+            lifted=exact,
+        )
+        op = congruent_operator(self.op, congruence, sigma, -outwards, state.scale, state.norm)
+        # independent of the sample's start, and of that of an earlier certificate
+        seed = self.request.seed + (end.num_certificates + 1) * 2**32 + (place == -1) * 2**31
+        running = certificate.begin(op, congruence, place, sigma, exact=exact, seed=seed)
+        state = _with_end(state, place, num_certificates=end.num_certificates + 1)
+        return replace(state, certificate=running, target=None)
+
+    @property
+    def _multiple(self) -> float:
+        """Distance beyond a value that may be missed, in units of the error allowed."""
+        return 1.0 if self.certify else HIDDEN_BEYOND
+
+    def _allowed(self, state: MultifidelityState, value: float) -> float:
+        """Return the error allowed of a value, over scale: as asked for, or what rounding allows."""
+        asked = float(self.request.allowed(torch.tensor(value, dtype=torch.float64), state.norm))
+        return max(asked, attainable_accuracy(self.op, state.norm))
+
+    def _is_accurate(self, state: MultifidelityState, end: End) -> bool:
+        return end.error + rounding(self.op, state.norm) <= self._allowed(state, end.value)
+
+    def _status(self, state: MultifidelityState) -> Status | None:
+        """Return the status if the solve is over."""
+        if state.suspect is not None:
+            return Status.NON_FINITE
+        whole = state.num_rows == self.op.n
+        if state.num_rows < self.request.k or not state.ends or state.num_new or state.certificate is not None:
+            return None
+        ends = [state.ends[place] for place in ENDS[self.request.which]]
+        if not whole and not all(end.bound is not None and self._is_accurate(state, end) for end in ends):
+            return None
+        values = torch.tensor([end.value for end in ends], dtype=torch.float64)
+        bounds = torch.tensor([end.error for end in ends], dtype=torch.float64)
+        best = Status.INVARIANT_SUBSPACE if whole else Status.CONVERGED
+        attainable = attainable_accuracy(self.op, state.norm)
+        bounds = bounds + rounding(self.op, state.norm)
+        return convergence.final_status(best, self.request, state.norm, attainable, values, bounds)
+
+    def _progress(self, state: MultifidelityState) -> Progress:
+        if not state.ends:
+            return Progress()
+        values, bounds = (
+            torch.tensor([getattr(state.ends[place], name) for place in (0, -1)], dtype=torch.float64)
+            for name in ("value", "error")
+        )
+        bounds = bounds.clamp(min=rounding(self.op, state.norm))
+        return convergence.progress_of(values, bounds, state.scale, state.level)
+
+    def _with_room(self, state: MultifidelityState) -> MultifidelityState:
+        """Make room for another row: if the basis is full, keep half of the Ritz vectors, from either end."""
+        m = state.num_rows
+        if m < len(state.rows) or m == self.op.n:
+            return state
+        projection = block_subspace.rayleigh_ritz(self.op, state.rows[:m], state.images[:m])
+        kept = projection.vectors[:, select(projection.values, m // 2, "BE")]
+        return block_subspace.rotate(state, projection, kept)
+
+    def finalize(self, state: MultifidelityState, status: Status) -> EigenResult:
+        """Return the pairs of the ends, with residuals from known matvecs: no further one is needed."""
+        unit = float(state.scale)
+        found = state.best.scaled(unit)
+        kind = "exact" if status is Status.INVARIANT_SUBSPACE else "residual"
+        slack = attainable_accuracy(self.op, state.norm) * unit
+        outer = None if kind == "exact" or not state.ends else self._outer(state, unit)
+        where = convergence.intervals(found, self.request, slack, kind, outer)
+        errors = [state.ends[end].error for end in ENDS[self.request.which]][: len(found.values)]
+        bounds = (torch.tensor(errors, dtype=torch.float64) + rounding(self.op, state.norm)) * unit
+        return convergence.eigen_result(found, where, status, state.num_matvecs, error_bounds=bounds)
+
+    def _outer(self, state: MultifidelityState, unit: float) -> Outer:
+        """Return how far beyond the values the spectrum may reach, by certificates."""
+
+        def reach(end: End) -> float:
+            if end.bound is None:
+                return math.inf
+            return max(abs(end.value - end.bound), end.error) * unit
+
+        return Outer(reach(state.ends[0]), reach(state.ends[-1]), "random-start", self.confidence)
+
+
+def _with_end(state: MultifidelityState, place: int, **changes: object) -> MultifidelityState:
+    """Return the state with changes to an end."""
+    return replace(state, ends={**state.ends, place: replace(state.ends[place], **changes)})  # type: ignore[arg-type]
 
 
 def multifidelity(
@@ -33,6 +469,7 @@ def multifidelity(
     ncv: int = 60,
     num_inner: int | None = None,
     confidence: float = 0.99,
+    certify: bool = False,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
     seed: Seed = 0,
@@ -98,6 +535,7 @@ def multifidelity(
         ncv=ncv,
         num_inner=num_inner,
         confidence=confidence,
+        certify=certify,
         max_matvecs=max_matvecs,
         time_limit=time_limit,
         seed=seed,
@@ -115,6 +553,7 @@ def solve_levels(
     ncv: int = 60,
     num_inner: int | None = None,
     confidence: float = 0.99,
+    certify: bool = False,
     spent: float = 0.0,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
@@ -153,12 +592,13 @@ def solve_levels(
             tol=request.tol,
             atol=request.atol,
             confidence=confidence,
+            certify=certify,
             max_matvecs=request.limits.max_matvecs,
             time_limit=time_limit,
             seed=request.seed,
             monitor=monitor,
         )
-    return _solve(op, Davidson(request, levels, ncv, num_inner, spent), confidence, monitor)
+    return _solve(op, Multifidelity(request, levels, ncv, num_inner, confidence, certify, spent), monitor)
 
 
 def _check_levels(levels: Sequence[LinearOperator]) -> tuple[LinearOperator, ...]:
@@ -180,8 +620,8 @@ def _check_levels(levels: Sequence[LinearOperator]) -> tuple[LinearOperator, ...
 
 
 @full_precision
-def _solve(op: LinearOperator, solver: Davidson, confidence: float, monitor: Monitor | None) -> EigenResult:
-    """Run Davidson's method on the cheap levels, and Lanczos if it hands over."""
+def _solve(op: LinearOperator, solver: Multifidelity, monitor: Monitor | None) -> EigenResult:
+    """Run the solver on the cheap levels, and Lanczos if it hands over."""
     ended = iterate(solver, monitor=monitor)
     if ended.status is not None:
         return conclude(solver, ended)
@@ -205,7 +645,8 @@ def _solve(op: LinearOperator, solver: Davidson, confidence: float, monitor: Mon
         which=request.which,
         tol=request.tol,
         atol=request.atol,
-        confidence=confidence,
+        confidence=solver.confidence,
+        certify=solver.certify,
         max_matvecs=remaining,
         time_limit=time_left,
         seed=request.seed,
