@@ -334,6 +334,63 @@ def test_semidefinite_operator_has_a_smallest_eigenvalue_of_zero_to_rounding() -
     assert found.largest.value == pytest.approx(10, rel=1e-2)
 
 
+def convex(name: str) -> hk.LinearOperator:
+    """A matrix that is positive semidefinite, with a null space and eigenvalues that crowd at zero."""
+    x, y = (torch.from_numpy(part[:200]) for part in load_digits(return_X_y=True))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        head = torch.nn.Linear(64 if name == "logistic regression" else 6, 10)
+        layers = [] if name == "logistic regression" else [torch.nn.Linear(64, 6), torch.nn.Tanh()]
+        model = torch.nn.Sequential(*layers, head).double()
+    objective, params = hk.from_module(model, torch.nn.functional.cross_entropy)
+    make = {"logistic regression": hk.hessian, "ggn": hk.ggn, "fisher": hk.fisher}[name]
+    return make(objective, params, (x.double() / 16, y))
+
+
+@pytest.mark.parametrize("name", ["logistic regression", "ggn", "fisher"])
+def test_zero_end_of_what_is_convex_is_zero_within_atol_for_a_fraction_of_the_passes(name: str) -> None:
+    H = convex(name)
+    A = H.product(torch.eye(H.n, dtype=H.dtype))
+    truth, norm = torch.linalg.eigvalsh((A + A.mT) / 2), float(torch.linalg.matrix_norm(A, 2))
+    assert abs(float(truth[0])) <= 1e-13 * norm
+    op = hk.aslinearoperator((A + A.mT) / 2)
+    for seed in range(3):
+        ex = hk.extreme_eigenvalues(op, seed=seed)
+        assert ex.status is hk.Status.ZERO_WITHIN_ATOL
+        assert ex.converged
+        assert ex.num_matvecs <= 160
+        assert abs(ex.smallest.value) <= 1e-5 * norm
+        assert ex.smallest.interval.lower <= float(truth[0]) <= ex.smallest.interval.upper + 1e-13
+        assert ex.smallest.interval.upper - ex.smallest.interval.lower <= 3e-5 * norm
+        assert ex.largest.value == pytest.approx(float(truth[-1]), rel=1e-2)
+        for text in ("cannot be told from zero", "lower atol", f"{ex.smallest.interval.lower:.6g}"):
+            assert text in ex.summary()
+    fewer = hk.extreme_eigenvalues(op, atol=1e-3)
+    relative = hk.extreme_eigenvalues(op, atol=0.0, max_matvecs=5 * ex.num_matvecs)
+    assert fewer.num_matvecs < ex.num_matvecs / 2
+    assert relative.status is hk.Status.MAX_MATVECS
+
+
+def test_atol_goes_to_samples_too() -> None:
+    A = matrix([0.0] * 300 + torch.linspace(0.01, 1, 100).tolist() + [50.0])
+    like = replace(
+        hk.aslinearoperator(A + 1e-4 * matrix(torch.linspace(-1, 1, 401).tolist(), seed=1)), cost=0.05
+    )
+    loose, tight = (hk.multifidelity([like, hk.aslinearoperator(A)], atol=atol) for atol in (1e-4, 0.0))
+    assert loose.status is hk.Status.ZERO_WITHIN_ATOL
+    assert tight.status is hk.Status.ZERO_TO_ROUNDING
+    assert loose.num_matvecs < tight.num_matvecs
+
+
+def test_small_end_that_is_not_zero_has_converged_to_atol_or_to_tol_without_it() -> None:
+    A = matrix([1e-4, *torch.linspace(0.01, 0.5, 198).tolist(), 1.0])
+    loose, tight = (hk.extreme_eigenvalues(hk.aslinearoperator(A), atol=atol) for atol in (None, 0.0))
+    assert loose.status is tight.status is hk.Status.CONVERGED
+    assert abs(loose.smallest.value - 1e-4) <= 2e-5
+    assert abs(tight.smallest.value - 1e-4) <= 2e-6
+    assert "atol * norm" in loose.message
+
+
 def test_same_seed_same_bits_and_v0_is_not_written_to() -> None:
     A = matrix(SPECTRA["indefinite"])
     op = hk.aslinearoperator(A)

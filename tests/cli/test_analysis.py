@@ -144,14 +144,29 @@ def drawn(path: Path) -> bool:
 
 
 def test_extremes_are_those_of_the_library_with_every_option(file: Path, tmp_path: Path) -> None:
-    options = ["--tol", 1e-4, "--method", "lanczos", "--max-matvecs", 90, "--time-limit", 100, "--seed", 3]
+    options = [
+        "--tol",
+        1e-4,
+        "--atol",
+        1e-3,
+        "--method",
+        "lanczos",
+        "--max-matvecs",
+        90,
+        "--time-limit",
+        100,
+        "--seed",
+        3,
+    ]
     options += ["--batch-size", 7, "--wrt", "w", "--device", "cpu", "--dtype", "float32", "--json"]
     options += ["--out", tmp_path / "out"]
     found = strict(call("extremes", f"{file}:make", *options).stdout)
     loss_fn, params, data = made(file)
     params, data = {name: p.float() for name, p in params.items()}, tuple(part.float() for part in data)
     H = hk.hessian(loss_fn, params, data, wrt="w", batch_size=7, mode=found["operator"].split(", ")[-1])
-    ex = hk.extreme_eigenvalues(H, tol=1e-4, method="lanczos", max_matvecs=90, time_limit=100, seed=3)
+    ex = hk.extreme_eigenvalues(
+        H, tol=1e-4, atol=1e-3, method="lanczos", max_matvecs=90, time_limit=100, seed=3
+    )
     about = found.pop("problem")
     assert without_seconds(found) == without_seconds(ex.to_dict())
     assert (about["num_parameters"], about["num_examples"], about["wrt"]) == (12, 30, ["w"])
@@ -466,6 +481,7 @@ def test_a_bad_target_is_one_clear_line_and_exit_code_2(file: Path, target: str,
     ("options", "said"),
     [
         (["--tol", "-1"], "tol must be"),
+        (["--atol", "-1"], "atol must be"),
         (["--method", "newton"], "'newton' is not one of 'auto', 'lanczos', 'multifidelity'"),
         (["--dtype", "int8"], "'int8' is not one of 'float32', 'float64'"),
         (["--curvature", "kfac"], "'kfac' is not one of 'hessian', 'ggn', 'fisher'"),

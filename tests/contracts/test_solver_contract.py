@@ -180,8 +180,16 @@ ZERO_ENDS = {
 }
 
 
-@pytest.mark.parametrize("solver", [name for name, entry in SOLVERS.items() if "SA" in entry.which])
-@pytest.mark.parametrize("spectrum", ZERO_ENDS)
+# The budget is too small for power iteration and ARPACK where eigenvalues crowd at zero.
+FINDS_ZERO = [
+    (solver, spectrum)
+    for solver in SOLVERS
+    for spectrum in ZERO_ENDS
+    if spectrum == "rank_deficient" or solver not in ("power", "eigsh")
+]
+
+
+@pytest.mark.parametrize(("solver", "spectrum"), FINDS_ZERO)
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 @each_dtype
 def test_an_end_that_is_zero_is_found_to_atol_for_no_more_products(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import beta
 from torch import Tensor
 
 import hvpkit as hk
@@ -177,6 +178,97 @@ def test_zero_end_of_a_semidefinite_operator_is_zero_to_rounding(
     assert found.intervals[0].lower <= 0 <= found.intervals[0].upper
     assert found.intervals[0].upper <= 80 * eps * norm
     assert found.num_matvecs <= 302
+
+
+def lehmer(n: int) -> Tensor:
+    i = torch.arange(1.0, n + 1, dtype=torch.float64)
+    return torch.minimum(i[:, None], i) / torch.maximum(i[:, None], i)
+
+
+@pytest.mark.parametrize("n", [40, 80])
+@pytest.mark.parametrize("atol", [None, 0.0])
+def test_start_with_little_of_the_last_vector_does_not_end_at_the_next_one(
+    n: int, atol: float | None
+) -> None:
+    # from seed 0, n = 80, the start has a third of the usual component along the lowest vector
+    A = lehmer(n)
+    truth = torch.linalg.eigvalsh(A)
+    allowed = max(1e-2 * float(truth[0]), 1e-5 * float(truth[-1]) if atol is None else 0.0)
+    for seed in range(5):
+        for found in (
+            hk.lanczos(hk.aslinearoperator(A), which="SA", tol=1e-2, atol=atol, seed=seed),
+            hk.lanczos(hk.aslinearoperator(A), 2, which="BE", tol=1e-2, atol=atol, seed=seed),
+        ):
+            assert found.status is hk.Status.CONVERGED
+            assert abs(float(found.values[0] - truth[0])) <= 2 * allowed
+
+
+def diagonal(values: Tensor) -> hk.LinearOperator:
+    return hk.LinearOperator(
+        lambda v: values[:, None] * v, len(values), values.dtype, values.device, name="diagonal"
+    )
+
+
+def hidden_end(n: int, share: float, seed: int) -> Tensor:
+    """A matrix with the largest eigenvalue 2.1, whose vector this seed's start has almost no component along.
+
+    As small a one as in this share of random starts; without it the next eigenvalue, 2, has converged long before.
+    """
+    columns: list[Tensor] = []
+
+    def product(v: Tensor) -> Tensor:
+        columns.append(v[:, 0].clone())
+        return v
+
+    hk.lanczos(hk.LinearOperator(product, n, torch.float64, torch.device("cpu"), name="identity"), seed=seed)
+    start = columns[0] / torch.linalg.vector_norm(columns[0])
+    other = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    other -= start * (start @ other)
+    component = beta.ppf(share, 0.5, (n - 1) / 2) ** 0.5
+    x = component * start + (1 - component**2) ** 0.5 * other / torch.linalg.vector_norm(other)
+    inner = torch.diag(torch.tensor([*bulk(n - 3, -1, 1), 1.6, 1.8, 2.0], dtype=torch.float64))
+    P = torch.eye(n, dtype=torch.float64) - torch.outer(x, x)
+    return P @ inner @ P + 2.1 * torch.outer(x, x)
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({}, 2e-3),
+        ({"which": "LM"}, 2e-3),
+        ({"k": 3, "check_copies": False}, 1e-8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("n", [100, 600])
+def test_end_that_few_starts_hide_is_found_at_a_confidence_that_counts_them(
+    options: dict[str, Any], share: float, n: int
+) -> None:
+    missed = 0
+    for seed in range(4):
+        op = hk.aslinearoperator(hidden_end(n, share, seed))
+        sure = hk.lanczos(op, tol=1e-2, seed=seed, confidence=1 - share / 2, **options)
+        assert sure.converged
+        assert abs(float(sure.values[-1]) - 2.1) <= 2e-2 * 2.1
+        hasty = hk.lanczos(op, tol=1e-2, seed=seed, confidence=0.9, **options)
+        assert hasty.num_matvecs <= sure.num_matvecs
+        missed += float(hasty.values[-1]) < 2.05
+    assert missed == 4
+
+
+def test_certify_keeps_values_within_what_is_allowed_and_intervals_as_narrow() -> None:
+    values = torch.linspace(1, 2, 200, dtype=torch.float64)
+    for seed in range(20):
+        plain, certified = (
+            hk.lanczos(diagonal(values), 2, which="BE", tol=1e-2, certify=certify, seed=seed)
+            for certify in (False, True)
+        )
+        assert plain.num_matvecs <= certified.num_matvecs
+        for value, truth, interval in zip(
+            certified.values.tolist(), (1.0, 2.0), certified.intervals, strict=True
+        ):
+            assert abs(value - truth) <= 1e-2 * truth
+            assert interval.upper - interval.lower <= 1.0001e-2 * truth
 
 
 def test_zero_operator_is_zero_at_once() -> None:

@@ -184,6 +184,7 @@ def test_other_parameters_are_refused() -> None:
     [
         ({"every": 0}, ValueError, "every"),
         ({"tol": -1.0}, ValueError, "tol"),
+        ({"atol": -1.0}, ValueError, "atol"),
         ({"method": "power"}, ValueError, "method"),
         ({"path": "/no/such/folder/run.jsonl"}, ValueError, "path"),
     ],

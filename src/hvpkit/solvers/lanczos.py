@@ -58,6 +58,10 @@ MAX_NCV, EXTRA_NCV = 300, 18
 """The default ``ncv``: at most the first, or 4 k; at least the second above the least that is possible. Chosen by
 feel."""
 
+SMALL_SPACE = 500
+"""The largest n for which ``MIN_STEPS`` hold always: there they cost next to nothing. For larger n the probability of a
+hidden eigenvalue takes their place."""
+
 HIDDEN_BEYOND = 2.0
 """In units of the error allowed: an eigenvalue hides if it lies further out than this from its Ritz value."""
 
@@ -108,7 +112,7 @@ class Lanczos:
 
     @property
     def min_products(self) -> int:
-        """Minimum matvecs before a convergence test is accepted, where it rests on residuals alone."""
+        """Minimum matvecs before a convergence test is accepted: in small spaces, or if it rests on residuals."""
         return self.request.k + MIN_STEPS * self.block_size
 
     def init(self) -> LanczosState:
@@ -153,7 +157,7 @@ class Lanczos:
         """Test convergence: the status if the solve is over, and if not, whether it needs a random vector."""
         op, asked, m = self.op, self.request, state.num_multiplied
         exhausted = state.num_frontier == 0
-        early = state.num_products < self.min_products and not self._uses_gap(state)
+        early = state.num_products < self.min_products and not (self._uses_gap(state) and op.n > SMALL_SPACE)
         if m < asked.k or (early and not exhausted):
             return None, exhausted, state
         wanted, attainable = select(pairs.values, asked.k, asked.which), self._attainable(state, pairs)

@@ -8,7 +8,13 @@ import torch
 
 import hvpkit as hk
 from hvpkit.operators.space import Space
-from hvpkit.solvers.common.convergence import attainable_accuracy, check_pairs, is_converged, rounding
+from hvpkit.solvers.common.convergence import (
+    attainable_accuracy,
+    check_pairs,
+    final_status,
+    is_converged,
+    rounding,
+)
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
 from hvpkit.solvers.common.request import check_arguments
 from hvpkit.solvers.driver import completed
@@ -47,6 +53,46 @@ def test_done_is_what_is_within_tol_or_within_rounding() -> None:
     assert is_converged(OP, allowed, 1e11, norms).tolist() == [False, False, False, True, False, True]
     assert attainable_accuracy(OP, 2.0) == 64 * EPS
     assert rounding(OP, 2.0) == 16 * EPS
+
+
+@pytest.mark.parametrize(
+    ("value", "bound", "expected"),
+    [
+        (1.0, 1e-2, "converged"),
+        (1e-3, 1e-4, "converged"),  # clearly not zero, known to atol
+        (5e-3, 2e-3, "rounding-limited"),
+        (1e-5, 1e-4, "zero-within-atol"),
+        (-1e-4, 1e-4, "zero-within-atol"),
+        (0.0, 1e-4, "zero-within-atol"),
+        (1e-5, 1e-8, "converged"),
+        (0.0, 1e-7, "zero-to-rounding"),
+        (1e-8, 1e-7, "zero-to-rounding"),
+        (1e-3, 1.0, "zero-to-rounding"),  # a bound that rounding keeps large
+    ],
+)
+def test_value_without_relative_accuracy_is_zero_or_within_atol_or_limited_by_rounding(
+    value: float, bound: float, expected: str
+) -> None:
+    request = check_arguments(
+        OP, 2, "LA", v0=None, tol=1e-2, atol=1e-4, max_matvecs=None, time_limit=None, seed=0
+    )
+    values, bounds = (torch.tensor(pair, dtype=torch.float64) for pair in ([value, 1.0], [bound, 1e-9]))
+    assert final_status(hk.Status.CONVERGED, request, 1.0, 1e-6, values, bounds) == expected
+
+
+def test_worst_value_decides_the_status() -> None:
+    request = check_arguments(
+        OP, 3, "LA", v0=None, tol=1e-2, atol=1e-4, max_matvecs=None, time_limit=None, seed=0
+    )
+
+    def status(*pairs: tuple[float, float]) -> hk.Status:
+        values, bounds = torch.tensor(pairs, dtype=torch.float64).mT
+        return final_status(hk.Status.CONVERGED, request, 1.0, 1e-6, values, bounds)
+
+    good, rounded, zero, bad = (1.0, 1e-9), (0.0, 1e-7), (0.0, 1e-5), (1e-2, 5e-3)
+    assert status(good, rounded) is hk.Status.ZERO_TO_ROUNDING
+    assert status(good, rounded, zero) is hk.Status.ZERO_WITHIN_ATOL
+    assert status(rounded, zero, bad) is hk.Status.ROUNDING_LIMITED
 
 
 def test_checked_pairs_are_ascending_with_true_residuals() -> None:

@@ -39,6 +39,32 @@ def test_tol_is_at_least_eps(dtype: torch.dtype) -> None:
     assert asked(tol=0.5, dtype=dtype).tol == 0.5
 
 
+@pytest.mark.parametrize(
+    ("tol", "atol", "expected"),
+    [(1e-2, None, 1e-5), (0.5, None, 1e-5), (1e-6, None, 1e-9), (1e-2, 0, 0.0), (1e-6, 1e-3, 1e-3)],
+)
+def test_atol_is_a_thousandth_of_tol_and_at_most_a_hundred_thousandth(
+    tol: float, atol: float | None, expected: float
+) -> None:
+    assert asked(tol=tol, atol=atol).atol == pytest.approx(expected, rel=1e-15)
+
+
+def test_errors_allowed_are_relative_to_the_value_or_to_the_norm() -> None:
+    values = torch.tensor([-10.0, -1e-4, 0.0, 1.0], dtype=torch.float64)
+    allowed = asked(tol=1e-2, atol=1e-3).allowed(values, 10.0)
+    assert allowed.tolist() == pytest.approx([0.1, 0.01, 0.01, 0.01])
+    assert asked(tol=1e-2, atol=0.0).allowed(values, 10.0).tolist() == pytest.approx([0.1, 1e-6, 0.0, 1e-2])
+
+
+@pytest.mark.parametrize(
+    ("atol", "error"),
+    [(-1e-9, ValueError), (float("inf"), ValueError), (float("nan"), ValueError), ("0", TypeError)],
+)
+def test_bad_atol_is_named(atol: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"^atol must be"):
+        asked(atol=atol)
+
+
 def test_words_for_which_are_those_that_are_offered() -> None:
     assert asked(which="LM").which == "LM"
     with pytest.raises(ValueError, match=r"^which must be one of 'LA', 'SA', got 'LM'"):
