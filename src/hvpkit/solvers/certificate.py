@@ -32,7 +32,7 @@ MAX_STEPS = 60
 """Steps of a certificate, at most: one that takes more comes from a poor likeness. Chosen by feel: good ones take 4 to
 32."""
 
-SPREAD_STEPS, MAX_SPREAD = 6, 8.0
+SPREAD_STEPS, MAX_SPREAD = 3, 8.0
 """Steps after which the largest Ritz value of B may be at most the second: B is near 1 for a good likeness; a twentieth
 of 40,000 examples gives 2 to 4, a tenth of 1,500 up to 4."""
 
@@ -125,9 +125,10 @@ def judge(certificate: Certificate, error: float, distance: float, failure: floa
     if not likely:
         return Verdict(certificate, poor=poor)
     vector = certificate.congruence((pairs.vectors[:, :1].mT.to(state.basis) @ state.basis[:m]).mT)[:, 0]
+    cost = certificate.congruence.cost
     if certificate.exact:
-        return Verdict(certificate, vector=vector)
-    size, cost = float(certificate.op.space.norm(vector)) ** 2 / unit, certificate.congruence.cost
+        return Verdict(certificate, vector=vector, num_matvecs=cost)
+    size = float(certificate.op.space.norm(vector)) ** 2 / unit
     if not is_enough(size):
         return Verdict(certificate, poor=poor, num_matvecs=cost)
     outwards = -1.0 if certificate.end == 0 else 1.0
