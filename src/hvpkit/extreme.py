@@ -19,8 +19,8 @@ from hvpkit.solvers.multifidelity import solve_levels
 METHODS = ("auto", "lanczos", "multifidelity")
 
 MIN_EXAMPLES = 10_000
-"""Examples from which on samples are used: the extreme eigenvectors of a tenth of fewer are too far from those of all.
-Evidence: docs/multifidelity.md."""
+"""Examples from which on samples are used: a sample of fewer is too far from all data. Evidence:
+docs/multifidelity.md."""
 
 MIN_PARAMETERS = 1000
 """Parameters from which on samples are used: for fewer, Lanczos completes in few passes. Chosen by feel."""
@@ -51,30 +51,25 @@ def extreme_eigenvalues(
 ) -> ExtremeResult:
     r"""Compute the smallest and the largest eigenvalue, with vectors, residuals and intervals.
 
-    The solve stops when for both ends ``error_bound <= max(tol * |value|, atol * norm)``. By ``"lanczos"`` both come
-    from one Krylov space, and with probability ``confidence`` over random starts a converged value is off by at most
-    twice ``max(tol * |value|, atol * norm)`` (once with ``certify``): the bound is the residual norm or its square
-    over the gap, and it has to be that unlikely that an eigenvalue hides further out. By ``"multifidelity"`` most of
-    the work is done on samples of the data, usually for a quarter to two thirds of the passes; the bound is an estimate
-    of the error by a sample, with no such probability. Each interval's ``kind`` says what it rests on.
+    **With probability** ``confidence`` **over random starts, a converged value is off by at most twice the error
+    allowed** (once with ``certify``), which is ``tol * |value|``. By ``"lanczos"`` both ends come from one Krylov space
+    on all data. By ``"multifidelity"`` a sample of the data gives rough vectors and a metric, in which Lanczos takes
+    fewer steps on all data: for the same promise, half to two thirds of the passes.
 
     An end that is zero, as the smallest one of a convex loss, has no relative digits: it is found to ``atol * norm``,
-    and the status is ``"zero-within-atol"``. An end of less than ``atol / tol`` of the norm, a thousandth by default,
-    has fewer digits than ``tol`` says; ``atol=0`` gives it all of them, for more passes.
+    and the status is ``"zero-within-atol"``.
 
     Args:
         H: symmetric operator, as from :func:`hvpkit.hessian`.
         tol: relative error of each eigenvalue.
         atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
             default ``min(1e-5, tol / 1000)``.
-        method: ``"multifidelity"``, which continues by Lanczos where samples do not help; its intervals rest on
-            residuals alone, without a confidence, and where the next eigenvalue is only a few tol away it may have that
-            one: see :func:`hvpkit.multifidelity`. ``"lanczos"``: all of the work on all of the data. ``"auto"``: the
-            first for the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 10,000
-            examples, if neither ``certify`` nor ``checkpoint`` is asked for; else the second.
-        confidence: of each value and interval by Lanczos, over random starts.
-        certify: use Lanczos, and continue until each interval is at most ``max(tol * |value|, atol * norm)`` wide;
-            about a tenth more passes.
+        method: ``"multifidelity"``, which continues by Lanczos where samples do not help: see
+            :func:`hvpkit.multifidelity`. ``"lanczos"``: all of the work on all of the data. ``"auto"``: the first for
+            the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 10,000 examples,
+            unless ``checkpoint`` is asked for; else the second.
+        confidence: of each value and interval, over random starts.
+        certify: continue until each interval is at most as wide as the error allowed; about a tenth more passes.
         max_matvecs: full-data matvecs, at most; 1,000 by default.
         time_limit: seconds.
         v0: start ``[n]`` or ``[n, p]``, or an earlier result.
@@ -86,9 +81,9 @@ def extreme_eigenvalues(
     Returns:
         The two pairs, and how the solve went. The interval of an end reaches inwards to the Ritz value, which never
         lies outside of the spectrum. Outwards, of kind ``"random-start"``, no eigenvalue lies beyond it with
-        probability ``confidence``: see :mod:`hvpkit.solvers.common.bounds`; of kind ``"residual"``, it reaches as far
-        as the residual norm. Without ``certify`` it may be wider than ``tol``. At a limit, or if a matvec is not
-        finite, the status says so, and the result holds the best pairs so far.
+        probability ``confidence``: see :mod:`hvpkit.solvers.common.bounds` and :mod:`hvpkit.solvers.certificate`. At a
+        limit, or if a matvec is not finite, the status says so, and the result holds the best pairs so far, with
+        intervals of kind ``"residual"`` where no more is known: these reach as far as the residual norm.
 
     Raises:
         ValueError: an argument out of its range, named; a checkpoint of another solve.

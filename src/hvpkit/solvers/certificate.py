@@ -18,6 +18,7 @@ Cost: steps with the cost of the congruence. Memory: a vector for each.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -79,7 +80,7 @@ class Verdict:
     certificate: Certificate
     bound: float | None = None
     vector: Tensor | None = None
-    error: float = 0.0
+    error: float = math.inf
     poor: bool = False
     suspect: Tensor | None = None
     num_matvecs: float = 0.0

@@ -32,9 +32,9 @@ from hvpkit.solvers.common.orthogonalize import extend_, row_norms
 from hvpkit.solvers.sample_space import SampleSpace
 
 CLAMP_LOW, CLAMP_HIGH = 1.0, 0.1
-"""The clamp c in units of the shift, at the low and at the high end. Low: from 0.25 to 1 as many steps are needed, with 2
-a tenth more; with 1 the metric of vectors near the end is 1.0 to 1.7 c in 8 solves of the dense network, with 0.5 it is
-1.1 to 2.6 c. High: outliers of a sample are those of all data."""
+"""The clamp c in units of the shift, at the low and at the high end. Low: from 0.25 to 1 as many steps are needed, with
+2 a tenth more; with 1 the metric of vectors near the end is 1.0 to 1.7 c in 8 solves of the dense network, with 0.5 it
+is 1.1 to 2.6 c. High: outliers of a sample are those of all data."""
 
 MAX_DEGREE, FIT = 2, 0.3
 """Degree of q, at most, and relative error of q with which a lower one is enough. With degree 1 a certificate of the

@@ -4,9 +4,9 @@ A subspace with known matvecs is expanded, for an end with Ritz value :math:`\th
 
 .. math:: t = f(S)\, r, \qquad f(x) = \frac{1}{\max(d(x), \delta)},
 
-with S the likeness and d(x) the distance from :math:`\theta` inwards, negative beyond the end. The preconditioner is the
-inverse of the whole likeness, clamped: it is positive definite, so that it scales parts in eigenvalues of S beyond the
-end, and does not move towards them. A few Lanczos steps on S from r give :math:`f(S)\, r`, and with it
+with S the likeness and d(x) the distance from :math:`\theta` inwards, negative beyond the end. The preconditioner is
+the inverse of the whole likeness, clamped: it is positive definite, so that it scales parts in eigenvalues of S beyond
+the end, and does not move towards them. A few Lanczos steps on S from r give :math:`f(S)\, r`, and with it
 :math:`r' f(S)\, r`: by second-order perturbation theory, the remaining error of :math:`\theta`, before the next matvec
 is spent. The ratio of the gain of a direction to its predicted gain shows how good the likeness is.
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
@@ -72,7 +71,10 @@ def sample_space(
     accurate = [*range(first), *range(last + 1, len(pairs.values))]
     ends = vectors(select(pairs.values, k, which))
     left = slice(first, last + 1) if first <= last else slice(0, len(pairs.values))
-    low, high = pairs.values[left] - pairs.residual_norms[left], pairs.values[left] + pairs.residual_norms[left]
+    low, high = (
+        pairs.values[left] - pairs.residual_norms[left],
+        pairs.values[left] + pairs.residual_norms[left],
+    )
     return SampleSpace(
         ends * math.nan if ended.status is Status.NON_FINITE else ends,
         vectors(accurate),
@@ -85,6 +87,7 @@ def sample_space(
 
 
 def _outlier_range(pairs: RitzPairs) -> tuple[int, int]:
-    """Return the places of the first and the last Ritz pair that is no outlier: not accurate, or not beyond the rest."""
+    """Return the places of the first and the last Ritz pair that is no outlier: not accurate, or not beyond the
+    rest."""
     rest = ((pairs.residual_norms > OUTLIER_RESIDUAL * pairs.values.abs()).nonzero()).flatten().tolist()
     return (rest[0], rest[-1]) if rest else (len(pairs.values), -1)
