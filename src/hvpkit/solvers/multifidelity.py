@@ -58,6 +58,9 @@ third times the error allowed. What the likeness lacks more directions do not fi
 but a rough value: with 2 or 3 a solve of the dense network takes 2 or 3 passes more. With one alone the transformer
 takes 27 passes for 20 with some seeds."""
 
+MAX_REFUTED = 2
+"""Exact certificates of an end that may be refuted; after that a translated one follows. Chosen by feel."""
+
 MARGIN = 5.0
 """The shift of a translated certificate lies beyond the value by the predicted gain, or by this times the distance that
 may be missed if that is more. Shifts of 0.8 to 1.1 of the true value took as many steps."""
@@ -98,7 +101,7 @@ class End:
         direction: for this pair, if it is known.
         num_directions: that were followed.
         bound: nothing lies beyond it, by a certificate.
-        refuted: an exact certificate has found a vector further out.
+        num_refuted: exact certificates that found a vector further out.
         promised: error bound of the next value, by a certificate.
         num_certificates: that began.
     """
@@ -110,7 +113,7 @@ class End:
     direction: Direction | None = None
     num_directions: int = 0
     bound: float | None = None
-    refuted: bool = False
+    num_refuted: int = 0
     promised: float = math.inf
     num_certificates: int = 0
 
@@ -328,9 +331,9 @@ class Multifidelity:
         if verdict.bound is None and verdict.vector is None:
             return state
         state = replace(state, certificate=None)
-        state = _with_end(
-            state, running.end, bound=verdict.bound, refuted=verdict.bound is None, promised=verdict.error
-        )
+        state = _with_end(state, running.end, bound=verdict.bound, promised=verdict.error)
+        if verdict.bound is None:
+            state = _with_end(state, running.end, num_refuted=end.num_refuted + 1, num_directions=0)
         if verdict.vector is None:
             return state
         return block_subspace.extend(self.op, self.request, self._with_room(state), verdict.vector[None])
@@ -345,8 +348,8 @@ class Multifidelity:
             end = state.ends[place]
             certified = end.bound is not None
             nearly = end.error <= NEARLY * self._allowed(state, end.value)
-            most = MAX_DIRECTIONS if nearly else NUM_DIRECTIONS
-            may_follow = certified or (end.num_directions < most and not end.refuted)
+            most = MAX_DIRECTIONS if nearly or end.num_refuted else NUM_DIRECTIONS
+            may_follow = certified or (end.num_directions < most and end.num_refuted < MAX_REFUTED)
             if not self._is_accurate(state, end) and (may_follow or end.direction is None):
                 return self._follow(state, place)
             if not certified:
@@ -369,7 +372,7 @@ class Multifidelity:
     def _certify(self, state: MultifidelityState, place: int) -> MultifidelityState:
         """Begin the certificate of an end: an exact one if its value is accurate, else a translated one."""
         end, outwards = state.ends[place], 1.0 if place == -1 else -1.0
-        exact = self._is_accurate(state, end) and not end.refuted
+        exact = self._is_accurate(state, end) and end.num_refuted < MAX_REFUTED
         margin = self._multiple * self._allowed(state, end.value)
         if not exact:
             margin = max(MARGIN * margin, end.direction.gain if end.direction else 0.0)
