@@ -154,7 +154,9 @@ def near_pairs(distance: float, rng: np.random.Generator) -> np.ndarray:
 
 def near_groups(rng: np.random.Generator) -> np.ndarray:
     """Return a spectrum with ten eigenvalues within three tol at either end."""
-    return np.r_[-1 + 3 * TOL * rng.uniform(0, 1, 10), rng.uniform(-0.8, 1, 980), 10 - 0.3 * rng.uniform(0, 1, 10)]
+    return np.r_[
+        -1 + 3 * TOL * rng.uniform(0, 1, 10), rng.uniform(-0.8, 1, 980), 10 - 0.3 * rng.uniform(0, 1, 10)
+    ]
 
 
 def power_law(exponent: float, rng: np.random.Generator) -> np.ndarray:

@@ -2,18 +2,17 @@
 
     python benchmarks/bench_accuracy.py --cache DIR [--sets NAME ...] [--methods NAME ...] [--confidence C ...]
 
-The sets are perceptrons of 1,210 and of 3,010 to 4,510 parameters along training, in float64, whose spectra are computed
-densely once (20 minutes) and kept in the cache; prescribed spectra; and with ``--sets trained``, which takes minutes for
-each network, the problems of ``bench_fidelity.py`` and the checkpoints of ``bench_tracking.py``. From a random start,
-Lanczos depends on the spectrum alone: where that is known, solves without samples are of the diagonal operator with the
-same spectrum. Writes ``benchmarks/results/accuracy.json`` after each problem.
+The sets are perceptrons of 1,210 and of 3,010 to 4,510 parameters along training, in float64, whose spectra are
+computed densely once (20 minutes) and kept in the cache; prescribed spectra; and with ``--sets trained``, which takes
+minutes for each network, the problems of ``bench_fidelity.py`` and the checkpoints of ``bench_tracking.py``. From a
+random start, Lanczos depends on the spectrum alone: where that is known, solves without samples are of the diagonal
+operator with the same spectrum. Writes ``benchmarks/results/accuracy.json`` after each problem, method and confidence.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -42,7 +41,9 @@ def operator(case: Case, method: str) -> hk.LinearOperator:
     return H if samples or case.spectrum is None else diagonal(case.spectrum)
 
 
-def solve(op: hk.LinearOperator, ends: Sequence[float], method: str, confidence: float, seed: int) -> list[Record]:
+def solve(
+    op: hk.LinearOperator, ends: Sequence[float], method: str, confidence: float, seed: int
+) -> list[Record]:
     """Solve once; return for each end its error over tol beyond rounding, and whether its interval holds it."""
     ex = hk.extreme_eigenvalues(op, tol=TOL, confidence=confidence, seed=seed, **METHODS[method])
     norm = max(map(abs, ends))
@@ -95,7 +96,9 @@ def measure(cases: Sequence[Case], method: str, confidence: float, seeds: int) -
 def total(parts: Iterable[Record]) -> list[str]:
     """Return the cells of a table for several problems together."""
     parts = [*parts]
-    intervals, outside = (sum((Counter(part[key]) for part in parts), Counter()) for key in ("intervals", "outside"))
+    intervals, outside = (
+        sum((Counter(part[key]) for part in parts), Counter()) for key in ("intervals", "outside")
+    )
     return [
         *(f"{sum(part[key] for part in parts):,}" for key in ("ends", "converged")),
         *(str(sum(part["off"][str(limit)] for part in parts)) for limit in OFF),
