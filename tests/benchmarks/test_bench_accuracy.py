@@ -75,7 +75,7 @@ def test_wrong_ends_are_counted_and_listed(bench, monkeypatch, capsys):
     assert part["off"] == {"1": 8, "2": 8, "5": 0}
     assert part["worst"] == pytest.approx(3, rel=0.01)
     assert part["outside"] == {"largest, random-start": 8}
-    assert sorted(row["seed"] for row in part["wrong"]) == [*range(8)]
+    assert len({row["seed"] for row in part["wrong"]}) == 8
     assert {row["end"] for row in part["wrong"]} == {"largest"}
     assert "| 16 | 16 | 8 | 8 | 0 | 3.0" in capsys.readouterr().out
 
