@@ -139,6 +139,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         header = {"tol": TOL, "seeds": given.seeds, "machine": harness.machine()}
         record = harness.open_record(given.out, header, problems={})
         chosen = {name: (own, make) for own in given.sets for name, make in problems()[own].items()}
+        if unknown := set(given.problems or ()) - set(chosen):
+            parser.error(
+                f"--problems: {', '.join(sorted(unknown))} not in the sets {', '.join(given.sets)}; see --sets"
+            )
         for name in given.problems or chosen:
             own, make = chosen[name]
             entry = record["problems"].setdefault(name, {"set": own, "runs": {}})

@@ -116,6 +116,12 @@ def test_resume_measures_only_what_is_not_there(bench, monkeypatch):
     assert set(runs) == {"lanczos", "certify"}
 
 
+def test_problem_of_another_set_is_refused(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench("--sets", "small", "--problems", "outliers")
+    assert "outliers not in the sets small" in capsys.readouterr().err
+
+
 def test_trained_networks_have_stored_references(two_layers, ends, tmp_path):
     (case,) = accuracy.trained("two layers", tmp_path)
     assert case.spectrum is None
