@@ -87,8 +87,6 @@ def sample_space(
 
 
 def _outlier_range(pairs: RitzPairs) -> tuple[int, int]:
-    """Return the places of the first and the last Ritz pair that is no outlier: not accurate, or not beyond the
-    rest.
-    """
+    """Return the places of the first and the last Ritz pair that is inaccurate: those outside are outliers."""
     rest = ((pairs.residual_norms > OUTLIER_RESIDUAL * pairs.values.abs()).nonzero()).flatten().tolist()
     return (rest[0], rest[-1]) if rest else (len(pairs.values), -1)
