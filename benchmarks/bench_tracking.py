@@ -1,4 +1,4 @@
-"""Passes to track both ends over 20 checkpoints of a training run: Lanczos and multifidelity.
+"""Passes to track both ends over 20 checkpoints of a training run: Lanczos and the default method.
 
     python benchmarks/bench_tracking.py --cache DIR [--problems NAME ...]
 
@@ -19,7 +19,7 @@ from _harness import Record
 
 TOL = 1e-2
 NAMES = ("digits CNN, late", "dense, 40,000 digits")
-METHODS = ("lanczos", "multifidelity")
+METHODS = ("lanczos", "auto")
 
 
 def operators(name: str, cache: Path, num_epochs: int) -> list[hk.LinearOperator]:
@@ -72,7 +72,7 @@ def table(record: Record) -> str:
         worst = max(max(run["errors_over_tol"]) for run in runs)
         passes = [f"{sum(run['passes']):.0f}" for run in runs]
         rows.append([name, *passes, f"{', '.join(off)} of {len(entry['ends'])}", f"{worst:.2f}"])
-    head = ["network", "Lanczos", "multifidelity", "off by more than tol: Lanczos, multifidelity"]
+    head = ["network", "Lanczos", "default", "off by more than tol: Lanczos, default"]
     return harness.markdown([*head, "worst error over tol"], rows)
 
 
