@@ -447,9 +447,9 @@ def test_multifidelity_finds_the_same_ends_of_a_hessian_over_data_and_counts_sco
         assert ex.converged
         assert ex.smallest.value == pytest.approx(float(truth[0]), rel=1e-2)
         assert ex.largest.value == pytest.approx(float(truth[-1]), rel=1e-2)
-        assert {ex.smallest.interval.kind, ex.largest.interval.kind} <= {"residual", "exact"}
+        assert {ex.smallest.interval.kind, ex.largest.interval.kind} <= {"random-start", "exact"}
         assert ex.num_matvecs == ex.history[-1].num_matvecs == seen[-1].num_matvecs
-        assert ex.history[0].num_matvecs > 2 + 1.3 / 9  # two products, and scores of all and of three tenths
+        assert ex.history[0].num_matvecs > 2 + 1 / 9  # two products, and scores
 
 
 def single_layer(
@@ -476,7 +476,7 @@ def test_auto_samples_the_hessian_of_an_objective_with_enough_parameters_over_en
     whole = hk.hessian(objective, params, data)
     truth = torch.linalg.eigvalsh(whole @ torch.eye(whole.n, dtype=torch.float64)).tolist()
     assert sampled(whole)
-    assert not sampled(whole, certify=True)
+    assert sampled(whole, certify=True)
     assert not sampled(whole, method="lanczos")
     assert not sampled(hk.hessian(objective, params, tuple(x[:9000] for x in data)))
     assert not sampled(hk.hessian(*single_layer(10_000, 900)))
@@ -539,7 +539,7 @@ def test_result_is_a_start() -> None:
 def test_multifidelity_refuses_what_it_cannot_do() -> None:
     problem = network("mlp")
     H = hk.hessian(problem.objective, problem.params, problem.data)
-    with pytest.raises(ValueError, match=r"^certify"):
-        hk.extreme_eigenvalues(H, method="multifidelity", certify=True)
+    with pytest.raises(ValueError, match=r"^checkpoint"):
+        hk.extreme_eigenvalues(H, method="multifidelity", checkpoint="file")
     with pytest.raises(TypeError, match="not over examples"):
         hk.extreme_eigenvalues(hk.aslinearoperator(torch.eye(5)), method="multifidelity")

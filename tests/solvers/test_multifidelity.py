@@ -198,6 +198,43 @@ def test_basis_that_is_full_is_cut_and_the_solve_goes_on() -> None:
     check(multifidelity([near(A, 0.3), hk.aslinearoperator(A)], tol=1e-4, ncv=10), A, 1e-4)
 
 
+@pytest.mark.parametrize("certify", [False, True])
+@pytest.mark.parametrize("noise", [1e-3, 0.1])
+def test_intervals_rest_on_random_starts_and_are_as_narrow_as_promised(certify: bool, noise: float) -> None:
+    A = matrix(SPECTRA["indefinite"])
+    levels, truth = [near(A, noise), hk.aslinearoperator(A)], torch.linalg.eigvalsh(A)
+    for seed in range(10):
+        found = multifidelity(levels, tol=1e-2, certify=certify, confidence=0.95, seed=seed)
+        assert found.converged
+        for interval, value, exact in zip(
+            found.intervals, found.values.tolist(), truth[[0, -1]].tolist(), strict=True
+        ):
+            assert (interval.kind, interval.confidence) == ("random-start", 0.95)
+            assert exact in interval
+            outside = max(value - interval.lower, interval.upper - value)
+            assert outside <= (1 if certify else 2) * 1e-2 * abs(value) * (1 + 1e-6)
+
+
+def lacking(low: float, next_low: float) -> tuple[hk.LinearOperator, hk.LinearOperator]:
+    """An operator, and a likeness that has 0 where the operator has its lowest eigenvalue."""
+    values = torch.cat([torch.tensor([low, next_low, 5.0, 10.0]), torch.linspace(-0.4, 1.0, 600)]).double()
+    lacks = values.clone()
+    lacks[0] = 0.0
+    return replace(hk.aslinearoperator(torch.diag(lacks)), cost=0.05), hk.aslinearoperator(torch.diag(values))
+
+
+@pytest.mark.parametrize(("low", "next_low"), [(-1.0, -0.95), (-1.0, -0.7), (-1.0, -0.45)])
+def test_what_the_likeness_lacks_is_found_with_the_probability_stated(low: float, next_low: float) -> None:
+    levels, wrong = lacking(low, next_low), 0
+    for seed in range(40):
+        found = multifidelity(levels, seed=seed)
+        assert found.converged
+        right = abs(float(found.values[0]) - low) <= 1e-2 * abs(low)
+        assert (low in found.intervals[0]) >= right
+        wrong += not right
+    assert wrong <= 1  # one of a hundred is allowed
+
+
 def test_message_says_that_the_bound_is_an_estimate() -> None:
     A = matrix(SPECTRA["indefinite"])
     assert "estimate" in multifidelity([near(A, 1e-3), hk.aslinearoperator(A)]).message

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hvpkit as hk
+from hvpkit.solvers import certificate
+from hvpkit.solvers.certificate import Verdict
+from hvpkit.solvers.congruence import congruent_operator, make_congruence
+from hvpkit.solvers.sample_space import sample_space
+
+VALUES = torch.cat([torch.tensor([-1.0, -0.9, 5.0, 10.0]), torch.linspace(-0.4, 1.0, 400)]).double()
+
+
+def run(
+    lacks: tuple[int, ...],
+    known: int,
+    sigma: float,
+    seed: int,
+    *,
+    exact: bool,
+    error: float = 0.01,
+    failure: float = 0.01,
+) -> Verdict:
+    """Certify the low end of a diagonal operator, with a likeness that has 0 at some places."""
+    like = VALUES.clone()
+    like[list(lacks)] = 0.0
+    op, likeness = hk.aslinearoperator(torch.diag(VALUES)), hk.aslinearoperator(torch.diag(like))
+    sample = sample_space(likeness, 2, "BE", v0=None, num_steps=40, seed=1000 + seed)
+    unit = float(sample.scale)
+    scaled = replace(likeness, product=lambda v: likeness.product(v) / unit)
+    vectors = torch.eye(len(VALUES), dtype=torch.float64)[[known]]
+    C = make_congruence(
+        scaled, sample, vectors, [float(VALUES[known]) / unit], sigma / unit, 1.0, 10 / unit, lifted=exact
+    )
+    B = congruent_operator(op, C, sigma / unit, 1.0, sample.scale, 10 / unit)
+    running = certificate.begin(B, C, 0, sigma / unit, exact=exact, seed=seed)
+    while True:
+        running = running.step()
+        verdict = certificate.judge(running, error / unit, 2 * error / unit, failure)
+        running = verdict.certificate
+        if verdict.poor or verdict.bound is not None or verdict.vector is not None:
+            bound = None if verdict.bound is None else verdict.bound * unit
+            return replace(verdict, bound=bound, error=verdict.error * unit)
+
+
+def quotient(vector: torch.Tensor) -> float:
+    return float((vector * VALUES) @ vector / (vector @ vector))
+
+
+@pytest.mark.parametrize("lacks", [(), (1,), (1, 7, 50)])
+def test_exact_certificate_of_a_right_value(lacks: tuple[int, ...]) -> None:
+    for seed in range(20):
+        verdict = run(lacks, 0, -1.02, seed, exact=True)
+        assert verdict.bound == pytest.approx(-1.02)
+        assert verdict.vector is None
+
+
+def test_exact_certificate_of_an_inner_value_is_refuted() -> None:
+    refuted = 0
+    for seed in range(60):
+        verdict = run((0,), 1, -0.918, seed, exact=True)
+        if verdict.vector is not None:
+            refuted += 1
+            assert quotient(verdict.vector) < -0.918
+    assert refuted == 60  # at most one per cent are not, by the start
+
+
+def test_probability_of_missing_what_the_likeness_lacks_is_as_stated() -> None:
+    missed = sum(run((0,), 1, -0.918, seed, exact=True, failure=0.3).vector is None for seed in range(200))
+    assert 0 < missed <= 0.3 * 200 + 3 * (200 * 0.3 * 0.7) ** 0.5
+
+
+@pytest.mark.parametrize("sigma", [-1.2, -1.05, -0.95])
+def test_translated_certificate_has_the_vector_that_the_likeness_lacks(sigma: float) -> None:
+    for seed in range(20):
+        verdict = run((0,), 1, sigma, seed, exact=False)
+        assert verdict.vector is not None
+        value = quotient(verdict.vector)
+        assert value == pytest.approx(-1.0, abs=0.01)
+        assert value - verdict.error - 1e-9 <= -1.0
+        assert verdict.bound == pytest.approx(value - 0.02)
+        assert verdict.num_matvecs == pytest.approx(verdict.certificate.congruence.cost)
+
+
+def test_poor_likeness_is_seen() -> None:
+    op = hk.aslinearoperator(torch.diag(VALUES))
+    useless = hk.aslinearoperator(torch.diag(VALUES.flip(0)))
+    sample = sample_space(useless, 2, "BE", v0=None, num_steps=40, seed=0)
+    unit = float(sample.scale)
+    scaled = replace(useless, product=lambda v: useless.product(v) / unit)
+    vectors = torch.eye(len(VALUES), dtype=torch.float64)[[0]]
+    C = make_congruence(scaled, sample, vectors, [-1.0 / unit], -1.02 / unit, 1.0, 10 / unit, lifted=True)
+    B = congruent_operator(op, C, -1.02 / unit, 1.0, sample.scale, 10 / unit)
+    running = certificate.begin(B, C, 0, -1.02 / unit, exact=True, seed=0)
+    for _ in range(9):
+        verdict = certificate.judge(running.step(), 0.01 / unit, 0.02 / unit, 0.01)
+        running = verdict.certificate
+        if verdict.poor:
+            return
+    pytest.fail("it is not seen within nine steps")
+
+
+def test_product_that_is_not_finite_is_handed_back() -> None:
+    op = hk.aslinearoperator(torch.diag(VALUES))
+    sample = sample_space(op, 2, "BE", v0=None, num_steps=40, seed=0)
+    unit = float(sample.scale)
+    scaled = replace(op, product=lambda v: op.product(v) / unit)
+    vectors = torch.eye(len(VALUES), dtype=torch.float64)[[0]]
+    C = make_congruence(scaled, sample, vectors, [-1.0 / unit], -1.02 / unit, 1.0, 10 / unit, lifted=True)
+    broken = replace(op, product=lambda v: torch.full_like(v, float("nan")))
+    B = congruent_operator(broken, C, -1.02 / unit, 1.0, sample.scale, 10 / unit)
+    running = certificate.begin(B, C, 0, -1.02 / unit, exact=True, seed=0)
+    verdict = certificate.judge(running.step(), 0.01, 0.02, 0.01)
+    assert verdict.suspect is not None
+    assert verdict.suspect.shape == (len(VALUES), 1)
