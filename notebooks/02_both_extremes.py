@@ -241,6 +241,6 @@ label = axes[0].set_ylabel("of the sample's Hessian")
 #   `method="multifidelity"`, else Lanczos.
 # - `method="lanczos"` for intervals with a confidence.
 # - `hk.chebyshev` or `hk.lobpcg` if memory does not hold some dozens of vectors.
-# - `atol=0` and float64 if the smallest is more than about a thousand times smaller than the largest and its digits
-#   matter: by default it is then found to 1e-5 of the largest, and the rounding of float32 allows for no more.
+# - float64 if the smallest is more than about a thousand times smaller than the largest: the rounding of float32
+#   matvecs is then too large for one per cent. The status says so (`rounding-limited`, `zero-within-atol`).
 # - Power iteration at most for the largest eigenvalue alone, never for the smallest.

@@ -56,14 +56,14 @@ def extreme_eigenvalues(
     on all data. By ``"multifidelity"`` a sample of the data gives rough vectors and a metric, in which Lanczos takes
     fewer steps on all data: for the same promise, half to two thirds of the passes.
 
-    An end that is zero, as the smallest one of a convex loss, has no relative digits: it is found to ``atol * norm``,
-    and the status is ``"zero-within-atol"``.
+    An end that is zero, as the smallest one of a convex loss, has no relative digits: for a value of at most
+    ``atol * norm`` the error allowed is ``atol * norm``, and the status is ``"zero-within-atol"``.
 
     Args:
         H: symmetric operator, as from :func:`hvpkit.hessian`.
         tol: relative error of each eigenvalue.
-        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
-            default ``min(1e-5, tol / 1000)``.
+        atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
+            much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         method: ``"multifidelity"``, which continues by Lanczos where samples do not help: see
             :func:`hvpkit.multifidelity`. ``"lanczos"``: all of the work on all of the data. ``"auto"``: the first for
             the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 10,000 examples,

@@ -223,7 +223,7 @@ class Solve:
     atol: Annotated[
         float | None,
         typer.Option(
-            help="Error that is enough too, in units of the norm. By default min(1e-5, tol / 1000)."
+            help="Size up to which a value counts as zero, in units of the norm. By default min(1e-5, tol / 1000)."
         ),
     ] = None
     method: Annotated[ExtremesMethod, typer.Option(help="Solver.")] = ExtremesMethod.AUTO

@@ -59,7 +59,7 @@ def train(
     atol: Annotated[
         float | None,
         typer.Option(
-            help="Error that is enough too, in units of the norm. By default min(1e-5, tol / 1000)."
+            help="Size up to which a value counts as zero, in units of the norm. By default min(1e-5, tol / 1000)."
         ),
     ] = None,
     mode: ModeOption = Mode.AUTO,

@@ -46,15 +46,15 @@ class Status(StrEnum):
 
 
 _ADVICE = {
-    Status.CONVERGED: "every error bound is at most max(tol * |value|, atol * norm)",
+    Status.CONVERGED: "every error bound is at most tol * |value|",
     Status.INVARIANT_SUBSPACE: "the Krylov space is invariant: the values are exact to rounding",
     Status.ZERO_WITHIN_ATOL: (
         "a value cannot be told from zero: it and its error bound are at most atol * norm; the other bounds are at "
-        "most max(tol * |value|, atol * norm); see the intervals, or lower atol for more digits"
+        "most tol * |value|; see the intervals, or lower atol for more digits"
     ),
     Status.ZERO_TO_ROUNDING: (
         "a value is zero to the rounding of the matvecs and has no relative digits; the other bounds are at "
-        "most max(tol * |value|, atol * norm)"
+        "most tol * |value|"
     ),
     Status.COMPLETED: (
         "all samples that were asked for are taken; the standard error says how well the value is known; raise "
@@ -108,9 +108,9 @@ class Eigenpair:
         value: the Ritz value.
         vector: of unit norm, ``[n]``.
         residual_norm: norm of ``H v - value v``.
-        error_bound: the convergence test compares it with ``max(tol * |value|, atol * norm)``: the residual norm, or
-            its square over the gap to the next eigenvalue where that is smaller and no eigenvalue is likely to hide in
-            the gap.
+        error_bound: the convergence test compares it with ``tol * |value|``, or ``atol * norm`` for a value of at most
+            that: the residual norm, or its square over the gap to the next eigenvalue where that is smaller and no
+            eigenvalue is likely to hide in the gap.
         interval: contains the eigenvalue.
     """
 
@@ -292,7 +292,9 @@ class ExtremeResult:
             return []
         claim = f"with probability {confidence:g} over random starts, an end is in its interval"
         if self.status in (Status.CONVERGED, Status.ZERO_WITHIN_ATOL):
-            claim += " and off by at most 2 max(tol * |value|, atol * norm)"
+            claim += " and off by at most 2 tol * |value|"
+        if self.status is Status.ZERO_WITHIN_ATOL:
+            claim += ", or 2 atol * norm if it cannot be told from zero"
         return [claim]
 
     def __repr__(self) -> str:

@@ -328,10 +328,10 @@ def chebyshev(
 
     Stops when for each wanted Ritz value :math:`\theta` with residual r,
 
-    .. math:: \|r\| + \text{rounding} \le \max(\text{tol} \cdot |\theta|, \; \text{atol} \cdot \|A\|),
+    .. math:: \|r\| + \text{rounding} \le \text{tol} \cdot |\theta|,
 
-    with the largest norm of a matvec so far for :math:`\|A\|`, or when the left side is at most 32 eps times that. A
-    ``tol`` below rounding is taken as rounding.
+    or :math:`\text{atol} \cdot \|A\|` for a value of at most that, with the largest norm of a matvec so far for
+    :math:`\|A\|`, or when the left side is at most 32 eps times that. A ``tol`` below rounding is taken as rounding.
 
     Use it where matvecs with many vectors at once are cheap, where many pairs are wanted, or where
     orthogonalisation is the largest cost: a filter needs none, and a fixed number of vectors. Otherwise
@@ -344,8 +344,8 @@ def chebyshev(
             high end), by a filter that damps the interval between.
         v0: start vectors, used as by :func:`hvpkit.lanczos`.
         tol: relative error of the eigenvalues.
-        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
-            default ``min(1e-5, tol / 1000)``.
+        atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
+            much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         block_size: vectors to filter, at least ``k``; by default one more for each end where several are wanted,
             without which one of them may be missed where many lie close together.
         max_matvecs: full-data matvecs, at most; the default is that of :func:`hvpkit.lanczos`.

@@ -348,16 +348,15 @@ def lanczos(
     For one pair at an end, from one start vector: **with probability** ``confidence`` **over random starts, a converged
     value** :math:`\theta` **is off by at most twice the error allowed** (once with ``certify``),
 
-    .. math:: \text{allowed} = \max(\text{tol} \cdot |\theta|, \; \text{atol} \cdot \|A\|),
+    .. math:: \text{allowed} = \text{tol} \cdot |\theta|,
 
-    with the largest Ritz value or norm of a matvec so far for :math:`\|A\|`, or 32 eps of it where that is more. It
-    stops when for each wanted value ``error_bound <= allowed``, and it is that unlikely that an eigenvalue hides
-    further out. The bound is the residual norm, with rounding, or its square over the gap, bounded by the other Ritz
-    pairs' residuals, where that is smaller.
+    or :math:`\text{atol} \cdot \|A\|` for a value of at most that, with the largest Ritz value or norm of a matvec so
+    far for :math:`\|A\|`, and at least 32 eps of that. It stops when for each wanted value ``error_bound <= allowed``,
+    and it is that unlikely that an eigenvalue hides further out. The bound is the residual norm, with rounding, or its
+    square over the gap, bounded by the other Ritz pairs' residuals, where that is smaller.
 
     For more pairs at an end the bound is the residual norm, and the probability holds for the outermost value; for the
-    others there is none, but the search for copies. For blocks there is none at all: see the intervals. An end that is
-    zero has no relative digits: see ``atol``.
+    others there is none, but the search for copies. For blocks there is none at all: see the intervals.
 
     Args:
         op: symmetric operator.
@@ -367,8 +366,8 @@ def lanczos(
         v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are assigned round-robin to the vectors of
             the block and summed, each sum with a tenth of a random vector, so that no direction is missing.
         tol: relative error of the eigenvalues.
-        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
-            default ``min(1e-5, tol / 1000)``.
+        atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
+            much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         ncv: the most basis vectors before a restart, by default as many as 4 GiB hold, at most 300 or 4 k.
         block_size: vectors in one matvec. Operators share work among them; the number of matvecs rises.
         check_copies: for two or more pairs at one end, make sure by a further random vector that no copy of

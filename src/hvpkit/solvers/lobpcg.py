@@ -207,8 +207,8 @@ def lobpcg(
             high end), all in one block.
         v0: start vectors, used as by :func:`hvpkit.lanczos`.
         tol: relative error of the eigenvalues.
-        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
-            default ``min(1e-5, tol / 1000)``.
+        atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
+            much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         preconditioner: ``[n, p]`` to ``[n, p]``, applied to residuals: for the low end an approximate inverse of
             the operator, positive definite, less a shift near the end.
         max_matvecs: full-data matvecs, at most; the default is that of :func:`hvpkit.lanczos`.

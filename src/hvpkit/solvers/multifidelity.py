@@ -520,8 +520,8 @@ def multifidelity(
         v0: start ``[n]`` or ``[n, p]``, or an earlier result, for the steps on the first level: the sum of the unit
             columns and a tenth of a random vector.
         tol: relative error of the eigenvalues.
-        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
-            default ``min(1e-5, tol / 1000)``.
+        atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
+            much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         ncv: the most basis vectors before half of them are dropped.
         num_inner: the most Lanczos steps on a cheap level for each direction; by default as many as cost one matvec,
             but from 6 to 15. They end when their prediction has settled.

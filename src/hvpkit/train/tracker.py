@@ -41,7 +41,7 @@ class SpectrumTracker:
         data: all examples of the Hessian, as for :func:`hvpkit.hessian`.
         every: measure at the first of every so many calls; of steps, if calls give their ``step``.
         tol: relative error of both eigenvalues.
-        atol: error in units of the operator's norm that is enough too, as for :func:`hvpkit.extreme_eigenvalues`.
+        atol: size up to which a value counts as zero, as for :func:`hvpkit.extreme_eigenvalues`.
         method: as for :func:`hvpkit.extreme_eigenvalues`.
         max_matvecs: the most passes over the data for a measurement; the values found by then are recorded.
         time_limit: the most seconds for a measurement; the values found by then are recorded.

@@ -59,7 +59,8 @@ def test_done_is_what_is_within_tol_or_within_rounding() -> None:
     ("value", "bound", "expected"),
     [
         (1.0, 1e-2, "converged"),
-        (1e-3, 1e-4, "converged"),  # clearly not zero, known to atol
+        (3e-4, 2.9e-6, "converged"),
+        (3e-4, 1e-5, "rounding-limited"),  # clearly not zero: a bound within atol is not enough
         (5e-3, 2e-3, "rounding-limited"),
         (1e-5, 1e-4, "zero-within-atol"),
         (-1e-4, 1e-4, "zero-within-atol"),

@@ -49,11 +49,13 @@ def test_atol_is_a_thousandth_of_tol_and_at_most_a_hundred_thousandth(
     assert asked(tol=tol, atol=atol).atol == pytest.approx(expected, rel=1e-15)
 
 
-def test_errors_allowed_are_relative_to_the_value_or_to_the_norm() -> None:
-    values = torch.tensor([-10.0, -1e-4, 0.0, 1.0], dtype=torch.float64)
+def test_errors_allowed_are_relative_to_values_that_are_not_near_zero() -> None:
+    values = torch.tensor([-10.0, -1.001e-2, -1e-2, -1e-4, 0.0, 9.99e-3, 3e-2, 1.0], dtype=torch.float64)
     allowed = asked(tol=1e-2, atol=1e-3).allowed(values, 10.0)
-    assert allowed.tolist() == pytest.approx([0.1, 0.01, 0.01, 0.01])
-    assert asked(tol=1e-2, atol=0.0).allowed(values, 10.0).tolist() == pytest.approx([0.1, 1e-6, 0.0, 1e-2])
+    assert allowed.tolist() == pytest.approx([0.1, 1.001e-4, 1e-2, 1e-2, 1e-2, 1e-2, 3e-4, 1e-2])
+    assert allowed.dtype == torch.float64
+    relative = asked(tol=1e-2, atol=0.0).allowed(values, 10.0)
+    assert relative.tolist() == pytest.approx((1e-2 * values.abs()).tolist())
 
 
 @pytest.mark.parametrize(

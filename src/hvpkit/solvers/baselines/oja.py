@@ -94,8 +94,8 @@ def oja(
             end).
         v0: start ``[n]`` or ``[n, p]``, or an earlier result, as of :func:`hvpkit.power`.
         tol: relative error of the eigenvalues.
-        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
-            default ``min(1e-5, tol / 1000)``.
+        atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
+            much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         batch_size: examples in a minibatch; by default a sixteenth of all.
         step_size: :math:`\eta`, in units of one over eigenvalues, or a function from a step, counted from 0, to it.
             By default AdaOja's: one over the root of the sum of all :math:`\|A_s W_s\|_F^2 / k` so far.

@@ -56,11 +56,12 @@ def power(
     other end to zero. Values and residuals are those of Rayleigh-Ritz with A. Stops when for each Ritz value
     :math:`\theta` with residual r
 
-    .. math:: 2 \|r\| + \text{rounding} \le \max(\text{tol} \cdot |\theta|, \; \text{atol} \cdot \|A\|),
+    .. math:: 2 \|r\| + \text{rounding} \le \text{tol} \cdot |\theta|,
 
-    after a dozen steps, or when the left side is at most 32 eps times :math:`\|A\|`, the largest norm of a matvec so
-    far. (The factor 2: at the edge of a dense spectrum the error of a value is as large as its
-    residual.) A ``tol`` below rounding is taken as rounding. A value that no longer changes is never a reason to stop.
+    or :math:`\text{atol} \cdot \|A\|` for a value of at most that, after a dozen steps, or when the left side is at
+    most 32 eps times :math:`\|A\|`, the largest norm of a matvec so far. (The factor 2: at the edge of a dense spectrum
+    the error of a value is as large as its residual.) A ``tol`` below rounding is taken as rounding. A value that no
+    longer changes is never a reason to stop.
 
     For comparison and teaching: :func:`hvpkit.lanczos` always takes fewer matvecs, in particular for an end that is
     not dominant, and bounds the probability that an eigenvalue is hidden further out. A residual does not: with two
@@ -74,8 +75,8 @@ def power(
         v0: start ``[n]`` or ``[n, p]``, or an earlier result. Columns are assigned round-robin to the vectors of the
             block and summed, each with a tenth of a random vector.
         tol: relative error of the eigenvalues.
-        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
-            default ``min(1e-5, tol / 1000)``.
+        atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
+            much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
         time_limit: seconds.
         seed: of random vectors.
@@ -165,8 +166,8 @@ def accelerated_power(
             each end (the odd one from the high end).
         v0: start ``[n]`` or ``[n, p]``, or an earlier result, as of :func:`hvpkit.power`.
         tol: relative error of the eigenvalues: the stop is that of :func:`hvpkit.power`.
-        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
-            default ``min(1e-5, tol / 1000)``.
+        atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
+            much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         momentum: :math:`\beta`, in units of eigenvalues squared; by default chosen.
         variance_reduced: use minibatches.
         batch_size: examples in a minibatch, with ``variance_reduced``; by default an eighth of all. Doubled

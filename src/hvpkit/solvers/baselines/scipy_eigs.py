@@ -184,11 +184,11 @@ def eigsh(
 
     ``converged`` means that after a further matvec, for each value :math:`\theta` with residual r,
 
-    .. math:: \|r\| \le \max(\text{tol} \cdot |\theta|, \; \text{atol} \cdot \|A\|),
+    .. math:: \|r\| \le \text{tol} \cdot |\theta|,
 
-    or that the left side is at most 32 eps times :math:`\|A\|`. ARPACK
-    compares its own estimate of :math:`\|r\|` with its ``tol`` times :math:`|\theta|`, once per restart; it is
-    given half of ``tol``, or eps if that is more.
+    or :math:`\text{atol} \cdot \|A\|` for a value of at most that, or that the left side is at most 32 eps times
+    :math:`\|A\|`. ARPACK compares its own estimate of :math:`\|r\|` with its ``tol`` times :math:`|\theta|`, once per
+    restart; it is given half of ``tol``, or eps if that is more.
 
     For comparison. There is no evidence that a value is the outermost one: ARPACK finds copies of a multiple
     eigenvalue late or not at all, and can miss one of several clustered eigenvalues and report convergence
@@ -202,8 +202,8 @@ def eigsh(
             from each end (the odd one from the high end).
         v0: start ``[n]`` or ``[n, p]``, or an earlier result: the sum of the columns and a tenth of a random vector.
         tol: relative error of the eigenvalues.
-        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
-            default ``min(1e-5, tol / 1000)``.
+        atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
+            much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         ncv: basis vectors before a restart, by default ``max(2 k + 1, 20)``.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
         time_limit: seconds.
@@ -264,12 +264,12 @@ def scipy_lobpcg(
 
     ``converged`` means that after a further matvec, for each value :math:`\theta` with residual r,
 
-    .. math:: \|r\| \le \max(\text{tol} \cdot |\theta|, \; \text{atol} \cdot \|A\|),
+    .. math:: \|r\| \le \text{tol} \cdot |\theta|,
 
-    or that the left side is at most 32 eps times :math:`\|A\|`. LOBPCG's own
-    tolerance is absolute, and one for all pairs: after five iterations without any it is restarted from its vectors,
-    with half of ``tol`` times the smallest :math:`|\theta|`, and again if it gives up early. It is stopped when the
-    span of the vectors multiplied last contains pairs that satisfy the stop.
+    or :math:`\text{atol} \cdot \|A\|` for a value of at most that, or that the left side is at most 32 eps times
+    :math:`\|A\|`. LOBPCG's own tolerance is absolute, and one for all pairs: after five iterations without any it is
+    restarted from its vectors, with half of ``tol`` times the smallest :math:`|\theta|`, and again if it gives up
+    early. It is stopped when the span of the vectors multiplied last contains pairs that satisfy the stop.
 
     For comparison: :func:`hvpkit.lobpcg` is the same method with a better basis, and both ends. There is no evidence
     that a value is the outermost one, and a dense end, relative to the spread, takes thousands of matvecs.
@@ -281,8 +281,8 @@ def scipy_lobpcg(
         v0: start ``[n]`` or ``[n, p]``, or an earlier result. Columns are assigned round-robin to the vectors of the
             block and summed, each with a tenth of a random vector, so that nothing is missed.
         tol: relative error of the eigenvalues.
-        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
-            default ``min(1e-5, tol / 1000)``.
+        atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
+            much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
         time_limit: seconds.
         seed: of random vectors.

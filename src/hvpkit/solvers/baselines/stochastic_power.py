@@ -80,8 +80,8 @@ def stochastic_power(
             each end (the odd one from the high end).
         v0: start ``[n]`` or ``[n, p]``, or an earlier result, as of :func:`hvpkit.power`.
         tol: relative error of the eigenvalues.
-        atol: error, in units of the operator's norm, that is enough too, as for an end that is zero; 0 for none. By
-            default ``min(1e-5, tol / 1000)``.
+        atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
+            much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         batch_schedule: from a minibatch's number, counted from 0, to its number of examples; more than there are
             means all. By default a 64th at first, and a fifth more each time. With a schedule that does not reach
             all data the error stays at the level of the last minibatches, and the status says so.

@@ -89,18 +89,17 @@ def final_status(
 ) -> Status:
     """Return ``best`` if all error bounds ``[k]`` are as small as asked for, else what the others allow.
 
-    A value whose bound is above ``tol * |value|`` is zero to rounding, zero within atol, or clearly neither: then it
-    has converged if its bound is within ``atol * norm``, and is limited by rounding if not. For bounds that further
-    matvecs do not make smaller, or that end the solve.
+    A value whose bound is above ``tol * |value|`` is zero within atol, zero to rounding, or clearly neither: then it
+    is limited by rounding. For bounds that further matvecs do not make smaller, or that end the solve.
     """
     sizes = values.abs()
     short = (bounds > request.tol * sizes) | (values == 0)
-    within = bounds <= request.atol * norm
-    no_digits = short & (sizes <= bounds.clamp(min=attainable)) & ((bounds <= attainable) | ~within)
-    small = short & within & ~no_digits & (sizes <= request.atol * norm)
-    if bool((short & ~within & ~no_digits).any()):
+    larger = torch.maximum(sizes, bounds)
+    within_atol = short & (larger <= request.atol * norm) & (larger > attainable)
+    no_digits = short & ~within_atol & (sizes <= bounds.clamp(min=attainable))
+    if bool((short & ~within_atol & ~no_digits).any()):
         return Status.ROUNDING_LIMITED
-    if bool(small.any()):
+    if bool(within_atol.any()):
         return Status.ZERO_WITHIN_ATOL
     return Status.ZERO_TO_ROUNDING if bool(no_digits.any()) else best
 

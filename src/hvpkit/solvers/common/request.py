@@ -27,7 +27,7 @@ DEFAULT_MAX_MATVECS, DEFAULT_MATVECS_PER_PAIR = 1000.0, 10
 
 MAX_ATOL, ATOL_SHARE = 1e-5, 1e-3
 """The default ``atol``, in units of the operator's norm: the first, or the second times ``tol`` if that is less. Chosen
-by feel: at tol = 1e-2, an end of more than a thousandth of the other one keeps its relative accuracy."""
+by feel; larger values keep their relative accuracy."""
 
 Start = Tensor | EigenResult | ExtremeResult
 """Start vectors ``[n]`` or ``[n, p]``, or an earlier result, whose vectors are meant."""
@@ -41,7 +41,7 @@ class Request:
         k: number of pairs.
         which: at which ends. Both ends of one pair are the high end.
         tol: relative error of the values; at least eps.
-        atol: error of the values in units of the operator's norm, which is enough too.
+        atol: size, in units of the operator's norm, up to which a value cannot be told from zero; its error, then.
         start: columns ``[n, p]``, or None.
         limits: budget and time limit.
         seed: of random vectors.
@@ -56,8 +56,9 @@ class Request:
     seed: int
 
     def allowed(self, values: Tensor, norm: float) -> Tensor:
-        r"""Return the errors allowed of values ``[k]``, :math:`\max(\text{tol} |\theta|, \text{atol} \|A\|)`."""
-        return (self.tol * values.abs()).clamp(min=self.atol * norm)
+        """Return the errors allowed of values ``[k]``: ``tol * |value|``, or ``atol * norm`` up to that size."""
+        sizes, near_zero = values.abs(), self.atol * norm
+        return torch.where(sizes <= near_zero, near_zero, self.tol * sizes)
 
 
 def default_atol(tol: float) -> float:
