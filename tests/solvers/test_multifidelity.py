@@ -70,7 +70,8 @@ def test_one_end_alone(which: str, place: int, noise: float) -> None:
     assert float(found.values[0]) == pytest.approx(float(truth), rel=1e-2)
     assert found.intervals[0].lower <= found.values[0] <= found.intervals[0].upper
     both = multifidelity([near(A, noise), op])
-    assert found.num_matvecs <= both.num_matvecs
+    useless = noise > 1  # then it is seen sooner at one end than at the other
+    assert found.num_matvecs <= both.num_matvecs + 2 * useless
 
 
 def test_after_levels_that_do_not_help_bounds_are_those_of_lanczos() -> None:

@@ -5,13 +5,21 @@ Lanczos from a random vector, on the congruence :math:`B = s\, C (H - \sigma I)\
 of the start: :class:`hvpkit.solvers.common.bounds.StartPolynomial`. That is an event of the start alone, for any C that
 does not depend on it; a poor likeness costs steps. Two kinds:
 
-1. *Exact*, for an end whose value :math:`\theta` is known. :math:`\sigma` lies beyond it by the distance that may be
-   missed, and its vector is lifted. If it is unlikely that B has a negative eigenvalue, it is as unlikely, by
-   Sylvester's law, that H has one beyond :math:`\sigma`. A negative Ritz value refutes :math:`\theta`.
-2. *Translated*, where the likeness lacks the vector of the end. B's lowest Ritz pair :math:`(\mu, y)` gives the vector
-   :math:`z = C y` of H with the quotient :math:`\theta = \sigma + s \mu / \|z\|^2`, a true Ritz value. An eigenvalue
-   of H further out than that by a distance lies lower in B by the distance times :math:`\|z\|^2`, as far as its vector
-   has the same norm in the metric as z has. Near the end that is nearly constant, by the clamp.
+1. *Of a known value* :math:`\theta`. :math:`\sigma` lies beyond it by the distance that may be missed, and its vector
+   is lifted. If it is unlikely that B has a negative eigenvalue, it is as unlikely, by Sylvester's law, that H has one
+   beyond :math:`\sigma`. A negative Ritz value refutes :math:`\theta`.
+2. *Search*, where the value is not known well, because the likeness lacks the vector. B's lowest Ritz pair
+   :math:`(\mu, y)` gives the vector :math:`z = C y` of H with the quotient :math:`\theta = \sigma + s \mu / \|z\|^2`, a
+   true Ritz value. An eigenvalue :math:`\lambda` of H with the vector x, further out than :math:`\theta` by a distance
+   d, makes an eigenvalue of B of at most
+
+   .. math:: \frac{s (\lambda - \sigma)}{\|C^{-1} x\|^2} \le \max\Big(0,\; \frac{s(\theta - \sigma) - d}{c}\Big),
+             \qquad c = \|C\|^{-2},
+
+   which is excluded like a hidden one if it lies below :math:`\mu`. Where it does not, as :math:`\sigma` lies inside or
+   too far out, z is handed back, and a certificate of its value follows.
+
+Both are exact: they hold for any likeness.
 
 Cost: steps with the cost of the congruence. Memory: a vector for each.
 """
@@ -33,9 +41,13 @@ MAX_STEPS = 60
 """Steps of a certificate, at most: one that takes more comes from a poor likeness. Chosen by feel: good ones take 4 to
 32."""
 
-SPREAD_STEPS, MAX_SPREAD = 3, 8.0
+SPREAD_STEPS, MAX_SPREAD = 2, 8.0
 """Steps after which the largest Ritz value of B may be at most the second: B is near 1 for a good likeness; a twentieth
 of 40,000 examples gives 2 to 4, a tenth of 1,500 up to 4."""
+
+SETTLED = 0.3
+"""Probability that B has a lower vector than the one found, at which a search may end. Its value is certified after it.
+Chosen by feel."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class Certificate:
 
     Attributes:
         end: 0 the low one, -1 the high one.
-        exact: of the first kind.
+        known: of the first kind.
         sigma: the shift, over scale.
         congruence: C.
         op: B.
@@ -52,7 +64,7 @@ class Certificate:
     """
 
     end: int
-    exact: bool
+    known: bool
     sigma: float
     congruence: Congruence
     op: LinearOperator
@@ -70,7 +82,7 @@ class Verdict:
     Attributes:
         certificate: to continue from.
         bound: nothing lies beyond it, with the probability asked for; None: not known yet.
-        vector: of H ``[n]``: of the end, from a translated certificate; beyond the shift, from an exact one.
+        vector: of H ``[n]``: from a search, of the end; from a certificate of a known value, one that refutes it.
         error: error bound of the vector's quotient.
         poor: the likeness is poor.
         suspect: a vector ``[n, 1]`` whose matvec was not finite.
@@ -87,10 +99,10 @@ class Verdict:
 
 
 def begin(
-    op: LinearOperator, congruence: Congruence, end: int, sigma: float, *, exact: bool, seed: int
+    op: LinearOperator, congruence: Congruence, end: int, sigma: float, *, known: bool, seed: int
 ) -> Certificate:
     """Return a certificate before its first step; ``op`` is B, ``seed`` that of its start."""
-    return Certificate(end, exact, sigma, congruence, op, krylov.start(op, MAX_STEPS + 1, 1, seed))
+    return Certificate(end, known, sigma, congruence, op, krylov.start(op, MAX_STEPS + 1, 1, seed))
 
 
 def judge(certificate: Certificate, error: float, distance: float, failure: float) -> Verdict:
@@ -109,29 +121,34 @@ def judge(certificate: Certificate, error: float, distance: float, failure: floa
     pairs, norms = krylov.project(certificate.op, state)
     lowest, unit, exhausted = float(pairs.values[0]), float(state.scale), state.num_frontier == 0
 
-    def unlikely(at: float) -> bool:
+    def unlikely(at: float, probability: float = failure) -> bool:
         component = state.polynomial.log_component(at, pairs.values, pairs.residual_norms, norms)
-        return exhausted or state.polynomial.probability(component) <= failure
+        return exhausted or state.polynomial.probability(component) <= probability
 
     poor = m >= MAX_STEPS or (m >= SPREAD_STEPS and float(pairs.values[-1]) * unit > MAX_SPREAD)
-    if certificate.exact and lowest > 0:
+    if certificate.known and lowest > 0:
         return Verdict(certificate, certificate.sigma if unlikely(0.0) else None, poor=poor)
     error_in_b = float(kato_temple(pairs.values, pairs.residual_norms)[0])
 
-    def is_enough(size: float) -> bool:
-        """Return True for a vector z of this squared norm, in units of that of B."""
-        return error_in_b <= error * size and unlikely(lowest - distance * size)
+    def settled(size: float) -> bool:
+        """Return True if y is the lowest vector of B, as far as z, of this squared norm, needs it."""
+        inside = (
+            lowest < 0 and m >= SPREAD_STEPS
+        )  # then another certificate follows, and the sooner the better
+        return error_in_b <= error * size and (inside or unlikely(lowest - distance * size, SETTLED))
 
-    likely = certificate.exact or is_enough(certificate.congruence.largest_factor**2 / unit)  # no z is larger
-    if not likely:
+    largest, cost = certificate.congruence.norm**2 / unit, certificate.congruence.cost
+    if not certificate.known and not settled(largest):  # no vector is longer than that
         return Verdict(certificate, poor=poor)
     vector = certificate.congruence((pairs.vectors[:, :1].mT.to(state.basis) @ state.basis[:m]).mT)[:, 0]
-    cost = certificate.congruence.cost
-    if certificate.exact:
+    if certificate.known:
         return Verdict(certificate, vector=vector, num_matvecs=cost)
     size = float(certificate.op.space.norm(vector)) ** 2 / unit
-    if not is_enough(size):
+    at = max(0.0, (lowest / size - distance) * largest)
+    if not settled(size) or (at < lowest and not unlikely(at)):
         return Verdict(certificate, poor=poor, num_matvecs=cost)
+    found = Verdict(certificate, vector=vector, error=error_in_b / size, num_matvecs=cost)
+    if at >= lowest:
+        return found
     outwards = -1.0 if certificate.end == 0 else 1.0
-    value = certificate.sigma - outwards * lowest / size
-    return Verdict(certificate, value + outwards * distance, vector, error_in_b / size, num_matvecs=cost)
+    return replace(found, bound=certificate.sigma - outwards * (lowest / size - distance))

@@ -58,7 +58,7 @@ class Congruence:
         factors: :math:`d_i^{-1/2}` ``[m]``.
         coefficients: of q in Chebyshev polynomials on ``[low, high]``.
         low, high: bounds of the spectrum of S outside of U.
-        largest_factor: of C, where q is as it should be.
+        norm: the largest eigenvalue of C, if the spectrum is within these bounds.
     """
 
     likeness: LinearOperator
@@ -67,7 +67,7 @@ class Congruence:
     coefficients: tuple[float, ...]
     low: float
     high: float
-    largest_factor: float
+    norm: float
 
     @property
     def cost(self) -> float:
@@ -127,19 +127,23 @@ def make_congruence(
     factors = distances.clamp(min=floor).rsqrt()
     low, high = sample.low, sample.high
     low = min(low, sigma) if sign > 0 else low
+    coefficients, largest = _fit(low, high, sigma, sign, clamp)
     return Congruence(
         likeness,
         rows[:num_rows],
         factors.to(rows),
-        _fit(low, high, sigma, sign, clamp),
+        coefficients,
         low,
         high,
-        max(float(factors.max()), clamp**-0.5),
+        max(float(factors.max()), largest),
     )
 
 
-def _fit(low: float, high: float, sigma: float, sign: float, clamp: float) -> tuple[float, ...]:
-    """Return coefficients of q: the least squares of its relative error at Chebyshev nodes, of the lowest degree."""
+def _fit(low: float, high: float, sigma: float, sign: float, clamp: float) -> tuple[tuple[float, ...], float]:
+    """Return coefficients of q, the least squares of its relative error at Chebyshev nodes, and its largest value.
+
+    Of the lowest degree that is good enough.
+    """
     nodes = np.cos(np.pi * (np.arange(200) + 0.5) / 200)
     wanted = np.maximum(sign * ((low + high) / 2 + (high - low) / 2 * nodes - sigma), clamp) ** -0.5
     for degree in range(MAX_DEGREE + 1):
@@ -147,7 +151,7 @@ def _fit(low: float, high: float, sigma: float, sign: float, clamp: float) -> tu
         coefficients = np.linalg.solve(terms.T @ terms, terms.sum(axis=0))
         if np.abs(terms @ coefficients - 1).max() <= FIT:
             break
-    return tuple(coefficients.tolist())
+    return tuple(coefficients.tolist()), float((terms @ coefficients * wanted).max())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
