@@ -24,7 +24,7 @@ from hvpkit.zoo import digits
 from hvpkit.zoo.seeding import seeded
 from interval_coverage import SHAPES
 
-TOL = 1e-2
+TOL, ATOL = 1e-2, 1e-5
 NUM_EPOCHS = 20
 NUM_DRAWS = 5
 """Spectra of a family in each dtype."""

@@ -19,7 +19,7 @@ import torch
 
 import _harness as harness
 import hvpkit as hk
-from _accuracy_problems import TOL, Case, problems
+from _accuracy_problems import ATOL, TOL, Case, problems
 from _harness import Record
 from _problems import diagonal
 from hvpkit.extreme import worth_sampling
