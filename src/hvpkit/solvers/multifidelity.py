@@ -11,9 +11,10 @@ Method, for each level of the likeness until one serves:
    (:mod:`hvpkit.solvers.certificate`). It starts from the value where that is accurate by S's prediction; else it
    searches. What S lacked shows there, and its vector joins 2.
 
-A likeness is poor if a direction gains much less than it predicts, or if the certificate's operator is far from the
-identity. After the last one :func:`hvpkit.lanczos` starts again: from vectors that are partly right it takes more
-matvecs (22 for 17 on a bulk with outliers), as it has to exclude all the same what they may lack.
+A likeness is poor if a direction gains much less than it predicts, if the certificate's operator is far from the
+identity, or if several certificates of an end have no bound. After the last one :func:`hvpkit.lanczos` starts again:
+from vectors that are partly right it takes more matvecs (22 for 17 on a bulk with outliers), as it has to exclude all
+the same what they may lack.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ third times the error allowed, or after a certificate without a bound. What the 
 find, and a search needs but a rough value."""
 
 MAX_REFUTED = 3
-"""Certificates of an end that may end without a bound; after that there is but the search. Chosen by feel."""
+"""Certificates of an end that may end without a bound; then the level is left. Chosen by feel."""
 
 MARGIN = 8.0
 """The shift of a search lies beyond the value by the predicted gain and this times the error allowed: then it lies
@@ -328,13 +329,14 @@ class Multifidelity:
         )
         if verdict.suspect is not None:
             return replace(state, certificate=None, suspect=verdict.suspect)
-        if verdict.poor:
+        without_bound = verdict.vector is not None and verdict.bound is None
+        if verdict.poor or (without_bound and end.num_refuted + 1 >= MAX_REFUTED):
             return replace(state, certificate=None, level=state.level + 1, gains=())
         if verdict.bound is None and verdict.vector is None:
             return state
         state = replace(state, certificate=None)
         state = _with_end(state, running.end, bound=verdict.bound, promised=verdict.error)
-        if verdict.bound is None:
+        if without_bound:
             state = _with_end(state, running.end, num_refuted=end.num_refuted + 1, num_directions=0)
         if verdict.vector is None:
             return state
@@ -351,7 +353,7 @@ class Multifidelity:
             certified = end.bound is not None
             nearly = end.error <= NEARLY * self._allowed(state, end.value)
             most = MAX_DIRECTIONS if nearly or end.num_refuted else NUM_DIRECTIONS
-            may_follow = certified or (end.num_directions < most and end.num_refuted < MAX_REFUTED)
+            may_follow = certified or end.num_directions < most
             if not self._is_accurate(state, end) and (may_follow or end.direction is None):
                 return self._follow(state, place)
             if not certified:
@@ -374,7 +376,7 @@ class Multifidelity:
     def _certify(self, state: MultifidelityState, place: int) -> MultifidelityState:
         """Begin the certificate of an end: of its value if that is accurate, else a search."""
         end, outwards = state.ends[place], 1.0 if place == -1 else -1.0
-        known = self._is_accurate(state, end) and end.num_refuted < MAX_REFUTED
+        known = self._is_accurate(state, end)
         allowed = self._allowed(state, end.value)
         margin = self._multiple * allowed
         if not known:
