@@ -231,15 +231,15 @@ label = axes[0].set_ylabel("of the sample's Hessian")
 # or larger and larger batches. But the noise is as large as the largest eigenvalues, and the smallest one is hundreds
 # of times smaller.
 #
-# Samples are still useful: they show in which *directions* to search. `method="multifidelity"` does most of its work on
-# samples, and then computes values and residuals from matvecs over all data. With tens of thousands of examples that
-# saves a large part of the passes. It claims no confidence, as it searches only the directions from the samples.
+# Samples are still useful: they show in which *directions* to search, and in which *metric* Lanczos needs fewer steps on
+# all data. `method="multifidelity"` does both, with the same promise as Lanczos, however good the sample is. With tens of
+# thousands of examples that saves a third of the passes.
 #
 # ## Which method to use
 #
 # - `hk.extreme_eigenvalues(H)` for both ends. From 1,000 parameters and 10,000 examples on it uses
-#   `method="multifidelity"`, else Lanczos.
-# - `method="lanczos"` for intervals with a confidence.
+#   `method="multifidelity"`, else Lanczos. `confidence` is that of values and intervals; `certify=True` halves what a
+#   value may be off.
 # - `hk.chebyshev` or `hk.lobpcg` if memory does not hold some dozens of vectors.
 # - float64 if the smallest is more than about a thousand times smaller than the largest: the rounding of float32
 #   matvecs is then too large for one per cent. The status says so (`rounding-limited`, `zero-within-atol`).
