@@ -210,7 +210,8 @@ def test_multiples_and_shifts_are_solved_as_the_hessian_is() -> None:
         assert op.samples_pay
         found = hk.extreme_eigenvalues(op, tol=0.1)
         kinds[name] = (found.largest.interval.kind, found.smallest.interval.kind)
-    assert set(kinds.values()) == {("residual", "residual")}
+        assert found.num_matvecs != round(found.num_matvecs)  # a sample took part
+    assert set(kinds.values()) == {("random-start", "random-start")}
     assert not G.samples_pay
     assert not (H - G).samples_pay
 
