@@ -231,9 +231,9 @@ label = axes[0].set_ylabel("of the sample's Hessian")
 # or larger and larger batches. But the noise is as large as the largest eigenvalues, and the smallest one is hundreds
 # of times smaller.
 #
-# Samples are still useful: they show in which *directions* to search, and in which *metric* Lanczos needs fewer steps on
-# all data. `method="multifidelity"` does both, with the same promise as Lanczos, however good the sample is. With tens of
-# thousands of examples that saves a third of the passes.
+# Samples are still useful: they show in which *directions* to search, and in which *metric* Lanczos needs fewer steps
+# on all data. `method="multifidelity"` does both, with the same promise as Lanczos, however good the sample is. With
+# tens of thousands of examples that saves a third of the passes.
 #
 # ## Which method to use
 #
