@@ -162,6 +162,13 @@ def test_an_earlier_result_is_a_start_that_loses_nothing() -> None:
     assert not torch.equal(multifidelity(again).vectors, warm[0].vectors)
 
 
+def test_level_that_costs_nothing() -> None:
+    A = matrix(SPECTRA["bulk_with_outliers"])
+    found = multifidelity([near(A, 1e-3, cost=0.0), hk.aslinearoperator(A)])
+    check(found, A, 1e-2)
+    assert found.num_matvecs == round(found.num_matvecs) > 2
+
+
 def test_samples_of_a_network() -> None:
     problem = network("mlp", num_examples=400)
     H = hk.hessian(problem.objective, problem.params, problem.data)

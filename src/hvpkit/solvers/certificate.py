@@ -77,7 +77,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a certificate says so far; numbers are over scale.
+    """The findings of a certificate so far; numbers are over scale.
 
     Attributes:
         certificate: to continue from.
@@ -132,9 +132,8 @@ def judge(certificate: Certificate, error: float, distance: float, failure: floa
 
     def settled(size: float) -> bool:
         """Return True if y is the lowest vector of B, as far as z, of this squared norm, needs it."""
-        inside = (
-            lowest < 0 and m >= SPREAD_STEPS
-        )  # then another certificate follows, and the sooner the better
+        # where it is negative another certificate follows, and the sooner the better
+        inside = lowest < 0 and m > SPREAD_STEPS
         return error_in_b <= error * size and (inside or unlikely(lowest - distance * size, SETTLED))
 
     largest, cost = certificate.congruence.norm**2 / unit, certificate.congruence.cost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ the interval of its Ritz values, and steps of a certificate on the dense network
 
 @dataclass(frozen=True)
 class SampleSpace:
-    """What Lanczos steps on a cheap operator say about its spectrum; numbers are over ``scale``.
+    """The ends and outliers that Lanczos steps on a cheap operator show; numbers are over ``scale``.
 
     Attributes:
         ends: rough extreme Ritz vectors, rows ``[k, n]``; NaN if a matvec was not finite.
@@ -57,10 +57,11 @@ def sample_space(
     unless ``num_steps`` end it before. No matvec verifies them.
     """
     num_steps = max(num_steps, k)
-    limits = Limits(num_steps * op.cost, None, reserve=0.0, minimum=k * op.cost)
+    limits = Limits(num_steps, None, reserve=0.0, minimum=k)
     request = Request(k, which, ROUGH_TOL, default_atol(ROUGH_TOL), v0, limits, seed)
     # a basis that is never full
-    ended = iterate(Lanczos(op, request, num_steps + 1, confidence=ROUGH_CONFIDENCE))
+    counted = replace(op, cost=1.0)  # one that costs nothing is counted by its steps too
+    ended = iterate(Lanczos(counted, request, num_steps + 1, confidence=ROUGH_CONFIDENCE))
     state, (pairs, _) = ended.state, krylov.project(op, ended.state)
     rows = state.basis[: state.num_multiplied]
 
@@ -71,18 +72,15 @@ def sample_space(
     accurate = [*range(first), *range(last + 1, len(pairs.values))]
     ends = vectors(select(pairs.values, k, which))
     left = slice(first, last + 1) if first <= last else slice(0, len(pairs.values))
-    low, high = (
-        pairs.values[left] - pairs.residual_norms[left],
-        pairs.values[left] + pairs.residual_norms[left],
-    )
+    values, radii = pairs.values[left], pairs.residual_norms[left]
     return SampleSpace(
         ends * math.nan if ended.status is Status.NON_FINITE else ends,
         vectors(accurate),
         pairs.values[accurate],
-        float(low.min()) if len(low) else 0.0,
-        float(high.max()) if len(high) else 0.0,
+        float((values - radii).min()) if len(values) else 0.0,
+        float((values + radii).max()) if len(values) else 0.0,
         state.scale,
-        state.num_matvecs,
+        state.num_matvecs * op.cost,
     )
 
 
