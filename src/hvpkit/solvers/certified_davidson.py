@@ -1,0 +1,488 @@
+r"""Davidson's method on cheap likenesses of an operator, with a certificate of each end that rests on all of it.
+
+Method, for each level of the likeness until one serves:
+
+1. Lanczos on the likeness S shows its extreme vectors and outliers (:mod:`hvpkit.solvers.sample_space`). The extreme
+   vectors are multiplied by H.
+2. Rayleigh-Ritz on all vectors with known matvecs, with a few more by :mod:`hvpkit.solvers.davidson`: values are true
+   ones for any likeness.
+3. For each end a certificate: Lanczos from a random vector on :math:`C (H - \sigma I) C` with C from S, until it is
+   unlikely that an eigenvalue of H hides beyond the value by twice the error allowed
+   (:mod:`hvpkit.solvers.certificate`). It starts from the value where that is accurate by S's prediction; else it
+   searches. What S lacked shows there, and its vector joins 2.
+
+A likeness is poor if a direction gains much less than it predicts, if the certificate's operator is far from the
+identity, or if several certificates of an end have no bound. After the last one the solver hands over.
+
+Cost: for each direction a matvec of the last level and a few of a cheap one; for each step of a certificate one of the
+last level and four of a cheap one. Memory: ``2 ncv`` vectors, up to 60 for a certificate, and the outliers of the
+sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from hvpkit.operators.base import LinearOperator
+from hvpkit.results.eigen import EigenResult, Progress, Status
+from hvpkit.solvers import certificate, davidson
+from hvpkit.solvers.certificate import Certificate
+from hvpkit.solvers.common import block_subspace, convergence
+from hvpkit.solvers.common.block_subspace import BlockSubspace
+from hvpkit.solvers.common.bounds import TINY, kato_temple
+from hvpkit.solvers.common.convergence import Outer, attainable_accuracy, rounding
+from hvpkit.solvers.common.orthogonalize import residuals_of, row_norms
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, select
+from hvpkit.solvers.common.request import Request
+from hvpkit.solvers.congruence import MAX_DEGREE, congruent_operator, make_congruence
+from hvpkit.solvers.davidson import Direction
+from hvpkit.solvers.driver import Assessment, Limits
+from hvpkit.solvers.lanczos import HIDDEN_BEYOND
+from hvpkit.solvers.sample_space import SampleSpace, sample_space
+
+MAX_START_STEPS, START_SHARE = 60, 0.5
+"""Lanczos steps on the first level, at most, and their share of the budget, at most. With 40 or 90 steps a certificate
+on the dense network takes 17 or 15 steps instead of 15."""
+
+MIN_INNER_STEPS, MAX_INNER_STEPS = 6, 15
+"""Lanczos steps on a level for a direction, by default: as many as cost a matvec of the last level, within these.
+Chosen by feel."""
+
+NUM_DIRECTIONS, MAX_DIRECTIONS, NEARLY = 2, 3, 4.0
+"""Directions for an end before its certificate: the first, or up to the second while the error bound is at most the
+third times the error allowed, or after a certificate without a bound. What the likeness lacks more directions do not
+find, and a search needs but a rough value."""
+
+MAX_REFUTED = 3
+"""Certificates of an end that may end without a bound; then the level is left. Chosen by feel."""
+
+MARGIN = 8.0
+"""The shift of a search lies beyond the value by the predicted gain and this times the error allowed. With 6 or 8 a
+solve takes 55 passes in the mean of 12 of the dense network."""
+
+PREDICTION_FACTOR = 3.0
+"""The error bound in units of the predicted error. Evidence: docs/multifidelity.md."""
+
+NEAR = 10.0
+"""In units of the error allowed: eigenvalues nearer to an end than that count as this far away in its error bound.
+Chosen by feel."""
+
+POOR_GAIN, NUM_GAINS = 0.1, 3
+"""A level is left if a direction gains less than the first of its predicted gain, where that is less than the value;
+error bounds are as much larger as the best of the second gained more. On the dense network directions gain 0.3 to 1.5
+of it."""
+
+FIRST_SHARE = 0.6
+"""Share of the probability of failure for the first certificate of an end; each further one has this share of the rest,
+so that all together have no more than was asked for."""
+
+ESTIMATED = (
+    "every error bound, an estimate by a sample, is as small as asked for; by random starts over all data nothing is "
+    "likely to lie beyond the intervals"
+)
+"""The message of convergence."""
+
+ENDS = {"BE": (0, -1), "SA": (0,), "LA": (-1,)}
+
+
+@dataclass(frozen=True)
+class End:
+    """An end of the spectrum, as far as it is known; numbers are over scale.
+
+    Attributes:
+        value: the Ritz value.
+        vector, residual: of its Ritz pair ``[n]``.
+        error: its error bound, or predicted error times ``PREDICTION_FACTOR``.
+        direction: for this pair, if it is known.
+        num_directions: that were followed.
+        bound: nothing lies beyond it, by a certificate.
+        num_refuted: certificates that ended with a vector and without a bound.
+        promised: error bound of the next value, by a certificate.
+        num_certificates: that began.
+    """
+
+    value: float
+    vector: Tensor
+    residual: Tensor
+    error: float
+    direction: Direction | None = None
+    num_directions: int = 0
+    bound: float | None = None
+    num_refuted: int = 0
+    promised: float = math.inf
+    num_certificates: int = 0
+
+
+@dataclass(frozen=True)
+class CertifiedDavidsonState(BlockSubspace):
+    """A subspace with known matvecs, what it says about the ends, and a certificate in progress.
+
+    Attributes:
+        sample: of the first level.
+        ends: those that are known, 0 the low one, -1 the high one.
+        target: the end to find a direction for.
+        certificate: in progress.
+        expected: predicted gain of the last direction that was followed.
+        gains: of the level's last directions, in units of the predicted ones.
+        level: index of the level in use.
+    """
+
+    sample: SampleSpace | None = None
+    ends: Mapping[int, End] = field(default_factory=dict)
+    target: int | None = None
+    certificate: Certificate | None = None
+    expected: float = 0.0
+    gains: tuple[float, ...] = ()
+    level: int = 0
+
+
+@dataclass(frozen=True)
+class CertifiedDavidson:
+    """The solver for the cheap levels of :func:`hvpkit.multifidelity`: see :class:`hvpkit.solvers.driver.Solver`.
+
+    It hands over once all cheap levels are left.
+
+    Attributes:
+        request: what is asked for.
+        levels: operators of rising cost, the last one asked about.
+        ncv: the most basis vectors before a restart.
+        num_inner: the most Lanczos steps on a level for a direction, or None.
+        confidence, certify: as of :func:`hvpkit.multifidelity`.
+        spent: full-data matvecs that making the levels has cost.
+    """
+
+    request: Request
+    levels: tuple[LinearOperator, ...]
+    ncv: int
+    num_inner: int | None = None
+    confidence: float = 0.99
+    certify: bool = False
+    spent: float = 0.0
+
+    @property
+    def op(self) -> LinearOperator:
+        """The operator asked about."""
+        return self.levels[-1]
+
+    @property
+    def limits(self) -> Limits:
+        """Of the request."""
+        return self.request.limits
+
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of a step, at most."""
+        cheap = self.levels[:-1]
+        on_level = max(self.inner_steps(level) * level.cost for level in cheap)
+        # a certificate's vector, C twice, and C once more to judge it
+        return max(on_level, self.op.cost + 3 * MAX_DEGREE * max(level.cost for level in cheap))
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """The ends asked for, the high one first: it is the easier one."""
+        return ENDS[self.request.which][::-1]
+
+    def inner_steps(self, level: LinearOperator) -> int:
+        """Return the most Lanczos steps on a level for a direction."""
+        worth = round(self.op.cost / level.cost) if level.cost else MAX_INNER_STEPS
+        return min(self.num_inner or min(MAX_INNER_STEPS, max(MIN_INNER_STEPS, worth)), level.n)
+
+    def init(self) -> CertifiedDavidsonState:
+        """Return a state with room for the first rows."""
+        without_start = replace(self.request, start=None)
+        return CertifiedDavidsonState(**vars(block_subspace.start(self.op, without_start, 0, self.ncv)))
+
+    def step(self, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
+        """Multiply a new row or the certificate's vector; else find a direction, or start, on a cheap level."""
+        if state.num_new:
+            return block_subspace.multiply(self.op, state, 1)
+        if state.certificate is not None:
+            cost = state.certificate.op.cost
+            return replace(state, certificate=state.certificate.step(), num_matvecs=state.num_matvecs + cost)
+        if state.sample is None:
+            return self._start(state)
+        return state if state.target is None else self._find_direction(state, state.target)
+
+    def _start(self, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
+        """Append the extreme Ritz vectors of the first level, from the caller's start or a random one."""
+        level, asked = self.levels[0], self.request
+        remaining = START_SHARE * self.limits.remaining(self.spent)
+        affordable = remaining / level.cost if level.cost else MAX_START_STEPS
+        # also for the low end alone: the high one is not far, and would else be in every residual
+        k, which = (1, "LA") if asked.which == "LA" else (min(2, self.op.n), "BE")
+        num_steps = min(MAX_START_STEPS, int(affordable), self.op.n)
+        sample = sample_space(level, k, which, v0=asked.start, num_steps=num_steps, seed=asked.seed)
+        finite = len(sample.ends) == k and bool(torch.isfinite(sample.ends).all())
+        new = sample.ends if finite else sample.ends[:0]  # a random one takes their place
+        num_matvecs = self.spent + sample.num_matvecs
+        level_index = state.level if finite else len(self.levels) - 1
+        state = replace(state, sample=sample, num_matvecs=num_matvecs, scale=sample.scale, level=level_index)
+        return block_subspace.extend(self.op, asked, state, new)
+
+    def _find_direction(self, state: CertifiedDavidsonState, place: int) -> CertifiedDavidsonState:
+        """Find a direction for an end, and its predicted error."""
+        level, end = self.levels[state.level], state.ends[place]
+        direction = davidson.find_direction(
+            level,
+            end.residual,
+            end.value,
+            1.0 if place == 0 else -1.0,
+            max(state.norm, abs(end.value)),
+            attainable_accuracy(self.op, state.norm),
+            num_steps=self.inner_steps(level),
+            scale=state.scale,
+        )
+        state = replace(state, num_matvecs=state.num_matvecs + direction.num_steps * level.cost)
+        if not math.isfinite(direction.gain):
+            return _with_end(state, place, direction=Direction(end.residual, 0.0, 0))
+        error = min(end.error, PREDICTION_FACTOR * max([1.0, *state.gains]) * direction.gain)
+        return _with_end(state, place, direction=direction, error=error)
+
+    def assess(self, state: CertifiedDavidsonState) -> Assessment[CertifiedDavidsonState]:
+        """Update the ends, hear the certificate, test convergence, and decide what comes next."""
+        if state.num_fresh:
+            state = self._update(block_subspace.drop_non_finite(state))
+        if state.certificate is not None and state.certificate.krylov.num_multiplied:
+            state = self._judge(state)
+        status, last = self._status(state), len(self.levels) - 1
+        if status is None and not state.num_new and state.certificate is None and state.level < last:
+            state = self._next(state)
+        handover = status is None and state.level >= last and not state.num_new and bool(state.ends)
+        return Assessment(
+            state, self._progress(state), max(1, state.num_new), status, state.suspect, handover
+        )
+
+    def _update(self, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
+        """Compute new Ritz pairs for the ends, and the gain of the last direction."""
+        op, m = self.op, state.num_rows
+        if not m:
+            return state
+        projection = block_subspace.rayleigh_ritz(op, state.rows[:m], state.images[:m])
+        state = replace(state, norm=max(state.norm, projection.norm))
+        chosen = select(projection.values, min(m, 2), "BE") if m > 1 else [0]
+        rotation = (projection.to_rows @ projection.vectors[:, chosen]).mT.to(state.rows)
+        vectors, images = rotation @ state.rows[:m], rotation @ state.images[:m]
+        found = projection.values[chosen]
+        residuals = residuals_of(vectors, images, found)
+        norms = row_norms(op.space, residuals).to("cpu", torch.float64)
+        near = (NEAR * self.request.allowed(found, state.norm)).clamp(min=TINY)
+        bounds = torch.minimum(norms, torch.maximum(kato_temple(found, norms), norms**2 / near))
+        gains, poor = state.gains, False
+        if state.target is not None and state.expected > 0:
+            place = 0 if state.target == 0 else -1
+            before = state.ends[state.target].value
+            gains = (*gains, abs(float(found[place]) - before) / state.expected)[-NUM_GAINS:]
+            poor = gains[-1] < POOR_GAIN and state.expected < abs(before)
+        ends = {}
+        for place in (0, -1):
+            value, bound = float(found[place]), float(bounds[place])
+            found_end = End(value, vectors[place], residuals[place], bound)
+            known = state.ends.get(place)
+            ends[place] = found_end if known is None else self._moved(state, place, known, found_end)
+        wanted = [place % len(found) for place in ENDS[self.request.which]][: len(found)]
+        return replace(
+            state,
+            best=RitzPairs(found[wanted], vectors[wanted].mT, norms[wanted]),
+            ends=ends,
+            target=None,
+            expected=0.0,
+            gains=gains,
+            level=state.level + poor,
+        )
+
+    def _moved(self, state: CertifiedDavidsonState, place: int, known: End, found: End) -> End:
+        """Return the end with a new Ritz pair, and what is still known about it."""
+        outwards = 1.0 if place == -1 else -1.0
+        beyond = known.bound is not None and outwards * (found.value - known.bound) > rounding(
+            self.op, state.norm
+        )
+        moved = abs(found.value - known.value)
+        left = known.error - moved if moved <= known.error else math.inf
+        return replace(
+            known,
+            value=found.value,
+            vector=found.vector,
+            residual=found.residual,
+            error=min(found.error, left, known.promised),
+            promised=math.inf,
+            direction=None if moved else known.direction,
+            bound=None if beyond else known.bound,  # a certificate that was refuted is void
+        )
+
+    def _judge(self, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
+        """Take over what the certificate says; a vector that the likeness lacked expands the subspace."""
+        running = state.certificate
+        assert running is not None
+        end = state.ends[running.end]
+        share = FIRST_SHARE * (1 - FIRST_SHARE) ** (end.num_certificates - 1)
+        allowed = self._allowed(state, end.value)
+        distance = self._multiple * allowed
+        verdict = certificate.judge(running, allowed, distance, share * (1 - self.confidence))
+        state = replace(
+            state, certificate=verdict.certificate, num_matvecs=state.num_matvecs + verdict.num_matvecs
+        )
+        if verdict.suspect is not None:
+            return replace(state, certificate=None, suspect=verdict.suspect)
+        without_bound = verdict.vector is not None and verdict.bound is None
+        if verdict.poor or (without_bound and end.num_refuted + 1 >= MAX_REFUTED):
+            return replace(state, certificate=None, level=state.level + 1, gains=())
+        if verdict.bound is None and verdict.vector is None:
+            return state
+        state = replace(state, certificate=None)
+        state = _with_end(state, running.end, bound=verdict.bound, promised=verdict.error)
+        if without_bound:
+            state = _with_end(state, running.end, num_refuted=end.num_refuted + 1, num_directions=0)
+        if verdict.vector is None:
+            return state
+        return block_subspace.extend(self.op, self.request, self._with_room(state), verdict.vector[None])
+
+    def _next(self, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
+        """Prepare the next step: a direction to find or to follow, or a certificate to begin."""
+        if state.num_rows < self.request.k or not state.ends:
+            return state
+        if not state.norm:  # nothing to build a metric of
+            return replace(state, level=len(self.levels) - 1)
+        for place in self.wanted:
+            end = state.ends[place]
+            certified = end.bound is not None
+            nearly = end.error <= NEARLY * self._allowed(state, end.value)
+            most = MAX_DIRECTIONS if nearly or end.num_refuted else NUM_DIRECTIONS
+            may_follow = certified or end.num_directions < most
+            if not self._is_accurate(state, end) and (may_follow or end.direction is None):
+                return self._follow(state, place)
+            if not certified:
+                return self._certify(state, place)
+        return state
+
+    def _follow(self, state: CertifiedDavidsonState, place: int) -> CertifiedDavidsonState:
+        """Expand by the end's direction; if it has none yet, make it the target."""
+        end = state.ends[place]
+        state = replace(state, target=place)
+        if end.direction is None:
+            return state
+        state = replace(
+            _with_end(state, place, num_directions=end.num_directions + 1), expected=end.direction.gain
+        )
+        return block_subspace.extend(
+            self.op, self.request, self._with_room(state), end.direction.vector[None]
+        )
+
+    def _certify(self, state: CertifiedDavidsonState, place: int) -> CertifiedDavidsonState:
+        """Begin the certificate of an end: of its value if that is accurate, else a search."""
+        end, outwards = state.ends[place], 1.0 if place == -1 else -1.0
+        known = self._is_accurate(state, end)
+        allowed = self._allowed(state, end.value)
+        margin = self._multiple * allowed
+        if not known:
+            margin = MARGIN * allowed + (end.direction.gain if end.direction else 0.0)
+        sigma = end.value + outwards * margin
+        ends = [*state.ends.values()][: state.num_rows]
+        level = self.levels[state.level]
+        assert state.sample is not None
+        congruence = make_congruence(
+            replace(level, product=lambda v: level.product(v) / state.scale),
+            state.sample,
+            torch.stack([one.vector for one in ends]),
+            [one.value for one in ends],
+            sigma,
+            -outwards,
+            state.norm,
+            lifted=known,
+        )
+        op = congruent_operator(self.op, congruence, sigma, -outwards, state.scale, state.norm)
+        # independent of the sample's start, of earlier certificates, and of the solve that the caller's start is from
+        stream = 4 * end.num_certificates + 2 * (place == -1) + (self.request.start is not None)
+        seed = self.request.seed + (stream + 1) * 2**32
+        running = certificate.begin(op, congruence, place, sigma, known=known, seed=seed)
+        state = _with_end(state, place, num_certificates=end.num_certificates + 1)
+        return replace(state, certificate=running, target=None)
+
+    @property
+    def _multiple(self) -> float:
+        """Distance beyond a value that may be missed, in units of the error allowed."""
+        return 1.0 if self.certify else HIDDEN_BEYOND
+
+    def _allowed(self, state: CertifiedDavidsonState, value: float) -> float:
+        """Return the error allowed of a value, over scale: as asked for, or what rounding allows."""
+        asked = float(self.request.allowed(torch.tensor(value, dtype=torch.float64), state.norm))
+        return max(asked, attainable_accuracy(self.op, state.norm))
+
+    def _is_accurate(self, state: CertifiedDavidsonState, end: End) -> bool:
+        return end.error + rounding(self.op, state.norm) <= self._allowed(state, end.value)
+
+    def _status(self, state: CertifiedDavidsonState) -> Status | None:
+        """Return the status if the solve is over."""
+        if state.suspect is not None:
+            return Status.NON_FINITE
+        whole = state.num_rows == self.op.n
+        if (
+            state.num_rows < self.request.k
+            or not state.ends
+            or state.num_new
+            or state.certificate is not None
+        ):
+            return None
+        ends = [state.ends[place] for place in ENDS[self.request.which]]
+        if not whole and not all(end.bound is not None and self._is_accurate(state, end) for end in ends):
+            return None
+        values = torch.tensor([end.value for end in ends], dtype=torch.float64)
+        bounds = torch.tensor([end.error for end in ends], dtype=torch.float64)
+        best = Status.INVARIANT_SUBSPACE if whole else Status.CONVERGED
+        attainable = attainable_accuracy(self.op, state.norm)
+        bounds = bounds + rounding(self.op, state.norm)
+        return convergence.final_status(best, self.request, state.norm, attainable, values, bounds)
+
+    def _progress(self, state: CertifiedDavidsonState) -> Progress:
+        if not state.ends:
+            return Progress()
+        values, bounds = (
+            torch.tensor([getattr(state.ends[place], name) for place in (0, -1)], dtype=torch.float64)
+            for name in ("value", "error")
+        )
+        bounds = bounds.clamp(min=rounding(self.op, state.norm))
+        return convergence.progress_of(values, bounds, state.scale, state.level)
+
+    def _with_room(self, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
+        """Make room for another row: if the basis is full, keep half of the Ritz vectors, from either end."""
+        m = state.num_rows
+        if m < len(state.rows) or m == self.op.n:
+            return state
+        projection = block_subspace.rayleigh_ritz(self.op, state.rows[:m], state.images[:m])
+        kept = projection.vectors[:, select(projection.values, m // 2, "BE")]
+        return block_subspace.rotate(state, projection, kept)
+
+    def finalize(self, state: CertifiedDavidsonState, status: Status) -> EigenResult:
+        """Return the pairs of the ends, with residuals from known matvecs: no further one is needed."""
+        unit = float(state.scale)
+        found = state.best.scaled(unit)
+        kind = "exact" if status is Status.INVARIANT_SUBSPACE else "residual"
+        slack = attainable_accuracy(self.op, state.norm) * unit
+        outer = None if kind == "exact" or not state.ends else self._outer(state, unit)
+        where = convergence.intervals(found, self.request, slack, kind, outer)
+        known = [end for end in ENDS[self.request.which] if end in state.ends][: len(found.values)]
+        errors = [state.ends[end].error for end in known]
+        bounds = (torch.tensor(errors, dtype=torch.float64) + rounding(self.op, state.norm)) * unit
+        message = ESTIMATED if status is Status.CONVERGED else None
+        return convergence.eigen_result(
+            found, where, status, state.num_matvecs, message=message, error_bounds=bounds
+        )
+
+    def _outer(self, state: CertifiedDavidsonState, unit: float) -> Outer:
+        """Return how far beyond the values the spectrum may reach, by certificates."""
+
+        def reach(end: End) -> float:
+            if end.bound is None:
+                return math.inf
+            return max(abs(end.value - end.bound), end.error) * unit
+
+        return Outer(reach(state.ends[0]), reach(state.ends[-1]), "random-start", self.confidence)
+
+
+def _with_end(state: CertifiedDavidsonState, place: int, **changes: object) -> CertifiedDavidsonState:
+    """Return the state with changes to an end."""
+    return replace(state, ends={**state.ends, place: replace(state.ends[place], **changes)})  # type: ignore[arg-type]
