@@ -30,7 +30,7 @@ from hvpkit.estimators.diagonal import diagonal
 from hvpkit.estimators.norm import frobenius_norm
 from hvpkit.estimators.spectral_density import moments, spectral_density
 from hvpkit.estimators.trace import trace
-from hvpkit.extreme import extreme_eigenvalues
+from hvpkit.extreme import extreme_eigenvalues, top_eigenvalues
 from hvpkit.objective import Objective, from_module
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
@@ -108,6 +108,7 @@ __all__ = [
     "scipy_lobpcg",
     "spectral_density",
     "stochastic_power",
+    "top_eigenvalues",
     "trace",
     "train",
     "zoo",

@@ -36,14 +36,14 @@ def run(
         scaled,
         sample,
         vectors,
-        [float(VALUES[known]) / unit],
+        VALUES[[known]] / unit,
         sigma / unit,
         1.0,
         10 / unit,
         lifted=known_well,
     )
     B = congruent_operator(op, C, sigma / unit, 1.0, sample.scale, 10 / unit)
-    running = certificate.begin(B, C, 0, sigma / unit, known=known_well, seed=seed)
+    running = certificate.begin(B, C, 0, 0, sigma / unit, known=known_well, seed=seed)
     while True:
         running = running.step()
         verdict = certificate.judge(running, error / unit, 2 * error / unit, failure)
@@ -109,10 +109,19 @@ def test_no_bound_of_a_search_holds_back_an_eigenvalue() -> None:
     scaled = replace(likeness, product=lambda v: likeness.product(v) / unit)
     vectors = torch.eye(len(values), dtype=torch.float64)[[2]]
     for sigma in (-1.03, -1.1, -1.3, -2.0, -4.0):
-        C = make_congruence(scaled, sample, vectors, [10 / unit], sigma / unit, 1.0, 10 / unit, lifted=False)
+        C = make_congruence(
+            scaled,
+            sample,
+            vectors,
+            torch.tensor([10 / unit], dtype=torch.float64),
+            sigma / unit,
+            1.0,
+            10 / unit,
+            lifted=False,
+        )
         B = congruent_operator(op, C, sigma / unit, 1.0, sample.scale, 10 / unit)
         for seed in range(10):
-            running = certificate.begin(B, C, 0, sigma / unit, known=False, seed=seed)
+            running = certificate.begin(B, C, 0, 0, sigma / unit, known=False, seed=seed)
             verdict = certificate.judge(running.step(), 0.01 / unit, 0.02 / unit, 1e-4)
             while verdict.vector is None and not verdict.poor:
                 verdict = certificate.judge(verdict.certificate.step(), 0.01 / unit, 0.02 / unit, 1e-4)
@@ -126,9 +135,18 @@ def test_poor_likeness_is_seen() -> None:
     unit = float(sample.scale)
     scaled = replace(useless, product=lambda v: useless.product(v) / unit)
     vectors = torch.eye(len(VALUES), dtype=torch.float64)[[0]]
-    C = make_congruence(scaled, sample, vectors, [-1.0 / unit], -1.02 / unit, 1.0, 10 / unit, lifted=True)
+    C = make_congruence(
+        scaled,
+        sample,
+        vectors,
+        torch.tensor([-1.0 / unit], dtype=torch.float64),
+        -1.02 / unit,
+        1.0,
+        10 / unit,
+        lifted=True,
+    )
     B = congruent_operator(op, C, -1.02 / unit, 1.0, sample.scale, 10 / unit)
-    running = certificate.begin(B, C, 0, -1.02 / unit, known=True, seed=0)
+    running = certificate.begin(B, C, 0, 0, -1.02 / unit, known=True, seed=0)
     verdict = certificate.judge(running.step(), 0.01 / unit, 0.02 / unit, 0.01)
     for _ in range(8):
         if not verdict.poor:
@@ -143,10 +161,19 @@ def test_product_that_is_not_finite_is_handed_back() -> None:
     unit = float(sample.scale)
     scaled = replace(op, product=lambda v: op.product(v) / unit)
     vectors = torch.eye(len(VALUES), dtype=torch.float64)[[0]]
-    C = make_congruence(scaled, sample, vectors, [-1.0 / unit], -1.02 / unit, 1.0, 10 / unit, lifted=True)
+    C = make_congruence(
+        scaled,
+        sample,
+        vectors,
+        torch.tensor([-1.0 / unit], dtype=torch.float64),
+        -1.02 / unit,
+        1.0,
+        10 / unit,
+        lifted=True,
+    )
     broken = replace(op, product=lambda v: torch.full_like(v, float("nan")))
     B = congruent_operator(broken, C, -1.02 / unit, 1.0, sample.scale, 10 / unit)
-    running = certificate.begin(B, C, 0, -1.02 / unit, known=True, seed=0)
+    running = certificate.begin(B, C, 0, 0, -1.02 / unit, known=True, seed=0)
     verdict = certificate.judge(running.step(), 0.01, 0.02, 0.01)
     assert verdict.suspect is not None
     assert verdict.suspect.shape == (len(VALUES), 1)

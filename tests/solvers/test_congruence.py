@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
-from hvpkit.solvers.congruence import congruent_operator, make_congruence
+from hvpkit.solvers.congruence import congruent_operator, deflated, make_congruence
 from hvpkit.solvers.sample_space import sample_space
 
 N = 60
@@ -42,7 +42,7 @@ def congruence_of(
     values, vectors = torch.linalg.eigh(A)
     exact = vectors[:, [0, -1]].mT.to(dtype)
     unit = float(sample.scale)
-    known = [float(values[0]) / unit, float(values[-1]) / unit]
+    known = values[[0, -1]] / unit
     C = make_congruence(scaled, sample, exact, known, sigma / unit, sign, 20 / unit, lifted=lifted)
     return congruent_operator(op, C, sigma / unit, sign, sample.scale, 20 / unit), C, A, unit
 
@@ -101,3 +101,19 @@ def test_precision_says_that_rounding_is_magnified() -> None:
     B, C, _, unit = congruence_of(0.02, -2.04, 1.0, lifted=True, dtype=torch.float32)
     assert B.precision >= torch.finfo(torch.float32).eps * 20 / unit * float(C.factors.max()) ** 2 * 0.99
     assert B.precision < 1e-2
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_deflation_leaves_at_most_as_many_more_beyond_any_number(sign: float) -> None:
+    g = torch.Generator().manual_seed(3)
+    A = torch.diag(spectrum())
+    rows = torch.linalg.qr(torch.randn(N, 3, generator=g, dtype=torch.float64))[0].mT
+    amounts = sign * torch.tensor([0.5, 3.0, 30.0], dtype=torch.float64)
+    identity = torch.eye(N, dtype=torch.float64)
+    rest = deflated(hk.aslinearoperator(A), rows, amounts)
+    assert torch.allclose(rest.product(identity), A - rows.mT @ torch.diag(amounts) @ rows)
+    for at in (-1.95, -0.5, 0.0, 0.5, 8.5, 15.0):
+        more = [int((sign * (torch.linalg.eigvalsh(B) - at) > 0).sum()) for B in (A, rest.product(identity))]
+        assert more[1] <= more[0] <= more[1] + 3
+    op = hk.aslinearoperator(A)
+    assert deflated(op, rows[:0], amounts[:0]) is op

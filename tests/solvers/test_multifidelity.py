@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
+from hvpkit.solvers.common.rayleigh_ritz import select
 from hvpkit.solvers.multifidelity import multifidelity, solve_levels
 from problems import SPECTRA, matrix, network
 
@@ -22,10 +23,10 @@ def near(A: Tensor, noise: float, cost: float = 0.05, seed: int = 1) -> hk.Linea
     return replace(hk.aslinearoperator((A.double() + scale * E).to(A.dtype)), cost=cost)
 
 
-def check(found: hk.EigenResult, A: Tensor, tol: float) -> None:
+def check(found: hk.EigenResult, A: Tensor, tol: float, k: int = 2, which: str = "BE") -> None:
     truth = torch.linalg.eigvalsh(A.double())
     norm = float(truth.abs().max())
-    wanted = truth[[0, -1]] if len(A) > 1 else truth
+    wanted = truth[select(truth, k, which)]
     rounding = 64 * torch.finfo(A.dtype).eps * norm
     assert found.converged or found.status is hk.Status.ROUNDING_LIMITED
     assert bool(((found.values - wanted).abs() <= (tol * wanted.abs()).clamp(min=rounding)).all())
@@ -72,6 +73,49 @@ def test_one_end_alone(which: str, place: int, noise: float) -> None:
     both = multifidelity([near(A, noise), op])
     useless = noise > 1  # then it is seen sooner at one end than at the other
     assert found.num_matvecs <= both.num_matvecs + 2 * useless
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("noise", [1e-3, 0.1, 1.0])
+@pytest.mark.parametrize(("k", "which"), [(3, "LA"), (3, "SA"), (5, "BE")])
+@pytest.mark.parametrize("dtype", TOL, ids=str)
+def test_several_pairs_of_every_spectrum(
+    spectrum: str, noise: float, k: int, which: str, dtype: torch.dtype
+) -> None:
+    A = matrix(SPECTRA[spectrum]).to(dtype)
+    if len(A) < k:
+        pytest.skip("fewer values than asked for")
+    levels, tol = [near(A, noise), hk.aslinearoperator(A)], TOL[dtype]
+    found = multifidelity(levels, k, which=which, tol=tol, atol=0.0)
+    check(
+        found, A, 2 * tol, k, which
+    )  # the promise: inside of a bulk the error bounds, estimates, may be short
+    truth = torch.linalg.eigvalsh(A.double())
+    for interval, exact in zip(found.intervals, truth[select(truth, k, which)].tolist(), strict=True):
+        assert exact in interval
+
+
+def test_certificate_of_several_values_is_of_all_of_them() -> None:
+    """Also where a value is multiple, and where the likeness lacks one among them."""
+    values = torch.cat([torch.tensor([10.0, 9.0, 9.0, 7.0, 6.0]), torch.linspace(-1.0, 1.0, 600)]).double()
+    op, missed, certified = hk.aslinearoperator(torch.diag(values)), 0, 0
+    for lacks in (0, 1, 3):
+        like = values.clone()
+        like[lacks] = 0.0
+        cheap = replace(hk.aslinearoperator(torch.diag(like)), cost=0.05)
+        for seed in range(20):
+            found = multifidelity([cheap, op], 5, which="LA", seed=seed)
+            assert found.converged
+            right = found.values.flip(0) == pytest.approx(values[:5], rel=1e-2)
+            missed += not right
+            certified += all(one.kind == "random-start" and one.confidence == 0.99 for one in found.intervals)
+            for interval, value, exact in zip(
+                found.intervals, found.values.tolist(), values[:5].flip(0).tolist(), strict=True
+            ):
+                assert (exact in interval) >= right
+                assert interval.upper - value <= 0.02 * value * (1 + 1e-6)
+    assert missed <= 2  # one of a hundred is allowed
+    assert certified >= 54  # the others continued by Lanczos
 
 
 def test_after_levels_that_do_not_help_bounds_are_those_of_lanczos() -> None:
@@ -287,6 +331,8 @@ def test_bad_levels_are_named(levels: object, error: type[Exception]) -> None:
     "arguments",
     [
         {"ncv": 2},
+        {"ncv": 15, "k": 5, "which": "LA"},
+        {"k": 0},
         {"num_inner": 0},
         {"tol": -1.0},
         {"v0": torch.ones(2)},

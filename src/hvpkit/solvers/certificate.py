@@ -19,7 +19,8 @@ does not depend on it; a poor likeness costs steps. Two kinds:
    which is excluded like a hidden one if it lies below :math:`\mu`. Where it does not, as :math:`\sigma` lies inside or
    too far out, z is handed back, and a certificate of its value follows.
 
-Both are exact: they hold for any likeness.
+Both are exact: they hold for any likeness. For an eigenvalue that is not the outermost one, vectors of m further out
+are deflated (:func:`hvpkit.solvers.congruence.deflated`); then nothing but m eigenvalues of H lies beyond.
 
 Cost: steps with the cost of the congruence. Memory: a vector for each.
 """
@@ -55,7 +56,8 @@ class Certificate:
     """The Lanczos process on a congruence.
 
     Attributes:
-        end: 0 the low one, -1 the high one.
+        end: the place of the eigenvalue in the spectrum, from 0 or down from -1.
+        count: eigenvalues further out, whose vectors are deflated.
         known: of the first kind.
         sigma: the shift, over scale.
         congruence: C.
@@ -64,6 +66,7 @@ class Certificate:
     """
 
     end: int
+    count: int
     known: bool
     sigma: float
     congruence: Congruence
@@ -99,10 +102,10 @@ class Verdict:
 
 
 def begin(
-    op: LinearOperator, congruence: Congruence, end: int, sigma: float, *, known: bool, seed: int
+    op: LinearOperator, congruence: Congruence, end: int, count: int, sigma: float, *, known: bool, seed: int
 ) -> Certificate:
     """Return a certificate before its first step; ``op`` is B, ``seed`` that of its start."""
-    return Certificate(end, known, sigma, congruence, op, krylov.start(op, MAX_STEPS + 1, 1, seed))
+    return Certificate(end, count, known, sigma, congruence, op, krylov.start(op, MAX_STEPS + 1, 1, seed))
 
 
 def judge(certificate: Certificate, error: float, distance: float, failure: float) -> Verdict:
@@ -149,5 +152,5 @@ def judge(certificate: Certificate, error: float, distance: float, failure: floa
     found = Verdict(certificate, vector=vector, error=error_in_b / size, num_matvecs=cost)
     if at >= lowest:
         return found
-    outwards = -1.0 if certificate.end == 0 else 1.0
+    outwards = -1.0 if certificate.end >= 0 else 1.0
     return replace(found, bound=certificate.sigma - outwards * (lowest / size - distance))

@@ -9,7 +9,9 @@ Method, for each level of the likeness until one serves:
 3. For each end a certificate: Lanczos from a random vector on :math:`C (H - \sigma I) C` with C from S, until it is
    unlikely that an eigenvalue of H hides beyond the value by twice the error allowed
    (:mod:`hvpkit.solvers.certificate`). It starts from the value where that is accurate by S's prediction; else it
-   searches. What S lacked shows there, and its vector joins 2.
+   searches. What S lacked shows there, and its vector joins 2. Of several values at an end the innermost one is
+   certified, with the vectors further out deflated: no more than those lie beyond. How far they may be from their Ritz
+   values follows from residuals (:func:`hvpkit.solvers.ends.reach`).
 
 A likeness is poor if a direction gains much less than it predicts, if the certificate's operator is far from the
 identity, or if several certificates of an end have no bound. After the last one the solver hands over.
@@ -29,19 +31,20 @@ import torch
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
-from hvpkit.results.eigen import EigenResult, Progress, Status
+from hvpkit.results.eigen import EigenResult, Interval, Progress, Status
 from hvpkit.solvers import certificate, davidson
 from hvpkit.solvers.certificate import Certificate
 from hvpkit.solvers.common import block_subspace, convergence
 from hvpkit.solvers.common.block_subspace import BlockSubspace
 from hvpkit.solvers.common.bounds import TINY, kato_temple
-from hvpkit.solvers.common.convergence import Outer, attainable_accuracy, rounding
+from hvpkit.solvers.common.convergence import attainable_accuracy, rounding
 from hvpkit.solvers.common.orthogonalize import residuals_of, row_norms
-from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, select
+from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, most_at_one_end, select
 from hvpkit.solvers.common.request import Request
-from hvpkit.solvers.congruence import MAX_DEGREE, congruent_operator, make_congruence
+from hvpkit.solvers.congruence import MAX_DEGREE, congruent_operator, deflated, make_congruence
 from hvpkit.solvers.davidson import Direction
 from hvpkit.solvers.driver import Assessment, Limits
+from hvpkit.solvers.ends import Bound, End, ascending, distinct, outwards, rank, reach_of, wanted_sides
 from hvpkit.solvers.lanczos import HIDDEN_BEYOND
 from hvpkit.solvers.sample_space import SampleSpace, sample_space
 
@@ -77,6 +80,14 @@ POOR_GAIN, NUM_GAINS = 0.1, 3
 error bounds are as much larger as the best of the second gained more. On the dense network directions gain 0.3 to 1.5
 of it."""
 
+MIN_SAMPLE_NORM, MAX_SAMPLE_NORM = 0.5, 2.0
+"""The norm of a likeness in units of the largest absolute Ritz value of H on its ends: outside of these it is left.
+Trained networks have 0.95 to 1.03, a single layer with examples of very different size 8 to 12."""
+
+MAX_SPENT = 2.0
+"""Full-data matvecs of the levels, at most, in units of the steps that the likeness took, of which Lanczos takes about
+1.5 times as many on all data. The default takes 0.9 of them on trained networks."""
+
 FIRST_SHARE = 0.6
 """Share of the probability of failure for the first certificate of an end; each further one has this share of the rest,
 so that all together have no more than was asked for."""
@@ -87,36 +98,6 @@ ESTIMATED = (
 )
 """The message of convergence."""
 
-ENDS = {"BE": (0, -1), "SA": (0,), "LA": (-1,)}
-
-
-@dataclass(frozen=True)
-class End:
-    """An end of the spectrum, as far as it is known; numbers are over scale.
-
-    Attributes:
-        value: the Ritz value.
-        vector, residual: of its Ritz pair ``[n]``.
-        error: its error bound, or predicted error times ``PREDICTION_FACTOR``.
-        direction: for this pair, if it is known.
-        num_directions: that were followed.
-        bound: nothing lies beyond it, by a certificate.
-        num_refuted: certificates that ended with a vector and without a bound.
-        promised: error bound of the next value, by a certificate.
-        num_certificates: that began.
-    """
-
-    value: float
-    vector: Tensor
-    residual: Tensor
-    error: float
-    direction: Direction | None = None
-    num_directions: int = 0
-    bound: float | None = None
-    num_refuted: int = 0
-    promised: float = math.inf
-    num_certificates: int = 0
-
 
 @dataclass(frozen=True)
 class CertifiedDavidsonState(BlockSubspace):
@@ -124,8 +105,9 @@ class CertifiedDavidsonState(BlockSubspace):
 
     Attributes:
         sample: of the first level.
-        ends: those that are known, 0 the low one, -1 the high one.
-        target: the end to find a direction for.
+        ends: those that are known, by their places: the wanted ones, and the outermost at either end.
+        gram: inner products of their residuals, in the order of the spectrum, float64 on the CPU.
+        target: the place to find a direction for.
         certificate: in progress.
         expected: predicted gain of the last direction that was followed.
         gains: of the level's last directions, in units of the predicted ones.
@@ -134,6 +116,7 @@ class CertifiedDavidsonState(BlockSubspace):
 
     sample: SampleSpace | None = None
     ends: Mapping[int, End] = field(default_factory=dict)
+    gram: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
     target: int | None = None
     certificate: Certificate | None = None
     expected: float = 0.0
@@ -183,9 +166,14 @@ class CertifiedDavidson:
         return max(on_level, self.op.cost + 3 * MAX_DEGREE * max(level.cost for level in cheap))
 
     @property
-    def wanted(self) -> tuple[int, ...]:
-        """The ends asked for, the high one first: it is the easier one."""
-        return ENDS[self.request.which][::-1]
+    def sides(self) -> list[list[int]]:
+        """The places asked for at each end, from the outermost inwards."""
+        return wanted_sides(self.request)
+
+    @property
+    def wanted(self) -> list[int]:
+        """The places asked for, in the order of the spectrum."""
+        return ascending([place for side in self.sides for place in side])
 
     def inner_steps(self, level: LinearOperator) -> int:
         """Return the most Lanczos steps on a level for a direction."""
@@ -214,15 +202,22 @@ class CertifiedDavidson:
         remaining = START_SHARE * self.limits.remaining(self.spent)
         affordable = remaining / level.cost if level.cost else MAX_START_STEPS
         # also for the low end alone: the high one is not far, and would else be in every residual
-        k, which = (1, "LA") if asked.which == "LA" else (min(2, self.op.n), "BE")
+        most = most_at_one_end(asked.k, asked.which)
+        k, which = (most, "LA") if asked.which == "LA" else (min(2 * most, self.op.n), "BE")
         num_steps = min(MAX_START_STEPS, int(affordable), self.op.n)
         sample = sample_space(level, k, which, v0=asked.start, num_steps=num_steps, seed=asked.seed)
         finite = len(sample.ends) == k and bool(torch.isfinite(sample.ends).all())
-        new = sample.ends if finite else sample.ends[:0]  # a random one takes their place
+        places = [place % k for place in self._known_places(k) if which == "BE" or place < 0]
+        new = sample.ends[places if finite else []]  # a random one takes their place
         num_matvecs = self.spent + sample.num_matvecs
         level_index = state.level if finite else len(self.levels) - 1
         state = replace(state, sample=sample, num_matvecs=num_matvecs, scale=sample.scale, level=level_index)
         return block_subspace.extend(self.op, asked, state, new)
+
+    def _known_places(self, num_rows: int) -> list[int]:
+        """Return the places of which Ritz pairs are kept: the wanted ones, and the outermost at either end."""
+        places = ascending(list({0, -1, *self.wanted}))
+        return [place for place in places if rank(place) < num_rows]
 
     def _find_direction(self, state: CertifiedDavidsonState, place: int) -> CertifiedDavidsonState:
         """Find a direction for an end, and its predicted error."""
@@ -231,7 +226,7 @@ class CertifiedDavidson:
             level,
             end.residual,
             end.value,
-            1.0 if place == 0 else -1.0,
+            -outwards(place),
             max(state.norm, abs(end.value)),
             attainable_accuracy(self.op, state.norm),
             num_steps=self.inner_steps(level),
@@ -250,12 +245,20 @@ class CertifiedDavidson:
         if state.certificate is not None and state.certificate.krylov.num_multiplied:
             state = self._judge(state)
         status, last = self._status(state), len(self.levels) - 1
+        if status is None and self._is_too_dear(state):
+            state = replace(state, certificate=None, level=last)
         if status is None and not state.num_new and state.certificate is None and state.level < last:
             state = self._next(state)
         handover = status is None and state.level >= last and not state.num_new and bool(state.ends)
         return Assessment(
             state, self._progress(state), max(1, state.num_new), status, state.suspect, handover
         )
+
+    def _is_too_dear(self, state: CertifiedDavidsonState) -> bool:
+        """Return True if the levels have cost more than Lanczos on all data is likely to."""
+        if state.sample is None or state.num_new:
+            return False
+        return state.num_matvecs - self.spent > MAX_SPENT * state.sample.num_steps * self.op.cost
 
     def _update(self, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
         """Compute new Ritz pairs for the ends, and the gain of the last direction."""
@@ -264,7 +267,8 @@ class CertifiedDavidson:
             return state
         projection = block_subspace.rayleigh_ritz(op, state.rows[:m], state.images[:m])
         state = replace(state, norm=max(state.norm, projection.norm))
-        chosen = select(projection.values, min(m, 2), "BE") if m > 1 else [0]
+        places = self._known_places(m)
+        chosen = [place % m for place in places]
         rotation = (projection.to_rows @ projection.vectors[:, chosen]).mT.to(state.rows)
         vectors, images = rotation @ state.rows[:m], rotation @ state.images[:m]
         found = projection.values[chosen]
@@ -272,35 +276,48 @@ class CertifiedDavidson:
         norms = row_norms(op.space, residuals).to("cpu", torch.float64)
         near = (NEAR * self.request.allowed(found, state.norm)).clamp(min=TINY)
         bounds = torch.minimum(norms, torch.maximum(kato_temple(found, norms), norms**2 / near))
+        new = {
+            place: End(value, vectors[index], residuals[index], bound)
+            for index, (place, value, bound) in enumerate(
+                zip(places, found.tolist(), bounds.tolist(), strict=True)
+            )
+        }
         gains, poor = state.gains, False
         if state.target is not None and state.expected > 0:
-            place = 0 if state.target == 0 else -1
             before = state.ends[state.target].value
-            gains = (*gains, abs(float(found[place]) - before) / state.expected)[-NUM_GAINS:]
+            gains = (*gains, abs(new[state.target].value - before) / state.expected)[-NUM_GAINS:]
             poor = gains[-1] < POOR_GAIN and state.expected < abs(before)
-        ends = {}
-        for place in (0, -1):
-            value, bound = float(found[place]), float(bounds[place])
-            found_end = End(value, vectors[place], residuals[place], bound)
-            known = state.ends.get(place)
-            ends[place] = found_end if known is None else self._moved(state, place, known, found_end)
-        wanted = [place % len(found) for place in ENDS[self.request.which]][: len(found)]
+        for place, end in state.ends.items():
+            new[place] = self._moved(state, projection.values, place, end, new[place])
+        wanted = [places.index(place) for place in distinct(self.wanted, m)]
+        poor = poor or self._is_unlike(state, projection.norm)
         return replace(
             state,
             best=RitzPairs(found[wanted], vectors[wanted].mT, norms[wanted]),
-            ends=ends,
+            ends=new,
+            gram=op.space.dots(residuals, residuals.mT).to("cpu", torch.float64),
             target=None,
             expected=0.0,
             gains=gains,
             level=state.level + poor,
         )
 
-    def _moved(self, state: CertifiedDavidsonState, place: int, known: End, found: End) -> End:
-        """Return the end with a new Ritz pair, and what is still known about it."""
-        outwards = 1.0 if place == -1 else -1.0
-        beyond = known.bound is not None and outwards * (found.value - known.bound) > rounding(
-            self.op, state.norm
-        )
+    def _is_unlike(self, state: CertifiedDavidsonState, norm: float) -> bool:
+        """Return True if the likeness has another norm than H on the likeness's own ends."""
+        sample = state.sample
+        if sample is None or state.ends or state.num_rows < self.request.k or not norm:
+            return False
+        return not MIN_SAMPLE_NORM <= sample.norm / norm <= MAX_SAMPLE_NORM
+
+    def _moved(
+        self, state: CertifiedDavidsonState, values: Tensor, place: int, known: End, found: End
+    ) -> End:
+        """Return the end with a new Ritz pair, and what is still known about it; ``values`` are all Ritz values."""
+        bound = known.bound
+        if bound is not None:
+            beyond = outwards(place) * (values - bound.at) > rounding(self.op, state.norm)
+            if int(beyond.sum()) > bound.count:
+                bound = None  # a certificate that was refuted is void
         moved = abs(found.value - known.value)
         left = known.error - moved if moved <= known.error else math.inf
         return replace(
@@ -311,7 +328,7 @@ class CertifiedDavidson:
             error=min(found.error, left, known.promised),
             promised=math.inf,
             direction=None if moved else known.direction,
-            bound=None if beyond else known.bound,  # a certificate that was refuted is void
+            bound=bound,
         )
 
     def _judge(self, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
@@ -319,7 +336,8 @@ class CertifiedDavidson:
         running = state.certificate
         assert running is not None
         end = state.ends[running.end]
-        share = FIRST_SHARE * (1 - FIRST_SHARE) ** (end.num_certificates - 1)
+        num_certificates = self._num_certificates(state, running.end)
+        share = FIRST_SHARE * (1 - FIRST_SHARE) ** (num_certificates - 1)
         allowed = self._allowed(state, end.value)
         distance = self._multiple * allowed
         verdict = certificate.judge(running, allowed, distance, share * (1 - self.confidence))
@@ -334,7 +352,8 @@ class CertifiedDavidson:
         if verdict.bound is None and verdict.vector is None:
             return state
         state = replace(state, certificate=None)
-        state = _with_end(state, running.end, bound=verdict.bound, promised=verdict.error)
+        bound = None if verdict.bound is None else Bound(verdict.bound, running.count)
+        state = _with_end(state, running.end, bound=bound, promised=verdict.error)
         if without_bound:
             state = _with_end(state, running.end, num_refuted=end.num_refuted + 1, num_directions=0)
         if verdict.vector is None:
@@ -347,16 +366,23 @@ class CertifiedDavidson:
             return state
         if not state.norm:  # nothing to build a metric of
             return replace(state, level=len(self.levels) - 1)
-        for place in self.wanted:
-            end = state.ends[place]
-            certified = end.bound is not None
-            nearly = end.error <= NEARLY * self._allowed(state, end.value)
-            most = MAX_DIRECTIONS if nearly or end.num_refuted else NUM_DIRECTIONS
-            may_follow = certified or end.num_directions < most
-            if not self._is_accurate(state, end) and (may_follow or end.direction is None):
-                return self._follow(state, place)
-            if not certified:
+        for side in self.sides:
+            for place in side:
+                end = state.ends[place]
+                nearly = end.error <= NEARLY * self._allowed(state, end.value)
+                most = MAX_DIRECTIONS if nearly or end.num_refuted else NUM_DIRECTIONS
+                may_follow = end.num_directions < most or self._is_certified(state, place)
+                if self._is_accurate(state, end):
+                    continue
+                if may_follow or end.direction is None:
+                    return self._follow(state, place)
                 return self._certify(state, place)
+            for place in reversed(side):  # the innermost one's may serve for all
+                if not self._is_certified(state, place):
+                    inner = place != side[-1]
+                    end = state.ends[place]
+                    nearer = inner and end.num_directions < MAX_DIRECTIONS and end.error > 0
+                    return self._follow(state, place) if nearer else self._certify(state, place)
         return state
 
     def _follow(self, state: CertifiedDavidsonState, place: int) -> CertifiedDavidsonState:
@@ -373,34 +399,67 @@ class CertifiedDavidson:
         )
 
     def _certify(self, state: CertifiedDavidsonState, place: int) -> CertifiedDavidsonState:
-        """Begin the certificate of an end: of its value if that is accurate, else a search."""
-        end, outwards = state.ends[place], 1.0 if place == -1 else -1.0
+        """Begin the certificate of a place: of its value if that is accurate, else a search."""
+        end, outward = state.ends[place], outwards(place)
         known = self._is_accurate(state, end)
         allowed = self._allowed(state, end.value)
         margin = self._multiple * allowed
         if not known:
             margin = MARGIN * allowed + (end.direction.gain if end.direction else 0.0)
-        sigma = end.value + outwards * margin
-        ends = [*state.ends.values()][: state.num_rows]
+        sigma = end.value + outward * margin
+        # those further out are deflated; one so near that the bound holds for it too need not be
+        further_out = [
+            other
+            for other in state.ends
+            if outwards(other) == outward
+            and rank(other) < rank(place)
+            and (not known or outward * (state.ends[other].value - sigma) > 0)
+        ]
+        exact = [*dict.fromkeys([*further_out, *distinct(state.ends, state.num_rows)])]
+        vectors = torch.stack([state.ends[other].vector for other in exact])
+        values = torch.tensor([state.ends[other].value for other in exact], dtype=torch.float64)
+        # those further out get values inside, where the shift is as far from them as from zero
+        distances = outward * (sigma - values[: len(further_out)])
+        inside = sigma - outward * distances.clamp(min=abs(sigma))
+        amounts = values[: len(further_out)] - inside
+        values[: len(further_out)] = inside
         level = self.levels[state.level]
         assert state.sample is not None
         congruence = make_congruence(
             replace(level, product=lambda v: level.product(v) / state.scale),
             state.sample,
-            torch.stack([one.vector for one in ends]),
-            [one.value for one in ends],
+            vectors,
+            values,
             sigma,
-            -outwards,
+            -outward,
             state.norm,
             lifted=known,
         )
-        op = congruent_operator(self.op, congruence, sigma, -outwards, state.scale, state.norm)
+        op = deflated(self.op, vectors[: len(further_out)], amounts * float(state.scale))
+        op = congruent_operator(op, congruence, sigma, -outward, state.scale, state.norm)
         # independent of the sample's start, of earlier certificates, and of the solve that the caller's start is from
-        stream = 4 * end.num_certificates + 2 * (place == -1) + (self.request.start is not None)
+        stream = 4 * self._num_certificates(state, place) + 2 * (place < 0) + (self.request.start is not None)
         seed = self.request.seed + (stream + 1) * 2**32
-        running = certificate.begin(op, congruence, place, sigma, known=known, seed=seed)
+        running = certificate.begin(op, congruence, place, len(further_out), sigma, known=known, seed=seed)
         state = _with_end(state, place, num_certificates=end.num_certificates + 1)
         return replace(state, certificate=running, target=None)
+
+    def _num_certificates(self, state: CertifiedDavidsonState, place: int) -> int:
+        """Return how many certificates began at the place's end of the spectrum."""
+        same = (end for other, end in state.ends.items() if outwards(other) == outwards(place))
+        return sum(end.num_certificates for end in same)
+
+    def _reach(self, state: CertifiedDavidsonState, place: int) -> float:
+        """Return how far beyond its value the eigenvalue of a place may lie, by certificates of its end."""
+        bounds = [end.bound for other, end in state.ends.items() if outwards(other) == outwards(place)]
+        reaches = [reach_of(state.ends, state.gram, place, bound) for bound in bounds if bound is not None]
+        return min(reaches, default=math.inf)
+
+    def _is_certified(self, state: CertifiedDavidsonState, place: int) -> bool:
+        end = state.ends[place]
+        return end.bound is not None or self._reach(state, place) <= self._multiple * self._allowed(
+            state, end.value
+        )
 
     @property
     def _multiple(self) -> float:
@@ -427,8 +486,12 @@ class CertifiedDavidson:
             or state.certificate is not None
         ):
             return None
-        ends = [state.ends[place] for place in ENDS[self.request.which]]
-        if not whole and not all(end.bound is not None and self._is_accurate(state, end) for end in ends):
+        ends = [state.ends[place] for place in self.wanted]
+        done = all(
+            self._is_certified(state, place) and self._is_accurate(state, state.ends[place])
+            for place in self.wanted
+        )
+        if not whole and not done:
             return None
         values = torch.tensor([end.value for end in ends], dtype=torch.float64)
         bounds = torch.tensor([end.error for end in ends], dtype=torch.float64)
@@ -462,25 +525,22 @@ class CertifiedDavidson:
         found = state.best.scaled(unit)
         kind = "exact" if status is Status.INVARIANT_SUBSPACE else "residual"
         slack = attainable_accuracy(self.op, state.norm) * unit
-        outer = None if kind == "exact" or not state.ends else self._outer(state, unit)
-        where = convergence.intervals(found, self.request, slack, kind, outer)
-        known = [end for end in ENDS[self.request.which] if end in state.ends][: len(found.values)]
-        errors = [state.ends[end].error for end in known]
-        bounds = (torch.tensor(errors, dtype=torch.float64) + rounding(self.op, state.norm)) * unit
+        where = list(convergence.intervals(found, self.request, slack, kind))
+        known = distinct(self.wanted, state.num_rows) if state.ends else []
+        errors = torch.tensor([state.ends[place].error for place in known], dtype=torch.float64)
+        for index, place in enumerate(known if kind != "exact" else []):
+            distance = max(self._reach(state, place), float(errors[index])) * unit
+            if math.isfinite(distance):
+                value = float(found.values[index])
+                low, high = (distance, 0.0) if place >= 0 else (0.0, distance)
+                where[index] = Interval(
+                    value - low - slack, value + high + slack, "random-start", self.confidence
+                )
+        bounds = (errors + rounding(self.op, state.norm)) * unit
         message = ESTIMATED if status is Status.CONVERGED else None
         return convergence.eigen_result(
-            found, where, status, state.num_matvecs, message=message, error_bounds=bounds
+            found, tuple(where), status, state.num_matvecs, message=message, error_bounds=bounds
         )
-
-    def _outer(self, state: CertifiedDavidsonState, unit: float) -> Outer:
-        """Return how far beyond the values the spectrum may reach, by certificates."""
-
-        def reach(end: End) -> float:
-            if end.bound is None:
-                return math.inf
-            return max(abs(end.value - end.bound), end.error) * unit
-
-        return Outer(reach(state.ends[0]), reach(state.ends[-1]), "random-start", self.confidence)
 
 
 def _with_end(state: CertifiedDavidsonState, place: int, **changes: object) -> CertifiedDavidsonState:

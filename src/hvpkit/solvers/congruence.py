@@ -20,7 +20,7 @@ Lanczos from a sample it is hvpkit's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ def make_congruence(
     likeness: LinearOperator,
     sample: SampleSpace,
     exact: Tensor,
-    values: list[float],
+    values: Tensor,
     sigma: float,
     sign: float,
     norm: float,
@@ -110,6 +110,8 @@ def make_congruence(
     lifted: bool,
 ) -> Congruence:
     """Return C for a shift, from rows ``exact`` ``[k, n]`` with their Rayleigh quotients, and a sample's outliers.
+
+    ``exact`` are orthonormal, their ``values`` ``[k]`` float64 on the CPU.
 
     ``likeness`` and all numbers are over the scale of the sample; ``norm`` is that of H.
     """
@@ -120,7 +122,7 @@ def make_congruence(
     kept = (row_norms(space, outside) > MIN_REMAINDER).nonzero().flatten()
     rows = torch.cat([exact, outside[kept]])
     num_rows = len(exact) + extend_(space, rows, len(exact), outside[kept])
-    known = torch.tensor([*values, *sample.values[kept.cpu()].tolist()], dtype=torch.float64)[:num_rows]
+    known = torch.cat([values, sample.values[kept.cpu()]])[:num_rows]
     distances = sign * (known - sigma)
     first = len(exact) if lifted else 0
     distances[first:] = distances[first:].clamp(min=clamp)
@@ -189,3 +191,15 @@ def congruent_operator(
         space=op.space,
         precision_of_product=op.precision * norm * max(1.0, float(congruence.factors.square().max())),
     )
+
+
+def deflated(op: LinearOperator, rows: Tensor, amounts: Tensor) -> LinearOperator:
+    r"""Return :math:`H - \sum_i a_i x_i x_i^\top`, for orthonormal rows ``[m, n]``.
+
+    By Weyl's inequalities, H has at most m eigenvalues more above (below) any number than this, if all amounts are
+    positive (negative).
+    """
+    if not len(rows):
+        return op
+    shares = amounts.to(rows)[:, None]
+    return replace(op, product=lambda v: op.product(v) - rows.mT @ (shares * op.space.dots(rows, v)))

@@ -1,4 +1,4 @@
-"""Both ends of an operator from cheap levels of it: :mod:`hvpkit.solvers.certified_davidson`, and Lanczos after them.
+"""The ends of an operator from cheap levels of it: :mod:`hvpkit.solvers.certified_davidson`, and Lanczos after them.
 
 Where no level serves, :func:`hvpkit.lanczos` starts again: from vectors that are partly right it takes more matvecs (22
 for 17 on a bulk with outliers), as it has to exclude all the same what they may lack.
@@ -14,7 +14,7 @@ from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Progress, Status
-from hvpkit.solvers.certified_davidson import ENDS, CertifiedDavidson
+from hvpkit.solvers.certified_davidson import CertifiedDavidson
 from hvpkit.solvers.common.request import Start, check_arguments, check_confidence
 from hvpkit.solvers.driver import Monitor, conclude, full_precision, iterate
 from hvpkit.solvers.lanczos import lanczos
@@ -22,6 +22,7 @@ from hvpkit.solvers.lanczos import lanczos
 
 def multifidelity(
     levels: Sequence[LinearOperator],
+    k: int | None = None,
     *,
     which: str = "BE",
     v0: Start | None = None,
@@ -36,22 +37,23 @@ def multifidelity(
     seed: Seed = 0,
     monitor: Monitor | None = None,
 ) -> EigenResult:
-    r"""Compute both ends of the last of several levels, with most of the work on cheaper ones.
+    r"""Compute the ends of the last of several levels, with most of the work on cheaper ones.
 
     **With probability** ``confidence`` **over random starts, a converged value is off by at most twice the error
     allowed** (once with ``certify``), as for :func:`hvpkit.lanczos`: no eigenvalue of the last level hides further out,
-    however good the other levels are. The solve also wants that for each end asked for ``error_bound <= tol *
-    |value|``. That bound is the residual norm, its square over the gap, or three times the error that a cheap level has
-    just predicted, :math:`r' f(A_S)\, r`, which is an estimate.
+    however good the other levels are; with ``k`` of several at an end, no more than those found. The solve also wants
+    that for each value ``error_bound <= tol * |value|``. That bound is the residual norm, its square over the gap, or
+    three times the error that a cheap level has just predicted, :math:`r' f(A_S)\, r`, which is an estimate.
 
     Use it for a Hessian over many examples: levels are ``H.coarsen(...)`` and H itself. For operators without a cheap
     approximation use :func:`hvpkit.lanczos`.
 
     Args:
         levels: operators of the same size and of rising ``cost``; the last is the one asked about. One alone is
-            solved by :func:`hvpkit.lanczos`, as is the rest of the solve once no cheap level helps. The cost of making
-            them, as of scores, is not counted.
-        which: ``"BE"`` both ends, ``"LA"`` the largest alone, ``"SA"`` the smallest alone.
+            solved by :func:`hvpkit.lanczos`, as is the rest of the solve once no cheap level helps, with its promise.
+            The cost of making them, as of scores, is not counted.
+        k: number of pairs; by default one at each end asked for.
+        which: ``"BE"`` half from each end (the odd one from the high end), ``"LA"`` the largest, ``"SA"`` the smallest.
         v0: start ``[n]`` or ``[n, p]``, or an earlier result, for the steps on the first level: the sum of the unit
             columns and a tenth of a random vector.
         tol: relative error of the eigenvalues.
@@ -68,8 +70,8 @@ def multifidelity(
         monitor: called with a :class:`hvpkit.Progress` after each assessment; its bounds are the error bounds.
 
     Returns:
-        Two pairs (one for n = 1, or for one end), with true residuals. ``num_matvecs`` is in matvecs of an operator
-        of cost 1; ``history`` also says which level was worked on.
+        Values ascending, with orthonormal vectors, true residuals and intervals. ``num_matvecs`` is in matvecs of an
+        operator of cost 1; ``history`` also says which level was worked on.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of its range, named.
@@ -90,6 +92,7 @@ def multifidelity(
     """
     return solve_levels(
         levels,
+        k,
         which=which,
         v0=v0,
         tol=tol,
@@ -107,6 +110,7 @@ def multifidelity(
 
 def solve_levels(
     levels: Sequence[LinearOperator],
+    k: int | None = None,
     *,
     which: str = "BE",
     v0: Start | None = None,
@@ -128,13 +132,12 @@ def solve_levels(
     """
     levels = _check_levels(levels)
     op = levels[-1]
-    check_count("ncv", ncv, 8)
     check_confidence(confidence)
     if num_inner is not None:
         check_count("num_inner", num_inner, 1)
     request = check_arguments(
         op,
-        min(2, op.n) if which == "BE" else 1,
+        (min(2, op.n) if which == "BE" else 1) if k is None else k,
         which,
         v0=v0,
         tol=tol,
@@ -142,9 +145,10 @@ def solve_levels(
         max_matvecs=max_matvecs,
         time_limit=time_limit,
         seed=seed,
-        offered=tuple(ENDS),
+        offered=("BE", "SA", "LA"),
         num_checks=0,
     )
+    check_count("ncv", ncv, 2 * request.k + 6)
     if len(levels) == 1:
         return lanczos(
             op,

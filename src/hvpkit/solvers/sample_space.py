@@ -32,19 +32,23 @@ class SampleSpace:
 
     Attributes:
         ends: rough extreme Ritz vectors, rows ``[k, n]``; NaN if a matvec was not finite.
+        norm: the largest Ritz value in absolute value.
         outliers: accurate Ritz vectors from either end inwards, rows ``[m, n]``.
         values: their values ``[m]``, float64 on the CPU.
         low, high: bounds of the rest of the spectrum, by the next Ritz value and its residual.
         scale: what matvecs are divided by, 0-d.
-        num_matvecs: full-data matvecs that the steps cost.
+        num_steps: Lanczos steps, those that a coarse answer about the operator took.
+        num_matvecs: full-data matvecs that they cost.
     """
 
     ends: Tensor
+    norm: float
     outliers: Tensor
     values: Tensor
     low: float
     high: float
     scale: Tensor
+    num_steps: int
     num_matvecs: float
 
 
@@ -75,11 +79,13 @@ def sample_space(
     values, radii = pairs.values[left], pairs.residual_norms[left]
     return SampleSpace(
         ends * math.nan if ended.status is Status.NON_FINITE else ends,
+        pairs.norm,
         vectors(accurate),
         pairs.values[accurate],
         float((values - radii).min()) if len(values) else 0.0,
         float((values + radii).max()) if len(values) else 0.0,
         state.scale,
+        state.num_products,
         state.num_matvecs * op.cost,
     )
 
