@@ -27,7 +27,7 @@ from hvpkit.data.sources import (
     covers_dataset,
     name_batch,
     own_iteration,
-    with_seeded_examples,
+    with_own_random_numbers,
 )
 
 DEFAULT_BATCH_SIZE = 256
@@ -56,7 +56,8 @@ def as_data(
 
     **Augmentation is one fixed draw.** Where a map-style dataset draws random numbers, the global generators
     (``random``, ``numpy.random``, ``torch``) are seeded by the index of each example while it is read, so that it is
-    the same in every pass, batch, worker and sample; for the data as they are, turn augmentation off. What seeds
+    the same in every pass, batch, worker and sample; for the data as they are, turn augmentation off. While other
+    threads are alive, which would see those seeds, such examples are read by a worker process. What seeds
     cannot fix is refused: generators of the dataset's own, a ``collate_fn`` that draws (mixup), streams
     (``IterableDataset``, own re-iterables) that give other examples under other seeds. ``list(loader)`` is one
     fixed draw of anything. Loaders of an own class are read under a fixed seed, and what they draw depends on
@@ -159,8 +160,8 @@ def _stream(batches: Any, batch_size: int | None, num_examples: Callable[[Batch]
     """Return the batches of a list, of a loader with an order or class of its own, or of another re-iterable."""
     map_style = isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset)
     given = batches
-    if map_style and not own_iteration(batches):
-        batches = with_seeded_examples(batches)
+    if isinstance(batches, DataLoader) and not own_iteration(batches):
+        batches = with_own_random_numbers(batches)
     size_of = _size_in_stream(batches) if num_examples is None else partial(count_by, num_examples)
     stream, sizes = count_stream(batches, size_of, reseed=not map_style, given=given)
     if num_examples is None:
