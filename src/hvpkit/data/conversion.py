@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from hvpkit._utils.typing import Batch
-from hvpkit._utils.validation import check_count
+from hvpkit._utils.validation import check_count, check_device
 from hvpkit.data.examples import Data
 from hvpkit.data.sources import (
     DatasetBatches,
@@ -96,7 +96,7 @@ def as_data(
         check_count("batch_size", batch_size, 1)
     if num_examples is not None:
         _check_num_examples(num_examples, batch_size, data)
-    target = None if device is None else torch.device(device)
+    target = None if device is None else check_device("device", device)
     if isinstance(data, Data):
         resized = data.source if batch_size is None else data.source.resized(batch_size)
         return replace(data, source=resized, device=target or data.device)
@@ -137,11 +137,13 @@ def _source(data: Any, batch_size: int | None, num_examples: Callable[[Batch], i
         raise TypeError(
             "data is an IterableDataset, which gives examples and not batches; wrap it in a DataLoader"
         )
+    if isinstance(data, type):
+        raise TypeError(f"data is the class {data.__name__}; pass an instance, {data.__name__}(...)")
     if isinstance(data, np.ndarray):
         raise TypeError("data is a NumPy array; pass tensors (torch.from_numpy)")
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, list | str):
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, list | str | bytes):
         return _in_batches(DatasetBatches.of(data, batch_size or DEFAULT_BATCH_SIZE), num_examples)
-    if isinstance(data, Iterable) and not isinstance(data, str):
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes):
         return _stream(data, batch_size, num_examples)
     raise TypeError(
         "data must be tensors, a Dataset, a DataLoader or a re-iterable of batches, "
