@@ -164,7 +164,7 @@ def test_a_criterion_with_one_loss_per_position_is_refused() -> None:
 
 @pytest.mark.parametrize("criterion", ["cross_entropy", 3.0])
 def test_a_criterion_that_cannot_be_called_is_refused(criterion: object) -> None:
-    with pytest.raises(TypeError, match="criterion must be callable"):
+    with pytest.raises(TypeError, match="criterion must be a function"):
         hk.from_module(nn.Linear(1, 1), criterion)
 
 

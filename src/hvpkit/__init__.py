@@ -24,6 +24,7 @@ from hvpkit.errors import (
     DerivativeWarning,
     NonFiniteError,
     NotSymmetricError,
+    SharedGeneratorWarning,
     UnstableDataError,
 )
 from hvpkit.estimators.diagonal import diagonal
@@ -74,6 +75,7 @@ __all__ = [
     "Objective",
     "Progress",
     "Report",
+    "SharedGeneratorWarning",
     "Status",
     "UnstableDataError",
     "accelerated_power",

@@ -23,6 +23,10 @@ class DerivativeWarning(UserWarning):
     """A second derivative of the loss is wrong or could not be checked. The message says which mode is used."""
 
 
+class SharedGeneratorWarning(UserWarning):
+    """Data draws from global random generators that are seeded while other threads may draw from them."""
+
+
 class UnstableDataError(RuntimeError):
     """Data gave other examples, or another number of them, in a later pass than in the first one."""
 

@@ -63,6 +63,16 @@ def two():
 def raises():
     raise KeyError("lost")
 
+def mislabelled():
+    objective, params = hk.from_module(torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss())
+    return objective, params, (torch.ones(300, 2), torch.arange(300) // 290 * 7)
+
+def with_argument(size):
+    return None
+
+def no_params():
+    return (lambda p, b: b @ p), None, torch.ones(3, 2)
+
 def misfit():
     def loss_fn(p, b):
         return b @ p
@@ -464,15 +474,24 @@ def test_report_goes_to_the_working_folder(file: Path, monkeypatch: pytest.Monke
         ("{file}:two", "must return (loss_fn, params, data), got 2 values"),
         ("{file}:raises", "KeyError: 'lost' ({file}:"),
         ("{file}:misfit", "in loss_fn: return b @ p"),
+        (
+            "{file}:misfit",
+            "loss_fn failed on batch 0 of data (counted from 0), examples 0 to 2: float32 [3, 2]",
+        ),
+        ("{file}:mislabelled", "loss_fn failed on batch 1 of data (counted from 0), examples 256 to 299"),
+        ("{file}:with_argument", "with_argument must take no arguments and return (loss_fn, params, data)"),
+        ("{file}:no_params", "params must be a tree of tensors"),
+        ("{folder}/ending.py:make", "ended by SystemExit(0) ({folder}/ending.py:1"),
         ("no_such_package.module:make", "there is no module no_such_package.module"),
         ("{file}:exits", "ended by SystemExit(0) ({file}:"),
         ("{file}:exits_later", "ended by SystemExit(None) ({file}:"),
         ("{file}:loss_class", "returns the class CrossEntropyLoss as its loss"),
-        ("{file}:criterion_class", "got the class CrossEntropyLoss: pass CrossEntropyLoss()"),
+        ("{file}:criterion_class", "criterion is the class CrossEntropyLoss"),
     ],
 )
 def test_a_bad_target_is_one_clear_line_and_exit_code_2(file: Path, target: str, said: str) -> None:
     places = {"file": str(file), "folder": str(file.parent)}
+    (file.parent / "ending.py").write_text("raise SystemExit(0)")
     result = call("extremes", target.format(**places), code=2)
     assert said.format(**places) in result.stderr
     assert result.stderr.removeprefix("a target may print\n").count("\n") == 1
@@ -489,6 +508,8 @@ def test_a_bad_target_is_one_clear_line_and_exit_code_2(file: Path, target: str,
         (["--curvature", "kfac"], "'kfac' is not one of 'hessian', 'ggn', 'fisher'"),
         (["--batchnorm", "batch"], "--batchnorm: only for digits and cifar10"),
         (["--device", "nowhere"], "device: nowhere cannot be used here"),
+        (["--device", "meta"], "device: meta holds no values"),
+        (["--tol", "2"], "tol must be positive and less than 1"),
         (["--wrt", "x*"], "matches no parameter; their names: w, v"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--batch-size", "some"], "batch_size must be a number of examples or 'auto', got 'some'"),

@@ -124,3 +124,30 @@ def make():
     assert found["status"] == "interrupted"
     assert 1 < found["largest"]["value"] <= 3
     assert stderr.endswith("hvpkit: interrupted by SIGTERM\n")
+
+
+PRINTING = """
+import atexit, ctypes, os, subprocess, sys
+import torch
+
+def make():
+    print("printed")
+    print("dunder", file=sys.__stdout__, flush=True)
+    os.write(1, b"raw\\n")
+    subprocess.run(["echo", "from a child"])
+    library = ctypes.CDLL(None)
+    library.puts(b"from C")
+    library.fflush(None)
+    atexit.register(print, "at the end")
+    sys.stdout = sys.__stdout__
+    return lambda p, b: torch.tanh(b @ p) ** 2, torch.ones(2), torch.eye(2)
+"""
+
+
+def test_nothing_that_a_target_prints_gets_between_the_json(tmp_path: Path) -> None:
+    (tmp_path / "printing.py").write_text(PRINTING)
+    args = [sys.executable, "-m", "hvpkit", "extremes", "printing.py:make", "--json"]
+    done = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout)["converged"]
+    for text in ("printed", "dunder", "raw", "from a child", "from C", "at the end"):
+        assert text in done.stderr

@@ -23,9 +23,7 @@ def without_checkpointing() -> Iterator[None]:
     Checkpoints that were made before recompute as they would have.
     """
     with ExitStack() as stack:
-        stack.enter_context(
-            replaced(torch_checkpoint.CheckpointFunction, "apply", staticmethod(_call_reentrant))
-        )
+        stack.enter_context(replaced(torch_checkpoint.CheckpointFunction, "apply", _call_reentrant))
         stack.enter_context(replaced(torch_checkpoint, "_checkpoint_without_reentrant_generator", _no_frame))
         # for those who imported the generator by name, as torch.distributed does
         stack.enter_context(replaced(torch_checkpoint, "_checkpoint_hook", nullcontext))

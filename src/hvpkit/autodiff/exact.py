@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.backends import cudnn, mkldnn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hvpkit.autodiff.checkpointing import without_checkpointing
 from hvpkit.autodiff.overrides import OVERRIDES, FunctionOverrides, replaced
@@ -38,25 +38,50 @@ FLOAT32_BACKENDS: dict[str, tuple[Any, ...]] = {
 def exact_derivatives(device: torch.device) -> Iterator[None]:
     """Set what exact second derivatives need, and restore the caller's settings at the end.
 
-    Attention runs on its MATH backend and without the fused encoder path, whose kernels have no second
-    derivative; the functions in :mod:`hvpkit.autodiff.overrides` are replaced, and activation checkpoints are plain
-    calls; float32 is not rounded to TF32 or bfloat16; autocast is off, the caller's and what the loss opens itself,
-    except :class:`Autocast`; so is inference mode. One thread at a time is inside, as some of the settings belong to
-    the process.
+    The functions in :mod:`hvpkit.autodiff.overrides` are replaced, attention and with it the fused encoder path among
+    them, whose kernels have no second derivative; activation checkpoints are plain calls; float32 is not rounded to
+    TF32 or bfloat16; autocast is off, the caller's and what the loss opens itself, except :class:`Autocast`; so is
+    inference mode.
+
+    Other threads keep their settings, except those that torch has for the process alone: TF32 and bfloat16 in
+    float32 arithmetic, if they are on, and cuDNN during a recurrent layer. So one thread at a time is inside.
     """
     with _LOCK, ExitStack() as stack:
-        fused = torch.backends.mha.get_fastpath_enabled()
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_without_autocast())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(without_checkpointing())
         stack.enter_context(disable_saved_tensors_hooks(_HOOKED))
         stack.enter_context(full_float32(device))
         stack.enter_context(FunctionOverrides(OVERRIDES))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
-        torch.backends.mha.set_fastpath_enabled(False)
         yield
+
+
+@contextmanager
+def without_fused_encoder() -> Iterator[None]:
+    """Switch the fused encoder path off, for all threads; restore it at the end.
+
+    For compiled matvecs: torch's compiler asks for this setting, where others see that functions are overridden.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _free_lock() -> None:
+    """Replace the lock in a forked process if it is held by a thread that only the parent has."""
+    global _LOCK
+    if _LOCK.acquire(blocking=False):
+        _LOCK.release()
+    else:
+        _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_lock)
 
 
 class Autocast(torch.autocast):

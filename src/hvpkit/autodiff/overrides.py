@@ -6,8 +6,10 @@ wrote them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -37,10 +39,19 @@ class FunctionOverrides(TorchFunctionMode):
 
 
 @contextmanager
-def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
-    """Replace an attribute of a module or a class, where the override of calls does not reach, and restore it."""
-    own = vars(owner).get(name)  # a class may inherit it
-    setattr(owner, name, value)
+def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace a function of a module or a class, where the override of calls does not reach, and restore it.
+
+    In this thread: others go on calling the original. One thread at a time may do so.
+    """
+    original, own = getattr(owner, name), vars(owner).get(name)  # a class may inherit it
+    here = threading.local()
+    here.active = True
+
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (function if getattr(here, "active", False) else original)(*args, **kwargs)
+
+    setattr(owner, name, staticmethod(either) if isinstance(original, MethodType) else either)
     try:
         yield
     finally:
@@ -219,6 +230,35 @@ def without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
     return definition
 
 
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Compute attention from its definition, torch's MATH backend: the fused kernels have no second derivative.
+
+    Here and not by ``torch.nn.attention.sdpa_kernel``, which sets the backend of all threads.
+    """
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+    result, _ = torch._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, **options
+    )
+    return result
+
+
+multi_head_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "scaled_dot_product_attention": attention},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+"""torch's function, which calls :func:`attention`: calls inside an overridden function are not overridden."""
+
+
 def requires_grad_(input: Tensor, requires_grad: bool = True) -> Tensor:
     """Call ``input.requires_grad_``, except where torch.func refuses it: inside a transform, which does not need it."""
     functorch = torch._C._functorch
@@ -230,6 +270,15 @@ def requires_grad_(input: Tensor, requires_grad: bool = True) -> Tensor:
 
 OVERRIDES: Table = {
     Tensor.requires_grad_: requires_grad_,
+    **dict.fromkeys(
+        (
+            F.scaled_dot_product_attention,
+            torch.ops.aten.scaled_dot_product_attention,
+            torch.ops.aten.scaled_dot_product_attention.default,
+        ),
+        attention,
+    ),
+    F.multi_head_attention_forward: multi_head_attention,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
     torch._weight_norm: weight_norm,

@@ -9,15 +9,16 @@ is two coordinates of the flat vector. All derivatives are taken by real leaves;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
 from hvpkit._utils.typing import Tree
+from hvpkit._utils.validation import check_dense
 
 
 def flatten(tree: Tree, *, name: str = "tree") -> tuple[list[Tensor], _pytree.TreeSpec]:
@@ -29,9 +30,14 @@ def flatten(tree: Tree, *, name: str = "tree") -> tuple[list[Tensor], _pytree.Tr
     leaves, spec = _pytree.tree_flatten(plain(tree))
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
+            remedy = "turn it into a tensor (torch.as_tensor) or leave it out"
+            if isinstance(leaf, nn.Module | Iterator):
+                remedy = (
+                    "for a module pass dict(model.named_parameters()), or what hvpkit.from_module returns"
+                )
             raise TypeError(
-                f"{name} must be a tree of tensors, but has a leaf of type {type(leaf).__name__}: "
-                f"{leaf!r:.80}; turn it into a tensor (torch.as_tensor) or leave it out"
+                f"{name} must be a tree of tensors, but has a leaf of type {type(leaf).__name__}: {leaf!r:.80}; "
+                f"{remedy}"
             )
     return leaves, spec
 
@@ -90,7 +96,11 @@ def batch_size(batch: Tree) -> int:
     """
     leaves, _ = flatten(batch, name="data")
     if not leaves:
-        raise ValueError("data holds a batch without any tensor")
+        raise ValueError(
+            "data holds a batch without any tensor: pass tensors whose first dimension are the examples"
+        )
+    for leaf in leaves:
+        check_dense("data", leaf)
     sizes = [leaf.shape[0] if leaf.ndim else None for leaf in leaves]
     if None in sizes or len(set(sizes)) > 1:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
@@ -130,6 +140,9 @@ class Layout:
             ValueError: ``tree`` has another structure or other shapes, or is real where parameters are complex.
         """
         leaves, spec = flatten(tree, name=name)
+        for leaf in leaves:
+            if leaf.is_nested or leaf.layout != torch.strided:
+                check_dense(name, leaf)
         if spec != self.spec.tree:
             named = dict(zip(leaf_names(tree), leaves, strict=True))
             if sorted(named) != sorted(self.names):
@@ -193,6 +206,8 @@ def check_params(params: Tree, *, finite: bool = True) -> tuple[Layout, list[Ten
         TypeError: a leaf is not a tensor of floating dtype, real or complex.
         ValueError: no leaves at all, several dtypes or devices, or (unless ``finite=False``) NaN or infinity.
     """
+    for name, leaf in zip(leaf_names(params), flatten(params, name="params")[0], strict=True):
+        check_dense(f"params[{name!r}]" if name else "params", leaf)
     layout = Layout.of(params)
     leaves = [usable(leaf.detach()) for leaf in layout.leaves(params, name="params")]
     labels = [f"params[{name!r}]" if name else "params" for name in layout.names]

@@ -14,22 +14,30 @@ T = TypeVar("T")
 def check_repeatable(loss: Callable[[], T], device: torch.device) -> T:
     """Return ``loss()``; raise ValueError if it draws random numbers that differ between calls.
 
-    The global generators are restored. Random numbers of NumPy and Python are not detected.
+    The global generators are restored if the loss draws from them. Random numbers of NumPy and Python are not detected.
     """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with _Draws() as draws:
+    devices = [device] if device.type == "cuda" else []
+    before = torch.get_rng_state(), [torch.cuda.get_rng_state(each) for each in devices]
+    draws, again = _Draws(), _Draws()
+    try:
+        with draws:
             value = loss()
         if draws.names:
-            with _Draws() as again:
+            with again:
                 loss()
-            if draws.states != again.states:
-                raise ValueError(
-                    f"loss_fn draws other random numbers in each call ({', '.join(sorted(draws.names))}), so it "
-                    "is no function of params; switch that off (training=False, or a rate of 0), let "
-                    "hvpkit.from_module(..., dropout=seed) fix the model's dropout and noise, if the first "
-                    "dimension of what is drawn is the examples, or draw from a torch.Generator that is seeded in "
-                    "each call"
-                )
+        if draws.states != again.states:
+            raise ValueError(
+                f"loss_fn draws other random numbers in each call ({', '.join(sorted(draws.names))}), so it "
+                "is no function of params; switch that off (training=False, or a rate of 0), let "
+                "hvpkit.from_module(..., dropout=seed) fix the model's dropout and noise, if the first "
+                "dimension of what is drawn is the examples, or draw from a torch.Generator that is seeded in "
+                "each call"
+            )
+    finally:
+        if draws.names:  # else what other threads have drawn since would be drawn again
+            torch.set_rng_state(before[0])
+            for each, state in zip(devices, before[1], strict=True):
+                torch.cuda.set_rng_state(state, each)
     return value
 
 

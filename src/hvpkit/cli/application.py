@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import signal
-import sys
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -17,7 +15,7 @@ import typer
 
 import hvpkit
 from hvpkit.cli.interruption import signal_of, terminating_signals_raised
-from hvpkit.cli.output import DivertedStdout, print_message
+from hvpkit.cli.output import diverted_stdout, print_message
 from hvpkit.errors import NonFiniteError
 
 EXIT_CODES = (
@@ -102,7 +100,7 @@ def _with_exit_code(function: Callable[..., bool]) -> Callable[..., None]:
     def ending(**values: Any) -> None:
         try:
             # standard output is for results only: whatever a target prints goes to standard error
-            with terminating_signals_raised(), redirect_stdout(DivertedStdout(sys.stdout)):
+            with terminating_signals_raised(), diverted_stdout():
                 done = function(**values)
         except BrokenPipeError:
             raise  # nobody reads the output any more: click ends the program quietly
@@ -119,7 +117,7 @@ def _with_exit_code(function: Callable[..., bool]) -> Callable[..., None]:
             raise typer.Exit(1) from None
         except Exception as error:
             place = user_code_location(error)
-            if not place and not isinstance(error, INPUT_ERRORS):
+            if not (place or isinstance(error, INPUT_ERRORS) or _notes(error)):
                 raise
             print_message(f"{_one_line(error)}{place}")
             raise typer.Exit(2) from None
@@ -139,7 +137,13 @@ def _one_line(error: BaseException) -> str:
     """Return an error's message on one line, with the error's type where the message alone may say too little."""
     text = " ".join(str(error).split())
     plain = type(error) in (ValueError, TypeError, ImportError, FileNotFoundError) and text
-    return text if plain else f"{type(error).__name__}: {text}"
+    return "; ".join([text if plain else f"{type(error).__name__}: {text}", *_notes(error)])
+
+
+def _notes(error: BaseException) -> list[str]:
+    """Return what the library has added to an error: the batch that it came from, and the remedy."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    return [" ".join(note.removeprefix("hvpkit: ").split()) for note in notes if note.startswith("hvpkit: ")]
 
 
 def user_code_location(error: BaseException) -> str:

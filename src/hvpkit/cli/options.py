@@ -53,6 +53,8 @@ Seed = Annotated[
 def check_device(device: str | None) -> str | None:
     """Return ``device``; raise ValueError if torch cannot use it here."""
     if device is not None:
+        if device.partition(":")[0] == "meta":
+            raise ValueError("device: meta holds no values; take cpu or cuda")
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json as json_format
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
 from importlib.util import find_spec
@@ -31,20 +32,32 @@ def print_message(text: str) -> None:
     Console(stderr=True, soft_wrap=True).print(f"hvpkit: {text}", markup=False, highlight=False)
 
 
-class DivertedStdout:
-    """A stand-in for standard output that writes to standard error; :func:`results_stream` gives the real one."""
-
-    def __init__(self, results: TextIO) -> None:
-        self.results = results
+class _ToStderr:
+    """A stand-in for standard output that writes to standard error."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
 
 
+_RESULTS: list[TextIO] = []
+"""The real standard output, while what is printed goes to standard error."""
+
+
+@contextmanager
+def diverted_stdout() -> Iterator[None]:
+    """Send what is printed to standard error; :func:`results_stream` gives the real standard output."""
+    _RESULTS.append(sys.stdout)
+    diverted: Any = _ToStderr()
+    try:
+        with redirect_stdout(diverted):
+            yield
+    finally:
+        _RESULTS.pop()
+
+
 def results_stream() -> TextIO:
     """Return the standard output that results go to."""
-    stream: TextIO = getattr(sys.stdout, "results", sys.stdout)
-    return stream
+    return _RESULTS[-1] if _RESULTS else sys.stdout
 
 
 def to_plain(value: Any) -> Any:

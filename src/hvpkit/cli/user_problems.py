@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +51,12 @@ def load_target(text: str, *, device: str | None = None, dtype: torch.dtype | No
     if not callable(function):
         functions = [key for key, item in vars(module).items() if callable(item) and not key.startswith("_")]
         raise ValueError(f"TARGET: {place} has no function {name}; it has {', '.join(functions) or 'none'}")
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        raise ValueError(
+            f"TARGET: {text} must take no arguments and return (loss_fn, params, data)"
+        ) from None
     found = function()
     if not isinstance(found, tuple) or len(found) != 3 or not callable(found[0]):
         shape = f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
@@ -60,7 +67,7 @@ def load_target(text: str, *, device: str | None = None, dtype: torch.dtype | No
             f"TARGET: {text} returns the class {loss_fn.__name__} as its loss; return a function of (params, batch), "
             "as hvpkit.from_module(model, criterion) makes one"
         )
-    leaves, spec = flatten(params)
+    leaves, spec = flatten(params, name="params")
     params = unflatten([_converted(leaf, device, dtype) for leaf in leaves], spec)
     if isinstance(data, Tensor | tuple | Mapping):
         leaves, spec = flatten(data, name="data")

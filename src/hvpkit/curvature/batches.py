@@ -32,6 +32,9 @@ T = TypeVar("T")
 
 MODES = ("forward-over-reverse", "reverse-over-reverse", "finite-difference")
 
+LOSS_FAILED = "hvpkit: loss_fn failed on batch"
+"""The beginning of the note on an error of the loss itself."""
+
 INDEPENDENT = (
     "loss_fn does not depend on params: no derivative flows back (does it close over the model's own parameters, "
     "detach, or run under no_grad?); compute the loss from its params argument, for a module with "
@@ -122,7 +125,7 @@ class WeightedBatch:
         except Exception as error:
             last = self.start + self.size - 1
             error.add_note(
-                f"hvpkit: loss_fn failed on batch {self.number} of data (counted from 0), examples {self.start} to "
+                f"{LOSS_FAILED} {self.number} of data (counted from 0), examples {self.start} to "
                 f"{last}: {describe(self.batch, leaves[0].dtype, self.start)}"
             )
             raise
@@ -217,12 +220,20 @@ def all_finite(leaves: Sequence[Tensor]) -> bool:
 
 def blame_batch(quantity: str, batches: Iterator[T], function: Callable[[T], Leaves]) -> str:
     """Return a message that names the first batch for which ``function`` is not finite, by another pass."""
+    total: Leaves = []
     for index, batch in enumerate(batches):
-        if not all_finite(function(batch)):
+        leaves = function(batch)
+        total = leaves if index == 0 else [a + b for a, b in zip(total, leaves, strict=True)]
+        if not all_finite(leaves):
             return (
                 f"the {quantity} is not finite (NaN or infinity), first from batch {index} of the data (counted "
                 "from 0); look there for such inputs, a logarithm or square root at 0, or an overflow"
             )
+    if total and all_finite(total):
+        return (
+            f"the {quantity} was not finite (NaN or infinity), and is in another pass over the same batches: the data "
+            "or the loss give other numbers in each pass; fix them, as by list(...) of the batches, one draw in memory"
+        )
     return f"the {quantity} is not finite (NaN or infinity), though no batch alone is, as an overflow of their sum"
 
 
@@ -295,6 +306,9 @@ def _naming_modes(matrix: str, mode: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
+        failed = any(note.startswith(LOSS_FAILED) for note in getattr(error, "__notes__", ()))
+        if failed and mode != "forward-over-reverse":
+            raise  # in a plain forward pass, as of all modes
         others = " or ".join(repr(other) for other in MODES if other != mode)
         error.add_note(f"hvpkit: in a {matrix} product with mode={mode!r}; mode={others} may do without")
         raise

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Batch
+from hvpkit.autodiff.exact import without_fused_encoder
 from hvpkit.autodiff.pytree import Layout, batch_size
 from hvpkit.curvature.batches import (
     BatchCurvature,
@@ -94,7 +95,7 @@ def _compiled_matvec(kind: Kind, function: Any, layout: Layout) -> CompiledMatve
         # torch counts recompilations by code object, and gives up after eight: each function has its own.
         code = matvec.__code__.replace()
         own = types.FunctionType(code, matvec.__globals__, "matvec", None, matvec.__closure__)
-        found = _COMPILED[key] = torch.compile(own, fullgraph=True, dynamic=False)
+        found = _COMPILED[key] = without_fused_encoder()(torch.compile(own, fullgraph=True, dynamic=False))
     return found
 
 

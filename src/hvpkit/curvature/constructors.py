@@ -10,7 +10,7 @@ import torch
 
 from hvpkit._utils.random import normal_vector, resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
-from hvpkit._utils.validation import check_choice, check_count
+from hvpkit._utils.validation import check_choice, check_count, check_flag
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import check_params, snapshot, unflatten
 from hvpkit.curvature.batch_means import check_batch_mean
@@ -298,6 +298,8 @@ def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> 
     """Validate the arguments; return the problem, and the first few examples for trials."""
     batch_size = options.batch_size
     check_choice("mode", options.mode, ("auto", *MODES))
+    check_flag("compile", options.compile)
+    check_flag("progress", options.progress)
     check_loss_fn(loss_fn, params)
     function, params = restrict(loss_fn, params, options.wrt)
     layout, leaves = check_params(params)

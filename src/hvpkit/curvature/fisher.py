@@ -18,7 +18,7 @@ from hvpkit.autodiff.pytree import Layout, batch_size, unflatten
 from hvpkit.curvature.batches import Leaves, Problem, WeightedBatch
 from hvpkit.curvature.functional import batch_matvec, checked
 from hvpkit.curvature.ggn import BatchGGN, ggn_of_batch, loss_matvec
-from hvpkit.objective import Objective, normalized_in_batch
+from hvpkit.objective import Objective, check_loss_fn, normalized_in_batch
 
 
 def fisher_vp(
@@ -51,6 +51,7 @@ def fisher_vp(
         >>> fisher_vp(loss_fn, torch.zeros(2), torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.ones(2))
         tensor([2., 3.])
     """
+    check_loss_fn(loss_fn, params)
     loss_fn = normalized_in_batch(loss_fn, batch)
     return batch_matvec(empirical_fisher_of_batch, checked(loss_fn), params, batch, v, mode)
 

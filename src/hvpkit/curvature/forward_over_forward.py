@@ -16,7 +16,7 @@ from hvpkit.autodiff.overrides import FunctionOverrides, Table
 from hvpkit.autodiff.pytree import batch_size, check_params, unflatten
 from hvpkit.curvature.batches import INDEPENDENT, Leaves, check_losses
 from hvpkit.data import prepare
-from hvpkit.objective import normalized_in_batch
+from hvpkit.objective import check_loss_fn, normalized_in_batch
 
 
 def quadratic_form(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree) -> Tensor:
@@ -47,6 +47,7 @@ def quadratic_form(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree) -> Tens
         >>> quadratic_form(lambda p, x: (x * p) ** 3, torch.tensor(1.0), torch.tensor([1.0, 2.0]), torch.tensor(1.0))
         tensor([ 6., 48.])
     """
+    check_loss_fn(loss_fn, params)
     layout, leaves = check_params(params, finite=False)
     direction = [check_like(leaf, leaves[0]) for leaf in layout.leaves(v)]
     examples, size = prepare(batch), batch_size(batch)

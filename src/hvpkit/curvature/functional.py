@@ -72,6 +72,7 @@ def hvp(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree, *, mode: str = "fo
         >>> hvp(loss_fn, params, batch, {"w": torch.tensor([1.0, 0.0])})
         {'w': tensor([2., 4.])}
     """
+    check_loss_fn(loss_fn, params)
     loss_fn = normalized_in_batch(loss_fn, batch)
     return batch_matvec(hessian_of_batch, checked(loss_fn), params, batch, v, mode)
 

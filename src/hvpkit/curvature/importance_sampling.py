@@ -114,7 +114,7 @@ def scores(problem: Problem, importance: Importance) -> Tensor:
     params = problem.params
     if callable(importance):
         score: Score = lambda loss_fn, params, batch, size: importance(params, batch)  # noqa: E731, ARG005
-    elif importance in SCORES:
+    elif isinstance(importance, str) and importance in SCORES:
         score = SCORES[importance]
     else:
         raise ValueError(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit.autodiff.pytree import Layout, flatten, snapshot, unflatten
@@ -26,6 +26,7 @@ def restrict(loss_fn: LossFn, params: Tree, wrt: Selection) -> tuple[LossFn, Tre
     """
     if wrt is None:
         return loss_fn, params
+    check_selection(wrt)
     leaves, spec = flatten(params)
     names = Layout.of(params).names
     _check_distinct(names)
@@ -45,6 +46,17 @@ def restrict(loss_fn: LossFn, params: Tree, wrt: Selection) -> tuple[LossFn, Tre
     return restricted(loss_fn), selected
 
 
+def check_selection(wrt: object) -> None:
+    """Raise TypeError unless ``wrt`` is a name, names, or a predicate of a name."""
+    form = "a name or glob, a list of these, or a function of a name"
+    module = isinstance(wrt, nn.Module | type)
+    if module or not (callable(wrt) or isinstance(wrt, str | Collection)) or isinstance(wrt, bytes):
+        raise TypeError(f"wrt must be {form}, as wrt='head.*'; got {type(wrt).__name__}")
+    others = [] if callable(wrt) or isinstance(wrt, str) else [one for one in wrt if not isinstance(one, str)]
+    if others:
+        raise TypeError(f"wrt must be {form}: its names must be strings, got {type(others[0]).__name__}")
+
+
 def _select(names: Sequence[str], wrt: Selection) -> set[str]:
     """Return the names that ``wrt`` selects; raise ValueError if a part of it selects none.
 
@@ -61,7 +73,9 @@ def _select(names: Sequence[str], wrt: Selection) -> set[str]:
     if chosen and not unmatched:
         return chosen
     which = "" if not chosen else f": {', '.join(map(repr, unmatched))}"
-    raise ValueError(f"wrt={wrt!r}{which} matches no parameter; their names: {', '.join(names)}")
+    raise ValueError(
+        f"wrt={wrt!r}{which} matches no parameter; their names: {', '.join(names) or '(one tensor, without)'}"
+    )
 
 
 def _matches(pattern: str, names: Sequence[str]) -> set[str]:

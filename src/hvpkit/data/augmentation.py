@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
-from dataclasses import dataclass, fields, is_dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Number
 from typing import Any
 
@@ -16,7 +16,14 @@ from torch.utils.data import DataLoader
 
 from hvpkit._utils.typing import Batch
 from hvpkit.autodiff.pytree import plain
-from hvpkit.data.random_state import GlobalState, SeededExamples, isolated
+from hvpkit.data.random_state import (
+    GlobalState,
+    SeededExamples,
+    can_fork,
+    check_transfer,
+    is_alone,
+    read_apart,
+)
 from hvpkit.errors import UnstableDataError
 
 PROBED_EXAMPLES = 2
@@ -44,29 +51,40 @@ REMEDIES = {
 def check_examples(dataset: SeededExamples, batch_size: int, options: Mapping[str, Any]) -> None:
     """Raise UnstableDataError if examples, or batches of them, are not fixed by the indices of the examples.
 
-    Sets ``dataset.draws``. Examples are read where the loader reads them: in a worker, if it has some, as files that
-    are opened here would be shared with workers.
+    Sets ``dataset.draws``, and ``dataset.movable`` while other threads are alive: then it is a worker that tells, in
+    whose process nothing else draws. Examples are read where the loader reads them: in a worker, if it has some, as
+    files that are opened here would be shared with workers.
     """
     indices = [*range(min(len(dataset), batch_size, PROBED_EXAMPLES))]
     if not indices:
         return
+    workers = min(options.get("num_workers", 0), 1)
+    changes = {"batch_sampler": [indices * 2], "num_workers": workers, "pin_memory": False}
     probe = _Probe(dataset, options["collate_fn"])
-    changes = {"num_workers": min(options.get("num_workers", 0), 1), "pin_memory": False, "collate_fn": probe}
+    reading = {**options, **changes, "collate_fn": probe}
     examples: Any = dataset
-    loader: DataLoader[Any] = DataLoader(
-        examples, batch_sampler=[indices * 2], generator=torch.Generator(), **{**options, **changes}
-    )
-    ((fault, dataset.draws),) = loader
+    found = None
+    if not (workers or is_alone()) and can_fork():
+        with suppress(Exception):  # as of tensors on a GPU; a fault of the examples comes up again below
+            (found,) = read_apart(examples, **reading | {"collate_fn": replace(probe, transfer=True)})
+        dataset.movable = found is not None
+    if found is None:
+        (found,) = DataLoader(examples, generator=torch.Generator(), **reading)
+    fault, dataset.draws = found
     if fault:
         raise UnstableDataError(f"data: {REMEDIES[fault]}")
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """A collate function that compares examples, each read twice, instead of making a batch of them."""
+    """A collate function that compares examples, each read twice, instead of making a batch of them.
+
+    ``transfer``: raise an error if a batch of them cannot be sent from a process to another.
+    """
 
     dataset: SeededExamples
     collate: Callable[[list[Any]], Any] | None
+    transfer: bool = False
 
     def __call__(self, examples: list[Any]) -> tuple[str, bool]:
         """Return the part at fault, or ``""``; and whether the dataset draws."""
@@ -77,6 +95,8 @@ class _Probe:
             fault = "dataset"
         elif self.collate is not None and _is_random(self.collate, first, again):
             fault = "collate_fn"
+        if self.transfer and not fault:
+            check_transfer(first if self.collate is None else self.collate(first))
         return fault, self.dataset.draws
 
 
@@ -100,22 +120,20 @@ def _draws(collate: Callable[[list[Any]], Any], examples: list[Any]) -> bool:
     return before.changed()
 
 
-def check_stream(batches: Iterable[Batch], first: Batch, contents: Tensor, *, reseed: bool) -> None:
+def check_stream(again: Iterable[Batch], first: Batch, contents: Tensor) -> None:
     """Raise UnstableDataError if a second read of a stream gives other examples; another order passes.
 
     Args:
-        batches: the stream.
+        again: the stream under :data:`OTHER_SEED`, so that all that draws is found; or under the seed 0: then what
+            draws from the global generators, as samplers do, passes.
         first: its first batch under the seed 0. A second read that begins with it too ends there.
         contents: the sum of :func:`summarize` over its batches under the seed 0.
-        reseed: read it under another seed, so that all that draws is found; else what draws from the global
-            generators, as samplers do, passes.
     """
     total = torch.zeros_like(contents)
-    with closing(isolated(batches, OTHER_SEED if reseed else 0)) as again:
-        for number, (batch, _) in enumerate(again):
-            if number == 0 and same(first, batch):
-                return
-            total += summarize(batch)
+    for number, batch in enumerate(again):
+        if number == 0 and same(first, batch):
+            return
+        total += summarize(batch)
     if not torch.allclose(total, contents, rtol=1e-9, atol=0.0, equal_nan=True):
         raise UnstableDataError(f"data: {REMEDIES['stream']}")
 

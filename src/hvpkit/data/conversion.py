@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from hvpkit._utils.typing import Batch
-from hvpkit._utils.validation import check_count
+from hvpkit._utils.validation import check_count, check_device
 from hvpkit.data.examples import Data
 from hvpkit.data.sources import (
     DatasetBatches,
@@ -27,7 +27,7 @@ from hvpkit.data.sources import (
     covers_dataset,
     name_batch,
     own_iteration,
-    with_seeded_examples,
+    with_own_random_numbers,
 )
 
 DEFAULT_BATCH_SIZE = 256
@@ -56,7 +56,8 @@ def as_data(
 
     **Augmentation is one fixed draw.** Where a map-style dataset draws random numbers, the global generators
     (``random``, ``numpy.random``, ``torch``) are seeded by the index of each example while it is read, so that it is
-    the same in every pass, batch, worker and sample; for the data as they are, turn augmentation off. What seeds
+    the same in every pass, batch, worker and sample; for the data as they are, turn augmentation off. While other
+    threads are alive, which would see those seeds, such examples are read by a worker process. What seeds
     cannot fix is refused: generators of the dataset's own, a ``collate_fn`` that draws (mixup), streams
     (``IterableDataset``, own re-iterables) that give other examples under other seeds. ``list(loader)`` is one
     fixed draw of anything. Loaders of an own class are read under a fixed seed, and what they draw depends on
@@ -95,7 +96,7 @@ def as_data(
         check_count("batch_size", batch_size, 1)
     if num_examples is not None:
         _check_num_examples(num_examples, batch_size, data)
-    target = None if device is None else torch.device(device)
+    target = None if device is None else check_device("device", device)
     if isinstance(data, Data):
         resized = data.source if batch_size is None else data.source.resized(batch_size)
         return replace(data, source=resized, device=target or data.device)
@@ -136,11 +137,13 @@ def _source(data: Any, batch_size: int | None, num_examples: Callable[[Batch], i
         raise TypeError(
             "data is an IterableDataset, which gives examples and not batches; wrap it in a DataLoader"
         )
+    if isinstance(data, type):
+        raise TypeError(f"data is the class {data.__name__}; pass an instance, {data.__name__}(...)")
     if isinstance(data, np.ndarray):
         raise TypeError("data is a NumPy array; pass tensors (torch.from_numpy)")
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, list | str):
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, list | str | bytes):
         return _in_batches(DatasetBatches.of(data, batch_size or DEFAULT_BATCH_SIZE), num_examples)
-    if isinstance(data, Iterable) and not isinstance(data, str):
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes):
         return _stream(data, batch_size, num_examples)
     raise TypeError(
         "data must be tensors, a Dataset, a DataLoader or a re-iterable of batches, "
@@ -159,8 +162,8 @@ def _stream(batches: Any, batch_size: int | None, num_examples: Callable[[Batch]
     """Return the batches of a list, of a loader with an order or class of its own, or of another re-iterable."""
     map_style = isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset)
     given = batches
-    if map_style and not own_iteration(batches):
-        batches = with_seeded_examples(batches)
+    if isinstance(batches, DataLoader) and not own_iteration(batches):
+        batches = with_own_random_numbers(batches)
     size_of = _size_in_stream(batches) if num_examples is None else partial(count_by, num_examples)
     stream, sizes = count_stream(batches, size_of, reseed=not map_style, given=given)
     if num_examples is None:

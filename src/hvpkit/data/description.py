@@ -29,6 +29,10 @@ def describe(batch: Batch, dtype: torch.dtype, start: int = 0) -> str:
     """
     leaves = _pytree.tree_leaves(plain(batch))
     told = "; ".join(_describe_leaves(leaf_names(batch), leaves, start))
+    if any(
+        isinstance(leaf, Tensor) and leaf.dtype in (torch.int8, torch.int16, torch.int32) for leaf in leaves
+    ):
+        told += ". Classes must be int64: convert them, as by y.long()"
     others = [leaf.dtype for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not others or dtype in others:
         return told

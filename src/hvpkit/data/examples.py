@@ -154,6 +154,8 @@ class Data:
             >>> [batch[1].tolist() for batch in data.subset(torch.tensor([4, 1]))]
             [[1, 4]]
         """
+        if isinstance(indices, str):
+            raise TypeError(f"indices must be a vector of whole numbers, got {indices!r}")
         indices = torch.as_tensor(indices, device="cpu")
         if indices.dtype == torch.bool or indices.is_floating_point():
             raise TypeError(
@@ -173,6 +175,8 @@ class Data:
                     f"weights must have one entry for each index: got shape {tuple(weights.shape)} "
                     f"for {len(indices)} indices"
                 )
+            if not bool(torch.isfinite(weights).all()):
+                raise ValueError("weights contains NaN or infinity")
             weights = weights[order.to(weights.device)]
         source = self.source.select(indices[order])
         num_examples = sum(source.sizes) if isinstance(source, WholeBatches) else len(indices)

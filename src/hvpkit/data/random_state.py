@@ -1,26 +1,33 @@
 """Random numbers that are drawn while data is read: fixed by a seed, and without a trace outside.
 
-The CPU's global generators of torch, NumPy and ``random`` are meant. They belong to the process: other threads
-see them seeded for as long as a read takes, so that nothing is seeded around reads that draw nothing.
+The CPU's global generators of torch, NumPy and ``random`` are meant. They belong to the process: another thread would
+draw the same numbers again and again while they are seeded. So nothing is seeded around reads that draw nothing, and
+while other threads are alive, examples that draw are read in a process of their own, a worker of torch's loader.
 """
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import operator
 import random
+import threading
+import warnings
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from enum import IntEnum
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset, get_worker_info
 
 from hvpkit._utils.typing import Batch
+from hvpkit.errors import SharedGeneratorWarning
 
 NUMPY_OFFSET = 0x9E3779B9
 """Added to seeds of NumPy, whose generator is torch's: the two would draw the same bits. 2^32 / golden ratio."""
@@ -72,6 +79,40 @@ def fixed_randomness(seed: int) -> Iterator[None]:
         outside.restore()
 
 
+def is_alone() -> bool:
+    """Return True if no other thread could draw from the global generators: there is none, or none of the user's."""
+    return get_worker_info() is not None or threading.active_count() == 1
+
+
+def can_fork() -> bool:
+    """Return True if a worker process can be forked: unlike others it needs no dataset that pickles."""
+    return "fork" in multiprocessing.get_all_start_methods() and not multiprocessing.current_process().daemon
+
+
+def read_apart(dataset: Any, **options: Any) -> DataLoader[Any]:
+    """Return a loader that reads in one forked process, whose global generators are its own."""
+    generator = torch.Generator().manual_seed(0)  # of the worker; else a loader draws from the global one
+    return DataLoader(
+        dataset, generator=generator, **options | {"num_workers": 1, "multiprocessing_context": "fork"}
+    )
+
+
+def check_transfer(batch: object) -> None:
+    """Raise what pickle raises if a worker could not send ``batch``: it would be waited for without end."""
+    ForkingPickler.dumps(batch)
+
+
+def warn_shared() -> None:
+    """Warn that the global generators are seeded while other threads may draw from them."""
+    warnings.warn(
+        "data draws random numbers from the global generators, which are seeded around each read, in a process with "
+        "other threads, which may draw the same numbers again: pass a DataLoader with num_workers=1, which reads in "
+        "a process of its own, derive the numbers from the index, or turn augmentation off",
+        SharedGeneratorWarning,
+        stacklevel=2,
+    )
+
+
 class SeededExamples:
     """A map-style dataset in which each example draws its random numbers under a seed of its own: its index.
 
@@ -81,14 +122,17 @@ class SeededExamples:
     Attributes:
         dataset: of the caller's; under a ``Subset`` that it is of.
         indices: the examples to read, or None: all.
-        draws: whether a read has been seen to draw; from then on, seeds are set before each.
+        draws: whether a read has been seen to draw, or perhaps another thread; from then on, seeds are set before each.
+        movable: whether examples can come from another process.
     """
 
-    def __init__(self, dataset: Any, indices: Sequence[int] | None = None, draws: bool = False) -> None:
+    def __init__(
+        self, dataset: Any, indices: Sequence[int] | None = None, draws: bool = False, movable: bool = True
+    ) -> None:
         while type(dataset) is Subset:  # a part of a dataset has the examples of the whole
             indices = dataset.indices if indices is None else [dataset.indices[index] for index in indices]
             dataset = dataset.dataset
-        self.dataset, self.indices, self.draws = dataset, indices, draws
+        self.dataset, self.indices, self.draws, self.movable = dataset, indices, draws, movable
 
     def __len__(self) -> int:
         return len(self.dataset if self.indices is None else self.indices)
@@ -110,16 +154,26 @@ class SeededExamples:
             if not outside.changed():
                 return examples
             self.draws = True
+        if self.needs_process:
+            whole = SeededExamples(self.dataset, None, draws=True)
+            return list(*read_apart(whole, batch_sampler=[indices], collate_fn=_as_they_are))
+        if not is_alone():
+            warn_shared()
         try:
             return [self._read_seeded(index) for index in indices]
         finally:
             outside.restore()
 
+    @property
+    def needs_process(self) -> bool:
+        """Return True if examples are to be read in another process: they draw, and another thread may too."""
+        return self.draws and self.movable and not is_alone() and can_fork()
+
     def select(self, indices: Sequence[int]) -> SeededExamples:
         """Return the examples at ``indices`` of these."""
         if self.indices is not None:
             indices = [self.indices[index] for index in indices]
-        return SeededExamples(self.dataset, indices, self.draws)
+        return SeededExamples(self.dataset, indices, self.draws, self.movable)
 
     def same_as(self, other: SeededExamples) -> bool:
         """Return True if both read the same examples of the same dataset."""
@@ -151,36 +205,71 @@ def _seed_of(index: Any) -> int:
         return zlib.crc32(repr(index).encode())
 
 
-def isolated(batches: Iterable[Batch], seed: int = 0) -> Generator[tuple[Batch, bool]]:
-    """Yield the batches, read under fixed seeds, and whether each drew; restore the random state after each.
+def _as_they_are(examples: list[Any]) -> list[Any]:
+    return examples
+
+
+class Draws(IntEnum):
+    """Where the random numbers of a read came from."""
+
+    NONE = 0
+    OWN = 1
+    """Generators that a loader or its samplers were given."""
+    GLOBAL = 2
+    """The global generators too."""
+
+
+def isolated(
+    batches: Iterable[Batch], seed: int = 0, *, quiet: bool = False
+) -> Generator[tuple[Batch, Draws]]:
+    """Yield the batches, read under fixed seeds, and what was drawn so far; restore the random state after each.
 
     Args:
         batches: a re-iterable. Generators that a loader or its samplers were given are seeded too.
         seed: of the pass.
+        quiet: leave the global generators alone.
     """
     generators = list(_generators(batches))
     states = [generator.get_state() for generator in generators]
     starts = [generator.manual_seed(seed).get_state() for generator in generators]
+    around = (lambda _: nullcontext()) if quiet else fixed_randomness
+    drew = Draws.NONE
     try:
-        with fixed_randomness(seed):
+        with around(seed):
             seeded = GlobalState.now()
             iterator = iter(batches)
-            drew = seeded.changed()
+            drew = Draws.GLOBAL if seeded.changed() else drew
         for step in itertools.count(seed):
-            with fixed_randomness(step):
+            with around(step):
                 seeded = GlobalState.now()
                 batch = next(iterator, _END)
-                drew = drew or seeded.changed()
+                drew = Draws.GLOBAL if seeded.changed() else drew
             if batch is _END:
                 return
-            drew = drew or any(
-                not torch.equal(generator.get_state(), start)
-                for generator, start in zip(generators, starts, strict=True)
-            )
+            if any(not g.get_state().equal(start) for g, start in zip(generators, starts, strict=True)):
+                drew = max(drew, Draws.OWN)
             yield batch, drew
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def isolated_apart(batches: Iterable[Batch], seed: int = 0) -> Iterator[tuple[Batch, Draws]]:
+    """Iterate over the same by a process of its own."""
+    return iter(read_apart(_Isolated(batches, seed), batch_size=None))
+
+
+class _Isolated(IterableDataset[Any]):
+    """Batches under fixed seeds, for a worker."""
+
+    def __init__(self, batches: Iterable[Batch], seed: int) -> None:
+        self.batches, self.seed = batches, seed
+
+    def __iter__(self) -> Iterator[tuple[Batch, Draws]]:
+        for number, item in enumerate(isolated(self.batches, self.seed)):
+            if number == 0:
+                check_transfer(item)
+            yield item
 
 
 _END = object()

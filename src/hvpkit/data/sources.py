@@ -5,19 +5,35 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from hvpkit._utils.typing import Batch
 from hvpkit._utils.validation import check_count
 from hvpkit.autodiff.pytree import batch_size as leading_dimension
 from hvpkit.autodiff.pytree import flatten, unflatten
-from hvpkit.data.augmentation import check_examples, check_stream, summarize
-from hvpkit.data.random_state import SeededExamples, isolated
+from hvpkit.data.augmentation import OTHER_SEED, check_examples, check_stream, summarize
+from hvpkit.data.random_state import (
+    Draws,
+    SeededExamples,
+    can_fork,
+    is_alone,
+    isolated,
+    isolated_apart,
+    warn_shared,
+)
 from hvpkit.errors import UnstableDataError
 
 R = TypeVar("R")
@@ -100,7 +116,7 @@ class DatasetBatches:
     def __iter__(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(0)  # of workers; else a loader draws from the global one
         examples: Any = self.examples
-        return iter(DataLoader(examples, self.batch_size, generator=generator, **self.options))
+        return iter(DataLoader(examples, self.batch_size, generator=generator, **self._options))
 
     def batches_at(self, positions: Iterable[int]) -> Iterator[Batch]:
         """Yield the batches at these positions only."""
@@ -108,7 +124,15 @@ class DatasetBatches:
         starts = (position * self.batch_size for position in positions)
         chosen = [[*range(start, min(start + self.batch_size, len(self)))] for start in starts]
         examples: Any = self.examples
-        return iter(DataLoader(examples, batch_sampler=chosen, generator=generator, **self.options))
+        return iter(DataLoader(examples, batch_sampler=chosen, generator=generator, **self._options))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        own_process = self.options.get("num_workers", 0) or not self.examples.needs_process
+        return {
+            **self.options,
+            **({} if own_process else {"num_workers": 1, "multiprocessing_context": "fork"}),
+        }
 
     def select(self, indices: Tensor) -> DatasetBatches:
         return replace(self, examples=self.examples.select(indices.tolist()))
@@ -133,23 +157,55 @@ def loader_options(like: DataLoader[Any] | None) -> dict[str, Any]:
     return {name: getattr(like, name) for name in (*names, "prefetch_factor")}
 
 
-def with_seeded_examples(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return a loader with samplers of its own over examples whose random numbers are fixed by their indices.
+def with_own_random_numbers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a loader that draws from no generator of the caller's, over examples that are fixed by their indices.
+
+    Its samplers are the loader's, those of torch with generators of their own.
 
     Raises:
         UnstableDataError: examples or batches are random, and seeds cannot fix them.
     """
+    generator = torch.Generator()
+    if isinstance(loader.dataset, IterableDataset):
+        own = copy(loader)
+        own.generator, own._iterator = generator, None
+        return own
     examples, options = SeededExamples(loader.dataset), loader_options(loader)
     if loader.batch_sampler is None:  # the dataset holds batches
         size, probed = 1, options | {"collate_fn": None}
-        order: dict[str, Any] = {"batch_size": None, "sampler": loader.sampler}
+        order: dict[str, Any] = {"batch_size": None, "sampler": _with_own_generator(loader.sampler)}
     else:
         size, probed = getattr(loader.batch_sampler, "batch_size", None) or 1, options
-        order = {"batch_sampler": loader.batch_sampler}
+        order = {"batch_sampler": _with_own_generator(loader.batch_sampler)}
     with suppress(LookupError, TypeError):  # examples 0 and 1 need not exist: keys are the sampler's own
         check_examples(examples, size, probed)
     seeded: Any = examples
-    return DataLoader(seeded, generator=loader.generator, **order, **options)
+    return DataLoader(seeded, generator=generator, **order, **options)
+
+
+def _with_own_generator(sampler: Any) -> Any:
+    if not _is_of_torch(sampler):
+        return sampler
+    own = copy(sampler)
+    if hasattr(own, "generator"):
+        own.generator = torch.Generator()
+    if hasattr(own, "sampler"):
+        own.sampler = _with_own_generator(own.sampler)
+    return own
+
+
+def _is_of_torch(sampler: object) -> bool:
+    return type(sampler).__module__ == RandomSampler.__module__
+
+
+def _draws_in_workers(batches: object) -> bool:
+    """Return True if nothing is drawn from this process's generators, by the parts that a loader has."""
+    if not isinstance(batches, DataLoader) or own_iteration(batches) or not batches.num_workers:
+        return False
+    sampler = batches.sampler if batches.batch_sampler is None else batches.batch_sampler
+    return isinstance(batches.dataset, IterableDataset) or (
+        _is_of_torch(sampler) and _is_of_torch(getattr(sampler, "sampler", sampler))
+    )
 
 
 @dataclass(frozen=True)
@@ -158,20 +214,39 @@ class Stream:
 
     Attributes:
         batches: the batches.
-        draws: whether a pass draws.
         given: the object that the caller passed, by which two streams are known to be the same.
+        draws: what a pass draws from.
+        movable: whether batches can come from another process.
     """
 
     batches: Iterable[Batch]
-    draws: bool
     given: object
+    draws: Draws = Draws.NONE
+    movable: bool = True
 
     @property
     def name(self) -> str:
         return type(self.given).__name__
 
     def __iter__(self) -> Iterator[Batch]:
-        return (batch for batch, _ in isolated(self.batches)) if self.draws else iter(self.batches)
+        examples = getattr(self.batches, "dataset", None)
+        if self.draws == Draws.NONE and not getattr(examples, "needs_process", False):
+            return iter(self.batches)
+        return (batch for batch, _ in self.read())
+
+    def read(self, seed: int = 0) -> Iterator[tuple[Batch, Draws]]:
+        """Iterate over the batches under a seed of the pass, and over what was drawn so far.
+
+        By another process while other threads are alive; where that cannot be, with a warning, if the global
+        generators are drawn from.
+        """
+        if is_alone() or self.draws == Draws.OWN:
+            return isolated(self.batches, seed, quiet=self.draws == Draws.OWN)
+        if self.movable:
+            return isolated_apart(self.batches, seed)
+        if self.draws == Draws.GLOBAL:
+            warn_shared()
+        return isolated(self.batches, seed, quiet=self.draws < Draws.GLOBAL)
 
 
 def count_stream(
@@ -194,17 +269,32 @@ def count_stream(
             f"data is a one-shot iterator ({type(batches).__name__}): a second pass would be empty; "
             "pass a list of batches, a DataLoader, or an object whose __iter__ starts afresh"
         )
+    if isinstance(batches, list):
+        return Stream(batches, given), [size_of(batch) for batch in name_batch(batches)]
+    draws = Draws.OWN if _draws_in_workers(batches) else Draws.NONE
+    stream = Stream(batches, given, draws, movable=can_fork() and not getattr(batches, "num_workers", 0))
+    if stream.movable and not is_alone():
+        with suppress(Exception):  # as of tensors on a GPU; a fault of the data comes up again below
+            return _count(stream, size_of, reseed=reseed)
+        stream = replace(stream, movable=False)
+    counted, sizes = _count(stream, size_of, reseed=reseed)
+    if counted.draws == Draws.GLOBAL and not (counted.movable or is_alone()):  # nothing was seeded
+        return _count(counted, size_of, reseed=reseed)
+    return counted, sizes
+
+
+def _count(stream: Stream, size_of: Callable[[Batch], int], *, reseed: bool) -> tuple[Stream, list[int]]:
     sizes: list[int] = []
-    first, draws, contents = None, False, torch.zeros(2, dtype=torch.float64)
-    moves = not isinstance(batches, list)
-    for batch, drew in name_batch(isolated(batches)):
+    first, draws, contents = None, stream.draws, torch.zeros(2, dtype=torch.float64)
+    for batch, drew in name_batch(stream.read()):
         first = batch if not sizes else first
         sizes.append(size_of(batch))
-        contents += summarize(batch) if moves else 0
-        draws = draws or drew
-    if sizes and moves:
-        check_stream(batches, first, contents, reseed=reseed)
-    return Stream(batches, draws, given), sizes
+        contents += summarize(batch)
+        draws = draws if draws == Draws.OWN else max(draws, drew)  # known beforehand: another thread drew
+    if sizes:
+        again = stream.read(OTHER_SEED if reseed else 0)
+        check_stream((batch for batch, _ in again), first, contents)
+    return replace(stream, draws=draws), sizes
 
 
 @dataclass(frozen=True)

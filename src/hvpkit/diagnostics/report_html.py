@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvpkit._utils.files import atomic_write
+from hvpkit._utils.validation import check_path, check_type
 from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.density import Density
@@ -97,11 +98,15 @@ def report(
         ...     "-0.5" in path.read_text(encoding="utf-8")
         True
     """
+    check_type("H", H, LinearOperator, "hvpkit.hessian")
+    check_type("ex", ex, ExtremeResult, "hvpkit.extreme_eigenvalues")
+    if density is not None:
+        check_type("density", density, Density, "hvpkit.spectral_density")
+    target = check_path("path", path)
     if ex.smallest.vector.shape != (H.n,):
         raise ValueError(f"ex is of an operator with n = {len(ex.smallest.vector)}, H has n = {H.n}")
     if density is not None and density.n != H.n:
         raise ValueError(f"density is of an operator with n = {density.n}, H has n = {H.n}")
-    target = Path(path)
     if not target.parent.is_dir():
         raise ValueError(f"path: there is no folder {target.parent}; make it first")
     parts = [_table("Both ends", *_ends(ex)), _table("How it went", None, _run(H, ex))]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import Seed
-from hvpkit._utils.validation import check_choice, check_count, check_positive
+from hvpkit._utils.validation import check_choice, check_count, check_positive, check_tolerance
 from hvpkit.estimators.probe import KINDS, UNIT, draw
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Status
@@ -101,7 +101,7 @@ def make_plan(
     check_choice("method", method, tuple(costs))
     check_choice("probe", probe, KINDS)
     budget = math.floor(check_positive("num_matvecs", num_matvecs) / op.cost * (1 + 1e-12))
-    tol = None if tol is None else check_positive("tol", tol)
+    tol = None if tol is None else check_tolerance("tol", tol)
     block_size, seed = check_count("block_size", block_size, 1), resolve_seed(seed)
     if op.n <= budget:
         return Plan("hutchinson", UNIT, seed, op.n, min(block_size, op.n), 1, None)

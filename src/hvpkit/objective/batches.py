@@ -23,7 +23,7 @@ def check_targets(targets: Targets) -> int | tuple[str, ...] | None:
         return None if targets is None else (targets,)
     if isinstance(targets, int):
         return check_count("targets", targets, 0)
-    if not all(isinstance(key, str) for key in targets):
+    if not isinstance(targets, Sequence) or not all(isinstance(key, str) for key in targets):
         raise TypeError(f"targets must be keys of a batch, or a number, got {targets!r}")
     return tuple(targets)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss, _WeightedLoss
 
 from hvpkit._utils.typing import Batch, Tree
-from hvpkit._utils.validation import check_choice, check_count
+from hvpkit._utils.validation import check_choice, check_count, check_dense, check_flag, check_function
 from hvpkit.autodiff.references import references
 from hvpkit.objective.batches import Targets, check_targets, split_batch
 from hvpkit.objective.criterion import Criterion, as_criterion
@@ -132,6 +132,7 @@ def from_module(
     check_choice("batchnorm", batchnorm, ("eval", "batch"))
     if dropout is not None:
         check_count("dropout", dropout, 0)
+    check_flag("include_frozen", include_frozen)
     _check_order(model, criterion)
     where = check_targets(targets)
     copied = copy_structure(unwrap(model), batchnorm, dropout is not None)
@@ -219,9 +220,11 @@ def _with_criterion(
 
 def _check_order(model: object, criterion: object) -> None:
     """Raise TypeError unless ``model`` is a module and no loss, and ``criterion`` is no class."""
-    if isinstance(criterion, type):
+    if criterion is not None:
+        check_function("criterion", criterion, "criterion(outputs, targets)")
+    if isinstance(model, type):
         raise TypeError(
-            f"criterion must be an instance, got the class {criterion.__name__}: pass {criterion.__name__}()"
+            f"model must be a torch.nn.Module, got the class {model.__name__}: pass an instance, {model.__name__}(...)"
         )
     losses = _Loss | _WeightedLoss
     trained = isinstance(criterion, nn.Module) and not isinstance(criterion, losses)
@@ -231,3 +234,6 @@ def _check_order(model: object, criterion: object) -> None:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            check_dense(f"model: {name}", tensor)

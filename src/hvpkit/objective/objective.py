@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvpkit._utils.typing import Batch, LossFn, Tree
+from hvpkit._utils.validation import check_choice, check_function
 from hvpkit.data import Data
 
 
@@ -49,10 +51,18 @@ class Objective:
     batchnorm: str = "eval"
 
     def __post_init__(self) -> None:
+        if isinstance(self.forward, nn.Module):
+            raise TypeError(
+                f"forward must be a function forward(params, batch), got the module {type(self.forward).__name__}; of "
+                "a module make objective, params = hvpkit.from_module(model, criterion)"
+            )
+        check_function("forward", self.forward, "forward(params, batch)", 2)
+        check_function("output_loss", self.output_loss, "output_loss(outputs, batch)", 2)
         if self.example_weight is not None and not callable(self.example_weight):
             raise TypeError(
                 f"example_weight must be a function of a batch, got {self.example_weight!r}; pass batchnorm by name"
             )
+        check_choice("batchnorm", self.batchnorm, ("eval", "batch"))
 
     def __call__(self, params: Tree, batch: Batch) -> Tensor:
         """Return the losses of the batch."""
@@ -60,7 +70,22 @@ class Objective:
 
 
 def check_loss_fn(loss_fn: object, params: object) -> None:
-    """Raise TypeError if ``loss_fn`` and ``params`` are in the other order, or a module and its criterion."""
+    """Raise TypeError unless ``loss_fn`` takes params and a batch; name the remedy for modules and criteria."""
+    if isinstance(loss_fn, nn.modules.loss._Loss) or (
+        isinstance(loss_fn, tuple) and Objective in map(type, loss_fn)
+    ):
+        raise TypeError(
+            f"loss_fn must be a function loss_fn(params, batch), got {type(loss_fn).__name__}; of a model and its "
+            "criterion make objective, params = hvpkit.from_module(model, criterion), and pass both"
+        )
+    if isinstance(loss_fn, nn.Module) and not callable(params):
+        with suppress(TypeError):
+            check_function("loss_fn", loss_fn, "loss_fn(params, batch)", 2)
+            return
+        raise TypeError(
+            f"loss_fn must be a function loss_fn(params, batch), got the module {type(loss_fn).__name__}; of a module "
+            "and its criterion make objective, params = hvpkit.from_module(model, criterion)"
+        )
     if not callable(loss_fn):
         order = "; the order of arguments is (loss_fn, params, data)" if callable(params) else ""
         raise TypeError(
@@ -71,6 +96,7 @@ def check_loss_fn(loss_fn: object, params: object) -> None:
             f"params must be a tree of tensors, got {type(params).__name__}; of a module and its criterion make "
             "objective, params = hvpkit.from_module(model, criterion)"
         )
+    check_function("loss_fn", loss_fn, "loss_fn(params, batch)", 2)
 
 
 def goes_by_batches(loss_fn: LossFn) -> bool:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Tree
-from hvpkit._utils.validation import check_like
+from hvpkit._utils.validation import check_count, check_finite, check_function, check_like, check_type
 from hvpkit.autodiff.pytree import Layout, as_real
 from hvpkit.errors import NonFiniteError
 from hvpkit.operators.space import LOCAL, Space
@@ -55,6 +56,14 @@ class LinearOperator:
     layout: Layout | None = None
     cost: float = 1.0
     space: Space = LOCAL
+
+    def __post_init__(self) -> None:
+        check_function("product", self.product, "product(vectors) of [n, k]", 1)
+        check_count("n", self.n, 1)
+        check_type("dtype", self.dtype, torch.dtype)
+        check_type("device", self.device, torch.device, "torch.device('cpu')")
+        if not self.dtype.is_floating_point:
+            raise TypeError(f"dtype must be real floating point, got {self.dtype}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -141,6 +150,14 @@ class LinearOperator:
     def _add(self, other: LinearOperator, sign: float) -> LinearOperator:
         from hvpkit.operators.algebra import check_compatible  # algebra builds on this module
 
+        if isinstance(other, Real):
+            raise TypeError(
+                f"an operator and the number {other} have no sum; for H + sigma I take H.shift({other})"
+            )
+        if isinstance(other, Tensor | np.ndarray):
+            raise TypeError(
+                "an operator and a matrix have no sum; take hvpkit.aslinearoperator(matrix) first"
+            )
         if not isinstance(other, LinearOperator):
             return NotImplemented
         check_compatible(self, other)
@@ -148,9 +165,14 @@ class LinearOperator:
         return self._combine([(1.0, self), (sign, other)], 0.0, name)
 
     def __mul__(self, factor: float) -> LinearOperator:
+        if isinstance(factor, Tensor | np.ndarray | LinearOperator):
+            raise TypeError(
+                f"an operator is multiplied by a number, got {type(factor).__name__}: take float(factor) for a "
+                "multiple, and H @ v for a matvec"
+            )
         if isinstance(factor, bool) or not isinstance(factor, Real):
             return NotImplemented
-        scale = float(factor)
+        scale = check_finite("the factor of an operator", factor)
         return self._combine([(scale, self)], 0.0, f"{scale:g} * {self.name}")
 
     __rmul__ = __mul__
@@ -165,6 +187,7 @@ class LinearOperator:
 
     def shift(self, sigma: float) -> LinearOperator:
         r"""Return :math:`H + \sigma I`: eigenvalues move by ``sigma``, eigenvectors stay."""
+        check_finite("sigma", sigma)
         name = f"({self.name} {'+' if sigma >= 0 else '-'} {abs(sigma):g} I)"
         return self._combine([(1.0, self)], sigma, name)
 

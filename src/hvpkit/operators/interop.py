@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvpkit._utils.validation import check_count
+from hvpkit._utils.validation import check_count, check_dense, check_device
 from hvpkit.operators.base import LinearOperator
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def aslinearoperator(A: Any, *, device: torch.device | str | None = None) -> Lin
     """
     if isinstance(A, LinearOperator):
         return A
+    if device is not None:
+        device = check_device("device", device)
     if isinstance(A, tuple):
         return _from_matvec(A, torch.device(device or "cpu"))
     if isinstance(A, np.ndarray):
@@ -71,6 +73,7 @@ def _from_dense(matrix: Tensor) -> LinearOperator:
         raise TypeError(
             f"A is a sparse tensor ({matrix.layout}); pass (matvec, n, dtype): (lambda v: A @ v, n, A.dtype)"
         )
+    check_dense("A", matrix)
     n, dtype = _check_square(matrix.shape), _check_real(matrix.dtype)
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("A contains NaN or infinity")

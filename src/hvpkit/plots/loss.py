@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
@@ -9,12 +11,12 @@ from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 
 from hvpkit._utils.typing import LossFn, Tree
-from hvpkit._utils.validation import check_count
+from hvpkit._utils.validation import check_count, check_positive, check_type
 from hvpkit.autodiff.pytree import Layout
 from hvpkit.curvature.functional import grad, loss
 from hvpkit.data import as_data
 from hvpkit.plots.landscape import loss_along, loss_on_plane
-from hvpkit.plots.spectrum import convergence
+from hvpkit.plots.spectrum import SOURCE, convergence
 from hvpkit.plots.style import COLORS, ENDS, INK, styled
 from hvpkit.results.eigen import Eigenpair, ExtremeResult
 
@@ -45,6 +47,9 @@ def loss_along_eigenvector(
     Cost:
         41 forward passes over the data and a gradient, and up to 24 passes to find the distance.
     """
+    check_type("pair", pair, Eigenpair, "ex.largest")
+    if distance is not None:
+        check_positive("distance", distance)
     ax = ax or plt.subplots()[1]
     here, derivative, distance = _line(loss_fn, params, data, pair, distance)
     t = torch.linspace(-distance, distance, 41, dtype=torch.float64)
@@ -68,6 +73,10 @@ def _line(
     parameters if that is less.
     """
     layout = Layout.of(params)
+    if pair.vector.shape != (layout.n,):
+        raise ValueError(
+            f"pair is of an operator with n = {len(pair.vector)}, and params has {layout.n} entries"
+        )
     examples = as_data(data)
     here = float(loss(loss_fn, params, examples))
     derivative = float(layout.flatten(grad(loss_fn, params, examples)) @ pair.vector)
@@ -118,7 +127,13 @@ def loss_landscape(
     Cost:
         ``num_points ** 2`` forward passes over the data, and up to 50 to find the distances.
     """
+    check_type("ex", ex, ExtremeResult, SOURCE)
     check_count("num_points", num_points, 3)
+    if distances is not None:
+        if not isinstance(distances, Sequence) or len(distances) != 2:
+            raise TypeError(f"distances must be two half widths, got {distances!r}")
+        for distance in distances:
+            check_positive("distances", distance)
     pairs = (ex.smallest, ex.largest)
     directions = torch.stack([pair.vector for pair in pairs], dim=1)
     if not abs(float(directions[:, 0] @ directions[:, 1])) < 0.5:
@@ -146,6 +161,7 @@ def extremes(
     ex: ExtremeResult, loss_fn: LossFn, params: Tree, data: object, *, title: str | None = None
 ) -> Figure:
     """Draw for each end, on one page, the loss along its eigenvector, and its Ritz value against passes."""
+    check_type("ex", ex, ExtremeResult, SOURCE)
     figure, axes = plt.subplots(2, 2, figsize=(10, 7))
     for column, name in enumerate(ENDS):
         pair: Eigenpair = getattr(ex, name)

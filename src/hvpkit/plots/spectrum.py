@@ -9,17 +9,22 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 
-from hvpkit._utils.validation import check_choice
+from hvpkit._utils.validation import check_choice, check_type
 from hvpkit.plots.style import BELOW, COLORS, ENDS, HEIGHT, WIDTH, in_words, styled
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, ExtremeResult
 from hvpkit.results.estimate import Estimate
+
+SOURCE = "hvpkit.extreme_eigenvalues"
 
 
 def density(
     d: Density, *, extremes: ExtremeResult | None = None, ax: Axes | None = None, log: bool = True
 ) -> Axes:
     """Draw a spectral density: see :meth:`hvpkit.Density.plot`."""
+    check_type("d", d, Density, "hvpkit.spectral_density")
+    if extremes is not None:
+        check_type("extremes", extremes, ExtremeResult, SOURCE)
     return d.plot(ax, log, extremes=extremes)
 
 
@@ -39,6 +44,7 @@ def convergence(ex: ExtremeResult, end: str = "both", *, ax: Axes | None = None)
     Raises:
         ValueError: another ``end``; a result without a history or without a finite value.
     """
+    check_type("ex", ex, ExtremeResult, SOURCE)
     ends = ENDS if check_choice("end", end, ("both", *ENDS)) == "both" else (end,)
     pairs: dict[str, Eigenpair] = {name: getattr(ex, name) for name in ends}
     if not ex.history or not all(math.isfinite(pair.value) for pair in pairs.values()):
@@ -92,6 +98,10 @@ def layers(
         ValueError: no results.
         TypeError: results of several types, or of another one.
     """
+    if not isinstance(results, Mapping):
+        raise TypeError(
+            f"results must be a dict of results by name of the layer, got {type(results).__name__}"
+        )
     if not results:
         raise ValueError("results is empty; pass a result for each layer by its name")
     kinds = {type(result) for result in results.values()}
@@ -154,8 +164,14 @@ def training(
     Raises:
         ValueError: no results.
     """
+    if not isinstance(results, Sequence) or not all(
+        isinstance(pair, tuple) and len(pair) == 2 for pair in results
+    ):
+        raise TypeError("results must be a list of pairs (step, result), as SpectrumTracker.results")
     if not results:
         raise ValueError("results is empty; pass pairs of a step and its result")
+    for _, result in results:
+        check_type("each result of results", result, ExtremeResult, SOURCE)
     ax = ax or plt.subplots()[1]
     steps = [step for step, _ in results]
     sizes = []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.files import atomic_write
+from hvpkit._utils.validation import check_function, check_number
 from hvpkit.results.drawing import BELOW, COLORS, ENDS, in_words, styled
 from hvpkit.results.eigen import Eigenpair, ExtremeResult, Progress, Status
 from hvpkit.results.estimate import Estimate, as_floats, mean_of
@@ -89,6 +90,8 @@ class Density:
 
     def cdf(self, x: Tensor | float) -> Tensor:
         """Return the share of eigenvalues up to ``x``: a step at each node; NaN if nothing was measured."""
+        if not isinstance(x, Tensor):
+            check_number("x", x)
         points = torch.as_tensor(x, dtype=torch.float64)
         if not len(self.nodes):
             return torch.full_like(points, torch.nan)
@@ -124,6 +127,7 @@ class Density:
             >>> abs(log_determinant / exact - 1) < 0.05
             tensor(True)
         """
+        check_function("f", f, "f(nodes)", 1)
         values = torch.as_tensor(f(self.nodes)).to("cpu", torch.float64)
         if values.shape != self.nodes.shape:
             raise ValueError(
@@ -138,6 +142,11 @@ class Density:
 
     def integrate(self, values: Tensor) -> Estimate[Tensor]:
         """Return the mean over all eigenvalues of a function with these values ``[K, ...]`` at the nodes."""
+        if not isinstance(values, Tensor) or values.shape[:1] != self.nodes.shape:
+            given = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"values must be a tensor of shape [{len(self.nodes)}, ...], one for each node; got {given}"
+            )
         found = mean_of(self.deflated_weights @ values, self.share)
         rest = len(found.samples), self.num_matvecs, self.seconds, self.status, self.message, self.history
         return Estimate(found.value, found.stderr, found.samples, *rest)

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from hvpkit._utils.validation import check_probability
 from hvpkit.results.eigen import Progress, Status
 
 V = TypeVar("V", float, Tensor)
@@ -99,8 +100,7 @@ class Estimate(Generic[V]):
             >>> lower < 250 < upper
             True
         """
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+        check_probability("confidence", confidence)
         k = self.num_samples
         value, stderr = (torch.as_tensor(x, dtype=torch.float64) for x in (self.value, self.stderr))
         from scipy.special import stdtrit

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, Typ
 import torch
 from torch import Tensor
 
-from hvpkit._utils.validation import check_positive
+from hvpkit._utils.validation import check_monitor, check_positive
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
 from hvpkit.solvers.checkpoint import Checkpoint, Saved
@@ -209,6 +209,7 @@ def full_precision(
                 f"the operator must be a hvpkit.LinearOperator, got {type(op).__name__}; "
                 "hvpkit.aslinearoperator makes one of matrices and other operators"
             )
+        check_monitor(kwargs.get("monitor"))  # type: ignore[arg-type]
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(op.device.type, enabled=False):
             return solver(op, *args, **kwargs)
 

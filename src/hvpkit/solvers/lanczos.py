@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Seed
-from hvpkit._utils.validation import check_count
+from hvpkit._utils.validation import check_count, check_flag
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Status
 from hvpkit.solvers import krylov
@@ -40,7 +40,7 @@ from hvpkit.solvers.common import convergence
 from hvpkit.solvers.common.bounds import kato_temple, uniform_distance
 from hvpkit.solvers.common.convergence import MIN_STEPS
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, most_at_one_end, num_at_low_end, select
-from hvpkit.solvers.common.request import Request, Start, check_arguments, check_confidence
+from hvpkit.solvers.common.request import Request, Start, check_arguments, check_certainty
 from hvpkit.solvers.driver import (
     Assessment,
     Limits,
@@ -419,7 +419,8 @@ def lanczos(
         block_size=block_size,
         num_checks=1 if op.exact is None else k,
     )
-    check_confidence(confidence)
+    check_certainty(confidence, certify)
+    check_flag("check_copies", check_copies)
     least = 2 * k + block_size + 2
     if ncv is None:
         fitting = BASIS_BYTES // (op.n * op.dtype.itemsize)

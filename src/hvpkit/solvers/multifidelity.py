@@ -15,7 +15,7 @@ from hvpkit._utils.validation import check_count
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.solvers.certified_davidson import CertifiedDavidson
-from hvpkit.solvers.common.request import Start, check_arguments, check_confidence
+from hvpkit.solvers.common.request import Start, check_arguments, check_certainty
 from hvpkit.solvers.driver import Monitor, conclude, full_precision, iterate
 from hvpkit.solvers.lanczos import lanczos
 
@@ -132,7 +132,7 @@ def solve_levels(
     """
     levels = _check_levels(levels)
     op = levels[-1]
-    check_confidence(confidence)
+    check_certainty(confidence, certify)
     if num_inner is not None:
         check_count("num_inner", num_inner, 1)
     request = check_arguments(
@@ -174,7 +174,12 @@ def _check_levels(levels: Sequence[LinearOperator]) -> tuple[LinearOperator, ...
         or not levels
         or not all(isinstance(x, LinearOperator) for x in levels)
     ):
-        raise TypeError("levels must be a list of hvpkit.LinearOperator, the one asked about last")
+        found = type(levels).__name__
+        if isinstance(levels, Sequence):
+            found += f" of {', '.join(dict.fromkeys(type(level).__name__ for level in levels)) or 'nothing'}"
+        raise TypeError(
+            f"levels must be a list of hvpkit.LinearOperator, the one asked about last; got a {found}"
+        )
     last = levels[-1]
     for level in levels[:-1]:
         if (level.n, level.dtype, level.device) != (last.n, last.dtype, last.device):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hvpkit._utils.validation import check_count, check_positive
+from hvpkit._utils.validation import check_count, check_number, check_positive, check_type
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,12 @@ def absa_init(
             raise ValueError(f"{name} must be more than 1, got {factor}")
     if check_positive("share_decay", share_decay) < 1:
         raise ValueError(f"share_decay must be at least 1, got {share_decay}")
-    if not 0 <= adversarial_share <= 1:
+    if not 0 <= check_number("adversarial_share", adversarial_share) <= 1:
         raise ValueError(f"adversarial_share must be between 0 and 1, got {adversarial_share}")
     if adversarial_epochs is not None:
         check_count("adversarial_epochs", adversarial_epochs, 0)
+    if not isinstance(lr_decay_epochs, Sequence):
+        raise TypeError(f"lr_decay_epochs must be a list of epochs, as [30, 60], got {lr_decay_epochs!r}")
     for epoch in lr_decay_epochs:
         check_count("lr_decay_epochs", epoch, 1)
     return AbsaState(
@@ -116,9 +118,11 @@ def absa_update(state: AbsaState, eigenvalue: float) -> AbsaState:
     """Return the controller for the next epoch, from the largest eigenvalue after the last; see :func:`absa_init`.
 
     Raises:
+        TypeError: ``state`` does not come from :func:`absa_init`, or ``eigenvalue`` is no number.
         ValueError: ``eigenvalue`` is NaN or infinite.
     """
-    if not math.isfinite(eigenvalue):
+    check_type("state", state, AbsaState, "absa_init(...)")
+    if not math.isfinite(check_number("eigenvalue", eigenvalue)):
         raise ValueError(f"eigenvalue must be finite, got {eigenvalue}: did the training diverge?")
     reference = state.reference
     if reference is None and eigenvalue > 0:

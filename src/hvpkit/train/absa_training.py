@@ -30,7 +30,15 @@ from torch import Tensor
 
 from hvpkit._utils.random import generator, resolve_seed
 from hvpkit._utils.typing import Batch, LossFn, Seed, Tree
-from hvpkit._utils.validation import check_choice, check_count, check_positive
+from hvpkit._utils.validation import (
+    check_choice,
+    check_count,
+    check_monitor,
+    check_non_negative,
+    check_number,
+    check_tolerance,
+    check_type,
+)
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import Layout, check_params, flatten, snapshot, unflatten
 from hvpkit.autodiff.pytree import batch_size as count_examples
@@ -40,7 +48,7 @@ from hvpkit.curvature.functional import loss
 from hvpkit.data import Data, as_data
 from hvpkit.data.sources import IterableBatches, WholeBatches
 from hvpkit.errors import NonFiniteError
-from hvpkit.objective import normalized
+from hvpkit.objective import check_loss_fn, normalized
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Status
 from hvpkit.solvers.lanczos import lanczos
@@ -152,20 +160,22 @@ def absa(
         >>> [epoch.batch_size for epoch in found.history][::5], found.history[-1].loss < 0.01
         ([8, 16, 32], True)
     """
-    if not isinstance(state, AbsaState):
-        raise TypeError(f"state must come from absa_init(...), got {type(state).__name__}")
+    check_type("state", state, AbsaState, "absa_init(...)")
+    if resume is not None:
+        check_type("resume", resume, AbsaResult, "absa(...)")
+    check_monitor(monitor, "monitor(result)")
     check_count("num_epochs", num_epochs, 0)
-    if not 0 <= momentum < 1:
+    if not 0 <= check_number("momentum", momentum) < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
     for name, value in (("weight_decay", weight_decay), ("epsilon", epsilon)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
+        check_non_negative(name, value)
     for name, count in (("hessian_examples", hessian_examples), ("microbatch_size", microbatch_size)):
         if count is not None:
             check_count(name, count, 1)
-    check_positive("tol", tol)
+    check_tolerance("tol", tol)
     check_choice("mode", mode, ("auto", *MODES))
     number = resolve_seed(seed)
+    check_loss_fn(loss_fn, params)
     layout, leaves = check_params(params)
     device = leaves[0].device
     examples = as_data(data, batch_size=microbatch_size, device=device)

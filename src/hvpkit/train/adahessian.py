@@ -31,13 +31,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import ParamsT
 
 from hvpkit._utils.random import generator, resolve_seed
 from hvpkit._utils.typing import Seed
-from hvpkit._utils.validation import check_count, check_positive
+from hvpkit._utils.validation import check_count, check_flag, check_number, check_positive
 
 Diagonal: TypeAlias = Callable[[list[Tensor], int], Sequence[Tensor]]
 """``diagonal(params, step)``: an estimate of the Hessian's diagonal for each of these parameters, in their shapes."""
@@ -143,6 +143,10 @@ class AdaHessian(torch.optim.Optimizer):
     ) -> None:
         if diagonal is not None and not callable(diagonal):
             raise TypeError(f"diagonal must be a function of (params, step), got {diagonal!r}")
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                f"params must be parameters, got a {type(params).__name__}: pass its parameters()"
+            )
         self.diagonal = diagonal
         defaults = {
             "lr": lr,
@@ -256,14 +260,16 @@ class AdaHessian(torch.optim.Optimizer):
 def _check_options(options: Mapping[str, Any]) -> None:
     for name, high in (("lr", math.inf), ("weight_decay", math.inf), ("hessian_power", 1.0)):
         value = options[name]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not (0 <= value <= high and math.isfinite(value)):
+        if not (0 <= check_number(name, value) <= high and math.isfinite(value)):
             raise ValueError(f"{name} must be finite, at least 0 and at most {high:g}, got {value}")
     check_positive("eps", options["eps"])
     betas = options["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    for name in ("average_kernels", "absolute", "maximize"):
+        check_flag(name, options[name])
+    if options["foreach"] is not None:
+        check_flag("foreach", options["foreach"])
     for name in ("block_size", "update_every", "num_probes"):
         check_count(name, options[name], 1)
     check_count("seed", options["seed"], 0)
@@ -347,6 +353,9 @@ def block_average(diagonal: Tensor, block_size: int = 1, *, kernels: bool = True
         >>> block_average(torch.tensor([[1.0, 3.0, 5.0, 7.0, 8.0]]), 2)
         tensor([[2., 2., 6., 6., 8.]])
     """
+    if not isinstance(diagonal, Tensor):
+        raise TypeError(f"diagonal must be a tensor, got {type(diagonal).__name__}")
+    check_count("block_size", block_size, 1)
     if diagonal.ndim > 2 and kernels:
         return diagonal.mean(dim=tuple(range(2, diagonal.ndim)), keepdim=True).expand_as(diagonal)
     if diagonal.ndim == 2 and block_size > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from hvpkit._utils.typing import Batch, LossFn, Tree
+from hvpkit._utils.validation import check_function, check_non_negative
 from hvpkit.autodiff.pytree import flatten, unflatten
 
 
@@ -22,7 +23,7 @@ def fgsm(loss_fn: LossFn, params: Tree, batch: Batch, epsilon: float) -> Batch:
         epsilon: how far each entry is moved.
 
     Raises:
-        ValueError: the first tensor is not floating.
+        TypeError, ValueError: ``epsilon`` is no number of at least 0; the first tensor is not floating.
 
     Cost:
         A gradient.
@@ -33,6 +34,8 @@ def fgsm(loss_fn: LossFn, params: Tree, batch: Batch, epsilon: float) -> Batch:
         >>> fgsm(loss_fn, torch.tensor([1.0, -1.0]), (torch.tensor([[2.0, 0.0]]), torch.tensor([1.0])), 0.5)
         (tensor([[ 2.5000, -0.5000]]), tensor([1.]))
     """
+    check_function("loss_fn", loss_fn, "loss_fn(params, batch)", 2)
+    check_non_negative("epsilon", epsilon)
     (inputs, *others), spec = flatten(batch, name="batch")
     if not inputs.is_floating_point():
         raise ValueError(

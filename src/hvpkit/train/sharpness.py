@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from hvpkit._utils.random import generator, normal_vector, resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
-from hvpkit._utils.validation import check_choice, check_count, check_positive
+from hvpkit._utils.validation import check_choice, check_count, check_monitor, check_positive, check_tolerance
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import Layout, check_params, join
 from hvpkit.curvature.batches import (
@@ -40,7 +40,7 @@ from hvpkit.curvature.batches import (
 )
 from hvpkit.data import Data, as_data
 from hvpkit.errors import NonFiniteError
-from hvpkit.objective import normalized
+from hvpkit.objective import check_loss_fn, normalized
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
@@ -228,10 +228,10 @@ def keskar_sharpness(
         >>> round(found.value, 6), found.status  # 100 * (2 + 6) * 0.1**2
         (8.0, 'converged')
     """
-    layout, leaves = check_params(params)
-    examples = as_data(data, device=leaves[0].device)
-    for name, value in (("epsilon", epsilon), ("lr", lr), ("tol", tol)):
+    for name, value in (("epsilon", epsilon), ("lr", lr)):
         check_positive(name, value)
+    check_tolerance("tol", tol)
+    check_monitor(monitor, "monitor(sharpness)")
     for name, count in (("max_steps", max_steps), ("num_starts", num_starts)):
         check_count(name, count, 1)
     seed = resolve_seed(seed)
@@ -239,6 +239,9 @@ def keskar_sharpness(
         optimizer = partial(OPTIMIZERS[check_choice("optimizer", optimizer, tuple(OPTIMIZERS))], lr=lr)
     elif not callable(optimizer):
         raise TypeError(f"optimizer must be a name or a function of a list, got {type(optimizer).__name__}")
+    check_loss_fn(loss_fn, params)
+    layout, leaves = check_params(params)
+    examples = as_data(data, device=leaves[0].device)
     with exact_derivatives(leaves[0].device):
         loss_fn = normalized(loss_fn, examples)
         check_loss(next(loss_shares(loss_fn, layout, examples)), leaves)

@@ -13,12 +13,23 @@ from torch import Tensor, nn
 from hvpkit._utils.files import atomic_write
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
-from hvpkit._utils.validation import check_choice, check_count, check_non_negative, check_positive
+from hvpkit._utils.validation import (
+    check_choice,
+    check_count,
+    check_function,
+    check_monitor,
+    check_path,
+    check_positive,
+    check_tolerance,
+)
+from hvpkit.curvature.batches import MODES
 from hvpkit.curvature.constructors import hessian
+from hvpkit.curvature.param_selection import check_selection
 from hvpkit.data import as_data
 from hvpkit.extreme import METHODS, extreme_eigenvalues
 from hvpkit.objective import from_module
 from hvpkit.results.eigen import ExtremeResult
+from hvpkit.solvers.common.request import check_atol
 from hvpkit.solvers.driver import Monitor
 
 if TYPE_CHECKING:
@@ -94,17 +105,23 @@ class SpectrumTracker:
         path: str | os.PathLike[str] | None = None,
         monitor: Monitor | None = None,
     ) -> None:
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
         if isinstance(loss_fn, nn.Module):
             raise TypeError(
                 "loss_fn must be a function of (params, batch), not a module; for a module that is trained in place "
                 "use SpectrumTracker.for_module(criterion, data)"
             )
+        check_function("loss_fn", loss_fn, "loss_fn(params, batch)", 2)
         check_count("every", every, 1)
-        check_positive("tol", tol)
+        check_tolerance("tol", tol)
         if atol is not None:
-            check_non_negative("atol", atol)
+            check_atol(atol)
+        for name, limit in (("max_matvecs", max_matvecs), ("time_limit", time_limit)):
+            if limit is not None:
+                check_positive(name, limit)
+        if wrt is not None:
+            check_selection(wrt)
+        check_choice("mode", mode, ("auto", *MODES))
+        check_monitor(monitor)
         check_choice("method", method, METHODS)
         self._objective: MakeObjective = lambda params: (loss_fn, params)
         self._data = as_data(data, batch_size=batch_size)
@@ -112,7 +129,7 @@ class SpectrumTracker:
         self._hessian: dict[str, Any] = {"wrt": wrt, "mode": mode}
         self._solve: dict[str, Any] = {"tol": tol, "atol": atol, "method": method, "monitor": monitor}
         self._solve |= {"max_matvecs": max_matvecs, "time_limit": time_limit}
-        self._path = None if path is None else Path(path)
+        self._path = None if path is None else check_path("path", path)
         self._num_parameters: int | None = None
         self.results: list[tuple[int, ExtremeResult]] = []
         if self._path is not None:

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvpkit._utils.validation import check_path
 from hvpkit.zoo.pickles import load_plain
 
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -84,7 +85,7 @@ def cifar10(
         >>> x.shape, y
         (torch.Size([2, 3, 32, 32]), tensor([7, 7]))
     """
-    return _load(CIFAR10, Path(dir), train, normalize)
+    return _load(CIFAR10, check_path("dir", dir), train, normalize)
 
 
 def cifar100(
@@ -123,7 +124,7 @@ def cifar100(
         >>> x.shape, y
         (torch.Size([1, 3, 32, 32]), tensor([72]))
     """
-    return _load(CIFAR100, Path(dir), train, normalize)
+    return _load(CIFAR100, check_path("dir", dir), train, normalize)
 
 
 def _load(data_set: DataSet, place: Path, train: bool, normalize: bool) -> tuple[Tensor, Tensor]:

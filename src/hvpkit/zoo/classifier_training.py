@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import Seed
-from hvpkit._utils.validation import check_count, check_positive
+from hvpkit._utils.validation import check_count, check_monitor, check_positive, check_type
 
 LEARNING_RATE = 3e-3
 """Of Adam; chosen by feel: the networks of the zoo reach a loss of 0.01 on the digits in 10 to 20 epochs."""
@@ -48,6 +48,10 @@ def train_classifier(
     """
     check_positive("target_loss", target_loss)
     check_count("max_epochs", max_epochs, 1)
+    check_type("model", model, nn.Module)
+    check_monitor(monitor, "monitor(epoch, loss)")
+    if not isinstance(data, tuple) or len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
+        raise TypeError("data must be the pair (inputs, classes) of two tensors")
     x, y = data
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     source = torch.Generator().manual_seed(resolve_seed(seed))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hvpkit._utils.typing import Seed
-from hvpkit._utils.validation import check_choice, check_count
+from hvpkit._utils.validation import check_choice, check_count, check_flag
 from hvpkit.zoo.seeding import seeded
 
 
@@ -71,6 +71,8 @@ def cifar_resnet(
         raise ValueError(f"depth must be 6 n + 2, as 20, 32, 38 or 56, got {depth}")
     check_count("width", width, 1)
     check_count("num_classes", num_classes, 1)
+    check_flag("batchnorm", batchnorm)
+    check_flag("residual", residual)
     check_choice("shortcut", shortcut, ("identity", "projection"))
     with seeded(seed):
         return ResNet(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import Seed
@@ -28,6 +30,27 @@ def seeded(seed: Seed) -> Iterator[None]:
         True
     """
     number = resolve_seed(seed)
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(number)
+    with torch.device("cpu"), _DrawsFrom(torch.Generator().manual_seed(number)):
         yield
+
+
+class _DrawsFrom(TorchDispatchMode):
+    """Context in which this thread draws from another generator than the global one."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.generator = generator
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            kwargs = {**kwargs, "generator": self.generator}
+            if all(argument.name != "generator" for argument in func._schema.arguments):
+                func = getattr(func.overloadpacket, _WITH_GENERATOR[func._overloadname])
+        return func(*args, **kwargs)
+
+
+_WITH_GENERATOR = {"default": "generator", "low": "low_generator"}
+"""Overloads of torch's operators, and those of the same that take a generator."""

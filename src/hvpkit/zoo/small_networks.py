@@ -39,6 +39,10 @@ def mlp(
         >>> sum(p.numel() for p in mlp(in_features=3072, hidden=[32]).parameters())
         98666
     """
+    if not isinstance(hidden, Sequence):
+        raise TypeError(f"hidden must be a list of widths, as [64, 64], got {hidden!r}")
+    if not callable(activation):
+        raise TypeError(f"activation must make a module, as torch.nn.GELU does, got {activation!r}")
     widths = [check_count("in_features", in_features, 1)]
     widths += [check_count(f"hidden[{i}]", width, 1) for i, width in enumerate(hidden)]
     widths.append(check_count("num_classes", num_classes, 1))

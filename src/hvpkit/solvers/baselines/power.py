@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import Any
 
 from hvpkit._utils.typing import Seed
-from hvpkit._utils.validation import check_count, check_positive
+from hvpkit._utils.validation import check_count, check_flag, check_positive
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult
 from hvpkit.solvers.baselines.momentum_block import Goal, solve
@@ -214,6 +214,7 @@ def accelerated_power(
         seed=seed,
         block_size=k,
     )
+    check_flag("variance_reduced", variance_reduced)
     if not variance_reduced:
         if batch_size is not None:
             raise ValueError(f"batch_size={batch_size!r} is for variance_reduced=True; pass both or neither")

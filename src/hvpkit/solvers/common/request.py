@@ -13,9 +13,11 @@ from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import (
     check_choice,
     check_count,
+    check_flag,
     check_like,
     check_non_negative,
-    check_positive,
+    check_probability,
+    check_tolerance,
 )
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, ExtremeResult
@@ -103,8 +105,8 @@ def check_arguments(
     return Request(
         k,
         "LA" if (which, k) == ("BE", 1) else which,
-        max(check_positive("tol", tol), torch.finfo(op.dtype).eps),
-        default_atol(tol) if atol is None else check_non_negative("atol", atol),
+        max(check_tolerance("tol", tol), torch.finfo(op.dtype).eps),
+        default_atol(tol) if atol is None else check_atol(atol),
         check_start(op, v0),
         Limits(
             max_matvecs,
@@ -116,11 +118,17 @@ def check_arguments(
     )
 
 
-def check_confidence(confidence: float) -> float:
-    """Return ``confidence``; raise ValueError if it is not between 0 and 1."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    return confidence
+def check_atol(atol: float) -> float:
+    """Return ``atol``; raise TypeError or ValueError unless it is in [0, 1), in units of the norm."""
+    if check_non_negative("atol", atol) >= 1:
+        raise ValueError(f"atol must be less than 1, in units of the operator's norm, got {atol}")
+    return atol
+
+
+def check_certainty(confidence: float, certify: bool) -> None:
+    """Raise TypeError or ValueError unless these are a probability and a flag."""
+    check_probability("confidence", confidence)
+    check_flag("certify", certify)
 
 
 def check_start(op: LinearOperator, v0: Start | None) -> Tensor | None:
