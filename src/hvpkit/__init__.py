@@ -23,6 +23,7 @@ from hvpkit.errors import (
     CompileWarning,
     DerivativeWarning,
     NonFiniteError,
+    NotConvergedError,
     NotSymmetricError,
     UnstableDataError,
 )
@@ -31,12 +32,14 @@ from hvpkit.estimators.norm import frobenius_norm
 from hvpkit.estimators.spectral_density import moments, spectral_density
 from hvpkit.estimators.trace import trace
 from hvpkit.extreme import extreme_eigenvalues
+from hvpkit.linear_systems import inverse, solve
 from hvpkit.objective import Objective, from_module
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
 from hvpkit.results.estimate import Estimate, EstimateProgress
+from hvpkit.results.linear import NegativeCurvature, SolveProgress, SolveResult
 from hvpkit.solvers.baselines.oja import oja
 from hvpkit.solvers.baselines.power import accelerated_power, power
 from hvpkit.solvers.baselines.scipy_eigs import eigsh, scipy_lobpcg
@@ -69,11 +72,15 @@ __all__ = [
     "Finding",
     "Interval",
     "LinearOperator",
+    "NegativeCurvature",
     "NonFiniteError",
+    "NotConvergedError",
     "NotSymmetricError",
     "Objective",
     "Progress",
     "Report",
+    "SolveProgress",
+    "SolveResult",
     "Status",
     "UnstableDataError",
     "accelerated_power",
@@ -94,6 +101,7 @@ __all__ = [
     "grad",
     "hessian",
     "hvp",
+    "inverse",
     "lanczos",
     "lobpcg",
     "loss",
@@ -106,6 +114,7 @@ __all__ = [
     "report",
     "sampling_error",
     "scipy_lobpcg",
+    "solve",
     "spectral_density",
     "stochastic_power",
     "trace",

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Tree
-from hvpkit._utils.validation import check_like
-from hvpkit.autodiff.pytree import Layout, as_real
+from hvpkit.autodiff.pytree import Layout
 from hvpkit.errors import NonFiniteError
 from hvpkit.operators.space import LOCAL, Space
+from hvpkit.operators.vectors import as_columns
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -85,39 +85,23 @@ class LinearOperator:
         return [f"{self.n} x {self.n}", str(self.dtype).removeprefix("torch."), str(self.device)]
 
     def __matmul__(self, v: Tree) -> Tree:
-        """Multiply by ``v``: a tensor ``[n]`` or ``[n, k]``, or a tree shaped like the parameters.
+        """Multiply by ``v``: a tensor or NumPy array ``[n]`` or ``[n, k]``, or a tree shaped like the parameters.
 
         Raises:
             ValueError: ``v`` has another shape, dtype or device, or holds NaN or infinity.
             NonFiniteError: the result does; names the first batch at fault where there are batches.
         """
-        if not isinstance(v, Tensor) or self._is_tree(v):
-            layout = self._layout()
-            leaves = [check_like(leaf, self._like()) for leaf in layout.leaves(v)]
-            return layout.unflatten(self @ torch.cat([leaf.reshape(-1) for leaf in leaves]))
-        if v.ndim not in (1, 2) or v.shape[0] != self.n or v.numel() == 0:
-            raise ValueError(f"v must have shape [{self.n}] or [{self.n}, k], got {list(v.shape)}")
-        vectors = check_like(v, self._like()).reshape(self.n, -1)
-        if not bool(torch.isfinite(vectors).all()):
-            raise ValueError("v contains NaN or infinity")
+        vectors, back = as_columns(self, v)
         with torch.autocast(self.device.type, enabled=False):
             result = self.product(vectors)
         if not bool(torch.isfinite(result).all()):
             raise NonFiniteError(self.blame(vectors))
-        return result.reshape(v.shape)
-
-    def _like(self) -> Tensor:
-        return torch.empty(0, dtype=self.dtype, device=self.device)
+        return back(result)
 
     def _layout(self) -> Layout:
         if self.layout is None:
             raise TypeError(f"v must be a tensor: {self!r} knows no tree of parameters")
         return self.layout
-
-    def _is_tree(self, v: Tensor) -> bool:
-        """Return True if the tensor ``v`` is a tree of one leaf: parameters that are one matrix, or complex."""
-        is_vector = v.ndim == 1 and not v.is_complex()
-        return self.layout is not None and not is_vector and self.layout.shapes == (as_real(v).shape,)
 
     def flatten(self, tree: Tree) -> Tensor:
         """Return the vector ``[n]`` of a tree shaped like the parameters, in ``parameters_to_vector`` order."""
