@@ -23,6 +23,7 @@ from hvpkit.errors import (
     CompileWarning,
     DerivativeWarning,
     NonFiniteError,
+    NotConvergedError,
     NotSymmetricError,
     SharedGeneratorWarning,
     UnstableDataError,
@@ -31,13 +32,18 @@ from hvpkit.estimators.diagonal import diagonal
 from hvpkit.estimators.norm import frobenius_norm
 from hvpkit.estimators.spectral_density import moments, spectral_density
 from hvpkit.estimators.trace import trace
+from hvpkit.estimators.trace_functions import count_eigenvalues, effective_dimension, logdet
 from hvpkit.extreme import extreme_eigenvalues, top_eigenvalues
+from hvpkit.linear_systems import inverse, solve
+from hvpkit.matrix_functions import matrix_function
 from hvpkit.objective import Objective, from_module
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
 from hvpkit.results.estimate import Estimate, EstimateProgress
+from hvpkit.results.function import FunctionResult
+from hvpkit.results.linear import NegativeCurvature, SolveProgress, SolveResult
 from hvpkit.solvers.baselines.oja import oja
 from hvpkit.solvers.baselines.power import accelerated_power, power
 from hvpkit.solvers.baselines.scipy_eigs import eigsh, scipy_lobpcg
@@ -68,14 +74,19 @@ __all__ = [
     "EstimateProgress",
     "ExtremeResult",
     "Finding",
+    "FunctionResult",
     "Interval",
     "LinearOperator",
+    "NegativeCurvature",
     "NonFiniteError",
+    "NotConvergedError",
     "NotSymmetricError",
     "Objective",
     "Progress",
     "Report",
     "SharedGeneratorWarning",
+    "SolveProgress",
+    "SolveResult",
     "Status",
     "UnstableDataError",
     "accelerated_power",
@@ -83,7 +94,9 @@ __all__ = [
     "aslinearoperator",
     "chebyshev",
     "check",
+    "count_eigenvalues",
     "diagonal",
+    "effective_dimension",
     "eigsh",
     "empirical_fisher",
     "extreme_eigenvalues",
@@ -96,9 +109,12 @@ __all__ = [
     "grad",
     "hessian",
     "hvp",
+    "inverse",
     "lanczos",
     "lobpcg",
+    "logdet",
     "loss",
+    "matrix_function",
     "moments",
     "multifidelity",
     "oja",
@@ -108,6 +124,7 @@ __all__ = [
     "report",
     "sampling_error",
     "scipy_lobpcg",
+    "solve",
     "spectral_density",
     "stochastic_power",
     "top_eigenvalues",

@@ -7,6 +7,10 @@ class NonFiniteError(ArithmeticError):
     """A matvec, a gradient or a loss is NaN or infinite. The message names the first such batch."""
 
 
+class NotConvergedError(ArithmeticError):
+    """A linear solve inside of an operator did not reach its tolerance. The message states the status and a remedy."""
+
+
 class NotSymmetricError(ValueError):
     """An operator that must be symmetric is not. The message states the relative asymmetry."""
 

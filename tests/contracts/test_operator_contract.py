@@ -72,6 +72,11 @@ def given(make: Callable[[Tensor], object]) -> Callable[[], tuple[hk.LinearOpera
     return lambda: (hk.aslinearoperator(make(DENSE)), DENSE)
 
 
+def square() -> hk.LinearOperator:
+    H = hk.aslinearoperator(DENSE)
+    return H @ H
+
+
 def algebra() -> tuple[hk.LinearOperator, Tensor]:
     H, dense = hessian("mlp", torch.float64, "reverse-over-reverse", 4)
     other = matrix(torch.linspace(-1, 1, H.n).tolist(), seed=3)
@@ -86,6 +91,9 @@ OPERATORS: dict[str, Callable[[], tuple[hk.LinearOperator, Tensor]]] = {
     "dense float32": given(lambda A: A.float()),
     "numpy": given(lambda A: A.numpy()),
     "sparse": given(lambda A: scipy.sparse.csr_array(A.numpy())),
+    "sparse tensor": given(lambda A: A.to_sparse()),
+    "square": lambda: (square(), DENSE @ DENSE),
+    "converted": given(lambda A: hk.aslinearoperator(A).to(torch.float32)),
     "sparse matrix": given(lambda A: scipy.sparse.coo_matrix(A.numpy())),
     "scipy": given(lambda A: scipy.sparse.linalg.aslinearoperator(A.numpy())),
     "scipy float32": given(lambda A: scipy.sparse.linalg.aslinearoperator(A.float().numpy())),

@@ -35,6 +35,10 @@ from hvpkit.solvers.common.convergence import progress_of
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
 from hvpkit.solvers.driver import Assessment, Limits, Monitor, run
 
+SHORTER = 0.5
+"""Share of the steps whose rules are compared with those of all: the error is less than the change where it halves from
+there on."""
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -76,6 +80,7 @@ class Measured:
 
     Attributes:
         measures: one for each group of vectors.
+        shorter: the same from fewer steps, where the method has them: see ``SHORTER``.
         num_matvecs: full-data matvecs spent.
         status: why it stopped.
         message: the status in words.
@@ -89,6 +94,7 @@ class Measured:
     message: str
     seconds: float = 0.0
     history: tuple[Progress, ...] = ()
+    shorter: tuple[Measure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,13 @@ class QuadratureState:
     Attributes:
         krylov: of the present vectors.
         finished: of the vectors before.
+        shorter: the same from fewer steps.
         num_before: full-data matvecs that those took.
     """
 
     krylov: krylov.KrylovState
     finished: tuple[Measure, ...] = ()
+    shorter: tuple[Measure, ...] = ()
     num_before: float = 0.0
 
     @property
@@ -142,6 +150,15 @@ def measure(op: LinearOperator, krylov_state: krylov.KrylovState, pairs: RitzPai
     return Measure(nodes, weights, weights, residual_norms, deflated)
 
 
+def shorter_measure(op: LinearOperator, krylov_state: krylov.KrylovState, size: int) -> Measure:
+    """Return the rules from the first of the steps: their distance shows the error of the quadrature."""
+    m = max(1, round(SHORTER * krylov_state.num_multiplied / size)) * size
+    m = min(m, krylov_state.num_multiplied)
+    frontier = min(size, krylov_state.num_rows - m)
+    state = replace(krylov_state, num_multiplied=m, num_frontier=frontier)
+    return measure(op, state, krylov.project(op, state)[0], size)
+
+
 def rounding_of(op: LinearOperator, nodes: Tensor) -> float:
     """Return the rounding error of nodes ``[K]``, at least one: 32 eps times the largest."""
     return 32 * op.precision * float(nodes.abs().max())
@@ -155,11 +172,14 @@ def assess(op: LinearOperator, goal: Goal, state: QuadratureState) -> Assessment
     if poisoned:
         status, suspect = Status.NON_FINITE, space.basis[space.num_multiplied].unsqueeze(1)
     elif not (matvecs_left(goal, state) and space.num_frontier):
-        finished = (*state.finished, measure(op, space, pairs, goal.sizes[len(state.finished)]))
+        size = goal.sizes[len(state.finished)]
+        finished = (*state.finished, measure(op, space, pairs, size))
+        shorter = (*state.shorter, shorter_measure(op, space, size) if space.num_frontier else finished[-1])
         if len(finished) < len(goal.sizes):
-            state = replace(init(op, goal, len(finished)), finished=finished, num_before=state.num_matvecs)
+            fresh = init(op, goal, len(finished))
+            state = replace(fresh, finished=finished, shorter=shorter, num_before=state.num_matvecs)
         else:
-            state = replace(state, finished=finished)
+            state = replace(state, finished=finished, shorter=shorter)
             status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.COMPLETED
     progress = progress_of(pairs.values, pairs.residual_norms, scale)
     done, left = state.krylov.num_products, 0 if status else matvecs_left(goal, state)
@@ -205,7 +225,7 @@ class Quadrature:
 
     def finalize(self, state: QuadratureState, status: Status) -> Measured:
         found = measures(self.op, self.goal, state)
-        return Measured(found, state.num_matvecs, status, MESSAGES[status])
+        return Measured(found, state.num_matvecs, status, MESSAGES[status], shorter=state.shorter)
 
 
 def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: Monitor | None) -> Measured:

@@ -83,10 +83,7 @@ def spectral_density(
         >>> d.outliers()[0], round(float(d.cdf(0.5)), 1)
         (tensor([30.0000], dtype=torch.float64), 0.5)
     """
-    if op.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"op has dtype {op.dtype}, whose rounding hides most of a spectrum; make the operator of float32 parameters"
-        )
+    check_precision(op)
     check_choice("method", method, METHODS)
     check_count("num_steps", num_steps, 1)
     check_count("num_probes", num_probes, 1)
@@ -98,7 +95,15 @@ def spectral_density(
     by_moments = method == "chebyshev" and not goal.spans(op.n)
     solve = kernel_polynomials.solve if by_moments else quadrature.solve
     found = solve(op, goal, time_limit=time_limit, monitor=monitor)
-    return _density(op, method, found)
+    return density_of(op, method, found)
+
+
+def check_precision(op: LinearOperator) -> None:
+    """Raise ValueError if the operator is of less precision than float32."""
+    if op.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"op has dtype {op.dtype}, whose rounding hides most of a spectrum; make the operator of float32 parameters"
+        )
 
 
 def make_goal(
@@ -117,7 +122,7 @@ def make_goal(
     return Goal(num_steps, sizes, min(width, size), seed)
 
 
-def _density(op: LinearOperator, method: str, found: Measured) -> Density:
+def density_of(op: LinearOperator, method: str, found: Measured) -> Density:
     """Return the density of these measures, with its smooth curve."""
     measure = join(found.measures)
     num_sharing = max((len(m.weights) for m in found.measures), default=0)

@@ -84,3 +84,126 @@ class LinearCombination(LinearOperator):
             if not bool(torch.isfinite(op.product(vectors)).all()):
                 return op.blame(vectors)
         return super().blame(vectors)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Power(LinearOperator):
+    r"""The operator :math:`A^p`.
+
+    Attributes:
+        base: A.
+        exponent: p, at least 2.
+    """
+
+    base: LinearOperator | None = None
+    exponent: int = 2
+
+    @classmethod
+    def of(cls, base: LinearOperator, exponent: int) -> Power:
+        """Return the power, by ``exponent`` matvecs with ``base``."""
+
+        def product(vectors: Tensor) -> Tensor:
+            for _ in range(exponent):
+                vectors = base.product(vectors)
+            return vectors
+
+        fields: dict[str, Any] = {
+            "layout": base.layout,
+            "cost": exponent * base.cost,
+            "space": base.space,
+            "base": base,
+            "exponent": exponent,
+        }
+        return cls(product, base.n, base.dtype, base.device, f"{base.name}^{exponent}", **fields)
+
+    @property
+    def precision(self) -> float:
+        """Relative error of all matvecs."""
+        return self.exponent * base_of(self)[0].precision
+
+    @property
+    def exact(self) -> LinearOperator | None:
+        """The power of the base in native arithmetic; None if it is."""
+        exact = base_of(self)[0].exact
+        return None if exact is None else Power.of(exact, self.exponent)
+
+    def blame(self, vectors: Tensor) -> str:
+        """Ask the base, for the first of its matvecs that is not finite."""
+        base, _ = base_of(self)
+        for _ in range(self.exponent):
+            images = base.product(vectors)
+            if not bool(torch.isfinite(images).all()):
+                return base.blame(vectors)
+            vectors = images
+        return super().blame(vectors)
+
+
+def base_of(A: LinearOperator) -> tuple[LinearOperator, int]:
+    """Return the base and the exponent of a power; of another operator, itself and 1."""
+    if isinstance(A, Power) and A.base is not None:
+        return A.base, A.exponent
+    return A, 1
+
+
+def product_of(A: LinearOperator, B: LinearOperator) -> Power:
+    """Return the product of two powers of one operator.
+
+    Raises:
+        TypeError: they are of different operators.
+    """
+    (base, p), (other, q) = base_of(A), base_of(B)
+    if base is not other:
+        raise TypeError(
+            f"{A!r} @ {B!r} is not symmetric in general, and no LinearOperator; multiply vectors one after the other, "
+            "A @ (B @ v)"
+        )
+    return Power.of(base, p + q)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Converted(LinearOperator):
+    """An operator on vectors of another dtype.
+
+    Attributes:
+        base: the operator.
+    """
+
+    base: LinearOperator | None = None
+
+    @classmethod
+    def of(cls, base: LinearOperator, dtype: torch.dtype) -> LinearOperator:
+        """Return ``base`` itself if it has this dtype, else the operator that converts.
+
+        Raises:
+            TypeError: ``dtype`` is no real floating dtype of torch.
+        """
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a real floating dtype of torch, got {dtype!r}")
+        if dtype == base.dtype:
+            return base
+
+        def product(vectors: Tensor) -> Tensor:
+            return base.product(vectors.to(base.dtype)).to(dtype)
+
+        fields: dict[str, Any] = {"layout": base.layout, "cost": base.cost, "space": base.space, "base": base}
+        return cls(product, base.n, dtype, base.device, base.name, **fields)
+
+    @property
+    def _operand(self) -> LinearOperator:
+        assert self.base is not None
+        return self.base
+
+    @property
+    def precision(self) -> float:
+        """Relative error of matvecs: that of the operator, or rounding in the new dtype."""
+        return max(super().precision, self._operand.precision)
+
+    @property
+    def exact(self) -> LinearOperator | None:
+        """The operator in native arithmetic, converted; None if it is."""
+        exact = self._operand.exact
+        return None if exact is None else Converted.of(exact, self.dtype)
+
+    def blame(self, vectors: Tensor) -> str:
+        """Ask the operator."""
+        return self._operand.blame(vectors.to(self._operand.dtype))

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvpkit._utils.memory import free_memory
 from hvpkit._utils.typing import Tree
-from hvpkit._utils.validation import check_count, check_finite, check_function, check_like, check_type
-from hvpkit.autodiff.pytree import Layout, as_real
+from hvpkit._utils.validation import check_count, check_finite, check_function, check_type
+from hvpkit.autodiff.pytree import Layout
 from hvpkit.errors import NonFiniteError
 from hvpkit.operators.space import LOCAL, Space
+from hvpkit.operators.torch_dtype import TorchDtype
+from hvpkit.operators.vectors import as_columns
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -93,40 +96,100 @@ class LinearOperator:
     def _details(self) -> list[str]:
         return [f"{self.n} x {self.n}", str(self.dtype).removeprefix("torch."), str(self.device)]
 
+    __array_ufunc__ = None  # NumPy leaves v @ H to __rmatmul__
+
     def __matmul__(self, v: Tree) -> Tree:
-        """Multiply by ``v``: a tensor ``[n]`` or ``[n, k]``, or a tree shaped like the parameters.
+        """Multiply by ``v``: a tensor or NumPy array ``[n]`` or ``[n, k]``, or a tree shaped like the parameters.
+
+        ``H @ H`` is the operator :math:`H^2`. NumPy arrays are converted to the dtype of H, and so is the result.
 
         Raises:
+            TypeError: ``v`` is another operator: the product of two is not symmetric.
             ValueError: ``v`` has another shape, dtype or device, or holds NaN or infinity.
             NonFiniteError: the result does; names the first batch at fault where there are batches.
         """
-        if not isinstance(v, Tensor) or self._is_tree(v):
-            layout = self._layout()
-            leaves = [check_like(leaf, self._like()) for leaf in layout.leaves(v)]
-            return layout.unflatten(self @ torch.cat([leaf.reshape(-1) for leaf in leaves]))
-        if v.ndim not in (1, 2) or v.shape[0] != self.n or v.numel() == 0:
-            raise ValueError(f"v must have shape [{self.n}] or [{self.n}, k], got {list(v.shape)}")
-        vectors = check_like(v, self._like()).reshape(self.n, -1)
-        if not bool(torch.isfinite(vectors).all()):
-            raise ValueError("v contains NaN or infinity")
+        if isinstance(v, LinearOperator):
+            from hvpkit.operators.algebra import product_of  # algebra builds on this module
+
+            return product_of(self, v)
+        vectors, back = as_columns(self, v)
+        return back(self._columns(vectors))
+
+    def _columns(self, vectors: Tensor) -> Tensor:
+        """Return the matvec with columns ``[n, k]``; raise NonFiniteError if it is not finite."""
         with torch.autocast(self.device.type, enabled=False):
             result = self.product(vectors)
         if not bool(torch.isfinite(result).all()):
             raise NonFiniteError(self.blame(vectors))
-        return result.reshape(v.shape)
+        return result
 
-    def _like(self) -> Tensor:
-        return torch.empty(0, dtype=self.dtype, device=self.device)
+    def __rmatmul__(self, v: Any) -> Any:
+        """Multiply from the left by ``v``, ``[n]`` or ``[k, n]``: H is symmetric."""
+        if isinstance(v, LinearOperator) or getattr(v, "ndim", 0) not in (1, 2):
+            return NotImplemented
+        return self @ v if v.ndim == 1 else (self @ v.T).T
+
+    def __call__(self, v: Tree) -> Tree:
+        """Return ``H @ v``."""
+        return self @ v
+
+    def matvec(self, v: Tree) -> Tree:
+        """Return ``H @ v``."""
+        return self @ v
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose: the operator itself."""
+        return self
+
+    def to(self, dtype: torch.dtype) -> LinearOperator:
+        """Return the operator on vectors of another dtype.
+
+        Its matvecs are those of H, in the arithmetic of H, with vectors converted before and after: for more digits
+        make H of parameters of that dtype.
+
+        Raises:
+            TypeError: ``dtype`` is no real floating dtype of torch.
+        """
+        from hvpkit.operators.algebra import Converted
+
+        return Converted.of(self, dtype)
+
+    def to_dense(self, block_size: int = 64) -> Tensor:
+        """Return the matrix ``[n, n]``, by n matvecs in blocks.
+
+        Args:
+            block_size: columns of a block.
+
+        Raises:
+            MemoryError: the matrix does not fit into the memory that is free.
+            NonFiniteError: a matvec is not finite.
+        """
+        num_bytes, free = self.n**2 * self.dtype.itemsize, free_memory(self.device)
+        if num_bytes > free:
+            raise MemoryError(
+                f"the dense matrix of {self!r} takes {num_bytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free; use "
+                "its matvecs, as hk.lanczos, hk.solve and hk.spectral_density do"
+            )
+        check_count("block_size", block_size, 1)
+        matrix = torch.empty(self.n, self.n, dtype=self.dtype, device=self.device)
+        for first in range(0, self.n, block_size):
+            size = min(block_size, self.n - first)
+            unit = torch.zeros(self.n, size, dtype=self.dtype, device=self.device)
+            unit[torch.arange(first, first + size), torch.arange(size)] = 1
+            matrix[:, first : first + size] = self._columns(unit)
+        return matrix
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        """Raise TypeError: a conversion that takes n matvecs has to be asked for by name."""
+        raise TypeError(
+            f"NumPy cannot hold {self!r}, without entries: pass H.to_scipy() to SciPy, or take H.to_dense().numpy()"
+        )
 
     def _layout(self) -> Layout:
         if self.layout is None:
             raise TypeError(f"v must be a tensor: {self!r} knows no tree of parameters")
         return self.layout
-
-    def _is_tree(self, v: Tensor) -> bool:
-        """Return True if the tensor ``v`` is a tree of one leaf: parameters that are one matrix, or complex."""
-        is_vector = v.ndim == 1 and not v.is_complex()
-        return self.layout is not None and not is_vector and self.layout.shapes == (as_real(v).shape,)
 
     def flatten(self, tree: Tree) -> Tensor:
         """Return the vector ``[n]`` of a tree shaped like the parameters, in ``parameters_to_vector`` order."""
@@ -225,3 +288,6 @@ class LinearOperator:
         from hvpkit.operators.interop import to_scipy  # interop builds on this module
 
         return to_scipy(self, dtype)
+
+
+LinearOperator.dtype = TorchDtype()  # type: ignore[assignment]  # after the dataclass, whose field has no default

@@ -20,7 +20,7 @@ def aslinearoperator(A: Any, *, device: torch.device | str | None = None) -> Lin
     """Wrap a symmetric matrix or the operator of another library as a :class:`LinearOperator`.
 
     Args:
-        A: a dense tensor or NumPy array ``[n, n]``; a SciPy sparse matrix or operator; an object of
+        A: a dense or sparse tensor or a NumPy array ``[n, n]``; a SciPy sparse matrix or operator; an object of
             another library with ``shape``, ``dtype`` and ``@``; or a tuple ``(matvec, n, dtype)`` with
             ``matvec`` on tensors ``[n]``. Symmetry is assumed here; solvers test it as they go.
         device: where vectors live; by default the tensor's own, else the CPU.
@@ -69,15 +69,14 @@ def _check_real(dtype: object) -> torch.dtype:
 
 
 def _from_dense(matrix: Tensor) -> LinearOperator:
+    n, dtype, name = _check_square(matrix.shape), _check_real(matrix.dtype), "dense matrix"
+    if matrix.is_meta or matrix.is_nested:
+        check_dense("A", matrix)
     if matrix.layout != torch.strided:
-        raise TypeError(
-            f"A is a sparse tensor ({matrix.layout}); pass (matvec, n, dtype): (lambda v: A @ v, n, A.dtype)"
-        )
-    check_dense("A", matrix)
-    n, dtype = _check_square(matrix.shape), _check_real(matrix.dtype)
-    if not bool(torch.isfinite(matrix).all()):
+        matrix, name = matrix.to_sparse_coo().coalesce(), "sparse matrix"
+    if not bool(torch.isfinite(matrix if name == "dense matrix" else matrix.values()).all()):
         raise ValueError("A contains NaN or infinity")
-    return LinearOperator(lambda v: matrix @ v, n, dtype, matrix.device, name="dense matrix")
+    return LinearOperator(lambda v: matrix @ v, n, dtype, matrix.device, name=name)
 
 
 def _from_matvec(parts: tuple[Any, ...], device: torch.device) -> LinearOperator:

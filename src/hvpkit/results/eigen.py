@@ -15,7 +15,8 @@ from torch import Tensor
 class Status(StrEnum):
     """The reason why a solver or an estimator stopped. ``advice`` says what to do about it.
 
-    ``COMPLETED`` is for estimates without ``tol``: all samples that were asked for are taken. It is a success, but
+    ``NEGATIVE_CURVATURE`` and ``SINGULAR`` are of linear systems. ``COMPLETED`` is for estimates without ``tol``: all
+    samples that were asked for are taken. It is a success, but
     ``converged`` is False, as no accuracy was asked for: see the standard error.
     """
 
@@ -27,6 +28,8 @@ class Status(StrEnum):
     ROUNDING_LIMITED = "rounding-limited"
     MAX_MATVECS = "max-matvecs"
     TIME_LIMIT = "time-limit"
+    NEGATIVE_CURVATURE = "negative-curvature"
+    SINGULAR = "singular"
     NON_FINITE = "non-finite"
 
     @property
@@ -71,6 +74,14 @@ _ADVICE = {
     Status.TIME_LIMIT: (
         "the time limit is reached; the values bound the ends from inside, the intervals say how well; raise "
         "time_limit or tol"
+    ),
+    Status.NEGATIVE_CURVATURE: (
+        "conjugate gradients met a direction of negative curvature, given as negative_curvature: the matrix is not "
+        'positive definite; take method="minres", or more damping'
+    ),
+    Status.SINGULAR: (
+        "the matrix is singular, or nearly so for this dtype, and the right-hand side is not in its range: no x has a "
+        "clearly smaller residual; add damping, or use float64"
     ),
     Status.NON_FINITE: "a matvec gave NaN or infinity; the values are from the matvecs before it",
 }

@@ -56,6 +56,7 @@ class Checkpoint(Generic[S]):
         solve: what has to be the same when it is continued: the solver, the operator's size, the arguments.
         trim: drops the parts of a state that need not be saved.
         verify: checks that a loaded state belongs to the operator, and returns the state to continue from.
+        entry: type of the entries of the history.
 
     Raises:
         TypeError: ``path`` is no path.
@@ -68,10 +69,11 @@ class Checkpoint(Generic[S]):
         solve: dict[str, Any],
         trim: Callable[[S], S] = _unchanged,
         verify: Callable[[S], S] = _unchanged,
+        entry: Callable[..., Any] = Progress,
     ) -> None:
         if not isinstance(path, str | os.PathLike):
             raise TypeError(f"checkpoint must be a path of a file, got {type(path).__name__}")
-        self.path, self.solve, self.trim, self.verify = Path(path), solve, trim, verify
+        self.path, self.solve, self.trim, self.verify, self.entry = Path(path), solve, trim, verify, entry
         if not self.path.parent.is_dir():
             raise ValueError(f"checkpoint: there is no folder {self.path.parent}; make it first")
         self._next = time.monotonic() + SAVE_INTERVAL
@@ -125,7 +127,7 @@ class Checkpoint(Generic[S]):
                 f"checkpoint: {self.path} holds another solve ({', '.join(differences)}); pass the same arguments to "
                 "continue it, or delete it to start again"
             )
-        history = tuple(Progress(**entry) for entry in content["history"])
+        history = tuple(self.entry(**entry) for entry in content["history"])
         state = self.verify(_restored(like, content["state"]))
         return Saved(state, content["num_steps"], history, content["seconds"])
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hvpkit._utils.validation import check_monitor, check_positive
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.interop import aslinearoperator
 from hvpkit.results.eigen import Progress, Status
 from hvpkit.solvers.checkpoint import Checkpoint, Saved
 
@@ -195,20 +196,16 @@ class Ended(Generic[S]):
 
 def full_precision(
     solver: Callable[Concatenate[LinearOperator, P], T],
-) -> Callable[Concatenate[LinearOperator, P], T]:
-    """Keep the caller's autocast and inference mode away from the solver's own arithmetic.
+) -> Callable[Concatenate[Any, P], T]:
+    """Convert the first argument to an operator; keep the caller's autocast and inference mode away from the solver.
 
     Raises:
-        TypeError: on call, if the first argument is no LinearOperator.
+        TypeError, ValueError: on call, as of :func:`hvpkit.aslinearoperator`.
     """
 
     @wraps(solver)
-    def solve(op: LinearOperator, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        if not isinstance(op, LinearOperator):
-            raise TypeError(
-                f"the operator must be a hvpkit.LinearOperator, got {type(op).__name__}; "
-                "hvpkit.aslinearoperator makes one of matrices and other operators"
-            )
+    def solve(op: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        op = aslinearoperator(op)
         check_monitor(kwargs.get("monitor"))  # type: ignore[arg-type]
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(op.device.type, enabled=False):
             return solver(op, *args, **kwargs)

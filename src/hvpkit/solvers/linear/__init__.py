@@ -1,0 +1,1 @@
+"""Solvers of linear systems, column by column, with shared passes over the data."""

@@ -1,0 +1,54 @@
+import json
+
+import pytest
+import torch
+
+import bench_solve
+
+NAME = "two layers"
+
+
+@pytest.fixture
+def bench(two_layers, tmp_path):  # noqa: ARG001
+    def run(*options):
+        file = tmp_path / "found.json"
+        arguments = ["--cache", str(tmp_path), "--seeds", "2", "--size", "60", "--out", str(file)]
+        bench_solve.main([*arguments, *options])
+        return json.loads(file.read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("name", bench_solve.SPECTRA)
+def test_spectra_are_solved_by_all_that_can(bench, name):
+    entry = bench("--problems", name)["problems"][name]
+    for method, runs in entry["runs"].items():
+        for run in runs:
+            if name == "indefinite" and method == "cg":
+                assert run["status"] == "negative-curvature"
+            elif name != "indefinite" or "cg" not in method:
+                assert run["residual"] <= 1e-6
+                assert run["error"] < 1e-2
+                assert run["matvecs"] > 1
+
+
+def test_matrix_has_the_spectrum_with_damping():
+    values = torch.linalg.eigvalsh(bench_solve.dense("decaying", 50)) - bench_solve.DAMPING
+    assert torch.allclose(values, torch.logspace(-8, 0, 50, dtype=torch.float64), atol=1e-12)
+
+
+def test_network_is_solved_with_and_without_a_sample(bench, capsys):
+    entry = bench("--problems", NAME)["problems"][NAME]
+    assert set(entry["runs"]) == set(bench_solve.METHODS)
+    for runs in entry["runs"].values():
+        assert all(run["residual"] <= 1e-5 for run in runs)
+    assert bench_solve.saved(entry) > 0
+    assert f"| {NAME} | matvecs |" in capsys.readouterr().out
+
+
+def test_report_measures_nothing(bench, monkeypatch, capsys):
+    bench("--problems", "decaying")
+    before = capsys.readouterr().out.splitlines()[-4:]
+    monkeypatch.setattr(bench_solve, "on_spectrum", lambda *_: pytest.fail("measured"))
+    bench("--report")
+    assert capsys.readouterr().out.splitlines()[-4:] == before
