@@ -24,6 +24,7 @@ from hvpkit.errors import (
     DerivativeWarning,
     NonFiniteError,
     NotSymmetricError,
+    UnsavedWarning,
     UnstableDataError,
 )
 from hvpkit.estimators.diagonal import diagonal
@@ -75,6 +76,7 @@ __all__ = [
     "Progress",
     "Report",
     "Status",
+    "UnsavedWarning",
     "UnstableDataError",
     "accelerated_power",
     "as_data",

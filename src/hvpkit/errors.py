@@ -29,3 +29,7 @@ class UnstableDataError(RuntimeError):
 
 class CapturedParameterWarning(UserWarning):
     """A loss depends on parameters that are not in ``params``; they are taken for constants."""
+
+
+class UnsavedWarning(UserWarning):
+    """A file could not be written while work goes on: a checkpoint, or a tracker's measurements."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from hvpkit.estimators.probe import KINDS, UNIT, draw
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Status
 from hvpkit.results.estimate import Estimate, EstimateProgress, Mean
-from hvpkit.solvers.driver import Assessment, Limits, run
+from hvpkit.solvers.checkpoint import Checkpoint, Witness
+from hvpkit.solvers.driver import UNLIMITED, Assessment, Limits, run
 
 MIN_SAMPLES = 20
 """Samples before a standard error may end a run: it is checked after each block, where a small one by chance ends it.
@@ -125,6 +127,8 @@ class Sampled(Protocol):
     def scale(self) -> Tensor: ...
     @property
     def num_good(self) -> Tensor: ...
+    @property
+    def witness(self) -> Witness: ...
 
 
 S = TypeVar("S", bound=Sampled)
@@ -158,9 +162,8 @@ class Estimator(Generic[S]):
 
     @property
     def limits(self) -> Limits:
-        """Cost of the plan, and the time limit."""
-        budget = self.plan.num_probes * self.plan.cost * self.op.cost
-        return Limits(budget, self.time_limit, 0.0, self.step_cost)
+        """The time limit alone: assessments keep to the probes of the plan."""
+        return Limits(UNLIMITED, self.time_limit, 0.0, self.step_cost)
 
     def init(self) -> S:
         return self.start
@@ -178,7 +181,8 @@ class Estimator(Generic[S]):
         if status is Status.NON_FINITE:
             block = self.plan.next_block(int(state.num_good))
             suspect = draw(self.op, self.plan.probe, self.plan.seed, block).mT
-        num_steps = 1 + state.num_probes // (8 * self.plan.block_size)
+        left = -(-(self.plan.num_probes - state.num_probes) // self.plan.block_size)
+        num_steps = max(1, min(left, 1 + state.num_probes // (8 * self.plan.block_size)))
         return Assessment(state, EstimateProgress(0.0, 0.0, value, stderr), num_steps, status, suspect)
 
     def finalize(self, state: S, status: Status) -> Estimate[Tensor]:
@@ -203,9 +207,32 @@ def estimate(
     *,
     time_limit: float | None,
     monitor: Monitor | None,
+    checkpoint: str | os.PathLike[str] | None,
+    trim: Callable[[S], S] = lambda state: state,
 ) -> Estimate[Tensor]:
-    """Sample until the plan is done: see :class:`Estimator`."""
-    return run(Estimator(op, plan, state, step, evaluate, time_limit), monitor=monitor)
+    """Sample until the plan is done: see :class:`Estimator`; ``trim`` drops what a checkpoint need not hold."""
+    file = None
+    if checkpoint is not None:
+        asked = {"estimator": evaluate.__module__.rpartition(".")[2], **asdict(plan)}
+        del asked["tol"]  # may change, as limits may
+        file = Checkpoint[S](
+            checkpoint,
+            {**asked, **op.identity()},
+            trim,
+            lambda loaded: _verified(op, loaded),
+            EstimateProgress,
+        )
+    found = run(Estimator(op, plan, state, step, evaluate, time_limit), monitor=monitor, checkpoint=file)
+    if file is not None and found.status is Status.MAX_MATVECS:
+        file.clear()  # all probes of the plan are taken
+    return found
+
+
+def _verified(op: LinearOperator, state: S) -> S:
+    """Verify by one matvec, counted, that a loaded state belongs to the operator."""
+    cost = state.witness.check(op, state.scale)
+    changed: Any = state  # a dataclass, which a protocol cannot say
+    return replace(changed, num_matvecs=state.num_matvecs + cost)  # type: ignore[no-any-return]
 
 
 def _final_status(op: LinearOperator, plan: Plan, state: Sampled, found: Mean) -> Status | None:
@@ -214,9 +241,12 @@ def _final_status(op: LinearOperator, plan: Plan, state: Sampled, found: Mean) -
         return Status.NON_FINITE
     if plan.exact:
         return Status.INVARIANT_SUBSPACE if state.num_probes == op.n else None
+    is_last = state.num_probes == plan.num_probes
     if plan.tol is None:
-        return Status.COMPLETED if state.num_probes == plan.num_probes else None
+        return Status.COMPLETED if is_last else None
     if state.num_probes < min(MIN_SAMPLES, plan.num_probes):
         return None
     error, size = torch.linalg.vector_norm(found.stderr), torch.linalg.vector_norm(found.value)
-    return Status.CONVERGED if bool(error <= plan.tol * size) else None
+    if bool(error <= plan.tol * size):
+        return Status.CONVERGED
+    return Status.MAX_MATVECS if is_last else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import Field, dataclass, replace
 from functools import wraps
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, TypeVar
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, Typ
 import torch
 from torch import Tensor
 
+from hvpkit._utils.signals import signals_deferred
 from hvpkit._utils.validation import check_positive
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
@@ -23,6 +25,12 @@ from hvpkit.solvers.checkpoint import Checkpoint, Saved
 OVERSHOOT_CPU, OVERSHOOT_GPU = 32, 8
 """One over the share of steps that may follow the one at which a solve has converged. An assessment is cheap on a CPU;
 on a GPU it waits for the device. Chosen by feel."""
+
+UNLIMITED = 1e300
+"""A budget that is never reached: of a solver whose assessments keep to a plan."""
+
+LIMITS = (Status.MAX_MATVECS, Status.TIME_LIMIT)
+"""Statuses of a solve that may continue."""
 
 ROUNDED_UP = 1 + 1e-12
 """Factor of a budget, so that rounding in sums of costs does not forbid the last matvec."""
@@ -164,7 +172,8 @@ class Solver(Protocol[S, R_co]):
     def assess(self, state: S) -> Assessment[S]:
         """Return the values so far, whether the solve is over, and the state to continue from.
 
-        May wait for the device, and may restart: an assessment donates the buffers too, and is not repeated.
+        May wait for the device, and may restart: an assessment donates the buffers too, and is not repeated, except
+        that the state of an assessment that ended the solve gives the same status again.
         """
 
     def finalize(self, state: S, status: Status) -> R_co:
@@ -232,10 +241,19 @@ def run(
         solver: the method.
         monitor: called after each assessment with the new entry of the history.
         checkpoint: the solve continues from it, if it holds one, and is saved to it: now and then, at a limit, and
-            when a step or the monitor raises, as by an interruption from the keyboard. Cleared on convergence.
+            when a step or the monitor raises, as by an interruption from the keyboard. Cleared when the solve is
+            done.
     """
-    found = conclude(solver, iterate(solver, monitor=monitor, checkpoint=checkpoint))
-    if checkpoint is not None and found.status.converged:
+    ended = iterate(solver, monitor=monitor, checkpoint=checkpoint)
+    try:
+        found = conclude(solver, ended)
+    except BaseException:
+        if (
+            checkpoint is not None and ended.status not in LIMITS
+        ):  # at a limit it is saved, before an assessment
+            checkpoint.save(Saved(ended.state, 0, ended.history, time.perf_counter() - ended.began))
+        raise
+    if checkpoint is not None and (found.status.converged or found.status is Status.COMPLETED):
         checkpoint.clear()
     return found
 
@@ -268,18 +286,19 @@ def iterate(
                 limit = limits.exceeded_by(solver.step_cost, state.num_matvecs, time.perf_counter() - began)
                 if limit is not None:
                     break
-                state = solver.step(state)
-                num_steps -= 1
+                state, num_steps = solver.step(state), num_steps - 1  # together, whenever a signal comes
             if limit is not None or (checkpoint is not None and checkpoint.due()):
                 save()
-            assessing = True  # an assessment may change buffers: nothing to save in the midst of it
-            found = solver.assess(state)
-            state, num_steps, assessing = found.state, found.num_steps, False
-            if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
-                seconds = time.perf_counter() - began
-                history.append(replace(found.progress, num_matvecs=state.num_matvecs, seconds=seconds))
-                if monitor is not None:
-                    monitor(history[-1])
+            is_new = False
+            with nullcontext() if checkpoint is None else signals_deferred():
+                assessing = True  # an assessment may change buffers: nothing to save in the midst of it
+                found = solver.assess(state)
+                state, num_steps, assessing = found.state, found.num_steps, False
+                if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
+                    seconds, is_new = time.perf_counter() - began, True
+                    history.append(replace(found.progress, num_matvecs=state.num_matvecs, seconds=seconds))
+            if is_new and monitor is not None:
+                monitor(history[-1])
             status = found.status or (None if found.handover else limit)
             if status is not None or found.handover:
                 return Ended(state, status, tuple(history), began, found.suspect)
