@@ -32,4 +32,4 @@ class CapturedParameterWarning(UserWarning):
 
 
 class UnsavedWarning(UserWarning):
-    """A file could not be written while work goes on: a checkpoint, or a tracker's measurements."""
+    """A checkpoint or a tracker's file could not be written, and work goes on; or measurements in it are replaced."""

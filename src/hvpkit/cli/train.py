@@ -10,12 +10,12 @@ import torch
 import typer
 from torch.nn import functional as F
 
-from hvpkit._utils.files import atomic_write
+from hvpkit._utils.files import atomic_write, reason
 from hvpkit.cli.application import command
 from hvpkit.cli.choices import Mode, TrainingMethod
 from hvpkit.cli.model_checkpoints import load
 from hvpkit.cli.options import Model, ModeOption
-from hvpkit.cli.output import Output, one_line, to_plain, write_picture
+from hvpkit.cli.output import Output, one_line, print_message, to_plain, write_picture
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.cli.training_methods import LR, Plan, State, train_epochs
 from hvpkit.train import SpectrumTracker
@@ -77,7 +77,7 @@ def train(
     Images are not augmented, so that the Hessian is that of the loss that was trained.
     """
     output = Output(json, out)
-    output.prepare()
+    output.prepare(CHECKPOINT, MODEL, SPECTRUM, "spectrum.png")
     rate = LR[method] if lr is None else lr
     plan = Plan(
         method.value,
@@ -111,7 +111,7 @@ def train(
         epoch: int = state["epoch"]
         ex = dict(tracker.results).get(epoch)  # known if the run was interrupted after it
         if ex is None:
-            with watch:
+            with watch, output.measuring({"epoch": epoch}, f"epoch {epoch:>4}", watch):
                 ex = tracker(problem.model, step=epoch)
         loss = state["losses"][-1] if epoch else None
         record = {"epoch": epoch, "loss": loss, "spectrum": None if ex is None else ex.to_dict()}
@@ -119,11 +119,12 @@ def train(
         output.print(record, f"epoch {epoch:>4}  {text:<14}{'' if ex is None else one_line(ex)}")
 
     for state in train_epochs(problem.model, problem.data, plan, saved):
-        _save(out / CHECKPOINT, {"run": run, **state})
+        _save_or_warn(out / CHECKPOINT, {"run": run, **state})
         if keep:
-            _save(out / f"epoch-{state['epoch']:04d}.pt", state["model"])
+            _save_or_warn(out / f"epoch-{state['epoch']:04d}.pt", state["model"])
         measure(state)
     _save(out / MODEL, state["model"])
+    tracker.save()
     write_picture(out / "spectrum.png", lambda: plot_ends(tracker, "epoch"))
     output.print_written(CHECKPOINT, MODEL, SPECTRUM, "spectrum.png")
     return all(ex.converged for _, ex in tracker.results)
@@ -174,6 +175,14 @@ def _saved(out: Path, run: dict[str, Any]) -> State | None:
 def _save(path: Path, content: Any) -> None:
     with atomic_write(path) as draft:
         torch.save(content, draft)
+
+
+def _save_or_warn(path: Path, content: Any) -> None:
+    """Save; where that fails, say so and let the training go on."""
+    try:
+        _save(path, content)
+    except (OSError, RuntimeError) as error:  # torch raises the second where a disk is full
+        print_message(f"--out: {path} could not be written ({reason(error)}); the training goes on")
 
 
 def plot_ends(tracker: SpectrumTracker, xlabel: str) -> Any:

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvpkit._utils.files import atomic_write
+from hvpkit._utils.files import atomic_write, check_file
 from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.density import Density
@@ -82,7 +82,7 @@ def report(
         The path.
 
     Raises:
-        ValueError: ``ex`` or ``density`` is of an operator of another size; the folder does not exist.
+        ValueError: ``ex`` or ``density`` is of an operator of another size; the file cannot be written.
         ImportError: matplotlib is missing.
 
     Cost:
@@ -101,9 +101,7 @@ def report(
         raise ValueError(f"ex is of an operator with n = {len(ex.smallest.vector)}, H has n = {H.n}")
     if density is not None and density.n != H.n:
         raise ValueError(f"density is of an operator with n = {density.n}, H has n = {H.n}")
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise ValueError(f"path: there is no folder {target.parent}; make it first")
+    target = check_file("path", path)
     parts = [_table("Both ends", *_ends(ex)), _table("How it went", None, _run(H, ex))]
     if density is not None:
         parts.append(_table("Spectral density", None, _spectrum(density)))
