@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +12,10 @@ import torch
 import typer
 from torch.nn import functional as F
 
+from hvpkit._utils import checkpoints
 from hvpkit._utils.files import atomic_write, reason
 from hvpkit.cli.application import command
 from hvpkit.cli.choices import Mode, TrainingMethod
-from hvpkit.cli.model_checkpoints import load
 from hvpkit.cli.options import Model, ModeOption
 from hvpkit.cli.output import Output, one_line, print_message, to_plain, write_picture
 from hvpkit.cli.progress_line import ProgressLine
@@ -119,9 +121,10 @@ def train(
         output.print(record, f"epoch {epoch:>4}  {text:<14}{'' if ex is None else one_line(ex)}")
 
     for state in train_epochs(problem.model, problem.data, plan, saved):
-        _save_or_warn(out / CHECKPOINT, {"run": run, **state})
+        _save_or_warn(partial(checkpoints.write, out / CHECKPOINT, run, state), out / CHECKPOINT)
         if keep:
-            _save_or_warn(out / f"epoch-{state['epoch']:04d}.pt", state["model"])
+            path = out / f"epoch-{state['epoch']:04d}.pt"
+            _save_or_warn(partial(_save, path, state["model"]), path)
         measure(state)
     _save(out / MODEL, state["model"])
     tracker.save()
@@ -147,7 +150,8 @@ def _saved(out: Path, run: dict[str, Any]) -> State | None:
     """Return the checkpoint of the run in a folder; None if there is none.
 
     Raises:
-        ValueError: the folder holds another run, or a spectrum without a checkpoint.
+        ValueError: the folder holds another run, a checkpoint that is damaged or of another version, or a spectrum
+            without a checkpoint.
     """
     if not (out / CHECKPOINT).exists():
         if (out / SPECTRUM).exists():
@@ -155,34 +159,20 @@ def _saved(out: Path, run: dict[str, Any]) -> State | None:
                 f"out: {out} has a {SPECTRUM} and no {CHECKPOINT} to continue from; name another folder"
             )
         return None
-    state: State = load(out / CHECKPOINT)
-    stored = state.get("run") if isinstance(state, dict) else None
-    if not isinstance(stored, dict):
-        raise ValueError(f"out: {out / CHECKPOINT} is not a checkpoint of hvpkit train; name another folder")
-    other = [
-        f"{key} was {stored.get(key)} and is {value}"
-        for key, value in run.items()
-        if stored.get(key) != value
-    ]
-    if other:
-        raise ValueError(
-            f"out: {out} holds another run ({', '.join(other)}); repeat its options to continue it, or "
-            "name another folder"
-        )
-    return state
+    return checkpoints.read(out / CHECKPOINT, run, name="out")
+
+
+def _save_or_warn(save: Callable[[], object], path: Path) -> None:
+    """Save; where that fails, say so and let the training go on."""
+    try:
+        save()
+    except (OSError, RuntimeError) as error:  # torch raises the second where a disk is full
+        print_message(f"--out: {path} could not be written ({reason(error)}); the training goes on")
 
 
 def _save(path: Path, content: Any) -> None:
     with atomic_write(path) as draft:
         torch.save(content, draft)
-
-
-def _save_or_warn(path: Path, content: Any) -> None:
-    """Save; where that fails, say so and let the training go on."""
-    try:
-        _save(path, content)
-    except (OSError, RuntimeError) as error:  # torch raises the second where a disk is full
-        print_message(f"--out: {path} could not be written ({reason(error)}); the training goes on")
 
 
 def plot_ends(tracker: SpectrumTracker, xlabel: str) -> Any:
