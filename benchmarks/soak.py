@@ -9,6 +9,8 @@ must have the bits of a run without faults, or the damage must be refused by its
 
 wrong   an answer with other bits, or an exit code that does not say what happened
 lost    a run that does not come to an answer, a file that a signal deleted, a draft that stays
+
+A signal may also come after its end: when the solve is done and its file deleted, and the answer is on its way.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ from hvpkit.train import SpectrumTracker
 
 OUT = _harness.RESULTS / "soak.json"
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
+CATCHABLE = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+ENDED = "ended"
 PAUSE = 0.001
 REFUSALS = (
     "is damaged",
@@ -170,7 +174,7 @@ def tracking(folder: Path) -> str:
 
 
 def command(name: str, *options: str) -> Job:
-    """Return the job of a command; an exit code of interruption ends the process with it."""
+    """Return the job of a command."""
 
     def job(folder: Path) -> str:
         target = folder / "target.py"
@@ -178,18 +182,22 @@ def command(name: str, *options: str) -> Job:
             target.write_text(TARGET)
         args = [name, f"{target}:make", "--json", "--mode", "reverse-over-reverse", *options]
         args += ["--checkpoint", str(folder / "work.pt"), "--out", str(folder / "out")]
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        printed, messages = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(messages):
             code = run_command(args)
         if code >= 128:
-            os._exit(code)
+            raise Ended(code, printed.getvalue())
         lines = printed.getvalue().splitlines()
         full = int(os.environ.get("SOAK_FULL_AT", "0"))
         if len(lines) != 1 or (code and not full):
-            raise AssertionError(f"{name}: exit code {code}, {len(lines)} lines")
+            raise AssertionError(f"{name}: exit code {code}, {len(lines)} lines, {messages.getvalue()}")
         return digest(plain(json.loads(lines[0])))
 
     return job
+
+
+class Ended(Exception):
+    """An interrupted command: its exit code, and what it printed."""
 
 
 def run_command(args: Sequence[str]) -> int:
@@ -245,13 +253,21 @@ class Soak:
     jobs: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
-    def run(self, work: Callable[[], str], signal_name: str | None = None, after: float = 0.0) -> End:
+    def run(
+        self,
+        work: Callable[[], str],
+        signal_name: str | None = None,
+        after: float = 0.0,
+        is_command: bool = False,
+    ) -> End:
         """Run in a forked process, which a signal hits after some seconds."""
         reading, writing = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, CATCHABLE)  # until the child has its handlers
         child = os.fork()
         if not child:
             os.close(reading)
-            _in_child(work, writing)
+            _in_child(work, writing, is_command)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, CATCHABLE)
         os.close(writing)
         if signal_name is not None:
             time.sleep(after)
@@ -291,7 +307,7 @@ class Soak:
         for _ in range(self.random.randint(1, 5)):
             fault, after = self.random.choice(SIGNALS), self.random.uniform(0, 0.9) * self.seconds[name]
             had_file = any(folder.glob("work.pt*"))
-            end = self.run(lambda: JOBS[name](folder), fault, after)
+            end = self.run(lambda: JOBS[name](folder), fault, after, name.startswith("hvpkit"))
             if end.code == 0:
                 self.note(name, f"{fault} too late", self.compare(name, end), end)
                 return
@@ -299,8 +315,10 @@ class Soak:
             if end.code not in (-number, 128 + number):
                 self.note(name, fault, "wrong", end)
                 return
-            kept = any(folder.glob("work.pt*"))
-            self.note(name, fault, "lost" if had_file and not kept else "interrupted", end)
+            outcome = "interrupted"
+            if had_file and not any(folder.glob("work.pt*")):
+                outcome = "after its end" if (folder / ENDED).exists() else "lost"
+            self.note(name, fault, outcome, end)
         end = self.run(lambda: JOBS[name](folder))
         self.note(name, "resumed", self.compare(name, end), end)
         drafts = [path.name for path in folder.rglob("*.part")]
@@ -420,13 +438,19 @@ class Soak:
         }
 
 
-def _in_child(work: Callable[[], str], writing: int) -> None:
-    """Run in the forked process and end it: 0 with the answer, 128 + a signal, or 3 with the error."""
+def _in_child(work: Callable[[], str], writing: int, is_command: bool) -> None:
+    """Run in the forked process and end it: 0 with the answer, 128 + a signal, or 3 with the error.
+
+    A command has handlers of signals of its own.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code, said = 3, ""
     try:
-        with terminating_signals_raised():
+        with contextlib.nullcontext() if is_command else terminating_signals_raised():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, CATCHABLE)
             said, code = work(), 0
+    except Ended as ended:
+        code, said = ended.args
     except KeyboardInterrupt as error:
         code = 128 + getattr(error, "number", signal.SIGINT)
     except BaseException:
@@ -434,6 +458,17 @@ def _in_child(work: Callable[[], str], writing: int) -> None:
     with contextlib.suppress(BaseException), os.fdopen(writing, "wb") as pipe:
         pipe.write(said.encode())
     os._exit(code)
+
+
+def mark_ends() -> None:
+    """Let a solve that deletes its file at the end leave a mark beside it."""
+    clear = solver_checkpoint.Checkpoint.clear
+
+    def marked(self: Any) -> None:
+        (self.path.parent / ENDED).touch()
+        clear(self)
+
+    solver_checkpoint.Checkpoint.clear = marked  # type: ignore[method-assign]
 
 
 def table(record: dict[str, Any]) -> str:
@@ -455,6 +490,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _harness.parse(parser, argv)
     if not given.report:
         torch.set_num_threads(1)
+        mark_ends()
         solver_checkpoint.SAVE_INTERVAL = solver_checkpoint.SAVE_COST_FACTOR = 0.0
         for module in LAZY:
             importlib.import_module(module)
