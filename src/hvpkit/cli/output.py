@@ -88,13 +88,18 @@ def so_far(entry: Any) -> dict[str, Any]:
     return known | INTERRUPTED
 
 
+def beside(checkpoint: Path, name: str) -> Path:
+    """Return the path of a further file of a checkpoint."""
+    return checkpoint.with_name(f"{checkpoint.name}.{name}")
+
+
 @contextmanager
 def saving_to(checkpoint: Path | None) -> Iterator[None]:
     """Say, if interrupted, where the work is saved."""
     try:
         yield
     except KeyboardInterrupt:
-        if checkpoint is not None and checkpoint.exists():
+        if checkpoint is not None and any(path.exists() for path in (checkpoint, beside(checkpoint, "ends"))):
             print_message(f"saved in {checkpoint}; the same command continues from it")
         raise
 

@@ -16,7 +16,7 @@ from hvpkit.cli.application import command
 from hvpkit.cli.density import NumProbes, NumSteps
 from hvpkit.cli.extremes import find_both_ends, result_items
 from hvpkit.cli.options import Checkpoint, CurvatureProblem, Solve
-from hvpkit.cli.output import Output, print_message, saving_to
+from hvpkit.cli.output import Output, beside, print_message, saving_to
 from hvpkit.cli.progress_line import ProgressLine
 
 
@@ -47,7 +47,8 @@ def report(
     target, H = problem.operator()
     about = problem.describe(target, H)
     partial = {"status": "interrupted", "converged": False, "problem": about}
-    found, of_density = _beside(checkpoint, "extremes"), _beside(checkpoint, "density")
+    found = None if checkpoint is None else beside(checkpoint, "extremes")
+    of_density = None if checkpoint is None else beside(checkpoint, "density")
     ex = _kept_ends(
         H,
         solve,
@@ -89,10 +90,6 @@ def report(
     if found is not None:
         found.unlink(missing_ok=True)
     return ex.converged
-
-
-def _beside(checkpoint: Path | None, name: str) -> Path | None:
-    return None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.{name}")
 
 
 def _kept_ends(
