@@ -83,6 +83,20 @@ def test_solve_at_its_budget_goes_on_with_a_larger_one_and_a_smaller_tol(tmp_pat
     assert [entry.seconds for entry in rest.history] == sorted(entry.seconds for entry in rest.history)
 
 
+@pytest.mark.parametrize("num_loads", [1, 3])
+def test_a_budget_cuts_a_continued_solve_where_it_cuts_a_whole_one(num_loads: int, tmp_path: Path) -> None:
+    A, file = matrix(SPECTRA["bulk_with_outliers"]), tmp_path / "solve.pt"
+    arguments: dict[str, Any] = {"k": 2, "which": "BE", "tol": 1e-12, "max_matvecs": 25}
+    whole = hk.lanczos(hk.aslinearoperator(A), **arguments)
+    assert whole.status is hk.Status.MAX_MATVECS
+    for _ in range(num_loads):
+        with pytest.raises(Interrupted):
+            hk.lanczos(Unreliable(A, 6).operator(), checkpoint=file, **arguments)
+    again = hk.lanczos(hk.aslinearoperator(A), checkpoint=file, **arguments)
+    assert same_bits(again, whole)
+    assert again.num_matvecs == whole.num_matvecs + num_loads
+
+
 def test_time_limit_counts_from_the_call_and_seconds_from_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.results.spectral_measure import Measure
 from hvpkit.solvers import krylov
 from hvpkit.solvers.checkpoint import Checkpoint, Witness, restored
-from hvpkit.solvers.driver import ROUNDED_UP, UNLIMITED, Assessment, Limits, Monitor, run
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, run
 from hvpkit.solvers.lanczos import lanczos
 
 MARGIN, WIDER = 1.01, 1.5
@@ -87,7 +87,6 @@ class KernelState:
             the first band.
         ends: of the spectrum.
         num_matvecs: full-data matvecs so far.
-        num_other: those of them that were not for a recurrence: for the ends, and to verify the operator.
     """
 
     band: Band
@@ -99,7 +98,6 @@ class KernelState:
     moments: tuple[Tensor, ...] = ()
     finished: tuple[Measure, ...] = ()
     num_matvecs: float = 0.0
-    num_other: float = 0.0
 
     @property
     def degree(self) -> int:
@@ -109,11 +107,9 @@ class KernelState:
 
 def init(op: LinearOperator, goal: Goal, ends: Ends, group: int = 0) -> KernelState:
     """Return the state before the first matvec of a group of vectors."""
-    start, spent = _start(op, goal, group), ends.num_matvecs
-    zero = torch.zeros_like(start)
-    return KernelState(
-        ends.band, start, start, zero, Witness.empty(op), ends, num_matvecs=spent, num_other=spent
-    )
+    start = _start(op, goal, group)
+    zero, witness = torch.zeros_like(start), Witness.empty(op)
+    return KernelState(ends.band, start, start, zero, witness, ends, num_matvecs=ends.num_matvecs)
 
 
 def _start(op: LinearOperator, goal: Goal, group: int) -> Tensor:
@@ -184,18 +180,8 @@ def assess(op: LinearOperator, goal: Goal, state: KernelState) -> Assessment[Ker
         finished = (*state.finished, measure(state.band, moments))
         state = replace(_restarted(state, state.band, _start(op, goal, len(finished))), finished=finished)
     low, high = state.band.center - state.band.half_width, state.band.center + state.band.half_width
-    affordable = steps_left(op, goal, state)
-    if status is None and not affordable:
-        status = Status.MAX_MATVECS
-    num_steps = max(1, min(goal.num_steps - state.degree, state.degree // 4, affordable))
+    num_steps = max(1, min(goal.num_steps - state.degree, state.degree // 4))
     return Assessment(state, Progress(0.0, 0.0, low, high, math.nan, math.nan), num_steps, status, suspect)
-
-
-def steps_left(op: LinearOperator, goal: Goal, state: KernelState) -> int:
-    """Return the steps that the matvecs of the goal allow: fewer than are asked for where a band was too narrow."""
-    budget = sum(goal.sizes) * goal.num_steps * op.cost
-    left = budget * ROUNDED_UP - (state.num_matvecs - state.num_other)
-    return int(left // (len(state.start) * op.cost))
 
 
 def known_moments(state: KernelState) -> Tensor:
@@ -240,8 +226,10 @@ class KernelPolynomials:
 
     @property
     def limits(self) -> Limits:
-        """The time limit alone: assessments keep to the matvecs of the goal."""
-        return Limits(UNLIMITED, self.time_limit, 0.0, self.ends.num_matvecs + self.step_cost)
+        """The time limit, and the matvecs of the goal."""
+        spent = self.ends.num_matvecs
+        budget = spent + sum(self.goal.sizes) * self.goal.num_steps * self.op.cost
+        return Limits(budget, self.time_limit, 0.0, spent + self.step_cost)
 
     def init(self) -> KernelState:
         return init(self.op, self.goal, self.ends)
@@ -308,4 +296,4 @@ def solve(
 def verify(op: LinearOperator, state: KernelState) -> KernelState:
     """Verify by one matvec, counted, that a loaded state belongs to the operator."""
     cost = state.witness.check(op, state.ends.band.half_width)
-    return replace(state, num_matvecs=state.num_matvecs + cost, num_other=state.num_other + cost)
+    return replace(state, num_matvecs=state.num_matvecs + cost)

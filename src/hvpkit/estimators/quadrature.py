@@ -35,7 +35,7 @@ from hvpkit.solvers import krylov
 from hvpkit.solvers.checkpoint import Checkpoint, Witness
 from hvpkit.solvers.common.convergence import progress_of
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
-from hvpkit.solvers.driver import UNLIMITED, Assessment, Limits, Monitor, run
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, run
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,9 @@ class Quadrature:
 
     @property
     def limits(self) -> Limits:
-        """The time limit alone: assessments keep to the matvecs of the goal."""
-        return Limits(UNLIMITED, self.time_limit, 0.0, self.step_cost)
+        """The time limit, and a budget that is never reached: assessments keep to the matvecs of the goal."""
+        num_matvecs = sum(self.goal.sizes) * self.goal.num_steps
+        return Limits(num_matvecs * self.op.cost + self.step_cost, self.time_limit, 0.0, self.step_cost)
 
     def init(self) -> QuadratureState:
         return init(self.op, self.goal)

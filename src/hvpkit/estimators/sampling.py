@@ -19,7 +19,7 @@ from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Status
 from hvpkit.results.estimate import Estimate, EstimateProgress, Mean
 from hvpkit.solvers.checkpoint import Checkpoint, Witness
-from hvpkit.solvers.driver import UNLIMITED, Assessment, Limits, run
+from hvpkit.solvers.driver import Assessment, Limits, run
 
 MIN_SAMPLES = 20
 """Samples before a standard error may end a run: it is checked after each block, where a small one by chance ends it.
@@ -162,8 +162,9 @@ class Estimator(Generic[S]):
 
     @property
     def limits(self) -> Limits:
-        """The time limit alone: assessments keep to the probes of the plan."""
-        return Limits(UNLIMITED, self.time_limit, 0.0, self.step_cost)
+        """Cost of the plan, and the time limit."""
+        budget = self.plan.num_probes * self.plan.cost * self.op.cost
+        return Limits(budget, self.time_limit, 0.0, self.step_cost)
 
     def init(self) -> S:
         return self.start
@@ -181,8 +182,7 @@ class Estimator(Generic[S]):
         if status is Status.NON_FINITE:
             block = self.plan.next_block(int(state.num_good))
             suspect = draw(self.op, self.plan.probe, self.plan.seed, block).mT
-        left = -(-(self.plan.num_probes - state.num_probes) // self.plan.block_size)
-        num_steps = max(1, min(left, 1 + state.num_probes // (8 * self.plan.block_size)))
+        num_steps = 1 + state.num_probes // (8 * self.plan.block_size)
         return Assessment(state, EstimateProgress(0.0, 0.0, value, stderr), num_steps, status, suspect)
 
     def finalize(self, state: S, status: Status) -> Estimate[Tensor]:
@@ -241,12 +241,9 @@ def _final_status(op: LinearOperator, plan: Plan, state: Sampled, found: Mean) -
         return Status.NON_FINITE
     if plan.exact:
         return Status.INVARIANT_SUBSPACE if state.num_probes == op.n else None
-    is_last = state.num_probes == plan.num_probes
     if plan.tol is None:
-        return Status.COMPLETED if is_last else None
+        return Status.COMPLETED if state.num_probes == plan.num_probes else None
     if state.num_probes < min(MIN_SAMPLES, plan.num_probes):
         return None
     error, size = torch.linalg.vector_norm(found.stderr), torch.linalg.vector_norm(found.value)
-    if bool(error <= plan.tol * size):
-        return Status.CONVERGED
-    return Status.MAX_MATVECS if is_last else None
+    return Status.CONVERGED if bool(error <= plan.tol * size) else None

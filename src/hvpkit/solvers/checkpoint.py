@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from typing import Any, Generic, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, Protocol, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -30,7 +30,15 @@ ROUNDING_FACTOR = 10.0
 """Relative error of a matvec that counts as the same operator's, in units of the precision of matvecs; the root of eps
 if that is more. Chosen by feel."""
 
-S = TypeVar("S")
+
+class Counted(Protocol):
+    """The requirement on a state: the full-data matvecs spent so far, those that verified the operator included."""
+
+    @property
+    def num_matvecs(self) -> float: ...
+
+
+S = TypeVar("S", bound=Counted)
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,15 @@ class Saved(Generic[S]):
         num_steps: steps until the next assessment.
         history: so far.
         seconds: so far.
+        verified: full-data matvecs that verified the operator, at every load so far: beyond the budget, so that a
+            limit cuts where it would have.
     """
 
     state: S
     num_steps: int
     history: tuple[Any, ...]
     seconds: float
+    verified: float = 0.0
 
 
 def _unchanged(state: S) -> S:
@@ -96,6 +107,7 @@ class Checkpoint(Generic[S]):
             "num_steps": saved.num_steps,
             "history": [asdict(entry) for entry in saved.history],
             "seconds": saved.seconds,
+            "verified": saved.verified,
         }
         try:
             checkpoints.write(self.path, self.solve, content)
@@ -128,8 +140,11 @@ class Checkpoint(Generic[S]):
             return None
         history = tuple(self.entry(**entry) for entry in content["history"])
         like = like if self.fresh is None else self.fresh(content["state"])
-        state = self.verify(restored(like, content["state"]))
-        return Saved(state, content["num_steps"], history, content["seconds"])
+        loaded: S = restored(like, content["state"])
+        before = loaded.num_matvecs
+        state = self.verify(loaded)
+        verified = content["verified"] + state.num_matvecs - before
+        return Saved(state, content["num_steps"], history, content["seconds"], verified)
 
     def clear(self) -> None:
         """Delete the file, if there is one, after convergence."""

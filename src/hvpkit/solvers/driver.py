@@ -26,9 +26,6 @@ OVERSHOOT_CPU, OVERSHOOT_GPU = 32, 8
 """One over the share of steps that may follow the one at which a solve has converged. An assessment is cheap on a CPU;
 on a GPU it waits for the device. Chosen by feel."""
 
-UNLIMITED = 1e300
-"""A budget that is never reached: of a solver whose assessments keep to a plan."""
-
 LIMITS = (Status.MAX_MATVECS, Status.TIME_LIMIT)
 """Statuses of a solve that may continue."""
 
@@ -193,6 +190,7 @@ class Ended(Generic[S]):
         history: one entry for each assessment.
         began: start of the solve on the clock of ``time.perf_counter``; set back by the time before a checkpoint.
         suspect: vectors ``[n, p]`` whose matvec was not finite.
+        verified: full-data matvecs that verified the operator of a checkpoint.
     """
 
     state: S
@@ -200,6 +198,7 @@ class Ended(Generic[S]):
     history: tuple[Entry, ...]
     began: float
     suspect: Tensor | None = None
+    verified: float = 0.0
 
 
 def full_precision(
@@ -251,7 +250,8 @@ def run(
         if (
             checkpoint is not None and ended.status not in LIMITS
         ):  # at a limit it is saved, before an assessment
-            checkpoint.save(Saved(ended.state, 0, ended.history, time.perf_counter() - ended.began))
+            seconds = time.perf_counter() - ended.began
+            checkpoint.save(Saved(ended.state, 0, ended.history, seconds, ended.verified))
         raise
     if checkpoint is not None and (found.status.converged or found.status is Status.COMPLETED):
         checkpoint.clear()
@@ -270,6 +270,7 @@ def iterate(
     if checkpoint is not None:
         saved = checkpoint.load(state) or saved
     state, num_steps, history = saved.state, saved.num_steps, list[Entry](saved.history)
+    limits = replace(limits, max_matvecs=limits.max_matvecs + saved.verified)
     began = time.perf_counter() - saved.seconds
     if limits.time_limit is not None:
         limits = replace(limits, time_limit=limits.time_limit + saved.seconds)
@@ -277,7 +278,8 @@ def iterate(
 
     def save() -> None:
         if checkpoint is not None and state.num_matvecs:
-            checkpoint.save(Saved(state, num_steps, tuple(history), time.perf_counter() - began))
+            seconds = time.perf_counter() - began
+            checkpoint.save(Saved(state, num_steps, tuple(history), seconds, saved.verified))
 
     try:
         while True:
@@ -301,7 +303,7 @@ def iterate(
                 monitor(history[-1])
             status = found.status or (None if found.handover else limit)
             if status is not None or found.handover:
-                return Ended(state, status, tuple(history), began, found.suspect)
+                return Ended(state, status, tuple(history), began, found.suspect, saved.verified)
     except BaseException:
         if not assessing:
             save()

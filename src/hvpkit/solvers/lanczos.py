@@ -383,8 +383,9 @@ def lanczos(
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
         checkpoint: a file. The solve is saved there every minute, at a limit and when it is interrupted. The same call
-            continues from it, for one matvec that verifies the operator, to the same bits; tolerances and limits may
-            be changed. A save that fails is an :class:`hvpkit.UnsavedWarning`. Deleted on convergence.
+            continues from it, for one matvec beyond the budget that verifies the operator, to the same bits;
+            tolerances and limits may be changed. A save that fails is an :class:`hvpkit.UnsavedWarning`. Deleted on
+            convergence.
 
     Returns:
         Values ascending, with orthonormal vectors, true residuals, intervals and status. At a limit, or if a matvec
