@@ -42,8 +42,8 @@ from torch.nn import functional as F
 import _harness
 import hvpkit as hk
 from hvpkit._utils.checkpoints import digest
+from hvpkit._utils.signals import terminating_signals_raised
 from hvpkit.cli import app
-from hvpkit.cli.interruption import terminating_signals_raised
 from hvpkit.solvers import checkpoint as solver_checkpoint
 from hvpkit.train import SpectrumTracker
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -318,6 +320,44 @@ def test_signal_during_an_assessment_waits_for_its_end(
     finally:
         signal.signal(signal.SIGINT, handler)
     assert same_bits(hk.lanczos(op, 2, which="BE", ncv=12, tol=1e-10, checkpoint=file), whole)
+
+
+SCRIPT = """
+import sys, time, torch
+import hvpkit as hk
+d = torch.linspace(-1, 3, 300, dtype=torch.float64)
+
+def product(v):
+    print("product", flush=True)
+    time.sleep(0.01)
+    return d * v
+
+op = hk.aslinearoperator((product, 300, torch.float64))
+try:
+    found = hk.lanczos(op, tol=1e-10, checkpoint="solve.pt")
+except KeyboardInterrupt:
+    print("caught")
+else:
+    print(found.values.item().hex())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_that_ends_the_process_saves_before(number: signal.Signals, tmp_path: Path) -> None:
+    args = [sys.executable, "-c", SCRIPT]
+    with subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(20):
+            assert process.stdout.readline() == "product\n"
+        process.send_signal(number)
+        rest = process.communicate()[0].splitlines()
+    assert process.returncode == -number
+    assert set(rest) <= {"product"}
+    assert saved_products(tmp_path / "solve.pt") >= 18
+    d = torch.linspace(-1, 3, 300, dtype=torch.float64)
+    op = hk.aslinearoperator((lambda v: d * v, 300, torch.float64))
+    whole = hk.lanczos(op, tol=1e-10)
+    assert same_bits(hk.lanczos(op, tol=1e-10, checkpoint=tmp_path / "solve.pt"), whole)
 
 
 def test_interruption_of_the_final_check_is_saved(tmp_path: Path) -> None:

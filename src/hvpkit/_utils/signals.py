@@ -1,4 +1,4 @@
-"""Signals that wait: what must not be torn is finished before a handler raises."""
+"""Signals that wait, and signals that raise: work is saved, and not torn, before they end a program."""
 
 from __future__ import annotations
 
@@ -11,6 +11,54 @@ from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that end a program; Windows has no SIGHUP."""
+
+TERMINATING = tuple(number for number in SIGNALS if number != signal.SIGINT)
+"""Those that raise nothing by themselves; Python raises KeyboardInterrupt for SIGINT."""
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised where the program is when one of ``TERMINATING`` arrives."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def terminating_signals_raised() -> Iterator[list[int]]:
+    """Raise :class:`Terminated` for ``TERMINATING``, inside ``with``; handlers that somebody has set are kept.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored. Outside of the main thread nothing changes.
+    Yields the signals whose default action this replaces.
+    """
+    ours: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        ours = [number for number in TERMINATING if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, _raise)
+    try:
+        yield ours
+    finally:
+        for number in ours:
+            if signal.getsignal(number) is _raise:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _raise(number: int, _frame: FrameType | None) -> None:
+    raise Terminated(number)
+
+
+@contextmanager
+def ending_after_cleanup() -> Iterator[None]:
+    """Let ``except`` and ``finally`` inside ``with`` run before a signal ends the process by its default action."""
+    ours: list[int] = []
+    try:
+        with terminating_signals_raised() as ours:
+            yield
+    except Terminated as error:
+        if error.number in ours:
+            signal.raise_signal(error.number)
+        raise
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, Typ
 import torch
 from torch import Tensor
 
-from hvpkit._utils.signals import signals_deferred
+from hvpkit._utils.signals import ending_after_cleanup, signals_deferred
 from hvpkit._utils.validation import check_positive
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
@@ -240,21 +240,21 @@ def run(
         solver: the method.
         monitor: called after each assessment with the new entry of the history.
         checkpoint: the solve continues from it, if it holds one, and is saved to it: now and then, at a limit, and
-            when a step or the monitor raises, as by an interruption from the keyboard. Cleared when the solve is
-            done.
+            when a step or the monitor raises, as by an interruption from the keyboard, or a signal ends the process:
+            SIGTERM or SIGHUP, unless the caller has a handler. Cleared when the solve is done.
     """
-    ended = iterate(solver, monitor=monitor, checkpoint=checkpoint)
-    try:
-        found = conclude(solver, ended)
-    except BaseException:
-        if (
-            checkpoint is not None and ended.status not in LIMITS
-        ):  # at a limit it is saved, before an assessment
-            seconds = time.perf_counter() - ended.began
-            checkpoint.save(Saved(ended.state, 0, ended.history, seconds, ended.verified))
-        raise
-    if checkpoint is not None and (found.status.converged or found.status is Status.COMPLETED):
-        checkpoint.clear()
+    with nullcontext() if checkpoint is None else ending_after_cleanup():
+        ended = iterate(solver, monitor=monitor, checkpoint=checkpoint)
+        try:
+            found = conclude(solver, ended)
+        except BaseException:
+            # at a limit it is saved before the assessment, so that a larger one goes on to the same bits
+            if checkpoint is not None and ended.status not in LIMITS:
+                seconds = time.perf_counter() - ended.began
+                checkpoint.save(Saved(ended.state, 0, ended.history, seconds, ended.verified))
+            raise
+        if checkpoint is not None and (found.status.converged or found.status is Status.COMPLETED):
+            checkpoint.clear()
     return found
 
 
