@@ -42,7 +42,6 @@ from torch.nn import functional as F
 import _harness
 import hvpkit as hk
 from hvpkit._utils.checkpoints import digest
-from hvpkit._utils.signals import terminating_signals_raised
 from hvpkit.cli import app
 from hvpkit.solvers import checkpoint as solver_checkpoint
 from hvpkit.train import SpectrumTracker
@@ -253,20 +252,14 @@ class Soak:
     jobs: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
-    def run(
-        self,
-        work: Callable[[], str],
-        signal_name: str | None = None,
-        after: float = 0.0,
-        is_command: bool = False,
-    ) -> End:
+    def run(self, work: Callable[[], str], signal_name: str | None = None, after: float = 0.0) -> End:
         """Run in a forked process, which a signal hits after some seconds."""
         reading, writing = os.pipe()
         signal.pthread_sigmask(signal.SIG_BLOCK, CATCHABLE)  # until the child has its handlers
         child = os.fork()
         if not child:
             os.close(reading)
-            _in_child(work, writing, is_command)
+            _in_child(work, writing)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, CATCHABLE)
         os.close(writing)
         if signal_name is not None:
@@ -307,7 +300,7 @@ class Soak:
         for _ in range(self.random.randint(1, 5)):
             fault, after = self.random.choice(SIGNALS), self.random.uniform(0, 0.9) * self.seconds[name]
             had_file = any(folder.glob("work.pt*"))
-            end = self.run(lambda: JOBS[name](folder), fault, after, name.startswith("hvpkit"))
+            end = self.run(lambda: JOBS[name](folder), fault, after)
             if end.code == 0:
                 self.note(name, f"{fault} too late", self.compare(name, end), end)
                 return
@@ -438,21 +431,19 @@ class Soak:
         }
 
 
-def _in_child(work: Callable[[], str], writing: int, is_command: bool) -> None:
-    """Run in the forked process and end it: 0 with the answer, 128 + a signal, or 3 with the error.
-
-    A command has handlers of signals of its own.
-    """
+def _in_child(work: Callable[[], str], writing: int) -> None:
+    """Run in the forked process and end it: 0 with the answer, 128 + a signal, or 3 with the error."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     code, said = 3, ""
     try:
-        with contextlib.nullcontext() if is_command else terminating_signals_raised():
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, CATCHABLE)
-            said, code = work(), 0
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, CATCHABLE)
+        said, code = work(), 0
     except Ended as ended:
         code, said = ended.args
-    except KeyboardInterrupt as error:
-        code = 128 + getattr(error, "number", signal.SIGINT)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except BaseException:
         said = traceback.format_exc()
     with contextlib.suppress(BaseException), os.fdopen(writing, "wb") as pipe:
@@ -496,10 +487,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module(module)
         soak, begin = Soak(random.Random(given.seed)), time.perf_counter()
         soak.learn()
-        while time.perf_counter() - begin < 60 * given.minutes:
+        header = {"machine": _harness.machine(), "seed": given.seed}
+        while (seconds := time.perf_counter() - begin) < 60 * given.minutes:
             soak.round()
-        counts = soak.record(time.perf_counter() - begin)
-        _harness.write(given.out, {"machine": _harness.machine(), "seed": given.seed, **counts})
+            _harness.write(given.out, {**header, **soak.record(seconds)})
     record = _harness.read(given.out)
     print(table(record))
     for failure in record["failures"]:
