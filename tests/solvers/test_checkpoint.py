@@ -388,6 +388,37 @@ def test_failed_save_leaves_the_old_file(
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_link_stays_and_its_target_holds_the_solve(tmp_path: Path) -> None:
+    op, link, target = (
+        hk.aslinearoperator(matrix(SPECTRA["indefinite"])),
+        tmp_path / "link",
+        tmp_path / "far.pt",
+    )
+    link.symlink_to(target)
+    hk.lanczos(op, tol=1e-10, max_matvecs=8, checkpoint=link)
+    assert link.is_symlink()
+    assert saved_products(target) == 7
+    assert hk.lanczos(op, tol=1e-6, checkpoint=link).converged
+    assert link.is_symlink()
+    assert not target.exists()
+
+
+def test_folder_of_a_relative_path_is_that_of_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    op = hk.aslinearoperator(matrix(SPECTRA["indefinite"]))
+    hk.lanczos(
+        op,
+        tol=1e-10,
+        max_matvecs=8,
+        checkpoint="solve.pt",
+        monitor=lambda _: monkeypatch.chdir(tmp_path / "elsewhere"),
+    )
+    assert (tmp_path / "solve.pt").exists()
+
+
 def test_file_holds_only_the_rows_in_use(tmp_path: Path) -> None:
     n, file = 200_000, tmp_path / "solve.pt"
     op = hk.aslinearoperator((lambda v: v * torch.arange(float(n)), n, torch.float32))

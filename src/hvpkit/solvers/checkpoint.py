@@ -90,7 +90,7 @@ class Checkpoint(Generic[S]):
         entry: Callable[..., Any] = Progress,
         fresh: Callable[[dict[str, Any]], S] | None = None,
     ) -> None:
-        self.path = check_file("checkpoint", path)
+        self.path = check_file("checkpoint", path).absolute()
         self.solve, self.trim, self.verify = solve, trim, verify
         self.entry, self.fresh = entry, fresh
         self._next = time.monotonic() + SAVE_INTERVAL
@@ -147,8 +147,8 @@ class Checkpoint(Generic[S]):
         return Saved(state, content["num_steps"], history, content["seconds"], verified)
 
     def clear(self) -> None:
-        """Delete the file, if there is one, after convergence."""
-        self.path.unlink(missing_ok=True)
+        """Delete the file, if there is one, after convergence; of a link, the file that it leads to."""
+        self.path.resolve().unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class SpectrumTracker:
         self._hessian: dict[str, Any] = {"wrt": wrt, "mode": mode}
         self._solve: dict[str, Any] = {"tol": tol, "atol": atol, "method": method, "monitor": monitor}
         self._solve |= {"max_matvecs": max_matvecs, "time_limit": time_limit}
-        self._path = None if path is None else check_file("path", path)
+        self._path = None if path is None else check_file("path", path).absolute()
         self._identity: dict[str, Any] = {}
         self._replaced: list[tuple[int, ExtremeResult]] = []
         self._num_parameters: int | None = None
