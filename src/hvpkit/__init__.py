@@ -26,6 +26,7 @@ from hvpkit.errors import (
     NotConvergedError,
     NotSymmetricError,
     SharedGeneratorWarning,
+    UnsavedWarning,
     UnstableDataError,
 )
 from hvpkit.estimators.diagonal import diagonal
@@ -88,6 +89,7 @@ __all__ = [
     "SolveProgress",
     "SolveResult",
     "Status",
+    "UnsavedWarning",
     "UnstableDataError",
     "accelerated_power",
     "as_data",

@@ -37,3 +37,7 @@ class UnstableDataError(RuntimeError):
 
 class CapturedParameterWarning(UserWarning):
     """A loss depends on parameters that are not in ``params``; they are taken for constants."""
+
+
+class UnsavedWarning(UserWarning):
+    """A checkpoint or a tracker's file could not be written, and work goes on; or measurements in it are replaced."""

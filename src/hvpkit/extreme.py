@@ -87,7 +87,8 @@ def extreme_eigenvalues(
         intervals of kind ``"residual"`` where no more is known: these reach as far as the residual norm.
 
     Raises:
-        ValueError: an argument out of its range, named; a checkpoint of another solve.
+        ValueError: an argument out of its range, named; a checkpoint that is damaged, of another version or solve, or
+            whose path cannot be written.
         NotSymmetricError: ``H`` is not symmetric beyond rounding.
 
     Cost:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import hvpkit as hk
 from hvpkit import plots
 from hvpkit.cli import app
-from hvpkit.cli.demo import train_and_solve
+from hvpkit.cli.demo import train_and_solve, write_files
 from hvpkit.plots.landscape import loss_along
 from hvpkit.zoo import digits, digits_cnn, train_classifier
 from oracles import product_by_double_backward
@@ -22,11 +22,11 @@ from oracles import product_by_double_backward
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     epochs, entries = [], []
-    ex, problem = train_and_solve(
-        folder,
+    ex, problem, draw = train_and_solve(
         training_monitor=lambda epoch, loss: epochs.append((epoch, loss)),
         solver_monitor=entries.append,
     )
+    write_files(folder, ex, problem, draw)
     return folder, ex, problem, epochs, entries
 
 

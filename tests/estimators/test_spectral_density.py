@@ -22,6 +22,7 @@ from problems import SPECTRA, matrix
 METHODS = ("lanczos", "chebyshev")
 EIGENVALUES = [-3.0, *torch.linspace(-1, 1, 57).tolist(), 4.0, 8.0]
 ENDS = kernel_polynomials.END_MATVECS
+UNIT_BAND = kernel_polynomials.Ends(kernel_polynomials.Band(0.0, 1.0))
 
 each_method = pytest.mark.parametrize("method", METHODS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -106,7 +107,7 @@ def test_chebyshev_weights_have_the_moments_of_each_probe() -> None:
     A, num_steps = matrix(EIGENVALUES), 5
     op = hk.aslinearoperator(A)
     goal = quadrature.Goal(num_steps, (3,), 3, 4)
-    starts = kernel_polynomials.init(op, goal, kernel_polynomials.Band(0.0, 1.0)).start
+    starts = kernel_polynomials.init(op, goal, UNIT_BAND).start
     d = spectral_density(op, method="chebyshev", num_steps=num_steps, num_probes=3, seed=4)
     for power in range(2 * num_steps + 1):
         forms = (starts @ torch.linalg.matrix_power(A, power) * starts).sum(dim=1)
@@ -390,8 +391,8 @@ def test_same_seed_gives_the_same_bits(method: str) -> None:
 def test_run_that_is_resumed_from_its_state_repeats_exactly() -> None:
     op = hk.aslinearoperator(matrix(SPECTRA["bulk_with_outliers"]))
     goal = quadrature.Goal(num_steps=8, sizes=(2,), width=2, seed=1)
-    band = kernel_polynomials.Band(40.0, 50.0)
-    lanczos, chebyshev = quadrature.init(op, goal), kernel_polynomials.init(op, goal, band)
+    ends = kernel_polynomials.Ends(kernel_polynomials.Band(40.0, 50.0))
+    lanczos, chebyshev = quadrature.init(op, goal), kernel_polynomials.init(op, goal, ends)
     for _ in range(3):
         lanczos, chebyshev = quadrature.step(op, goal, lanczos), kernel_polynomials.step(op, chebyshev)
     ends = []

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hvpkit as hk
+from hvpkit._utils.checkpoints import digest
 from hvpkit.train import SpectrumTracker
 from problems import network
 
@@ -133,9 +134,17 @@ def test_training_that_went_back_replaces_what_came_after(tmp_path) -> None:
     path, model = tmp_path / "run.jsonl", module()
     tracker = SpectrumTracker.for_module(F.cross_entropy, data(), path=path)
     train(model, range(5), tracker)
-    tracker(model, step=2)
+    before = path.read_text().splitlines()
+    with pytest.warns(hk.UnsavedWarning, match=r"^path: training has gone back to step 2.* 3 measurements"):
+        tracker(model, step=2)
     assert [step for step, _ in tracker.results] == [0, 1, 2]
     assert len(path.read_text().splitlines()) == 3
+    again = SpectrumTracker.for_module(F.cross_entropy, data(), path=path)
+    with pytest.warns(hk.UnsavedWarning, match="3 measurements"):
+        again(model, step=0)
+    kept = (tmp_path / "run.jsonl.replaced").read_text().splitlines()
+    assert kept[:3] == before[2:]
+    assert [json.loads(line)["step"] for line in kept] == [2, 3, 4, 0, 1, 2]
 
 
 def test_a_budget_keeps_what_was_found_by_then() -> None:
@@ -187,6 +196,9 @@ def test_other_parameters_are_refused() -> None:
         ({"atol": -1.0}, ValueError, "atol"),
         ({"method": "power"}, ValueError, "method"),
         ({"path": "/no/such/folder/run.jsonl"}, ValueError, "path"),
+        ({"path": "/proc/run.jsonl"}, ValueError, "path"),
+        ({"path": "/dev/full"}, ValueError, "path"),
+        ({"path": 3}, TypeError, "path"),
     ],
 )
 def test_bad_argument_is_named(options: dict[str, object], error: type[Exception], name: str) -> None:
@@ -201,10 +213,84 @@ def test_module_and_nonsense_as_loss_are_refused() -> None:
         SpectrumTracker(3, data())
 
 
+def tracker_at(path, examples=None, **options) -> SpectrumTracker:
+    examples = data() if examples is None else examples
+    return SpectrumTracker.for_module(F.cross_entropy, examples, path=path, **options)
+
+
+def test_a_file_of_another_tracker_is_refused(tmp_path) -> None:
+    path, (x, y) = tmp_path / "run.jsonl", data()
+    tracker_at(path)(module())
+    before = path.read_bytes()
+    for options, said in (
+        ({"examples": (x + 1e-3, y)}, r"\(data differs\)"),
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"wrt": "*weight"}, "wrt was None and is"),
+        ({"method": "lanczos"}, "method was 'auto' and is 'lanczos'"),
+    ):
+        with pytest.raises(ValueError, match=rf"^path: .* holds another solve .*{said}"):
+            tracker_at(path, **options)
+    assert path.read_bytes() == before
+    again = tracker_at(path, examples=[(x[:50], y[:50]), (x[50:], y[50:])], tol=1e-4)  # the same question
+    assert [step for step, _ in again.results] == [0]
+
+
+def test_damage_of_a_file_is_never_read_as_another_value(tmp_path) -> None:
+    path = tmp_path / "run.jsonl"
+    tracker = tracker_at(path)
+    tracker(module())
+    tracker(module())
+    whole, values = path.read_bytes(), [ex.to_dict() for _, ex in tracker.results]
+    step = max(1, len(whole) // 60)
+    for place in range(0, len(whole), step):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            found = tracker_at(path)
+        except ValueError as error:
+            assert str(error).startswith("path: ")  # noqa: PT017
+        else:
+            assert [ex.to_dict() for _, ex in found.results] == values
+    path.write_bytes(whole[: len(whole) - 20])
+    with pytest.raises(ValueError, match=r"^path: line 2 of .* is damaged"):
+        tracker_at(path)
+    record = json.loads(whole.splitlines()[0])
+    del record["checksum"]
+    record["tracker"]["format"] = 0
+    path.write_text(json.dumps({**record, "checksum": digest(record)}) + "\n")
+    with pytest.raises(ValueError, match=r"^path: .* is of another version"):
+        tracker_at(path)
+
+
+def test_a_write_that_fails_is_a_warning_and_the_next_writes_all(tmp_path, monkeypatch) -> None:
+    path, model = tmp_path / "run.jsonl", module()
+    tracker = tracker_at(path)
+    tracker(model)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        with pytest.warns(
+            hk.UnsavedWarning, match=r"^path: .* could not be written \(No space left on device\)"
+        ):
+            ex = tracker(model)
+        with pytest.raises(OSError, match="No space"):
+            tracker.save()
+    assert ex is not None
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    tracker(model)
+    assert [step for step, _ in tracker_at(path).results] == [0, 1, 2]
+
+
 def test_another_file_is_refused_and_kept(tmp_path) -> None:
     path = tmp_path / "notes.txt"
     for text in ("my notes\n", '{"step": 1}\n', "[1]\n"):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"^path: .* is not a file that SpectrumTracker wrote"):
+        with pytest.raises(ValueError, match=r"^path: .* is not a file that SpectrumTracker"):
             SpectrumTracker.for_module(F.cross_entropy, data(), path=path)
         assert path.read_text() == text

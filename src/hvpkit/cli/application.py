@@ -14,7 +14,8 @@ import torch
 import typer
 
 import hvpkit
-from hvpkit.cli.interruption import signal_of, terminating_signals_raised
+from hvpkit._utils.signals import terminating_signals_raised
+from hvpkit.cli.interruption import signal_of
 from hvpkit.cli.output import diverted_stdout, print_message
 from hvpkit.errors import NonFiniteError
 

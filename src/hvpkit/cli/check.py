@@ -14,9 +14,17 @@ from hvpkit.cli.output import Output
 )
 def check(problem: CurvatureProblem, output: Output) -> bool:
     """Check that matvecs repeat, are symmetric and agree with finite differences; name causes and remedies."""
-    output.prepare()
+    output.prepare("check.json")
     target, H = problem.operator()
-    found = hk.check(H, seed=problem.seed)
+    findings: list[hk.Finding] = []
+    try:
+        found = hk.check(H, seed=problem.seed, monitor=findings.append)
+    except KeyboardInterrupt:
+        if findings:
+            so_far = hk.Report(f"{repr(H)[1:-1]}, interrupted", tuple(findings))
+            record = {"ok": False, "status": "interrupted", "operator": repr(H)[1:-1], "findings": findings}
+            output.write_so_far("check", {**record, "problem": problem.describe(target, H)}, [str(so_far)])
+        raise
     record = {
         "ok": found.ok,
         "operator": found.operator,

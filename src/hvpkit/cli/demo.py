@@ -12,9 +12,9 @@ from rich.console import Console
 from torch.nn import functional as F
 
 import hvpkit as hk
-from hvpkit._utils.files import atomic_write
+from hvpkit._utils.files import check_file, check_folder
 from hvpkit.cli.application import command
-from hvpkit.cli.output import as_json, results_stream, table, write_picture
+from hvpkit.cli.output import results_stream, table, write_json, write_picture
 from hvpkit.zoo import digits, digits_cnn, train_classifier
 
 TRAINING = "Training a convolutional network on 1,797 digits"
@@ -37,7 +37,8 @@ def demo(
     missing = [module for module in ("sklearn", "matplotlib") if find_spec(module) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)} missing: pip install 'hvpkit[demo]'")
-    console = Console(file=results_stream())
+    check_outputs(out)
+    console, entries = Console(file=results_stream()), list[hk.Progress]()
     with console.status(TRAINING) as status:
 
         def show(text: str, number: float) -> None:
@@ -49,36 +50,58 @@ def demo(
             show(f"{TRAINING}: epoch {epoch}, loss {loss:.4f}", epoch)
 
         def assessed(entry: hk.Progress) -> None:
+            entries.append(entry)
             ends = f"smallest {entry.smallest:.4g} ± {entry.smallest_bound:.1g}, largest {entry.largest:.4g}"
             show(
                 f"{entry.num_matvecs:g} passes over the data: {ends} ± {entry.largest_bound:.1g}",
                 entry.num_matvecs,
             )
 
-        ex, problem = train_and_solve(
-            out, tol=tol, seed=seed, training_monitor=trained, solver_monitor=assessed
-        )
+        try:
+            ex, problem, draw = train_and_solve(
+                tol=tol, seed=seed, training_monitor=trained, solver_monitor=assessed
+            )
+        except KeyboardInterrupt:
+            if entries:
+                console.print(f"So far, not verified: {entries[-1]}, {entries[-1].num_matvecs:g} passes.")
+            raise
     _print_result(console, ex, problem)
+    write_files(out, ex, problem, draw)
     console.print(f"Wrote {out / 'extremes.json'} and {out / 'extremes.png'}.")
     return ex.converged
 
 
+def check_outputs(out: Path) -> None:
+    """Make the folder and try its files.
+
+    Raises:
+        ValueError: they cannot be written.
+    """
+    check_folder("--out", out)
+    for name in ("extremes.json", "extremes.png"):
+        check_file("--out", out / name)
+
+
+def write_files(out: Path, ex: hk.ExtremeResult, problem: dict[str, Any], draw: Callable[[], Any]) -> None:
+    """Write ``extremes.json`` and ``extremes.png`` into the folder ``out``."""
+    write_json(out / "extremes.json", {**ex.to_dict(), "problem": problem})
+    write_picture(out / "extremes.png", draw)
+
+
 def train_and_solve(
-    out: Path,
     *,
     tol: float = 1e-2,
     seed: int = 0,
     training_monitor: Callable[[int, float], object] | None = None,
     solver_monitor: Callable[[hk.Progress], object] | None = None,
-) -> tuple[hk.ExtremeResult, dict[str, Any]]:
-    """Train, solve, and write ``extremes.json`` and ``extremes.png`` into the folder ``out``.
+) -> tuple[hk.ExtremeResult, dict[str, Any], Callable[[], Any]]:
+    """Train and solve.
 
     Returns:
-        The result, and a record of the network, the data and the loss.
+        The result, a record of the network, the data and the loss, and a function that draws the picture.
     """
     from hvpkit import plots
 
-    out.mkdir(parents=True, exist_ok=True)
     data = digits()
     model = digits_cnn(seed=seed)
     train_classifier(model, data, seed=seed, monitor=training_monitor)
@@ -97,11 +120,8 @@ def train_and_solve(
         "dtype": str(H.dtype).removeprefix("torch."),
         "seed": seed,
     }
-    with atomic_write(out / "extremes.json") as draft:
-        draft.write_text(as_json({**ex.to_dict(), "problem": problem}, indent=2) + "\n", encoding="utf-8")
     title = f"Hessian of the mean loss over all {H.num_examples:,} digits, {H.n:,} parameters"
-    write_picture(out / "extremes.png", lambda: plots.extremes(ex, objective, params, data, title=title))
-    return ex, problem
+    return ex, problem, lambda: plots.extremes(ex, objective, params, data, title=title)
 
 
 def _print_result(console: Console, ex: hk.ExtremeResult, problem: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ import typer
 import hvpkit as hk
 from hvpkit.cli.application import command
 from hvpkit.cli.choices import DensityMethod
-from hvpkit.cli.options import CurvatureProblem
-from hvpkit.cli.output import Output, table
+from hvpkit.cli.options import Checkpoint, CurvatureProblem
+from hvpkit.cli.output import Output, saving_to, table
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.eigen import Status
 from hvpkit.results.estimate import plus_minus
@@ -24,6 +24,7 @@ NumProbes = Annotated[
 
 @command(
     "hvpkit density digits --num-steps 80 --out results",
+    "hvpkit density digits --num-probes 10 --checkpoint density.pt",
     "hvpkit density problem.py:make --method chebyshev --json",
 )
 def density(
@@ -33,16 +34,17 @@ def density(
     num_steps: NumSteps = 50,
     num_probes: NumProbes = 4,
     time_limit: Annotated[float | None, typer.Option(help="Time limit in seconds.")] = None,
+    checkpoint: Checkpoint = None,
 ) -> bool:
     """Estimate the density of all eigenvalues of the full-data Hessian.
 
     It takes num-steps * num-probes matvecs, and has no tolerance to converge to.
     """
-    output.prepare()
+    output.prepare("density.json", "density.png", checkpoint=checkpoint)
     target, H = problem.operator()
     about, watch = problem.describe(target, H), ProgressLine("Density")
     try:
-        with watch:
+        with watch, saving_to(checkpoint):
             found = hk.spectral_density(
                 H,
                 method=method,
@@ -51,6 +53,7 @@ def density(
                 time_limit=time_limit,
                 seed=problem.seed,
                 monitor=watch,
+                checkpoint=checkpoint,
             )
     except KeyboardInterrupt:
         output.write_partial("density", watch.last, about)

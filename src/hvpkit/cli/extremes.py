@@ -4,33 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import hvpkit as hk
 from hvpkit.cli.application import command
-from hvpkit.cli.options import CurvatureProblem, Solve
-from hvpkit.cli.output import Output, print_message, table
+from hvpkit.cli.options import Checkpoint, CurvatureProblem, Solve
+from hvpkit.cli.output import Output, print_message, saving_to, table
 from hvpkit.cli.progress_line import ProgressLine
 
 
 @command(
     "hvpkit extremes digits",
     "hvpkit extremes problem.py:make --tol 1e-3 --method lanczos --json",
+    "hvpkit extremes digits --tol 1e-4 --checkpoint extremes.pt",
     "hvpkit extremes cifar10 --data-dir data --resume model.pt --out results",
 )
-def extremes(problem: CurvatureProblem, solve: Solve, output: Output) -> bool:
+def extremes(problem: CurvatureProblem, solve: Solve, output: Output, checkpoint: Checkpoint = None) -> bool:
     """Find the smallest and the largest eigenvalue of the full-data Hessian, with error intervals.
 
     Or of another curvature matrix, by --curvature.
     """
-    output.prepare()
+    output.prepare("extremes.json", "extremes.png", checkpoint=checkpoint)
     target, H = problem.operator()
     about = problem.describe(target, H)
     ex = find_both_ends(
         H,
         solve,
         problem.seed,
-        lambda record, shown: output.write("extremes", {**record, "problem": about}, shown),
+        lambda record, shown: output.write_so_far("extremes", {**record, "problem": about}, shown),
+        checkpoint,
     )
     drawable = bool(ex.vectors.isfinite().all())
     if output.out is not None and not drawable:
@@ -50,12 +53,13 @@ def find_both_ends(
     solve: Solve,
     seed: int,
     write_partial: Callable[[dict[str, Any], list[Any]], None],
+    checkpoint: Path | None,
 ) -> hk.ExtremeResult:
     """Find both ends; if interrupted, write the last assessment: a record and what to print of it."""
     watch = ProgressLine("Both ends")
     try:
-        with watch:
-            return hk.extreme_eigenvalues(H, **vars(solve), seed=seed, monitor=watch)
+        with watch, saving_to(checkpoint):
+            return hk.extreme_eigenvalues(H, **vars(solve), seed=seed, monitor=watch, checkpoint=checkpoint)
     except KeyboardInterrupt:
         if isinstance(watch.last, hk.Progress):
             record = interrupted(watch.last, solve.tol, H)

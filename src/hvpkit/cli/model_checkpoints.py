@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WRAPPERS = ("state_dict", "model")
+WRAPPERS = ("content", "state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -42,8 +42,8 @@ def load(path: str | os.PathLike[str]) -> Any:
 def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load the parameters and buffers of a checkpoint into a model.
 
-    The file holds a ``state_dict()``, alone or under ``"state_dict"`` or ``"model"``. The prefixes of names that
-    ``DataParallel`` and ``torch.compile`` add are removed.
+    The file holds a ``state_dict()``, alone or under ``"state_dict"`` or ``"model"``, as a checkpoint of
+    ``hvpkit train`` does. The prefixes of names that ``DataParallel`` and ``torch.compile`` add are removed.
 
     Raises:
         ValueError: names or shapes differ from the model's; the message lists them. Also as :func:`load`.

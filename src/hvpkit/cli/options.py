@@ -45,6 +45,14 @@ BatchNormOption = Annotated[
         help="BatchNorm of a built-in network: by its running statistics (eval) or those of each batch."
     ),
 ]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        help="File to save the work to: every minute, when it is interrupted, and at a time limit. The same command "
+        "continues from it; deleted at the end.",
+        dir_okay=False,
+    ),
+]
 Seed = Annotated[
     int, typer.Option(help="Seed of random vectors, and of a built-in network's initial parameters.")
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
@@ -20,7 +20,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from hvpkit._utils.files import atomic_write
+from hvpkit._utils.files import atomic_write, check_file, check_folder, reason
+from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.eigen import ExtremeResult
 
 MAX_UNBROKEN = 28
@@ -80,6 +81,41 @@ def as_json(record: Any, indent: int | None = None) -> str:
     return json_format.dumps(to_plain(record), allow_nan=False, indent=indent)
 
 
+def write_json(path: Path, record: Any) -> None:
+    """Write a record as strict JSON, whole or not at all."""
+    with atomic_write(path) as draft:
+        draft.write_text(as_json(record, indent=2) + "\n", encoding="utf-8")
+
+
+INTERRUPTED = {
+    "status": "interrupted",
+    "converged": False,
+    "message": "interrupted: values so far, not verified",
+}
+
+
+def so_far(entry: Any) -> dict[str, Any]:
+    """Return a record of the last progress entry of an interrupted solve."""
+    known = {key: value for key, value in asdict(entry).items() if not isinstance(value, Tensor)}
+    return known | INTERRUPTED
+
+
+def beside(checkpoint: Path, name: str) -> Path:
+    """Return the path of a further file of a checkpoint."""
+    return checkpoint.with_name(f"{checkpoint.name}.{name}")
+
+
+@contextmanager
+def saving_to(checkpoint: Path | None) -> Iterator[None]:
+    """Say, if interrupted, where the work is saved."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint is not None and any(path.exists() for path in (checkpoint, beside(checkpoint, "ends"))):
+            print_message(f"saved in {checkpoint}; the same command continues from it")
+        raise
+
+
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Make a table with its first column aligned left and the others right."""
     result = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
@@ -120,17 +156,21 @@ class Output:
         Path | None, typer.Option(help="Folder to write results to: JSON and pictures.", file_okay=False)
     ] = None
 
-    def prepare(self) -> None:
-        """Make the folder, before anything is computed.
+    def prepare(self, *names: str, checkpoint: Path | None = None) -> None:
+        """Make the folder, and try the files of these names and the checkpoint, before anything is computed.
 
         Raises:
             ImportError: matplotlib, which draws the pictures, is missing.
-            OSError: the folder cannot be made.
+            ValueError: the folder cannot be made, or a file cannot be written.
         """
+        if checkpoint is not None:
+            check_file("--checkpoint", checkpoint)
         if self.out is not None:
             if find_spec("matplotlib") is None:
                 raise ImportError("--out draws with matplotlib: pip install 'hvpkit[plots]', or leave it out")
-            self.out.mkdir(parents=True, exist_ok=True)
+            check_folder("--out", self.out)
+            for name in names:
+                check_file("--out", self.out / name)
 
     def write(
         self,
@@ -138,25 +178,44 @@ class Output:
         record: Any,
         shown: Sequence[Any],
         draw: Callable[[], Any] | None = None,
-        others: Sequence[str] = (),
+        others: Mapping[str, Callable[[Path], object]] = {},
     ) -> None:
-        """Print a result, as JSON or as the items ``shown``, and write ``name.json`` and ``name.png``.
+        """Print a result, as JSON or as the items ``shown``, and then write ``name.json`` and ``name.png``.
 
         Args:
             name: of the files.
             record: for JSON.
             shown: tables and lines to print.
             draw: draws the picture, which is written if this is given.
-            others: names of further files that were written, to be listed with these.
+            others: further files by name, with the functions that write them.
+
+        Raises:
+            ValueError: a file cannot be written; what could be was, and the result is printed.
         """
-        if self.out is not None:
-            with atomic_write(self.out / f"{name}.json") as draft:
-                draft.write_text(as_json(record, indent=2) + "\n", encoding="utf-8")
         self.print(record, *shown)
-        if self.out is not None and draw is not None:
-            write_picture(self.out / f"{name}.png", draw)
-        if self.out is not None:
-            self.print_written(*others, f"{name}.json", *([] if draw is None else [f"{name}.png"]))
+        if self.out is None:
+            return
+        written = {f"{name}.json": lambda path: write_json(path, record), **others}
+        if draw is not None:
+            written[f"{name}.png"] = lambda path: write_picture(path, draw)
+        failed = {}
+        for file, write in written.items():
+            try:
+                write(self.out / file)
+            except OSError as error:
+                failed[file] = error
+        if len(failed) < len(written):
+            self.print_written(*(file for file in written if file not in failed))
+        if failed:
+            whys = ", ".join(f"{self.out / file} ({reason(error)})" for file, error in failed.items())
+            raise ValueError(f"--out: could not write {whys}; the result is printed above")
+
+    def write_so_far(self, name: str, record: Any, shown: Sequence[Any]) -> None:
+        """Print and write what an interrupted command has found; where it cannot be written, say so and go on."""
+        try:
+            self.write(name, record, shown)
+        except ValueError as error:
+            print_message(str(error))
 
     def print_written(self, *names: str) -> None:
         """Print which files were written into the folder; on standard error if standard output is for JSON."""
@@ -171,14 +230,25 @@ class Output:
         """Print and write the last progress entry of an interrupted command; without one do nothing."""
         if entry is None:
             return
-        known = {key: value for key, value in asdict(entry).items() if not isinstance(value, Tensor)}
-        message = "interrupted: values so far, not verified"
-        record = {**known, "status": "interrupted", "converged": False, "message": message}
+        record = so_far(entry)
+        known = {key: record[key] for key in record if key not in INTERRUPTED}
         rows = [
             (key, f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in known.items()
         ]
-        shown = [table(f"{problem['title']}, so far", (name, "value"), rows), f"{message}."]
-        self.write(name, {**record, "problem": problem}, shown)
+        shown = [table(f"{problem['title']}, so far", (name, "value"), rows), f"{record['message']}."]
+        self.write_so_far(name, {**record, "problem": problem}, shown)
+
+    @contextmanager
+    def measuring(self, place: dict[str, Any], name: str, watch: ProgressLine) -> Iterator[None]:
+        """Print, if interrupted, the values so far of one measurement of several; ``place`` says which it is."""
+        watch.last = None
+        try:
+            yield
+        except KeyboardInterrupt:
+            if watch.last is not None:
+                text = f"{name:<16}  {watch.last}  {watch.last.num_matvecs:g} passes  interrupted"
+                self.print({**place, **so_far(watch.last)}, text)
+            raise
 
     def print(self, record: Any, *shown: Any) -> None:
         """Print a line of JSON, or the items ``shown``, on standard output."""

@@ -38,7 +38,7 @@ def sharpness(
     ] = 1e-2,
 ) -> bool:
     """Find Keskar's sharpness: the largest rise of the full-data loss in a box around the parameters, in percent."""
-    output.prepare()
+    output.prepare("sharpness.json")
     target = problem.load()
     data = hk.as_data(target.data, batch_size=batch_size)
     about = {

@@ -10,14 +10,15 @@ import typer
 import hvpkit as hk
 from hvpkit.cli.application import command
 from hvpkit.cli.choices import TraceMethod
-from hvpkit.cli.options import CurvatureProblem
-from hvpkit.cli.output import Output, table
+from hvpkit.cli.options import Checkpoint, CurvatureProblem
+from hvpkit.cli.output import Output, saving_to, table
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.eigen import Status
 
 
 @command(
     "hvpkit trace digits --num-matvecs 200",
+    "hvpkit trace digits --num-matvecs 1000 --checkpoint trace.pt",
     "hvpkit trace problem.py:make --method xtrace --tol 0.01 --json",
 )
 def trace(
@@ -32,16 +33,17 @@ def trace(
         typer.Option(help="Relative standard error to stop at. By default all passes are spent."),
     ] = None,
     time_limit: Annotated[float | None, typer.Option(help="Time limit in seconds.")] = None,
+    checkpoint: Checkpoint = None,
 ) -> bool:
     """Estimate the trace of the full-data Hessian, with its standard error.
 
     Without --tol all passes are spent, and the exit code is 0.
     """
-    output.prepare()
+    output.prepare("trace.json", checkpoint=checkpoint)
     target, H = problem.operator()
     about, watch = problem.describe(target, H), ProgressLine("Trace")
     try:
-        with watch:
+        with watch, saving_to(checkpoint):
             found = hk.trace(
                 H,
                 method=method,
@@ -50,6 +52,7 @@ def trace(
                 time_limit=time_limit,
                 seed=problem.seed,
                 monitor=watch,
+                checkpoint=checkpoint,
             )
     except KeyboardInterrupt:
         output.write_partial("trace", watch.last, about)

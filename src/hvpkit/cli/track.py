@@ -11,12 +11,11 @@ from typing import Annotated
 import typer
 from torch.nn import functional as F
 
-from hvpkit._utils.files import atomic_write
 from hvpkit.cli.application import command
 from hvpkit.cli.choices import Mode
 from hvpkit.cli.model_checkpoints import load_into
 from hvpkit.cli.options import Model, ModeOption, Solve
-from hvpkit.cli.output import Output, as_json, one_line, write_picture
+from hvpkit.cli.output import Output, as_json, one_line, write_json, write_picture
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.cli.train import SPECTRUM, plot_ends
 from hvpkit.train import SpectrumTracker
@@ -44,7 +43,7 @@ def track(
     added to spectrum.jsonl at once, and the same command, also with further checkpoints, continues after the last one;
     spectrum.png is drawn at the end.
     """
-    output.prepare()
+    output.prepare("track.json", SPECTRUM, "spectrum.png")
     paths = _sorted([*checkpoints, *(more or [])])
     problem = model.load()
     if output.out is not None:
@@ -67,7 +66,7 @@ def track(
         ex = known.get(step)
         if ex is None:
             load_into(problem.model, path)
-            with watch:
+            with watch, output.measuring({"step": step, "checkpoint": str(path)}, path.name, watch):
                 ex = tracker(problem.model, step=step)
         assert ex is not None
         output.print(
@@ -75,6 +74,7 @@ def track(
         )
         all_converged &= ex.converged
     if output.out is not None:
+        tracker.save()
         write_picture(output.out / "spectrum.png", lambda: plot_ends(tracker, "checkpoint"))
         output.print_written("track.json", SPECTRUM, "spectrum.png")
     return all_converged
@@ -116,5 +116,4 @@ def _claim(folder: Path, asked: dict[str, object]) -> None:
             )
     elif (folder / SPECTRUM).exists():
         raise ValueError(f"out: {folder} has the {SPECTRUM} of something else; name another folder")
-    with atomic_write(path) as draft:
-        draft.write_text(as_json(record, indent=2) + "\n", encoding="utf-8")
+    write_json(path, record)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +12,12 @@ import torch
 import typer
 from torch.nn import functional as F
 
-from hvpkit._utils.files import atomic_write
+from hvpkit._utils import checkpoints
+from hvpkit._utils.files import atomic_write, reason
 from hvpkit.cli.application import command
 from hvpkit.cli.choices import Mode, TrainingMethod
-from hvpkit.cli.model_checkpoints import load
 from hvpkit.cli.options import Model, ModeOption
-from hvpkit.cli.output import Output, one_line, to_plain, write_picture
+from hvpkit.cli.output import Output, one_line, print_message, to_plain, write_picture
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.cli.training_methods import LR, Plan, State, train_epochs
 from hvpkit.train import SpectrumTracker
@@ -77,7 +79,7 @@ def train(
     Images are not augmented, so that the Hessian is that of the loss that was trained.
     """
     output = Output(json, out)
-    output.prepare()
+    output.prepare(CHECKPOINT, MODEL, SPECTRUM, "spectrum.png")
     rate = LR[method] if lr is None else lr
     plan = Plan(
         method.value,
@@ -111,7 +113,7 @@ def train(
         epoch: int = state["epoch"]
         ex = dict(tracker.results).get(epoch)  # known if the run was interrupted after it
         if ex is None:
-            with watch:
+            with watch, output.measuring({"epoch": epoch}, f"epoch {epoch:>4}", watch):
                 ex = tracker(problem.model, step=epoch)
         loss = state["losses"][-1] if epoch else None
         record = {"epoch": epoch, "loss": loss, "spectrum": None if ex is None else ex.to_dict()}
@@ -119,11 +121,13 @@ def train(
         output.print(record, f"epoch {epoch:>4}  {text:<14}{'' if ex is None else one_line(ex)}")
 
     for state in train_epochs(problem.model, problem.data, plan, saved):
-        _save(out / CHECKPOINT, {"run": run, **state})
+        _save_or_warn(partial(checkpoints.write, out / CHECKPOINT, run, state), out / CHECKPOINT)
         if keep:
-            _save(out / f"epoch-{state['epoch']:04d}.pt", state["model"])
+            path = out / f"epoch-{state['epoch']:04d}.pt"
+            _save_or_warn(partial(_save, path, state["model"]), path)
         measure(state)
     _save(out / MODEL, state["model"])
+    tracker.save()
     write_picture(out / "spectrum.png", lambda: plot_ends(tracker, "epoch"))
     output.print_written(CHECKPOINT, MODEL, SPECTRUM, "spectrum.png")
     return all(ex.converged for _, ex in tracker.results)
@@ -146,7 +150,8 @@ def _saved(out: Path, run: dict[str, Any]) -> State | None:
     """Return the checkpoint of the run in a folder; None if there is none.
 
     Raises:
-        ValueError: the folder holds another run, or a spectrum without a checkpoint.
+        ValueError: the folder holds another run, a checkpoint that is damaged or of another version, or a spectrum
+            without a checkpoint.
     """
     if not (out / CHECKPOINT).exists():
         if (out / SPECTRUM).exists():
@@ -154,21 +159,15 @@ def _saved(out: Path, run: dict[str, Any]) -> State | None:
                 f"out: {out} has a {SPECTRUM} and no {CHECKPOINT} to continue from; name another folder"
             )
         return None
-    state: State = load(out / CHECKPOINT)
-    stored = state.get("run") if isinstance(state, dict) else None
-    if not isinstance(stored, dict):
-        raise ValueError(f"out: {out / CHECKPOINT} is not a checkpoint of hvpkit train; name another folder")
-    other = [
-        f"{key} was {stored.get(key)} and is {value}"
-        for key, value in run.items()
-        if stored.get(key) != value
-    ]
-    if other:
-        raise ValueError(
-            f"out: {out} holds another run ({', '.join(other)}); repeat its options to continue it, or "
-            "name another folder"
-        )
-    return state
+    return checkpoints.read(out / CHECKPOINT, run, name="out")
+
+
+def _save_or_warn(save: Callable[[], object], path: Path) -> None:
+    """Save; where that fails, say so and let the training go on."""
+    try:
+        save()
+    except (OSError, RuntimeError) as error:  # torch raises the second where a disk is full
+        print_message(f"--out: {path} could not be written ({reason(error)}); the training goes on")
 
 
 def _save(path: Path, content: Any) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from hvpkit._utils.checkpoints import digest
 from hvpkit._utils.random import generator, resolve_seed
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count
@@ -28,7 +29,7 @@ from hvpkit.curvature.data_identity import same_examples
 from hvpkit.curvature.graph_cache import GraphCache
 from hvpkit.curvature.importance_sampling import Importance, importance_sample, scores
 from hvpkit.curvature.mode_selection import Recipe, lower_precision
-from hvpkit.data import Data, as_data
+from hvpkit.data import Data, as_data, digest_of
 from hvpkit.objective import Objective, goes_by_batches
 from hvpkit.operators.algebra import combined_product
 from hvpkit.operators.base import LinearOperator
@@ -211,6 +212,18 @@ class CurvatureOperator(LinearOperator):
         for arithmetic in lowered:
             name = name.replace(f" in {arithmetic}", "")
         return replace(self._map(lambda term: term.native), name=name)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what is known of the operator without a matvec, in a pass over the data that computes nothing."""
+        terms = [(coefficient, term.kind, term.recipe.arithmetic) for coefficient, term in self.terms]
+        problems = list(dict.fromkeys(term.problem for _, term in self.terms))
+        return {
+            **super().identity(),
+            "matrix": " + ".join(f"{c!r} {kind} in {arithmetic}" for c, kind, arithmetic in terms),
+            "sigma": self.sigma,
+            "parameters": digest([problem.leaves for problem in problems]),
+            "data": digest_of(self.data),
+        }
 
     def blame(self, vectors: Tensor) -> str:
         """Return a message that names the first batch whose matvec with ``vectors [n, k]`` is not finite."""

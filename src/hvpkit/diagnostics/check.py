@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Number
@@ -111,7 +111,7 @@ class Report:
 
 
 @full_precision
-def check(H: LinearOperator, *, seed: Seed = 0) -> Report:
+def check(H: LinearOperator, *, seed: Seed = 0, monitor: Callable[[Finding], object] | None = None) -> Report:
     r"""Check that an operator is symmetric, and the curvature that it says it is.
 
     With random vectors v, w, relative to the norm of matvecs, and with the relative precision :math:`\epsilon` of the
@@ -142,6 +142,7 @@ def check(H: LinearOperator, *, seed: Seed = 0) -> Report:
     Args:
         H: the operator.
         seed: of vectors and of examples.
+        monitor: called with each :class:`hvpkit.Finding`, when it is made.
 
     Returns:
         A report: ``ok``, and ``findings`` with figures, thresholds and verdicts. A check that failed names its known
@@ -165,8 +166,10 @@ def check(H: LinearOperator, *, seed: Seed = 0) -> Report:
         findings.append(finding)
         if finding.verdict == FAILED:
             findings[-1] = _with_causes(finding, H)
-            if finding.check in PREREQUISITES:
-                break
+        if monitor is not None:
+            monitor(findings[-1])
+        if finding.verdict == FAILED and finding.check in PREREQUISITES:
+            break
     why = f"{findings[-1].check} failed"
     findings += [_not_applicable(name, why) for name in CHECKS[len(findings) :]]
     return Report(repr(H)[1:-1], tuple(findings))

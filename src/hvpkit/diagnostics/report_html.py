@@ -12,8 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvpkit._utils.files import atomic_write
-from hvpkit._utils.validation import check_path, check_type
+from hvpkit._utils.files import atomic_write, check_file
+from hvpkit._utils.validation import check_type
 from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.density import Density
@@ -83,7 +83,7 @@ def report(
         The path.
 
     Raises:
-        ValueError: ``ex`` or ``density`` is of an operator of another size; the folder does not exist.
+        ValueError: ``ex`` or ``density`` is of an operator of another size; the file cannot be written.
         ImportError: matplotlib is missing.
 
     Cost:
@@ -102,13 +102,11 @@ def report(
     check_type("ex", ex, ExtremeResult, "hvpkit.extreme_eigenvalues")
     if density is not None:
         check_type("density", density, Density, "hvpkit.spectral_density")
-    target = check_path("path", path)
+    target = check_file("path", path)
     if ex.smallest.vector.shape != (H.n,):
         raise ValueError(f"ex is of an operator with n = {len(ex.smallest.vector)}, H has n = {H.n}")
     if density is not None and density.n != H.n:
         raise ValueError(f"density is of an operator with n = {density.n}, H has n = {H.n}")
-    if not target.parent.is_dir():
-        raise ValueError(f"path: there is no folder {target.parent}; make it first")
     parts = [_table("Both ends", *_ends(ex)), _table("How it went", None, _run(H, ex))]
     if density is not None:
         parts.append(_table("Spectral density", None, _spectrum(density)))

@@ -4,7 +4,7 @@ Method: :math:`a_{jj} = E\,\omega_j (A\omega)_j` for signs :math:`\omega` (Bekas
 :math:`\sum_{i \ne j} a_{ij}^2`; or (XDiag), for the part :math:`QQ'A` exactly, with Q a basis of the range that the
 probes themselves make, and for each probe the basis of the others.
 
-Cost: one matvec per probe, or two. Memory: two vectors per probe of a step and two more; with XDiag, one and a half
+Cost: one matvec per probe, or two. Memory: two vectors per probe of a step and four more; with XDiag, one and a half
 vectors per matvec.
 Source: Bekas, Kokiopoulou, Saad, Appl. Numer. Math. 57 (2007) 1214-1229, doi:10.1016/j.apnum.2007.01.003; Epperly,
 Tropp, Webber, SIAM J. Matrix Anal. Appl. 45 (2024) 1-23, doi:10.1137/23M1548323.
@@ -15,6 +15,7 @@ needed; low rank as in :mod:`hvpkit.estimators.leave_one_out`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from hvpkit.estimators.probe import draw, unit_order
 from hvpkit.estimators.sampling import Monitor, Plan, estimate, make_plan
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.estimate import Estimate, Mean
+from hvpkit.solvers.checkpoint import Witness
 from hvpkit.solvers.common.orthogonalize import CHUNK, power_of_two
 from hvpkit.solvers.driver import full_precision
 
@@ -44,6 +46,7 @@ class DiagonalState:
         spread: sum of squared distances from it ``[n]``.
         scale: divisor of matvecs, 0-d.
         num_good: probes before the first whose matvec is not finite, 0-d.
+        witness: a random combination of the probes, and of their images over scale.
         num_probes: so far.
         num_matvecs: full-data matvecs so far.
     """
@@ -52,6 +55,7 @@ class DiagonalState:
     spread: Tensor
     scale: Tensor
     num_good: Tensor
+    witness: Witness
     num_probes: int = 0
     num_matvecs: float = 0.0
 
@@ -59,7 +63,8 @@ class DiagonalState:
 def init(op: LinearOperator) -> DiagonalState:
     """Return a state without a probe."""
     zero = torch.zeros(op.n, dtype=op.dtype, device=op.device)
-    return DiagonalState(zero, zero, zero.new_ones(()), torch.zeros((), dtype=torch.int64, device=op.device))
+    none = torch.zeros((), dtype=torch.int64, device=op.device)
+    return DiagonalState(zero, zero, zero.new_ones(()), none, Witness.empty(op))
 
 
 def step(op: LinearOperator, plan: Plan, state: DiagonalState) -> DiagonalState:
@@ -69,7 +74,8 @@ def step(op: LinearOperator, plan: Plan, state: DiagonalState) -> DiagonalState:
     probes = draw(op, plan.probe, plan.seed, numbers)
     images = op.product(probes.mT.contiguous()).mT
     scale = state.scale if k else power_of_two(images.abs().max())
-    found = probes * (images / scale)
+    images = images / scale
+    found = probes * images
     mean = found.mean(dim=0)
     change = mean - state.mean
     spread = state.spread + (found - mean).square().sum(dim=0) + change.square() * (k * w / (k + w))
@@ -79,6 +85,7 @@ def step(op: LinearOperator, plan: Plan, state: DiagonalState) -> DiagonalState:
         torch.where(good, spread, state.spread),
         scale,
         torch.where(good, numbers.stop, state.num_good),
+        state.witness.including(probes, images),
         numbers.stop,
         state.num_matvecs + w * op.cost,
     )
@@ -162,6 +169,7 @@ def diagonal(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Estimate[Tensor]:
     r"""Estimate the diagonal ``[n]``, with the standard error of each entry.
 
@@ -178,12 +186,13 @@ def diagonal(
         time_limit: seconds.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.EstimateProgress` after each assessment.
+        checkpoint: a file to continue from, as for :func:`hvpkit.trace`.
 
     Returns:
         The estimate, as of :func:`hvpkit.trace`; ``op.unflatten`` converts its value to a tree.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range; a checkpoint as for :func:`hvpkit.trace`.
 
     Cost:
         As ``num_matvecs`` says. Memory: :mod:`hvpkit.estimators.diagonal`.
@@ -198,8 +207,9 @@ def diagonal(
         tensor([0., 1., 2.])
     """
     plan = make_plan(op, method, COSTS, num_matvecs=num_matvecs, tol=tol, block_size=block_size, seed=seed)
-    limits: Any = {"time_limit": time_limit, "monitor": monitor}
+    options: Any = {"time_limit": time_limit, "monitor": monitor, "checkpoint": checkpoint}
     if plan.method == "hutchinson":
-        return estimate(op, plan, init(op), step, evaluate, **limits)
+        return estimate(op, plan, init(op), step, evaluate, **options)
     plan = replace(plan, method="xtrace")
-    return estimate(op, plan, sketch.init(op, plan, keep_images=True), sketch.step, evaluate_xdiag, **limits)
+    start = sketch.init(op, plan, keep_images=True)
+    return estimate(op, plan, start, sketch.step, evaluate_xdiag, trim=sketch.trim, **options)

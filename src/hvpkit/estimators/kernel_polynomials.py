@@ -6,7 +6,8 @@ Method: with :math:`x = (A - c)/h` scaled into [-1, 1], :math:`\mu_j = v'T_j(x)v
 g_j\mu_jT_j(x))`: with Jackson's factors g nowhere negative, and a peak has the width :math:`\pi h/N` for N moments.
 Without them it integrates polynomials of degree below N exactly.
 
-Cost: one matvec per step and vector, and a few for the ends of the spectrum. Memory: four vectors for each of a group.
+Cost: one matvec per step and vector, and a few for the ends of the spectrum. Memory: four vectors for each of a
+group, and two.
 Source: Weisse, Wellein, Alvermann, Fehske, Rev. Mod. Phys. 78 (2006) 275-306, doi:10.1103/RevModPhys.78.275.
 
 Departures:
@@ -18,7 +19,8 @@ Departures:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import os
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.results.spectral_measure import Measure
 from hvpkit.solvers import krylov
+from hvpkit.solvers.checkpoint import Checkpoint, Witness, restored
 from hvpkit.solvers.driver import Assessment, Limits, Monitor, run
 from hvpkit.solvers.lanczos import lanczos
 
@@ -54,6 +57,23 @@ class Band:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """The ends of the spectrum, as they were found before the recurrences.
+
+    Attributes:
+        band: around them.
+        num_matvecs: full-data matvecs that they took.
+        seconds: wall time that they took.
+        history: of their solve.
+    """
+
+    band: Band
+    num_matvecs: float = 0.0
+    seconds: float = 0.0
+    history: tuple[Progress, ...] = ()
+
+
+@dataclass(frozen=True)
 class KernelState:
     """The Chebyshev recurrences of the present group of vectors, and the measures of the groups before.
 
@@ -63,6 +83,9 @@ class KernelState:
         current, previous: ``T_j`` and ``T_{j-1}`` times them.
         moments: each ``[b]``, two for each step.
         finished: of the vectors before.
+        witness: a random combination of all vectors multiplied so far, and of their matvecs, over the half width of
+            the first band.
+        ends: of the spectrum.
         num_matvecs: full-data matvecs so far.
     """
 
@@ -70,6 +93,8 @@ class KernelState:
     start: Tensor
     current: Tensor
     previous: Tensor
+    witness: Witness
+    ends: Ends
     moments: tuple[Tensor, ...] = ()
     finished: tuple[Measure, ...] = ()
     num_matvecs: float = 0.0
@@ -80,18 +105,28 @@ class KernelState:
         return len(self.moments) // 2
 
 
-def init(op: LinearOperator, goal: Goal, band: Band, group: int = 0) -> KernelState:
+def init(op: LinearOperator, goal: Goal, ends: Ends, group: int = 0) -> KernelState:
     """Return the state before the first matvec of a group of vectors."""
+    start = _start(op, goal, group)
+    zero, witness = torch.zeros_like(start), Witness.empty(op)
+    return KernelState(ends.band, start, start, zero, witness, ends, num_matvecs=ends.num_matvecs)
+
+
+def _start(op: LinearOperator, goal: Goal, group: int) -> Tensor:
     size = goal.sizes[group]
-    start = krylov.start(op, size, size, goal.seed_of(group)).basis
-    return KernelState(band, start, start, torch.zeros_like(start))
+    return krylov.start(op, size, size, goal.seed_of(group)).basis
+
+
+def _restarted(state: KernelState, band: Band, start: Tensor) -> KernelState:
+    """Return the state before the first matvec of other vectors, or in another band."""
+    return replace(state, band=band, start=start, current=start, previous=torch.zeros_like(start), moments=())
 
 
 def step(op: LinearOperator, state: KernelState) -> KernelState:
     """Compute the next polynomial and its two moments."""
     band, current = state.band, state.current
     factor = (2 if state.degree else 1) / band.half_width
-    images = op.product(current.mT.contiguous()).mT
+    images = op.product(current.mT.contiguous()).mT.contiguous()  # sums over rows have the same bits again
     new = torch.add(images, current, alpha=-band.center) * factor - state.previous
     odd, even = (op.space.reduce((new * other).sum(dim=1)) for other in (current, new))
     if state.degree:
@@ -100,6 +135,7 @@ def step(op: LinearOperator, state: KernelState) -> KernelState:
         state,
         current=new,
         previous=current,
+        witness=state.witness.including(current, images / state.ends.band.half_width),
         moments=(*state.moments, odd, 2 * even - 1),
         num_matvecs=state.num_matvecs + len(new) * op.cost,
     )
@@ -131,21 +167,18 @@ def measure(band: Band, moments: Tensor) -> Measure:
 
 def assess(op: LinearOperator, goal: Goal, state: KernelState) -> Assessment[KernelState]:
     """Check that moments are finite and at most one; go on to the next group if this one is done."""
-    status, suspect, group = None, None, len(state.finished)
+    status, suspect = None, None
     moments = known_moments(state)
     if moments.shape[1] <= 2 * state.degree:
         status, suspect = Status.NON_FINITE, state.previous.mT
     elif bool((moments.abs() > 1 + torch.finfo(op.dtype).eps ** 0.5).any()):
         wider = replace(state.band, half_width=WIDER * state.band.half_width)
-        fresh = init(op, goal, wider, group)
-        state = replace(fresh, finished=state.finished, num_matvecs=state.num_matvecs)
+        state = _restarted(state, wider, state.start)
+    elif state.degree == goal.num_steps and len(state.finished) == len(goal.sizes) - 1:
+        status = Status.COMPLETED
     elif state.degree == goal.num_steps:
         finished = (*state.finished, measure(state.band, moments))
-        if len(finished) == len(goal.sizes):
-            state, status = replace(state, finished=finished), Status.COMPLETED
-        else:
-            fresh = init(op, goal, state.band, group + 1)
-            state = replace(fresh, finished=finished, num_matvecs=state.num_matvecs)
+        state = replace(_restarted(state, state.band, _start(op, goal, len(finished))), finished=finished)
     low, high = state.band.center - state.band.half_width, state.band.center + state.band.half_width
     num_steps = max(1, min(goal.num_steps - state.degree, state.degree // 4))
     return Assessment(state, Progress(0.0, 0.0, low, high, math.nan, math.nan), num_steps, status, suspect)
@@ -159,12 +192,15 @@ def known_moments(state: KernelState) -> Tensor:
     return moments[:, : finite.index(False)] if False in finite else moments
 
 
-def measures(state: KernelState) -> list[Measure]:
-    """Return the measures of complete groups; if there is none, of the group that a limit cut."""
+def measures(state: KernelState, is_done: bool = False) -> list[Measure]:
+    """Return the measures of complete groups; if there is none, of the group that a limit cut.
+
+    ``is_done`` if the present group is the last and complete.
+    """
     moments = known_moments(state)
-    if state.finished or moments.shape[1] < 2:
+    if (state.finished and not is_done) or moments.shape[1] < 2:
         return list(state.finished)
-    return [measure(state.band, moments)]
+    return [*state.finished, measure(state.band, moments)]
 
 
 @dataclass(frozen=True)
@@ -174,15 +210,13 @@ class KernelPolynomials:
     Attributes:
         op: the operator.
         goal: the checked arguments.
-        band: the first interval.
-        spent: full-data matvecs that it has cost.
+        ends: of the spectrum.
         time_limit: seconds, or None.
     """
 
     op: LinearOperator
     goal: Goal
-    band: Band
-    spent: float
+    ends: Ends
     time_limit: float | None
 
     @property
@@ -193,11 +227,12 @@ class KernelPolynomials:
     @property
     def limits(self) -> Limits:
         """The time limit, and the matvecs of the goal."""
-        budget = self.spent + sum(self.goal.sizes) * self.goal.num_steps * self.op.cost
-        return Limits(budget, self.time_limit, 0.0, self.spent + self.step_cost)
+        spent = self.ends.num_matvecs
+        budget = spent + sum(self.goal.sizes) * self.goal.num_steps * self.op.cost
+        return Limits(budget, self.time_limit, 0.0, spent + self.step_cost)
 
     def init(self) -> KernelState:
-        return replace(init(self.op, self.goal, self.band), num_matvecs=self.spent)
+        return init(self.op, self.goal, self.ends)
 
     def step(self, state: KernelState) -> KernelState:
         return step(self.op, state)
@@ -206,27 +241,59 @@ class KernelPolynomials:
         return assess(self.op, self.goal, state)
 
     def finalize(self, state: KernelState, status: Status) -> Measured:
-        return Measured(measures(state), state.num_matvecs, status, MESSAGES[status])
+        found = measures(state, is_done=status is Status.COMPLETED)
+        return Measured(found, state.num_matvecs, status, MESSAGES[status])
 
 
-def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: Monitor | None) -> Measured:
-    """Find the ends of the spectrum, and measure all groups, or as many as the time allows."""
-    ends = lanczos(
-        op,
-        2,
-        which="BE",
-        confidence=CONFIDENCE,
-        max_matvecs=END_MATVECS * op.cost,
-        time_limit=time_limit,
-        seed=goal.seed,
-        monitor=monitor,
-    )
-    if ends.status is Status.NON_FINITE:
-        start = init(op, goal, Band(0.0, 1.0)).start.mT
-        message = f"{MESSAGES[ends.status]}; {op.blame(start)}"
-        return Measured([], ends.num_matvecs, ends.status, message, ends.seconds, ends.history)
-    if time_limit is not None:
-        time_limit = max(time_limit - ends.seconds, 1e-9)
-    solver = KernelPolynomials(op, goal, Band.around(ends, op.dtype), ends.num_matvecs, time_limit)
-    found = run(solver, monitor=monitor)
-    return replace(found, seconds=ends.seconds + found.seconds, history=ends.history + found.history)
+def solve(
+    op: LinearOperator,
+    goal: Goal,
+    *,
+    time_limit: float | None,
+    monitor: Monitor | None,
+    checkpoint: str | os.PathLike[str] | None,
+) -> Measured:
+    """Find the ends of the spectrum, and measure all groups, or as many as the time allows.
+
+    Until the recurrences have a checkpoint, that of the ends lies beside it, in a file of its own.
+    """
+    file, beside, ends = None, None, None
+    if checkpoint is not None:
+        identity = {"estimator": "kernel polynomials", **asdict(goal), **op.identity()}
+        file = Checkpoint[KernelState](
+            checkpoint,
+            identity,
+            verify=lambda state: verify(op, state),
+            fresh=lambda saved: init(op, goal, Ends(Band(0.0, 1.0)), len(saved["finished"])),
+        )
+        beside = file.path.with_name(f"{file.path.name}.ends")
+        saved = file.read()
+        ends = None if saved is None else restored(Ends(Band(0.0, 1.0)), saved["state"]["ends"])
+    if ends is None:
+        found = lanczos(
+            op,
+            2,
+            which="BE",
+            confidence=CONFIDENCE,
+            max_matvecs=END_MATVECS * op.cost,
+            time_limit=time_limit,
+            seed=goal.seed,
+            monitor=monitor,
+            checkpoint=beside,
+        )
+        if found.status is Status.NON_FINITE:
+            message = f"{MESSAGES[found.status]}; {op.blame(_start(op, goal, 0).mT)}"
+            return Measured([], found.num_matvecs, found.status, message, found.seconds, found.history)
+        if time_limit is not None:
+            time_limit = max(time_limit - found.seconds, 1e-9)
+        ends = Ends(Band.around(found, op.dtype), found.num_matvecs, found.seconds, found.history)
+    measured = run(KernelPolynomials(op, goal, ends, time_limit), monitor=monitor, checkpoint=file)
+    if beside is not None and measured.status is Status.COMPLETED:
+        beside.unlink(missing_ok=True)
+    return replace(measured, seconds=ends.seconds + measured.seconds, history=ends.history + measured.history)
+
+
+def verify(op: LinearOperator, state: KernelState) -> KernelState:
+    """Verify by one matvec, counted, that a loaded state belongs to the operator."""
+    cost = state.witness.check(op, state.ends.band.half_width)
+    return replace(state, num_matvecs=state.num_matvecs + cost)

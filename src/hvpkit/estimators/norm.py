@@ -4,14 +4,15 @@ Method: :math:`\|A\|_F^2 = \operatorname{tr} A^2 = E\,\|A\omega\|^2` (Hutchinson
 captures computed exactly, by XTrace for :math:`A^2`: its small matrices are :math:`Z'Z` and :math:`Z'A\omega`, with
 :math:`Z = AQ`.
 
-Cost: one matvec per probe, or two. Memory: two vectors per probe of a step; beside them, with XTrace, one and a half
-vectors per matvec.
+Cost: one matvec per probe, or two. Memory: two vectors per probe of a step, and two; beside them, with XTrace, one and
+a half vectors per matvec.
 Source: as :mod:`hvpkit.estimators.trace`. Departure: the basis is of the range of A, not of :math:`A^2`, which would
 take further matvecs.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from hvpkit._utils.typing import Seed
 from hvpkit.estimators.leave_one_out import leave_one_out, left_out
 from hvpkit.estimators.sampling import Monitor, Plan, estimate, make_plan
-from hvpkit.estimators.sketch import COSTS, SketchState, Small, init, small, step
+from hvpkit.estimators.sketch import COSTS, SketchState, Small, init, small, step, trim
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.estimate import Estimate, Mean, as_floats, mean_of
 from hvpkit.solvers.driver import full_precision
@@ -72,6 +73,7 @@ def frobenius_norm(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Estimate[float]:
     r"""Estimate the Frobenius norm, :math:`\sqrt{\sum_{ij} a_{ij}^2}`: the root of the sum of squared eigenvalues.
 
@@ -89,12 +91,13 @@ def frobenius_norm(
         time_limit: seconds.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.EstimateProgress` after each assessment.
+        checkpoint: a file to continue from, as for :func:`hvpkit.trace`.
 
     Returns:
         The estimate, as of :func:`hvpkit.trace`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range; a checkpoint as for :func:`hvpkit.trace`.
 
     Cost:
         As ``num_matvecs`` says. Memory: :mod:`hvpkit.estimators.norm`.
@@ -127,5 +130,7 @@ def frobenius_norm(
         evaluate,
         time_limit=time_limit,
         monitor=monitor,
+        checkpoint=checkpoint,
+        trim=trim,
     )
     return as_floats(found)

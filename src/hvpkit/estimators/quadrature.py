@@ -21,7 +21,8 @@ Departures:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import os
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
 from hvpkit.results.spectral_measure import Measure, deflate
 from hvpkit.solvers import krylov
+from hvpkit.solvers.checkpoint import Checkpoint, Witness
 from hvpkit.solvers.common.convergence import progress_of
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
 from hvpkit.solvers.driver import Assessment, Limits, Monitor, run
@@ -106,9 +108,13 @@ class QuadratureState:
         finished: of the vectors before.
         shorter: the same from fewer steps.
         num_before: full-data matvecs that those took.
+        witness: a random combination of the vectors of the last group, and of their matvecs over ``witness_scale``.
+        witness_scale: what the matvecs of that group were divided by, 0-d.
     """
 
     krylov: krylov.KrylovState
+    witness: Witness
+    witness_scale: Tensor
     finished: tuple[Measure, ...] = ()
     shorter: tuple[Measure, ...] = ()
     num_before: float = 0.0
@@ -122,14 +128,14 @@ class QuadratureState:
 def init(op: LinearOperator, goal: Goal, group: int = 0) -> QuadratureState:
     """Return the state before the first matvec of a group of vectors."""
     size, seed = goal.sizes[group], goal.seed_of(group)
+    none = Witness.empty(op), torch.ones((), dtype=op.dtype, device=op.device)
     if not goal.spans(op.n):
-        return QuadratureState(krylov.start(op, size * (goal.num_steps + 1), size, seed))
+        return QuadratureState(krylov.start(op, size * (goal.num_steps + 1), size, seed), *none)
     normal = torch.randn(op.n, op.n, generator=generator(seed), dtype=torch.float64)
-    everything = torch.linalg.qr(normal).Q.to(op.device, op.dtype)
+    everything = torch.linalg.qr(normal).Q.to(op.device, op.dtype).contiguous()
     start = krylov.start(op, op.n, 1, seed)
-    return QuadratureState(
-        replace(start, basis=everything, alive=torch.ones_like(start.alive), num_frontier=op.n)
-    )
+    whole = replace(start, basis=everything, alive=torch.ones_like(start.alive), num_frontier=op.n)
+    return QuadratureState(whole, *none)
 
 
 def step(op: LinearOperator, goal: Goal, state: QuadratureState) -> QuadratureState:
@@ -171,28 +177,49 @@ def assess(op: LinearOperator, goal: Goal, state: QuadratureState) -> Assessment
     state, status, suspect, scale = replace(state, krylov=space), None, None, space.scale
     if poisoned:
         status, suspect = Status.NON_FINITE, space.basis[space.num_multiplied].unsqueeze(1)
-    elif not (matvecs_left(goal, state) and space.num_frontier):
-        size = goal.sizes[len(state.finished)]
-        finished = (*state.finished, measure(op, space, pairs, size))
-        shorter = (*state.shorter, shorter_measure(op, space, size) if space.num_frontier else finished[-1])
-        if len(finished) < len(goal.sizes):
-            fresh = init(op, goal, len(finished))
-            state = replace(fresh, finished=finished, shorter=shorter, num_before=state.num_matvecs)
-        else:
-            state = replace(state, finished=finished, shorter=shorter)
-            status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.COMPLETED
+    elif len(state.finished) == len(goal.sizes) - 1 and is_complete(goal, state):
+        status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.COMPLETED
+    elif is_complete(goal, state):
+        finished, shorter = measures(op, goal, state, is_done=True)
+        state = replace(
+            init(op, goal, len(finished)),
+            witness=krylov.witness(space),
+            witness_scale=space.scale,
+            finished=tuple(finished),
+            shorter=shorter,
+            num_before=state.num_matvecs,
+        )
     progress = progress_of(pairs.values, pairs.residual_norms, scale)
     done, left = state.krylov.num_products, 0 if status else matvecs_left(goal, state)
     num_steps = max(1, min(math.ceil(left / goal.width), done // goal.width // 4))
     return Assessment(state, progress, num_steps, status, suspect)
 
 
-def measures(op: LinearOperator, goal: Goal, state: QuadratureState) -> list[Measure]:
-    """Return the measures of complete groups; if there is none, of the group that a limit cut."""
-    if state.finished or not state.krylov.num_multiplied:
-        return list(state.finished)
-    space, _ = krylov.compact(state.krylov)
-    return [measure(op, space, krylov.project(op, space)[0], goal.sizes[0])]
+def is_complete(goal: Goal, state: QuadratureState) -> bool:
+    """Return True if all steps of the present group are taken, or no vector is left."""
+    return not (matvecs_left(goal, state) and state.krylov.num_frontier)
+
+
+def measures(
+    op: LinearOperator, goal: Goal, state: QuadratureState, is_done: bool = False
+) -> tuple[list[Measure], tuple[Measure, ...]]:
+    """Return the measures of complete groups, and those from fewer steps; if there is none, of the group cut short.
+
+    ``is_done`` if the present group is complete.
+    """
+    if (state.finished and not is_done) or not state.krylov.num_multiplied:
+        return list(state.finished), state.shorter
+    space, size = krylov.compact(state.krylov)[0], goal.sizes[len(state.finished)]
+    whole = measure(op, space, krylov.project(op, space)[0], size)
+    shorter = shorter_measure(op, space, size) if space.num_frontier else whole
+    return [*state.finished, whole], (*state.shorter, shorter)
+
+
+def verify(op: LinearOperator, state: QuadratureState) -> QuadratureState:
+    """Verify by one matvec, counted, that a loaded state belongs to the operator."""
+    if state.krylov.num_multiplied:
+        return replace(state, krylov=krylov.verify(op, state.krylov))
+    return replace(state, num_before=state.num_before + state.witness.check(op, state.witness_scale))
 
 
 @dataclass(frozen=True)
@@ -224,10 +251,27 @@ class Quadrature:
         return assess(self.op, self.goal, state)
 
     def finalize(self, state: QuadratureState, status: Status) -> Measured:
-        found = measures(self.op, self.goal, state)
-        return Measured(found, state.num_matvecs, status, MESSAGES[status], shorter=state.shorter)
+        is_done = status in (Status.COMPLETED, Status.INVARIANT_SUBSPACE)
+        found, shorter = measures(self.op, self.goal, state, is_done)
+        return Measured(found, state.num_matvecs, status, MESSAGES[status], shorter=shorter)
 
 
-def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: Monitor | None) -> Measured:
+def solve(
+    op: LinearOperator,
+    goal: Goal,
+    *,
+    time_limit: float | None,
+    monitor: Monitor | None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Measured:
     """Measure all groups, or as many as the time allows."""
-    return run(Quadrature(op, goal, time_limit), monitor=monitor)
+    file = None
+    if checkpoint is not None:
+        file = Checkpoint[QuadratureState](
+            checkpoint,
+            {"estimator": "quadrature", **asdict(goal), **op.identity()},
+            lambda state: replace(state, krylov=krylov.trim(state.krylov)),
+            lambda state: verify(op, state),
+            fresh=lambda saved: init(op, goal, len(saved["finished"])),
+        )
+    return run(Quadrature(op, goal, time_limit), monitor=monitor, checkpoint=file)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from hvpkit.estimators.probe import KINDS, UNIT, draw
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Status
 from hvpkit.results.estimate import Estimate, EstimateProgress, Mean
+from hvpkit.solvers.checkpoint import Checkpoint, Witness
 from hvpkit.solvers.driver import Assessment, Limits, run
 
 MIN_SAMPLES = 20
@@ -125,6 +127,8 @@ class Sampled(Protocol):
     def scale(self) -> Tensor: ...
     @property
     def num_good(self) -> Tensor: ...
+    @property
+    def witness(self) -> Witness: ...
 
 
 S = TypeVar("S", bound=Sampled)
@@ -203,9 +207,32 @@ def estimate(
     *,
     time_limit: float | None,
     monitor: Monitor | None,
+    checkpoint: str | os.PathLike[str] | None,
+    trim: Callable[[S], S] = lambda state: state,
 ) -> Estimate[Tensor]:
-    """Sample until the plan is done: see :class:`Estimator`."""
-    return run(Estimator(op, plan, state, step, evaluate, time_limit), monitor=monitor)
+    """Sample until the plan is done: see :class:`Estimator`; ``trim`` drops what a checkpoint need not hold."""
+    file = None
+    if checkpoint is not None:
+        asked = {"estimator": evaluate.__module__.rpartition(".")[2], **asdict(plan)}
+        del asked["tol"]  # may change, as limits may
+        file = Checkpoint[S](
+            checkpoint,
+            {**asked, **op.identity()},
+            trim,
+            lambda loaded: _verified(op, loaded),
+            EstimateProgress,
+        )
+    found = run(Estimator(op, plan, state, step, evaluate, time_limit), monitor=monitor, checkpoint=file)
+    if file is not None and found.status is Status.MAX_MATVECS:
+        file.clear()  # all probes of the plan are taken
+    return found
+
+
+def _verified(op: LinearOperator, state: S) -> S:
+    """Verify by one matvec, counted, that a loaded state belongs to the operator."""
+    cost = state.witness.check(op, state.scale)
+    changed: Any = state  # a dataclass, which a protocol cannot say
+    return replace(changed, num_matvecs=state.num_matvecs + cost)  # type: ignore[no-any-return]
 
 
 def _final_status(op: LinearOperator, plan: Plan, state: Sampled, found: Mean) -> Status | None:

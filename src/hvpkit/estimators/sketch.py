@@ -22,6 +22,7 @@ from torch import Tensor
 from hvpkit.estimators.probe import draw
 from hvpkit.estimators.sampling import Plan
 from hvpkit.operators.base import LinearOperator
+from hvpkit.solvers.checkpoint import Witness
 from hvpkit.solvers.common.orthogonalize import orthonormalise_, power_of_two
 
 COSTS = {"hutchinson": 1, "hutch++": 3, "xtrace": 2}
@@ -47,6 +48,7 @@ class SketchState:
         squares: squared norms of A times the probes ``[k]``.
         scale: divisor of matvecs, 0-d.
         num_good: probes before the first whose matvec is not finite, 0-d.
+        witness: a random combination of the probes, and of their images over scale.
         num_probes: so far.
         num_matvecs: full-data matvecs so far.
     """
@@ -62,6 +64,7 @@ class SketchState:
     squares: Tensor
     scale: Tensor
     num_good: Tensor
+    witness: Witness
     num_probes: int = 0
     num_matvecs: float = 0.0
 
@@ -77,7 +80,8 @@ def init(op: LinearOperator, plan: Plan, *, keep_images: bool = False) -> Sketch
     matrices = empty(r, r), empty(r, k), empty(r, k)
     vectors = empty(r, n), empty(r, n), empty(r if keep_images else 0, n)
     none = torch.zeros((), dtype=torch.int64, device=op.device)
-    return SketchState(*vectors, empty(r), *matrices, empty(k), empty(k), empty().fill_(1.0), none)
+    one, witness = empty().fill_(1.0), Witness.empty(op)
+    return SketchState(*vectors, empty(r), *matrices, empty(k), empty(k), one, none, witness)
 
 
 def step(op: LinearOperator, plan: Plan, state: SketchState) -> SketchState:
@@ -100,7 +104,16 @@ def step(op: LinearOperator, plan: Plan, state: SketchState) -> SketchState:
     _store_(op, state, numbers, probes, images, basis_images)
     if plan.method == "xtrace":  # a row of the basis is orthogonal to the matvecs before it
         state.crossed[new, : numbers.start] = 0
-    return replace(state, num_probes=numbers.stop, num_good=_num_good(state, numbers))
+    witness = state.witness.including(probes, images)
+    return replace(state, num_probes=numbers.stop, num_good=_num_good(state, numbers), witness=witness)
+
+
+def trim(state: SketchState) -> SketchState:
+    """Drop the room for further probes."""
+    k = state.num_probes
+    small = {name: getattr(state, name)[:k, :k] for name in ("projected", "dots", "crossed")}
+    rows = ("basis", "probes", "images", "alive", "forms", "squares")
+    return replace(state, **small, **{name: getattr(state, name)[:k] for name in rows})
 
 
 def _multiply(op: LinearOperator, state: SketchState, rows: Tensor) -> tuple[Tensor, SketchState]:

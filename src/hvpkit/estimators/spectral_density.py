@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ def spectral_density(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Density:
     r"""Estimate the density of all eigenvalues, by stochastic Lanczos quadrature or by kernel polynomials.
 
@@ -61,12 +63,16 @@ def spectral_density(
         time_limit: seconds.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
+        checkpoint: a file. The run is saved there every minute and when it is interrupted, or ends at the time limit.
+            The same call continues from it, for one matvec that verifies the operator, to the same bits. Deleted at
+            the end. See :func:`hvpkit.lanczos`.
 
     Returns:
         The density. A time limit, or a matvec that is not finite, is a status, with the density until then.
 
     Raises:
-        ValueError: an argument is out of its range; ``op`` is of less precision than float32.
+        ValueError: an argument is out of its range; ``op`` is of less precision than float32; a checkpoint that is
+            damaged, of another version or question, or whose path cannot be written.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
 
     Cost:
@@ -94,7 +100,7 @@ def spectral_density(
     goal = make_goal(op, method, num_steps, num_probes, block_size, resolve_seed(seed))
     by_moments = method == "chebyshev" and not goal.spans(op.n)
     solve = kernel_polynomials.solve if by_moments else quadrature.solve
-    found = solve(op, goal, time_limit=time_limit, monitor=monitor)
+    found = solve(op, goal, time_limit=time_limit, monitor=monitor, checkpoint=checkpoint)
     return density_of(op, method, found)
 
 
@@ -164,6 +170,7 @@ def moments(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Estimate[Tensor]:
     r"""Estimate the moments of the spectral density, :math:`\frac1n \operatorname{tr} A^p` for p from 0 to ``order``.
 
@@ -178,6 +185,7 @@ def moments(
         time_limit: seconds.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
+        checkpoint: a file to continue from, as for :func:`hvpkit.spectral_density`.
 
     Returns:
         Moments ``[order + 1]``, float64, with their standard errors; powers beyond float64's range are infinite.
@@ -206,5 +214,6 @@ def moments(
         time_limit=time_limit,
         seed=seed,
         monitor=monitor,
+        checkpoint=checkpoint,
     )
     return d.integrate(d.nodes[:, None] ** torch.arange(order + 1))

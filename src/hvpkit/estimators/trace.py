@@ -3,8 +3,8 @@ r"""The trace, from matvecs with random probes.
 Method: :math:`\operatorname{tr} A = E\,\omega'A\omega` for probes with :math:`E\,\omega\omega' = I` (Hutchinson), of
 which the part that a random basis captures is computed exactly (Hutch++, XTrace): see :mod:`hvpkit.estimators.sketch`.
 
-Cost: one, three or two matvecs per probe. Memory: two vectors per probe of a step; beside them, two thirds of a
-vector per matvec (Hutch++), or one (XTrace).
+Cost: one, three or two matvecs per probe. Memory: two vectors per probe of a step, and two; beside them, two thirds of
+a vector per matvec (Hutch++), or one (XTrace).
 Source: Hutchinson, Commun. Stat. Simul. Comput. 19 (1990) 433-450, doi:10.1080/03610919008812866; Meyer, Musco, Musco,
 Woodruff, SOSA 2021, doi:10.1137/1.9781611976496.16; Epperly, Tropp, Webber, SIAM J. Matrix Anal. Appl. 45 (2024) 1-23,
 doi:10.1137/23M1548323.
@@ -12,12 +12,14 @@ doi:10.1137/23M1548323.
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from hvpkit._utils.typing import Seed
 from hvpkit.estimators.leave_one_out import leave_one_out, left_out, samples
 from hvpkit.estimators.sampling import Monitor, Plan, estimate, make_plan
-from hvpkit.estimators.sketch import COSTS, SketchState, init, small, step
+from hvpkit.estimators.sketch import COSTS, SketchState, init, small, step, trim
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.estimate import Estimate, Mean, as_floats, mean_of
 from hvpkit.solvers.driver import full_precision
@@ -45,6 +47,7 @@ def trace(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Estimate[float]:
     r"""Estimate the trace, with its standard error.
 
@@ -69,12 +72,16 @@ def trace(
         time_limit: seconds.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.EstimateProgress` after each assessment.
+        checkpoint: a file. The samples so far are saved there every minute and when the run is interrupted, or ends at
+            the time limit. The same call continues from it, for one matvec that verifies the operator, to the same
+            bits; ``tol`` and limits may be changed. Deleted at the end. See :func:`hvpkit.lanczos`.
 
     Returns:
         The estimate. A matvec that is not finite is a status, with the value from the probes before it.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range; a checkpoint that is damaged, of another version or question, or
+            whose path cannot be written.
 
     Cost:
         As ``num_matvecs`` says. Memory: :mod:`hvpkit.estimators.trace`.
@@ -107,5 +114,7 @@ def trace(
         evaluate,
         time_limit=time_limit,
         monitor=monitor,
+        checkpoint=checkpoint,
+        trim=trim,
     )
     return as_floats(found)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hvpkit._utils.checkpoints import digest
 from hvpkit.operators.base import LinearOperator, Product
 
 
@@ -77,6 +78,11 @@ class LinearCombination(LinearOperator):
         if all(op.exact is None for _, op in self.operands):
             return None
         return self.of([(c, op.exact or op) for c, op in self.operands], self.sigma, self.name)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what is known of the operands without a matvec."""
+        operands = [[coefficient, op.identity()] for coefficient, op in self.operands]
+        return {**super().identity(), "operands": digest([operands, self.sigma])}
 
     def blame(self, vectors: Tensor) -> str:
         """Ask the first operand whose matvec is not finite."""

@@ -86,6 +86,13 @@ class LinearOperator:
         """
         return None
 
+    def identity(self) -> dict[str, Any]:
+        """Return what is known of the operator without a matvec, part by part; large parts as digests.
+
+        Checkpoints hold it, and a matvec verifies the rest.
+        """
+        return {"n": self.n, "dtype": str(self.dtype)}
+
     def blame(self, vectors: Tensor) -> str:  # noqa: ARG002
         """Return a message that locates NaN or infinity in the matvec with ``vectors [n, k]``."""
         return f"a product of {self!r} gave NaN or infinity"

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from hvpkit._utils.files import atomic_write
+from hvpkit._utils import checkpoints
+from hvpkit._utils.checkpoints import Identity
+from hvpkit._utils.files import check_file, reason
+from hvpkit._utils.random import generator
+from hvpkit.errors import UnsavedWarning
+from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress
-
-FORMAT = 2
-"""Version of the file's content: names of the fields of states among them."""
 
 SAVE_INTERVAL = 60.0
 """Seconds between two saves, at least. Chosen by feel."""
@@ -24,7 +26,19 @@ SAVE_INTERVAL = 60.0
 SAVE_COST_FACTOR = 20.0
 """Time between two saves, at least, in units of the time that a save takes: saves cost 5 % at most."""
 
-S = TypeVar("S")
+ROUNDING_FACTOR = 10.0
+"""Relative error of a matvec that counts as the same operator's, in units of the precision of matvecs; the root of eps
+if that is more. Chosen by feel."""
+
+
+class Counted(Protocol):
+    """The requirement on a state: the full-data matvecs spent so far, those that verified the operator included."""
+
+    @property
+    def num_matvecs(self) -> float: ...
+
+
+S = TypeVar("S", bound=Counted)
 
 
 @dataclass(frozen=True)
@@ -36,12 +50,15 @@ class Saved(Generic[S]):
         num_steps: steps until the next assessment.
         history: so far.
         seconds: so far.
+        verified: full-data matvecs that verified the operator, at every load so far: beyond the budget, so that a
+            limit cuts where it would have.
     """
 
     state: S
     num_steps: int
     history: tuple[Any, ...]
     seconds: float
+    verified: float = 0.0
 
 
 def _unchanged(state: S) -> S:
@@ -53,29 +70,29 @@ class Checkpoint(Generic[S]):
 
     Args:
         path: of the file; its folder must exist.
-        solve: what has to be the same when it is continued: the solver, the operator's size, the arguments.
+        solve: what has to be the same when it is continued: the solver, the operator's identity, the arguments.
         trim: drops the parts of a state that need not be saved.
         verify: checks that a loaded state belongs to the operator, and returns the state to continue from.
-        entry: type of the entries of the history.
+        entry: the type of the history's entries.
+        fresh: returns a state with buffers for a saved one, where those of the first state are not.
 
     Raises:
         TypeError: ``path`` is no path.
-        ValueError: its folder does not exist.
+        ValueError: it cannot be written.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        solve: dict[str, Any],
+        solve: Identity,
         trim: Callable[[S], S] = _unchanged,
         verify: Callable[[S], S] = _unchanged,
         entry: Callable[..., Any] = Progress,
+        fresh: Callable[[dict[str, Any]], S] | None = None,
     ) -> None:
-        if not isinstance(path, str | os.PathLike):
-            raise TypeError(f"checkpoint must be a path of a file, got {type(path).__name__}")
-        self.path, self.solve, self.trim, self.verify, self.entry = Path(path), solve, trim, verify, entry
-        if not self.path.parent.is_dir():
-            raise ValueError(f"checkpoint: there is no folder {self.path.parent}; make it first")
+        self.path = check_file("checkpoint", path).absolute()
+        self.solve, self.trim, self.verify = solve, trim, verify
+        self.entry, self.fresh = entry, fresh
         self._next = time.monotonic() + SAVE_INTERVAL
 
     def due(self) -> bool:
@@ -83,57 +100,115 @@ class Checkpoint(Generic[S]):
         return time.monotonic() >= self._next
 
     def save(self, saved: Saved[S]) -> None:
-        """Replace the file; a failure leaves the old file as it was."""
+        """Replace the file. A failure is a warning, and leaves the old file as it was: the solve goes on."""
         begin = time.monotonic()
         content = {
-            "format": FORMAT,
-            "solve": self.solve,
             "state": _plain(self.trim(saved.state)),
             "num_steps": saved.num_steps,
             "history": [asdict(entry) for entry in saved.history],
             "seconds": saved.seconds,
+            "verified": saved.verified,
         }
-        with atomic_write(self.path) as draft:
-            torch.save(content, draft)
+        try:
+            checkpoints.write(self.path, self.solve, content)
+        except (OSError, RuntimeError) as error:  # torch raises the second where a disk is full
+            warnings.warn(
+                f"checkpoint: {self.path} could not be written ({reason(error)}); the solve goes on, and can be "
+                f"continued from {'its last save' if self.path.exists() else 'nothing yet'}",
+                UnsavedWarning,
+                stacklevel=2,
+            )
         now = time.monotonic()
         self._next = now + max(SAVE_INTERVAL, SAVE_COST_FACTOR * (now - begin))
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the content as it is saved, or None if there is no file.
+
+        Raises:
+            ValueError: the file is damaged, of another version, or of another solve.
+        """
+        return checkpoints.read(self.path, self.solve)
 
     def load(self, like: S) -> Saved[S] | None:
         """Load the solve into the buffers of the fresh state ``like``; None if there is no file.
 
         Raises:
-            ValueError: the file is no checkpoint, or one of another solve or operator.
+            ValueError: as :meth:`read`; the solve is one of another operator.
         """
-        if not self.path.exists():
+        content = self.read()
+        if content is None:
             return None
-        try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
-            known = content["format"] == FORMAT
-        except Exception as error:
-            raise ValueError(
-                f"checkpoint: {self.path} is not a checkpoint of hvpkit ({type(error).__name__}); delete it or name "
-                "another file"
-            ) from error
-        if not known:
-            raise ValueError(f"checkpoint: {self.path} is of another version of hvpkit; delete it")
-        theirs = content["solve"]
-        differences = [
-            f"{key} was {theirs.get(key)!r} and is {value!r}"
-            for key, value in self.solve.items()
-            if theirs.get(key) != value
-        ]
-        if differences:
-            raise ValueError(
-                f"checkpoint: {self.path} holds another solve ({', '.join(differences)}); pass the same arguments to "
-                "continue it, or delete it to start again"
-            )
         history = tuple(self.entry(**entry) for entry in content["history"])
-        state = self.verify(_restored(like, content["state"]))
-        return Saved(state, content["num_steps"], history, content["seconds"])
+        like = like if self.fresh is None else self.fresh(content["state"])
+        loaded: S = restored(like, content["state"])
+        before = loaded.num_matvecs
+        state = self.verify(loaded)
+        verified = content["verified"] + state.num_matvecs - before
+        return Saved(state, content["num_steps"], history, content["seconds"], verified)
 
     def clear(self) -> None:
-        """Delete the file, if there is one, after convergence."""
-        self.path.unlink(missing_ok=True)
+        """Delete the file, if there is one, after convergence; of a link, the file that it leads to."""
+        self.path.resolve().unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A random combination of vectors and that of their matvecs: one matvec shows whether an operator is the same.
+
+    An operator that differs anywhere in the span of the vectors gives another image, with probability one.
+
+    Attributes:
+        vector, image: ``[n]``.
+        count: vectors so far.
+    """
+
+    vector: Tensor
+    image: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, op: LinearOperator) -> Witness:
+        """Return the combination of no vectors."""
+        zero = torch.zeros(op.n, dtype=op.dtype, device=op.device)
+        return cls(zero, zero)
+
+    def including(self, rows: Tensor, images: Tensor) -> Witness:
+        """Return the combination with further vectors ``[k, n]``; those whose matvecs are not finite are left out."""
+        count = self.count + len(rows)
+        finite = torch.isfinite(images).all(dim=1, keepdim=True)
+        weights = coefficients(len(rows), self.count).to(rows)[:, None]
+        vector = self.vector + (weights * torch.where(finite, rows, 0.0)).sum(dim=0)
+        return replace(
+            self,
+            vector=vector,
+            image=self.image + (weights * torch.where(finite, images, 0.0)).sum(dim=0),
+            count=count,
+        )
+
+    def check(self, op: LinearOperator, scale: Tensor | float = 1.0, norm: float = 0.0) -> float:
+        """Verify by a matvec that the images, which are over ``scale``, are this operator's; return its cost.
+
+        ``norm`` is the size that errors are relative to, if it is more than that of the image.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if not self.count:
+            return 0.0
+        image = op.product(self.vector.unsqueeze(1))[:, 0] / scale
+        allowed = max(torch.finfo(op.dtype).eps ** 0.5, ROUNDING_FACTOR * op.precision)
+        size = max(norm, float(op.space.norm(self.image)))
+        if not float(op.space.norm(image - self.image)) <= allowed * size:
+            raise ValueError(
+                f"checkpoint: it holds a solve of another operator, or of {op!r} at other parameters or data; delete "
+                "it, or pass the operator that it began with"
+            )
+        return op.cost
+
+
+def coefficients(count: int, first: int = 0) -> Tensor:
+    """Return the random coefficients of ``count`` vectors from number ``first`` on, float64."""
+    return torch.randn(count, generator=generator(count, first), dtype=torch.float64)
 
 
 def _plain(value: Any) -> Any:
@@ -142,19 +217,39 @@ def _plain(value: Any) -> Any:
         return value.detach().to("cpu", copy=True).contiguous()
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
     return value
 
 
-def _restored(like: Any, plain: Any) -> Any:
-    """Rebuild the dataclasses of ``like`` from ``plain``, in the buffers of ``like`` where these are longer."""
+def restored(like: Any, plain: Any) -> Any:
+    """Rebuild the dataclasses of ``like`` from ``plain``, in the buffers of ``like`` where these are larger."""
     if isinstance(like, Tensor):
         tensor: Tensor = plain.to(like.device, like.dtype)
-        if like.ndim and like.shape[1:] == tensor.shape[1:] and len(like) > len(tensor):
-            like[: len(tensor)] = tensor
+        is_larger = all(room >= size for room, size in zip(like.shape, tensor.shape, strict=True))
+        if is_larger and like.shape != tensor.shape:
+            like[tuple(map(slice, tensor.shape))] = tensor
             return like
         return tensor
     if is_dataclass(like) and not isinstance(like, type):
-        return type(like)(
-            **{field.name: _restored(getattr(like, field.name), plain[field.name]) for field in fields(like)}
-        )
+        hints, device, found = get_type_hints(type(like)), _device(like), {}
+        for field in fields(like):
+            own, item = getattr(like, field.name), plain[field.name]
+            is_tuple = isinstance(own, tuple)
+            found[field.name] = _items(hints[field.name], item, device) if is_tuple else restored(own, item)
+        return type(like)(**found)
     return plain
+
+
+def _items(hint: Any, plain: list[Any], device: torch.device | None) -> tuple[Any, ...]:
+    """Rebuild a tuple of dataclasses without others inside, of tensors, or of numbers."""
+    kind: Any = get_args(hint)[0]
+    holds_dataclasses = is_dataclass(kind)  # a name of its own keeps mypy from narrowing
+    if holds_dataclasses:
+        return tuple(kind(**item) for item in plain)
+    return tuple(item.to(device) if isinstance(item, Tensor) else item for item in plain)
+
+
+def _device(like: Any) -> torch.device | None:
+    tensors = (getattr(like, field.name) for field in fields(like))
+    return next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), None)

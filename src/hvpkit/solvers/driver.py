@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import Field, dataclass, replace
 from functools import wraps
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, TypeVar
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, Typ
 import torch
 from torch import Tensor
 
+from hvpkit._utils.signals import ending_after_cleanup, signals_deferred
 from hvpkit._utils.validation import check_monitor, check_positive
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
@@ -24,6 +26,9 @@ from hvpkit.solvers.checkpoint import Checkpoint, Saved
 OVERSHOOT_CPU, OVERSHOOT_GPU = 32, 8
 """One over the share of steps that may follow the one at which a solve has converged. An assessment is cheap on a CPU;
 on a GPU it waits for the device. Chosen by feel."""
+
+LIMITS = (Status.MAX_MATVECS, Status.TIME_LIMIT)
+"""Statuses of a solve that may continue."""
 
 ROUNDED_UP = 1 + 1e-12
 """Factor of a budget, so that rounding in sums of costs does not forbid the last matvec."""
@@ -165,7 +170,8 @@ class Solver(Protocol[S, R_co]):
     def assess(self, state: S) -> Assessment[S]:
         """Return the values so far, whether the solve is over, and the state to continue from.
 
-        May wait for the device, and may restart: an assessment donates the buffers too, and is not repeated.
+        May wait for the device, and may restart: an assessment donates the buffers too, and is not repeated, except
+        that the state of an assessment that ended the solve gives the same status again.
         """
 
     def finalize(self, state: S, status: Status) -> R_co:
@@ -185,6 +191,7 @@ class Ended(Generic[S]):
         history: one entry for each assessment.
         began: start of the solve on the clock of ``time.perf_counter``; set back by the time before a checkpoint.
         suspect: vectors ``[n, p]`` whose matvec was not finite.
+        verified: full-data matvecs that verified the operator of a checkpoint.
     """
 
     state: S
@@ -192,6 +199,7 @@ class Ended(Generic[S]):
     history: tuple[Entry, ...]
     began: float
     suspect: Tensor | None = None
+    verified: float = 0.0
 
 
 def full_precision(
@@ -230,11 +238,21 @@ def run(
         solver: the method.
         monitor: called after each assessment with the new entry of the history.
         checkpoint: the solve continues from it, if it holds one, and is saved to it: now and then, at a limit, and
-            when a step or the monitor raises, as by an interruption from the keyboard. Cleared on convergence.
+            when a step or the monitor raises, as by an interruption from the keyboard, or a signal ends the process:
+            SIGTERM or SIGHUP, unless the caller has a handler. Cleared when the solve is done.
     """
-    found = conclude(solver, iterate(solver, monitor=monitor, checkpoint=checkpoint))
-    if checkpoint is not None and found.status.converged:
-        checkpoint.clear()
+    with nullcontext() if checkpoint is None else ending_after_cleanup():
+        ended = iterate(solver, monitor=monitor, checkpoint=checkpoint)
+        try:
+            found = conclude(solver, ended)
+        except BaseException:
+            # at a limit it is saved before the assessment, so that a larger one goes on to the same bits
+            if checkpoint is not None and ended.status not in LIMITS:
+                seconds = time.perf_counter() - ended.began
+                checkpoint.save(Saved(ended.state, 0, ended.history, seconds, ended.verified))
+            raise
+        if checkpoint is not None and (found.status.converged or found.status is Status.COMPLETED):
+            checkpoint.clear()
     return found
 
 
@@ -250,6 +268,7 @@ def iterate(
     if checkpoint is not None:
         saved = checkpoint.load(state) or saved
     state, num_steps, history = saved.state, saved.num_steps, list[Entry](saved.history)
+    limits = replace(limits, max_matvecs=limits.max_matvecs + saved.verified)
     began = time.perf_counter() - saved.seconds
     if limits.time_limit is not None:
         limits = replace(limits, time_limit=limits.time_limit + saved.seconds)
@@ -257,7 +276,8 @@ def iterate(
 
     def save() -> None:
         if checkpoint is not None and state.num_matvecs:
-            checkpoint.save(Saved(state, num_steps, tuple(history), time.perf_counter() - began))
+            seconds = time.perf_counter() - began
+            checkpoint.save(Saved(state, num_steps, tuple(history), seconds, saved.verified))
 
     try:
         while True:
@@ -266,21 +286,22 @@ def iterate(
                 limit = limits.exceeded_by(solver.step_cost, state.num_matvecs, time.perf_counter() - began)
                 if limit is not None:
                     break
-                state = solver.step(state)
-                num_steps -= 1
+                state, num_steps = solver.step(state), num_steps - 1  # together, whenever a signal comes
             if limit is not None or (checkpoint is not None and checkpoint.due()):
                 save()
-            assessing = True  # an assessment may change buffers: nothing to save in the midst of it
-            found = solver.assess(state)
-            state, num_steps, assessing = found.state, found.num_steps, False
-            if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
-                seconds = time.perf_counter() - began
-                history.append(replace(found.progress, num_matvecs=state.num_matvecs, seconds=seconds))
-                if monitor is not None:
-                    monitor(history[-1])
+            is_new = False
+            with nullcontext() if checkpoint is None else signals_deferred():
+                assessing = True  # an assessment may change buffers: nothing to save in the midst of it
+                found = solver.assess(state)
+                state, num_steps, assessing = found.state, found.num_steps, False
+                if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
+                    seconds, is_new = time.perf_counter() - began, True
+                    history.append(replace(found.progress, num_matvecs=state.num_matvecs, seconds=seconds))
+            if is_new and monitor is not None:
+                monitor(history[-1])
             status = found.status or (None if found.handover else limit)
             if status is not None or found.handover:
-                return Ended(state, status, tuple(history), began, found.suspect)
+                return Ended(state, status, tuple(history), began, found.suspect, saved.verified)
     except BaseException:
         if not assessing:
             save()

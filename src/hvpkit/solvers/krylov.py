@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hvpkit._utils.random import normal_vector
 from hvpkit.operators.base import LinearOperator
+from hvpkit.solvers.checkpoint import Witness, coefficients
 from hvpkit.solvers.common.bounds import StartPolynomial
 from hvpkit.solvers.common.convergence import check_symmetric
 from hvpkit.solvers.common.orthogonalize import (
@@ -184,23 +185,30 @@ def trim(state: S) -> S:
     return replace(state, basis=state.basis[: state.num_rows])
 
 
+def witness(state: KrylovState) -> Witness:
+    """Return a random combination, of unit norm, of the multiplied rows whose matvecs are finite, and its matvec."""
+    rows = state.num_rows
+    finite = torch.isfinite(state.projected[:rows, : state.num_multiplied]).all(dim=0).tolist()
+    m = finite.index(False) if False in finite else len(finite)
+    if not m:
+        return Witness(state.basis[0], state.basis[0])
+    weights = coefficients(m)
+    weights = (weights / torch.linalg.vector_norm(weights)).to(state.projected)
+    image = state.projected[:rows, :m] @ weights
+    used = int(image.nonzero().max()) + 1 if bool(image.any()) else 0  # further rows need not be finite
+    return Witness(state.basis[:m].mT @ weights, state.basis[:used].mT @ image[:used], m)
+
+
 def verify(op: LinearOperator, state: S) -> S:
     """Verify by one matvec, counted, that a loaded state belongs to the operator.
 
     Raises:
         ValueError: it belongs to another operator.
     """
-    if not state.num_multiplied:
+    cost = witness(state).check(op, state.scale, float(state.norm.nan_to_num(0.0, posinf=0.0)))
+    if not cost:
         return state
-    image = op.product(state.basis[0].unsqueeze(1))[:, 0] / state.scale
-    rows = state.num_rows
-    difference = op.space.norm(image - state.basis[:rows].mT @ state.projected[:rows, 0])
-    if not float(difference) <= torch.finfo(op.dtype).eps ** 0.5 * float(state.norm):
-        raise ValueError(
-            f"checkpoint: it holds a solve of another operator, or of {op!r} at other parameters or data; delete it, "
-            "or pass the operator that it began with"
-        )
-    return replace(state, num_verified=state.num_verified + 1, num_matvecs=state.num_matvecs + op.cost)
+    return replace(state, num_verified=state.num_verified + 1, num_matvecs=state.num_matvecs + cost)
 
 
 def compact(state: S) -> tuple[S, bool]:

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvpkit._utils.checkpoints import digest
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count, check_flag
 from hvpkit.operators.base import LinearOperator
@@ -319,8 +320,10 @@ class Lanczos:
     def identity(self) -> dict[str, Any]:
         """Return what must be the same when a solve continues from a checkpoint; tolerances and limits may change."""
         asked = {name: getattr(self.request, name) for name in ("k", "which", "seed")}
-        own = {name: getattr(self, name) for name in ("ncv", "block_size", "check_copies")}
-        return {"solver": "lanczos", "n": self.op.n, "dtype": str(self.op.dtype), **asked, **own}
+        own = {name: getattr(self, name) for name in ("ncv", "block_size", "check_copies", "certify")}
+        start = self.request.start
+        v0 = None if start is None else digest(start)
+        return {"solver": "lanczos", **self.op.identity(), **asked, "v0": v0, **own}
 
 
 @full_precision
@@ -380,8 +383,9 @@ def lanczos(
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
         checkpoint: a file. The solve is saved there every minute, at a limit and when it is interrupted. The same call
-            continues from it, for one matvec that verifies the operator, to the same bits; tolerances and limits may
-            be changed. Deleted on convergence.
+            continues from it, for one matvec beyond the budget that verifies the operator, to the same bits;
+            tolerances and limits may be changed. A save that fails is an :class:`hvpkit.UnsavedWarning`. Deleted on
+            convergence.
 
     Returns:
         Values ascending, with orthonormal vectors, true residuals, intervals and status. At a limit, or if a matvec
@@ -389,7 +393,8 @@ def lanczos(
         early.
 
     Raises:
-        ValueError: an argument out of its range, named; a checkpoint of another solve.
+        ValueError: an argument out of its range, named; a checkpoint that is damaged, of another version or solve, or
+            whose path cannot be written.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
 
     Cost:

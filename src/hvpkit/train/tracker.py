@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hvpkit._utils.files import atomic_write
+from hvpkit._utils.checkpoints import check_identity, digest
+from hvpkit._utils.files import atomic_write, check_file, reason
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import (
@@ -18,14 +20,14 @@ from hvpkit._utils.validation import (
     check_count,
     check_function,
     check_monitor,
-    check_path,
     check_positive,
     check_tolerance,
 )
 from hvpkit.curvature.batches import MODES
 from hvpkit.curvature.constructors import hessian
 from hvpkit.curvature.param_selection import check_selection
-from hvpkit.data import as_data
+from hvpkit.data import as_data, digest_of
+from hvpkit.errors import UnsavedWarning
 from hvpkit.extreme import METHODS, extreme_eigenvalues
 from hvpkit.objective import from_module
 from hvpkit.results.eigen import ExtremeResult
@@ -34,6 +36,9 @@ from hvpkit.solvers.driver import Monitor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+FORMAT = 1
+"""Version of the lines in a tracker's file."""
 
 MakeObjective = Callable[[Any], tuple[LossFn, Tree]]
 """Makes a loss function and its parameters of a tracker's argument."""
@@ -58,18 +63,22 @@ class SpectrumTracker:
         time_limit: the most seconds for a measurement; the values found by then are recorded.
         batch_size, wrt, mode: as for :func:`hvpkit.hessian`.
         seed: of random vectors and samples; each measurement derives its own seed from it.
-        path: a file of JSON lines, one for each measurement, written at once. If it exists, the tracker continues
-            after the measurements in it.
+        path: a file of JSON lines, one for each measurement, written at once, with a checksum and the identity of the
+            tracker: digests of the data and of the arguments that change the question. If it exists, the tracker
+            continues after the measurements in it. Measurements that are replaced, as training has gone back, are kept
+            in a file beside it, ``path`` with ``.replaced``, with an :class:`hvpkit.UnsavedWarning`. A write that
+            fails is one too: the training goes on, and the next measurement writes all.
         monitor: called during a solve, as for :func:`hvpkit.extreme_eigenvalues`.
 
     Attributes:
         results: pairs of a step and its result, in order; results read from a file have empty vectors.
 
     Raises:
-        TypeError, ValueError: an argument of another type or out of its range, named; a file not written by a tracker.
+        TypeError, ValueError: an argument of another type or out of its range, named; a file that is damaged, of
+            another version or another tracker, not a tracker's, or that cannot be written.
 
     Cost:
-        A measurement costs one :func:`hvpkit.extreme_eigenvalues`.
+        A measurement costs one :func:`hvpkit.extreme_eigenvalues`; a ``path``, a pass that reads the data.
 
     Example:
         >>> import torch
@@ -129,11 +138,21 @@ class SpectrumTracker:
         self._hessian: dict[str, Any] = {"wrt": wrt, "mode": mode}
         self._solve: dict[str, Any] = {"tol": tol, "atol": atol, "method": method, "monitor": monitor}
         self._solve |= {"max_matvecs": max_matvecs, "time_limit": time_limit}
-        self._path = None if path is None else check_path("path", path)
+        self._path = None if path is None else check_file("path", path).absolute()
+        self._identity: dict[str, Any] = {}
+        self._replaced: list[tuple[int, ExtremeResult]] = []
         self._num_parameters: int | None = None
         self.results: list[tuple[int, ExtremeResult]] = []
         if self._path is not None:
-            self._read(self._path)
+            self._identity = {
+                "data": digest_of(self._data),
+                "wrt": None if wrt is None else repr(wrt),
+                "method": str(method),
+                "seed": self._seed,
+            }
+            self.results = _read(self._path, self._identity)
+            if self.results:
+                self._num_calls = self.results[-1][0] + 1
 
     @classmethod
     def for_module(
@@ -157,7 +176,7 @@ class SpectrumTracker:
         Args:
             params: the current parameters, or the module.
             step: of training; by default calls are counted. If training has gone back to an earlier step, the
-                measurements from there on are dropped.
+                measurements from there on are replaced.
 
         Raises:
             ValueError: another number of parameters than before; also as :func:`hvpkit.hessian`.
@@ -176,10 +195,29 @@ class SpectrumTracker:
         self._num_parameters = H.n
         kept = [pair for pair in self.results if pair[0] < step]
         ex = extreme_eigenvalues(H, seed=self._seed + len(kept), **self._solve)
-        self.results = [*kept, (step, ex)]
+        replaced, self.results = self.results[len(kept) :], [*kept, (step, ex)]
         if self._path is not None:
-            self._write(self._path)
+            try:
+                self._replaced += replaced
+                self._keep(self._path)
+                self.save()
+            except OSError as error:
+                warnings.warn(
+                    f"path: {self._path} could not be written ({reason(error)}); the measurement at step {step} is in "
+                    "results, and the next one writes all",
+                    UnsavedWarning,
+                    stacklevel=2,
+                )
         return ex
+
+    def save(self) -> None:
+        """Write the results to ``path``; every measurement does, but for one whose write failed.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        if self._path is not None:
+            _write(self._path, _lines(self.results, self._identity))
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -206,23 +244,69 @@ class SpectrumTracker:
 
         return plots.training(self.results, ax=ax)
 
-    def _write(self, path: Path) -> None:
-        lines = [json.dumps({"step": step, **ex.to_dict()}) + "\n" for step, ex in self.results]
-        with atomic_write(path) as draft:
-            draft.write_text("".join(lines), encoding="utf-8")
-
-    def _read(self, path: Path) -> None:
-        if not path.parent.is_dir():
-            raise ValueError(f"path: there is no folder {path.parent}; make it first")
-        if not path.exists():
+    def _keep(self, path: Path) -> None:
+        """Add measurements that are replaced to the file beside."""
+        replaced = self._replaced
+        if not replaced:
             return
+        beside = path.with_name(f"{path.name}.replaced")
+        warnings.warn(
+            f"path: training has gone back to step {replaced[0][0]}, or {path} is of an earlier run: "
+            f"{len(replaced)} measurements from there on are replaced, and kept in {beside}",
+            UnsavedWarning,
+            stacklevel=3,
+        )
+        before = beside.read_text(encoding="utf-8") if beside.exists() else ""
+        _write(beside, before + _lines(replaced, self._identity))
+        self._replaced = []
+
+
+def _lines(results: list[tuple[int, ExtremeResult]], identity: dict[str, Any]) -> str:
+    """Return a line of JSON for each measurement, with a checksum."""
+    lines = []
+    for step, ex in results:
+        record = {"step": step, **ex.to_dict(), "tracker": {"format": FORMAT, **identity}}
+        lines.append(json.dumps({**record, "checksum": digest(record)}) + "\n")
+    return "".join(lines)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def _read(path: Path, identity: dict[str, Any]) -> list[tuple[int, ExtremeResult]]:
+    """Return the measurements in a file; none if there is no file.
+
+    Raises:
+        ValueError: the file is not a tracker's, is damaged, of another version, or of another tracker.
+    """
+    if not path.exists():
+        return []
+    found: list[tuple[int, ExtremeResult]] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            self.results = [(int(entry["step"]), ExtremeResult.from_dict(entry)) for entry in entries]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"path: {path} is not a file that SpectrumTracker wrote ({error})") from error
-        if self.results:
-            self._num_calls = self.results[-1][0] + 1
+            record = json.loads(line)
+            checksum, theirs = record.pop("checksum"), dict(record["tracker"])
+            version = theirs.pop("format")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"path: line {number} of {path} is damaged, or {path} is not a file that SpectrumTracker wrote "
+                f"({error!r}); restore it from a copy, or name another file"
+            ) from error
+        if checksum != digest(record):
+            raise ValueError(
+                f"path: line {number} of {path} is damaged (its checksum does not fit); restore it from a copy, or "
+                "delete the lines from there on to measure them again"
+            )
+        if version != FORMAT:
+            raise ValueError(
+                f"path: {path} is of another version of hvpkit (format {version!r}; this one has {FORMAT}); continue "
+                "it with that version, or name another file"
+            )
+        check_identity("path", path, theirs, identity)
+        found.append((int(record["step"]), ExtremeResult.from_dict(record)))
+    return found
 
 
 def _unused(_params: Tree, _batch: Any) -> Tensor:
