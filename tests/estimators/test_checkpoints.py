@@ -149,7 +149,7 @@ def test_a_tolerance_may_be_added(A: Tensor, tmp_path: Path) -> None:
     file = tmp_path / "run.pt"
     with pytest.raises(Interrupted):
         hk.trace(Unreliable(A, 50).operator(), num_matvecs=70, method="hutchinson", checkpoint=file)
-    found = hk.trace(hk.aslinearoperator(A), num_matvecs=70, method="hutchinson", tol=1e3, checkpoint=file)
+    found = hk.trace(hk.aslinearoperator(A), num_matvecs=70, method="hutchinson", tol=0.99, checkpoint=file)
     assert found.status is hk.Status.CONVERGED
     assert not file.exists()
 
