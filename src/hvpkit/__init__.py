@@ -34,6 +34,8 @@ from hvpkit.extreme import extreme_eigenvalues
 from hvpkit.objective import Objective, from_module
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
+from hvpkit.planning import plan
+from hvpkit.results.cost_plan import Plan, PlannedTask, Range
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
 from hvpkit.results.estimate import Estimate, EstimateProgress
@@ -72,7 +74,10 @@ __all__ = [
     "NonFiniteError",
     "NotSymmetricError",
     "Objective",
+    "Plan",
+    "PlannedTask",
     "Progress",
+    "Range",
     "Report",
     "Status",
     "UnstableDataError",
@@ -100,6 +105,7 @@ __all__ = [
     "moments",
     "multifidelity",
     "oja",
+    "plan",
     "power",
     "progress_bar",
     "quadratic_form",

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+import time
 
+from hvpkit._utils.deadline import DeadlineReached, deadline
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import Seed
-from hvpkit._utils.validation import check_choice
+from hvpkit._utils.validation import check_choice, check_positive
 from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.offload import on_host
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval
 from hvpkit.solvers.common.request import Start
+from hvpkit.solvers.common.vector_memory import vectors_that_fit
 from hvpkit.solvers.driver import Monitor, full_precision
 from hvpkit.solvers.lanczos import lanczos
-from hvpkit.solvers.multifidelity import solve_levels
+from hvpkit.solvers.multifidelity import default_ncv, solve_levels
 
 METHODS = ("auto", "lanczos", "multifidelity")
 
@@ -29,6 +33,11 @@ SAMPLE_RATIO, MIN_SAMPLE, MAX_SAMPLE = 20, 200, 2000
 """All examples over those of the sample, and its size at least and at most: the accuracy of a sample depends on its
 number of examples, its cost on their share. Evidence: docs/multifidelity.md."""
 
+LEAST_LEVEL_NCV = 30
+"""Vectors of each set that must fit into half of the free memory for samples to be used; else Lanczos, which takes
+fewer. On the dense network of docs/multifidelity.md, four seeds take 33 to 53 passes with 60 or 40, 38 to 51 with 30,
+and 129 to 142 with 20, where certificates end too early and Lanczos follows; Lanczos alone takes 65."""
+
 SCORE_COST = 1 / 9
 """Cost of the scores for a sample, a forward pass, in full-data matvecs. By operations: docs/performance.md."""
 
@@ -40,6 +49,8 @@ def extreme_eigenvalues(
     tol: float = 1e-2,
     atol: float | None = None,
     method: str = "auto",
+    ncv: int | None = None,
+    offload: bool = False,
     confidence: float = 0.99,
     certify: bool = False,
     max_matvecs: float | None = None,
@@ -67,7 +78,10 @@ def extreme_eigenvalues(
         method: ``"multifidelity"``, which continues by Lanczos where samples do not help: see
             :func:`hvpkit.multifidelity`. ``"lanczos"``: all of the work on all of the data. ``"auto"``: the first for
             the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 10,000 examples,
-            unless ``checkpoint`` is asked for; else the second.
+            unless ``checkpoint`` is asked for, or ``ncv`` or the free memory is too small for it; else the second.
+        ncv: the most basis vectors before a restart; see :func:`hvpkit.lanczos` and :func:`hvpkit.multifidelity`. The
+            default depends on n alone, unless memory is short: name it for the same bits on any machine.
+        offload: keep the vectors in host memory, and work there; only matvecs are on the device.
         confidence: of each value and interval, over random starts.
         certify: continue until each interval is at most as wide as the error allowed; about a tenth more passes.
         max_matvecs: full-data matvecs, at most; 1,000 by default.
@@ -88,6 +102,8 @@ def extreme_eigenvalues(
     Raises:
         ValueError: an argument out of its range, named; a checkpoint of another solve.
         NotSymmetricError: ``H`` is not symmetric beyond rounding.
+        MemoryError: before the first matvec, if the vectors do not fit into the memory that is free: with the number of
+            vectors, their bytes, and what to change. :func:`hvpkit.plan` says so beforehand.
 
     Cost:
         Passes over the data as ``num_matvecs`` says; by Lanczos, one of them to verify the residuals.
@@ -102,19 +118,29 @@ def extreme_eigenvalues(
     check_choice("method", method, METHODS)
     if method == "multifidelity" and checkpoint is not None:
         raise ValueError('checkpoint is for method="lanczos"; leave it out')
-    if method == "multifidelity" or (method == "auto" and checkpoint is None and worth_sampling(H)):
-        number = resolve_seed(seed)
+    fitting = vectors_that_fit(on_host(H) if offload else H)
+    if method_for(H, method, fitting=fitting, ncv=ncv, checkpoint=checkpoint) == "multifidelity":
+        number, began = resolve_seed(seed), time.perf_counter()
+        end = math.inf if time_limit is None else began + check_positive("time_limit", time_limit)
+        levels: list[LinearOperator] | None = None
         try:
-            levels, spent = sample_levels(H, number)
+            with deadline(end):
+                levels, spent = sample_levels(H, number)
+        except DeadlineReached:
+            pass
         except (TypeError, ValueError):
             if method == "multifidelity":
                 raise
-        else:
+        if time_limit is not None:
+            time_limit = max(end - time.perf_counter(), 1e-9)
+        if levels is not None:
             found = solve_levels(
                 levels,
                 v0=v0,
                 tol=tol,
                 atol=atol,
+                ncv=ncv,
+                offload=offload,
                 confidence=confidence,
                 certify=certify,
                 spent=spent,
@@ -131,6 +157,8 @@ def extreme_eigenvalues(
         v0=v0,
         tol=tol,
         atol=atol,
+        ncv=ncv,
+        offload=offload,
         confidence=confidence,
         certify=certify,
         max_matvecs=max_matvecs,
@@ -140,6 +168,25 @@ def extreme_eigenvalues(
         checkpoint=checkpoint,
     )
     return _result(H, found, tol)
+
+
+def method_for(
+    H: LinearOperator,
+    method: str,
+    *,
+    fitting: float,
+    ncv: int | None = None,
+    checkpoint: object = None,
+) -> str:
+    """Return the method that :func:`extreme_eigenvalues` takes: ``"lanczos"`` or ``"multifidelity"``.
+
+    ``fitting`` vectors fit into memory.
+    """
+    if method != "auto":
+        return method
+    if checkpoint is not None or not worth_sampling(H):
+        return "lanczos"
+    return "multifidelity" if (ncv or default_ncv(fitting)) >= LEAST_LEVEL_NCV else "lanczos"
 
 
 def worth_sampling(H: LinearOperator) -> bool:

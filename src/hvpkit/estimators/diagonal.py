@@ -29,6 +29,7 @@ from hvpkit.estimators.sampling import Monitor, Plan, estimate, make_plan
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.estimate import Estimate, Mean
 from hvpkit.solvers.common.orthogonalize import CHUNK, power_of_two
+from hvpkit.solvers.common.vector_memory import check_room
 from hvpkit.solvers.driver import full_precision
 
 COSTS = {"hutchinson": 1, "xdiag": 2}
@@ -200,6 +201,7 @@ def diagonal(
     plan = make_plan(op, method, COSTS, num_matvecs=num_matvecs, tol=tol, block_size=block_size, seed=seed)
     limits: Any = {"time_limit": time_limit, "monitor": monitor}
     if plan.method == "hutchinson":
+        check_room(op, 6 * plan.block_size + 8, "take a smaller block_size, or fewer parameters (wrt=)")
         return estimate(op, plan, init(op), step, evaluate, **limits)
     plan = replace(plan, method="xtrace")
     return estimate(op, plan, sketch.init(op, plan, keep_images=True), sketch.step, evaluate_xdiag, **limits)

@@ -148,7 +148,10 @@ def assess(op: LinearOperator, goal: Goal, state: KernelState) -> Assessment[Ker
             state = replace(fresh, finished=finished, num_matvecs=state.num_matvecs)
     low, high = state.band.center - state.band.half_width, state.band.center + state.band.half_width
     num_steps = max(1, min(goal.num_steps - state.degree, state.degree // 4))
-    return Assessment(state, Progress(0.0, 0.0, low, high, math.nan, math.nan), num_steps, status, suspect)
+    progress = Progress(0.0, 0.0, low, high, math.nan, math.nan)
+    num_done = sum(goal.sizes[: len(state.finished)]) * goal.num_steps + len(state.start) * state.degree
+    num_left = (sum(goal.sizes) * goal.num_steps - num_done) * op.cost
+    return Assessment(state, progress, num_steps, status, suspect, num_left=num_left)
 
 
 def known_moments(state: KernelState) -> Tensor:
@@ -225,6 +228,8 @@ def solve(op: LinearOperator, goal: Goal, *, time_limit: float | None, monitor: 
         start = init(op, goal, Band(0.0, 1.0)).start.mT
         message = f"{MESSAGES[ends.status]}; {op.blame(start)}"
         return Measured([], ends.num_matvecs, ends.status, message, ends.seconds, ends.history)
+    if len(ends.values) < min(2, op.n):  # no time for that many matvecs
+        return Measured([], ends.num_matvecs, ends.status, MESSAGES[ends.status], ends.seconds, ends.history)
     if time_limit is not None:
         time_limit = max(time_limit - ends.seconds, 1e-9)
     solver = KernelPolynomials(op, goal, Band.around(ends, op.dtype), ends.num_matvecs, time_limit)

@@ -111,11 +111,11 @@ class QuadratureState:
         return self.num_before + self.krylov.num_matvecs
 
 
-def init(op: LinearOperator, goal: Goal, group: int = 0) -> QuadratureState:
-    """Return the state before the first matvec of a group of vectors."""
+def init(op: LinearOperator, goal: Goal, group: int = 0, buffer: Tensor | None = None) -> QuadratureState:
+    """Return the state before the first matvec of a group of vectors; it may reuse the basis of the group before."""
     size, seed = goal.sizes[group], goal.seed_of(group)
     if not goal.spans(op.n):
-        return QuadratureState(krylov.start(op, size * (goal.num_steps + 1), size, seed))
+        return QuadratureState(krylov.start(op, size * (goal.num_steps + 1), size, seed, buffer=buffer))
     normal = torch.randn(op.n, op.n, generator=generator(seed), dtype=torch.float64)
     everything = torch.linalg.qr(normal).Q.to(op.device, op.dtype)
     start = krylov.start(op, op.n, 1, seed)
@@ -157,14 +157,16 @@ def assess(op: LinearOperator, goal: Goal, state: QuadratureState) -> Assessment
     elif not (matvecs_left(goal, state) and space.num_frontier):
         finished = (*state.finished, measure(op, space, pairs, goal.sizes[len(state.finished)]))
         if len(finished) < len(goal.sizes):
-            state = replace(init(op, goal, len(finished)), finished=finished, num_before=state.num_matvecs)
+            fresh = init(op, goal, len(finished), space.basis)
+            state = replace(fresh, finished=finished, num_before=state.num_matvecs)
         else:
             state = replace(state, finished=finished)
             status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.COMPLETED
     progress = progress_of(pairs.values, pairs.residual_norms, scale)
     done, left = state.krylov.num_products, 0 if status else matvecs_left(goal, state)
     num_steps = max(1, min(math.ceil(left / goal.width), done // goal.width // 4))
-    return Assessment(state, progress, num_steps, status, suspect)
+    num_left = (sum(goal.sizes) * goal.num_steps) * op.cost - state.num_matvecs
+    return Assessment(state, progress, num_steps, status, suspect, num_left=num_left)
 
 
 def measures(op: LinearOperator, goal: Goal, state: QuadratureState) -> list[Measure]:

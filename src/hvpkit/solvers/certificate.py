@@ -21,7 +21,7 @@ does not depend on it; a poor likeness costs steps. Two kinds:
 
 Both are exact: they hold for any likeness.
 
-Cost: steps with the cost of the congruence. Memory: a vector for each.
+Cost: steps with the cost of the congruence. Memory: a vector for each step that may be taken.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Certificate:
         congruence: C.
         op: B.
         krylov: the state of the process.
+        max_steps: steps, at most.
     """
 
     end: int
@@ -69,6 +70,7 @@ class Certificate:
     congruence: Congruence
     op: LinearOperator
     krylov: KrylovState
+    max_steps: int = MAX_STEPS
 
     def step(self) -> Certificate:
         """Multiply once."""
@@ -99,10 +101,18 @@ class Verdict:
 
 
 def begin(
-    op: LinearOperator, congruence: Congruence, end: int, sigma: float, *, known: bool, seed: int
+    op: LinearOperator,
+    congruence: Congruence,
+    end: int,
+    sigma: float,
+    *,
+    known: bool,
+    seed: int,
+    max_steps: int = MAX_STEPS,
 ) -> Certificate:
     """Return a certificate before its first step; ``op`` is B, ``seed`` that of its start."""
-    return Certificate(end, known, sigma, congruence, op, krylov.start(op, MAX_STEPS + 1, 1, seed))
+    most = min(MAX_STEPS, max_steps)
+    return Certificate(end, known, sigma, congruence, op, krylov.start(op, most + 1, 1, seed), most)
 
 
 def judge(certificate: Certificate, error: float, distance: float, failure: float) -> Verdict:
@@ -125,7 +135,7 @@ def judge(certificate: Certificate, error: float, distance: float, failure: floa
         component = state.polynomial.log_component(at, pairs.values, pairs.residual_norms, norms)
         return exhausted or state.polynomial.probability(component) <= probability
 
-    poor = m >= MAX_STEPS or (m >= SPREAD_STEPS and float(pairs.values[-1]) * unit > MAX_SPREAD)
+    poor = m >= certificate.max_steps or (m >= SPREAD_STEPS and float(pairs.values[-1]) * unit > MAX_SPREAD)
     if certificate.known and lowest > 0:
         return Verdict(certificate, certificate.sigma if unlikely(0.0) else None, poor=poor)
     error_in_b = float(kato_temple(pairs.values, pairs.residual_norms)[0])

@@ -134,6 +134,18 @@ class Checkpoint(Generic[S]):
         self.path.unlink(missing_ok=True)
 
 
+def argument_of(path: str | os.PathLike[str], name: str) -> Any:
+    """Return an argument of the solve that a file holds, without reading its tensors; None if it holds none.
+
+    For arguments whose default depends on the machine: a solve that continues elsewhere keeps its own.
+    """
+    try:
+        content = torch.load(Path(path), map_location="cpu", weights_only=True, mmap=True)
+        return content["solve"].get(name)
+    except Exception:  # not a file, or of any other content: loading it says so
+        return None
+
+
 def _plain(value: Any) -> Any:
     """Convert dataclasses to dicts, and tensors to copies on the CPU without the rest of their storage."""
     if isinstance(value, Tensor):

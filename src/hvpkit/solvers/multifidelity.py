@@ -13,11 +13,21 @@ from dataclasses import replace
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.offload import HOST, on_host
 from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.solvers.certified_davidson import ENDS, CertifiedDavidson
 from hvpkit.solvers.common.request import Start, check_arguments, check_confidence
+from hvpkit.solvers.common.vector_memory import check_room, vectors_that_fit
 from hvpkit.solvers.driver import Monitor, conclude, full_precision, iterate
 from hvpkit.solvers.lanczos import lanczos
+
+NCV, MIN_NCV = 60, 8
+"""The default number of vectors of each set, and the least one. Chosen by feel."""
+
+NUM_SETS, WORK = 5, 20
+"""Sets of at most ``ncv`` vectors that are alive together, and vectors beside them: rows, their matvecs, outliers of
+the sample, the rows of the metric, and a Krylov space, or what the metric is made of. Counted; measured peaks are 0.84
+to 1 of the sum on a spectrum of which the sample shows all."""
 
 
 def multifidelity(
@@ -27,7 +37,8 @@ def multifidelity(
     v0: Start | None = None,
     tol: float = 1e-2,
     atol: float | None = None,
-    ncv: int = 60,
+    ncv: int | None = None,
+    offload: bool = False,
     num_inner: int | None = None,
     confidence: float = 0.99,
     certify: bool = False,
@@ -57,7 +68,10 @@ def multifidelity(
         tol: relative error of the eigenvalues.
         atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
             much; 0 for none. By default ``min(1e-5, tol / 1000)``.
-        ncv: the most basis vectors before half of them are dropped.
+        ncv: the most vectors of each set that is kept: of the basis, before half of it is dropped, and of the Krylov
+            spaces of the sample and of a certificate. By default 60, unless that would take more than half of the free
+            memory: then as many as half of it holds; name ``ncv`` for the same bits there.
+        offload: keep all vectors in host memory, and work there: see :func:`hvpkit.lanczos`.
         num_inner: the most Lanczos steps on a cheap level for each direction; by default as many as cost one matvec,
             but from 6 to 15. They end when their prediction has settled.
         confidence: of values and intervals, over random starts.
@@ -74,9 +88,11 @@ def multifidelity(
     Raises:
         TypeError, ValueError: an argument of another type or out of its range, named.
         NotSymmetricError: the last level is not symmetric beyond rounding.
+        MemoryError: before the first matvec, if the vectors do not fit into the memory that is free.
 
     Cost:
-        ``2 ncv + num_inner`` vectors of memory, up to 60 for a certificate, and the outliers of the sample.
+        ``5 ncv + 20`` vectors of memory, at most: rows and their matvecs, and the sample's outliers, the metric made of
+        them, and a certificate's Krylov space.
 
     Example:
         >>> import torch, hvpkit as hk
@@ -95,6 +111,7 @@ def multifidelity(
         tol=tol,
         atol=atol,
         ncv=ncv,
+        offload=offload,
         num_inner=num_inner,
         confidence=confidence,
         certify=certify,
@@ -112,7 +129,8 @@ def solve_levels(
     v0: Start | None = None,
     tol: float = 1e-2,
     atol: float | None = None,
-    ncv: int = 60,
+    ncv: int | None = None,
+    offload: bool = False,
     num_inner: int | None = None,
     confidence: float = 0.99,
     certify: bool = False,
@@ -128,7 +146,8 @@ def solve_levels(
     """
     levels = _check_levels(levels)
     op = levels[-1]
-    check_count("ncv", ncv, 8)
+    if ncv is not None:
+        check_count("ncv", ncv, MIN_NCV)
     check_confidence(confidence)
     if num_inner is not None:
         check_count("num_inner", num_inner, 1)
@@ -153,6 +172,8 @@ def solve_levels(
             v0=request.start,
             tol=request.tol,
             atol=request.atol,
+            ncv=ncv,
+            offload=offload,
             confidence=confidence,
             certify=certify,
             max_matvecs=request.limits.max_matvecs,
@@ -160,7 +181,28 @@ def solve_levels(
             seed=request.seed,
             monitor=monitor,
         )
-    return _solve(op, CertifiedDavidson(request, levels, ncv, num_inner, confidence, certify, spent), monitor)
+    if offload:
+        levels = tuple(on_host(level) for level in levels)
+        request = request.on_host()
+    kept = ncv or default_ncv(vectors_that_fit(levels[-1]))
+    remedy = f"take a smaller ncv (at least {MIN_NCV}), " if kept > MIN_NCV else "take "
+    remedy += "" if levels[-1].device == HOST else "offload=True for vectors in host memory, "
+    check_room(
+        levels[-1], num_vectors(min(kept, op.n)), remedy + "hvpkit.lanczos, which keeps fewer, or wrt="
+    )
+    solver = CertifiedDavidson(request, levels, kept, num_inner, confidence, certify, spent)
+    found = _solve(op, solver, ncv, offload, monitor)
+    return replace(found, vectors=found.vectors.to(op.device))
+
+
+def default_ncv(fitting: float) -> int:
+    """Return the default number of vectors of each set: 60, or less if only ``fitting`` in all fit into memory."""
+    return int(max(MIN_NCV, min(NCV, (fitting - WORK) // NUM_SETS)))
+
+
+def num_vectors(ncv: int) -> int:
+    """Return the most vectors that a solve takes memory for."""
+    return NUM_SETS * ncv + WORK
 
 
 def _check_levels(levels: Sequence[LinearOperator]) -> tuple[LinearOperator, ...]:
@@ -182,8 +224,10 @@ def _check_levels(levels: Sequence[LinearOperator]) -> tuple[LinearOperator, ...
 
 
 @full_precision
-def _solve(op: LinearOperator, solver: CertifiedDavidson, monitor: Monitor | None) -> EigenResult:
-    """Run the solver on the cheap levels, and Lanczos if it hands over."""
+def _solve(
+    op: LinearOperator, solver: CertifiedDavidson, ncv: int | None, offload: bool, monitor: Monitor | None
+) -> EigenResult:
+    """Run the solver on the cheap levels, and Lanczos, on ``op`` with ``ncv`` and ``offload``, if it hands over."""
     ended = iterate(solver, monitor=monitor)
     if ended.status is not None:
         return conclude(solver, ended)
@@ -207,6 +251,8 @@ def _solve(op: LinearOperator, solver: CertifiedDavidson, monitor: Monitor | Non
         which=request.which,
         tol=request.tol,
         atol=request.atol,
+        ncv=ncv,
+        offload=offload,
         confidence=solver.confidence,
         certify=solver.certify,
         max_matvecs=remaining,
