@@ -69,7 +69,7 @@ class Figures:
     def fitting(self, *, offload: bool) -> float:
         """Return how many vectors a default may take."""
         free = self.host_bytes if offload and self.host_bytes is not None else self.free_bytes
-        return BASIS_SHARE * free // self.vector_bytes
+        return BASIS_SHARE * free / self.vector_bytes
 
     def seconds(self, passes: Range, capacity: float) -> Range:
         """Return the time of passes, each with orthogonalisation against those before, ``capacity`` at most."""

@@ -686,6 +686,7 @@ def test_a_plan_says_how_long_it_takes_and_whether_it_fits(
 
 
 def test_what_does_not_fit_into_memory_ends_in_one_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvpkit.solvers.common.vector_memory.SMALL", 0)
     monkeypatch.setattr("hvpkit.solvers.common.vector_memory.free_memory", lambda _: 1000.0)
     for command in ("extremes", "density", "trace"):
         result = call(command, f"{file}:many", code=2)

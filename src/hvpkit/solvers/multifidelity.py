@@ -197,7 +197,7 @@ def solve_levels(
 
 def default_ncv(fitting: float) -> int:
     """Return the default number of vectors of each set: 60, or less if only ``fitting`` in all fit into memory."""
-    return int(max(MIN_NCV, min(NCV, (fitting - WORK) // NUM_SETS)))
+    return int(max(MIN_NCV, min(NCV, (fitting - WORK) / NUM_SETS)))
 
 
 def num_vectors(ncv: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def levels() -> list[hk.LinearOperator]:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, num_vectors: float) -> None:
+    monkeypatch.setattr(vector_memory, "SMALL", 0)
     monkeypatch.setattr(vector_memory, "free_memory", lambda _: num_vectors * VECTOR)
 
 
@@ -162,6 +164,7 @@ def test_what_does_not_fit_is_said_before_the_first_matvec(
 def test_the_remedy_for_a_device_is_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     there = torch.device("cpu", 0)  # another device by name
     room = {there: 5.0 * VECTOR, torch.device("cpu"): 1000.0 * VECTOR}
+    monkeypatch.setattr(vector_memory, "SMALL", 0)
     monkeypatch.setattr(vector_memory, "free_memory", room.__getitem__)
     op = replace(diagonal(spectrum()), device=there)
     with pytest.raises(MemoryError, match=r"400 kB are free on cpu:0 \(80 MB in host memory\).*offload=True"):
@@ -196,10 +199,17 @@ def test_bytes_in_words() -> None:
     assert [in_words(x) for x in (12, 4e3, 5.25e6, 1.5e9)] == ["12 bytes", "4.0 kB", "5.2 MB", "1.5 GB"]
 
 
-def test_room_is_exact() -> None:
-    op = diagonal(spectrum())
-    assert vectors_that_fit(op, 1.0) > 100
-    check_room(op, 100, "")
+def test_for_small_vectors_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def free_memory(_: object) -> float:
+        raise AssertionError("it was asked")
+
+    monkeypatch.setattr(vector_memory, "free_memory", free_memory)
+    op = hk.aslinearoperator(torch.diag(torch.linspace(-1, 2, 1000)))
+    assert vectors_that_fit(op) == math.inf
+    check_room(op, 1000, "")
+    assert hk.extreme_eigenvalues(op).converged
+    with pytest.raises(AssertionError, match="it was asked"):
+        hk.extreme_eigenvalues(diagonal(torch.linspace(-1, 2, 500_000)))
 
 
 FIVE_MILLION = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from hvpkit._utils.memory import free_memory, in_words
@@ -12,6 +14,10 @@ BASIS_SHARE = 0.5
 quarter for matvecs."""
 
 
+SMALL, MANY = 2**26, 1000
+"""Bytes that always fit, as so many vectors of them: to ask for the free memory takes as long as many steps of a small
+solve. Chosen by feel; default sets are of 300 vectors at most, but for many pairs."""
+
 FEWER = "take fewer pairs, hvpkit.lanczos with a small ncv, or fewer parameters (wrt=)"
 """The remedy of solvers whose vectors follow the number of pairs."""
 
@@ -21,9 +27,14 @@ def vector_bytes(op: LinearOperator) -> int:
     return op.n * op.dtype.itemsize
 
 
-def vectors_that_fit(op: LinearOperator, share: float = BASIS_SHARE) -> float:
-    """Return how many vectors fit into a share of the memory that is free on the operator's device."""
-    return share * free_memory(op.device) // vector_bytes(op)
+def vectors_that_fit(op: LinearOperator) -> float:
+    """Return how many vectors a default may take: those in half of the memory that is free on the operator's device.
+
+    Infinite for vectors of which any default always fits.
+    """
+    if MANY * vector_bytes(op) <= SMALL:
+        return math.inf
+    return BASIS_SHARE * free_memory(op.device) / vector_bytes(op)
 
 
 def check_room(op: LinearOperator, num_vectors: float, remedy: str) -> None:
@@ -34,7 +45,10 @@ def check_room(op: LinearOperator, num_vectors: float, remedy: str) -> None:
         num_vectors: that a method keeps and works with.
         remedy: what to change, for the message.
     """
-    needed, free = num_vectors * vector_bytes(op), free_memory(op.device)
+    needed = num_vectors * vector_bytes(op)
+    if needed <= SMALL:
+        return
+    free = free_memory(op.device)
     if needed <= free:
         return
     host = torch.device("cpu")
