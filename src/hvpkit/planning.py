@@ -81,23 +81,24 @@ class Figures:
 
         return Range(of(passes.low), of(passes.expected), of(passes.high)).scaled(*UNSURE)
 
-    def remedy(self, num_vectors: float, smaller: str, *, offload: bool) -> str | None:
+    def remedy(self, num_vectors: float, smaller: Sequence[str], *, offload: bool) -> str | None:
         """Return what to change so that so many vectors fit beside matvecs and graphs; None: they do.
 
-        ``smaller`` names the arguments that make them fewer.
+        ``smaller`` are changes that make them fewer.
         """
         vectors, host = num_vectors * self.vector_bytes, self.host_bytes
+        beside, free = self.product_bytes + self.graph_bytes, self.free_bytes
         if offload and host is not None:
-            return None if vectors <= host else f"{smaller}, or fewer parameters (wrt=)"
-        beside = self.product_bytes + self.graph_bytes
-        if vectors + beside <= self.free_bytes:
+            beside, free, host = 0.0, host, None
+        if vectors + beside <= free:
             return None
-        options = ["memory_limit=0, which keeps no graphs"] * (
-            vectors + self.product_bytes <= self.free_bytes and self.graph_bytes > 0
-        )
-        options += ["offload=True"] * (host is not None and vectors <= host)
-        room = (self.free_bytes - beside) // self.vector_bytes
-        return " or ".join([*options, f"{smaller} (there is room for {max(room, 0):.0f} vectors)", "wrt="])
+        options = [*smaller, "fewer parameters (wrt=)"]
+        if host is not None and vectors <= host:
+            options.insert(0, "offload=True")
+        if self.graph_bytes and vectors + self.product_bytes <= free:
+            options.insert(0, "memory_limit=0, which keeps no graphs")
+        room = max(0.0, (free - beside) // self.vector_bytes)
+        return f"of {num_vectors:.0f} vectors there is room for {room:.0f}: take {', or '.join(options)}"
 
 
 @full_precision
@@ -218,8 +219,11 @@ def plan_extremes(
     else:
         size = ncv or multifidelity.default_ncv(fitting)
         num_vectors, least = multifidelity.num_vectors(min(size, n)), multifidelity.MIN_NCV
-    passes = passes.scaled(1.0, *[slowed_by_restarts(size)] * 2) if method == "lanczos" else passes
-    smaller = f"a smaller ncv, at least {least}" if size > least else 'method="lanczos"'
+    if method == "lanczos" and size < n:
+        slowed = slowed_by_restarts(size)
+        passes = passes.scaled(1.0, slowed, slowed)
+    smaller = [f"a smaller ncv (at least {least})"] if size > least else []
+    smaller += ['method="lanczos"'] if method != "lanczos" else []
     return PlannedTask(
         "extremes",
         method,
@@ -242,7 +246,7 @@ def _plan_density(H: LinearOperator, figures: Figures, num_steps: int, num_probe
         count,
         num_vectors,
         max(goal.sizes) * goal.num_steps,
-        'method="chebyshev", or fewer num_steps',
+        ['method="chebyshev"', "fewer num_steps"],
     )
 
 
@@ -255,12 +259,18 @@ def _plan_trace(H: LinearOperator, figures: Figures, num_matvecs: float) -> Plan
         asked.num_probes * asked.cost * H.cost,
         sketch.num_vectors(asked),
         asked.num_probes,
-        'method="hutchinson", or a smaller block_size',
+        ['method="hutchinson"', "a smaller block_size"],
     )
 
 
 def _exact_task(
-    call: str, method: str, figures: Figures, count: float, num_vectors: int, capacity: float, smaller: str
+    call: str,
+    method: str,
+    figures: Figures,
+    count: float,
+    num_vectors: int,
+    capacity: float,
+    smaller: Sequence[str],
 ) -> PlannedTask:
     """Return a task whose passes are known."""
     passes, size = Range(count, count, count), num_vectors * figures.vector_bytes

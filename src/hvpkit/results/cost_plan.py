@@ -123,7 +123,7 @@ class Plan:
                 task.method,
                 _in_text(task.passes),
                 time_in_words(task.seconds.expected),
-                f"{time_in_words(task.seconds.low)} to {time_in_words(task.seconds.high)}",
+                _times(task.seconds.low, task.seconds.high),
                 in_words(task.num_bytes) if task.remedy is None else f"{in_words(task.num_bytes)}!",
             )
             for task in self.tasks
@@ -165,8 +165,15 @@ class Plan:
 
 
 def _in_text(passes: Range) -> str:
-    ends = f" ({passes.low:.3g} to {passes.high:.3g})" if passes.low < passes.high else ""
-    return f"{passes.expected:.3g}{ends}"
+    ends = f" ({passes.low:.0f} to {passes.high:.0f})" if passes.low < passes.high else ""
+    return f"{passes.expected:.0f}{ends}"
+
+
+def _times(low: float, high: float) -> str:
+    """Return two times as text, with one unit where they have the same."""
+    first, last = time_in_words(low), time_in_words(high)
+    unit = last.split()[-1]
+    return f"{first.removesuffix(f' {unit}')} to {last}"
 
 
 def time_in_words(seconds: float) -> str:

@@ -63,6 +63,10 @@ MAX_NCV, EXTRA_NCV = 300, 53
 possible, unless memory is short. For both ends of the dense network of docs/multifidelity.md 300 vectors take 65
 passes, 60 66, 40 74, 25 86, 16 125, 12 187 and 9 374."""
 
+MODEST_NCV, MODEST_SHARE = 18, 1.6
+"""Basis vectors above the least that is possible with less than which restarts cost most passes: for so many the
+default takes up to the second times its usual share of the free memory. Chosen by feel."""
+
 SMALL_SPACE = 500
 """The largest n for which ``MIN_STEPS`` hold always: there they cost next to nothing. For larger n the probability of a
 hidden eigenvalue takes their place."""
@@ -356,9 +360,10 @@ def least_ncv(k: int, block_size: int) -> int:
 
 def default_ncv(n: int, itemsize: int, k: int, block_size: int, fitting: float) -> int:
     """Return the default number of basis vectors: by n alone, unless only ``fitting`` vectors fit into memory."""
-    least = least_ncv(k, block_size)
+    least, work = least_ncv(k, block_size), num_vectors(0, k, block_size)
     usual = max(least + EXTRA_NCV, min(BASIS_BYTES // (n * itemsize), max(MAX_NCV, 4 * k)))
-    return int(max(least, min(usual, fitting - num_vectors(0, k, block_size))))
+    modest = min(least + MODEST_NCV, MODEST_SHARE * fitting - work)
+    return int(max(least, min(usual, max(fitting - work, modest))))
 
 
 def num_vectors(ncv: int, k: int, block_size: int) -> int:

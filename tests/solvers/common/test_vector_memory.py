@@ -105,6 +105,7 @@ def test_the_default_follows_n_alone_unless_memory_is_short() -> None:
     assert ncv(5_000_000, 1e9) == ncv(5_000_000, 300) == 214
     assert ncv(124_000_000, 1e9) == ncv(124_000_000, 72) == 60
     assert ncv(124_000_000, 40) == 28
+    assert [ncv(124_000_000, fitting) for fitting in (30, 23, 16, 12)] == [25, 24, 13, 7]
     assert ncv(5_000_000, 112) == 100
     assert ncv(5_000_000, 1) == ncv(5_000_000, -5) == 7
     assert ncv(1000, 1e9, k=100) == 400
