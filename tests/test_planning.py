@@ -233,7 +233,7 @@ def test_a_plan_is_text_and_plain_numbers() -> None:
     for words in (
         "extremes",
         "lanczos",
-        "30 (10 to 85)",
+        "30 (10-85)",
         "density",
         "trace",
         "hutch++",

@@ -85,7 +85,7 @@ def extreme_eigenvalues(
         confidence: of each value and interval, over random starts.
         certify: continue until each interval is at most as wide as the error allowed; about a tenth more passes.
         max_matvecs: full-data matvecs, at most; 1,000 by default.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         v0: start ``[n]`` or ``[n, p]``, or an earlier result.
         seed: of random vectors; the same seed gives the same bits.
         monitor: called with a :class:`hvpkit.Progress` after each assessment, as :func:`hvpkit.progress_bar` is.

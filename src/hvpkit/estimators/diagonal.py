@@ -176,7 +176,7 @@ def diagonal(
         num_matvecs: budget, as for :func:`hvpkit.trace`.
         tol: stop where ``norm(stderr) <= tol * norm(value)``, at 20 samples or more.
         block_size: probes that are multiplied together.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.EstimateProgress` after each assessment.
 

@@ -59,7 +59,7 @@ def spectral_density(
             a basis leave converged single eigenvalues out of the random error: see :meth:`hvpkit.Density.expectation`.
         block_size: probes that are multiplied together and, with Lanczos, share a basis; by default as many as 2 GiB
             hold, or half of the free memory if that is less, in block matvecs of eight columns; eight with Chebyshev.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
 
@@ -189,7 +189,7 @@ def moments(
         order: the highest power.
         num_matvecs: full-data matvecs, at most; if they suffice for all n columns, moments are exact to rounding.
         block_size: as for :func:`hvpkit.spectral_density`.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
 

@@ -165,7 +165,7 @@ class Plan:
 
 
 def _in_text(passes: Range) -> str:
-    ends = f" ({passes.low:.0f} to {passes.high:.0f})" if passes.low < passes.high else ""
+    ends = f" ({passes.low:.0f}-{passes.high:.0f})" if passes.low < passes.high else ""
     return f"{passes.expected:.0f}{ends}"
 
 

@@ -429,7 +429,7 @@ def lanczos(
         certify: continue until the interval itself has a width of at most the error allowed, for one pair at an end;
             about a tenth more matvecs.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
         checkpoint: a file. The solve is saved there every minute, at a limit and when it is interrupted. The same call

@@ -77,7 +77,7 @@ def multifidelity(
         confidence: of values and intervals, over random starts.
         certify: continue until each interval is at most as wide as the error allowed.
         max_matvecs: matvecs of the last level, the others counted at their cost; by default 1,000.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of the start vector.
         monitor: called with a :class:`hvpkit.Progress` after each assessment; its bounds are the error bounds.
 

@@ -216,7 +216,7 @@ def eigsh(
             much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         ncv: basis vectors before a restart, by default ``max(2 k + 1, 20)``.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each matvec: the ends on the span of the vectors
             multiplied last, as SciPy does not report its own.
@@ -294,7 +294,7 @@ def scipy_lobpcg(
         atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
             much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each matvec: the ends on that span.
 
