@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +124,19 @@ def test_a_check_that_the_limit_cuts_is_no_convergence(slow: Slow) -> None:
     assert found.values.tolist() == whole.values.tolist()
     assert found.num_matvecs == whole.num_matvecs - 1
     assert found.residual_norms.tolist() == pytest.approx(whole.residual_norms.tolist(), rel=1e-6)
+
+
+def test_a_checkpoint_whose_verification_the_limit_cuts_stays_as_it_is(slow: Slow, tmp_path: Path) -> None:
+    op, file = slow.operator(), tmp_path / "solve.pt"
+    first = hk.lanczos(op, tol=1e-12, time_limit=118.0, checkpoint=file)
+    assert first.status is hk.Status.TIME_LIMIT
+    before = file.read_bytes()
+    cut = hk.lanczos(op, tol=1e-12, time_limit=5.0, checkpoint=file)  # half of a matvec
+    assert (cut.status, cut.num_matvecs, len(cut.values)) == (hk.Status.TIME_LIMIT, 0, 0)
+    assert file.read_bytes() == before
+    rest = hk.lanczos(op, tol=1e-12, checkpoint=file)
+    whole = hk.lanczos(op, tol=1e-12)
+    assert rest.values.tolist() == whole.values.tolist()
 
 
 def make_operator(mode: str, batch_size: int = 2) -> hk.CurvatureOperator:

@@ -270,13 +270,15 @@ def iterate(
 ) -> Ended[S]:
     """Step and assess until the solver says that it is over, or another step would exceed a limit."""
     state, limits = solver.init(), solver.limits
-    saved, now, time_left = Saved(state, 0, (), 0.0), time.perf_counter(), limits.time_limit
-    end, last_end = (math.inf if time_left is None else now + factor * time_left for factor in (1.0, GRACE))
+    saved, now = Saved(state, 0, (), 0.0), time.perf_counter()
+    seconds = math.inf if limits.time_limit is None else limits.time_limit
+    end, last_end = now + seconds, now + GRACE * seconds
     if checkpoint is not None:
         try:
             with deadline(end):
                 saved = checkpoint.load(state) or saved
         except DeadlineReached:  # the file stays as it is
+            _reraise_before(end)
             return Ended(state, Status.TIME_LIMIT, (), now)
     state, num_steps, history = saved.state, saved.num_steps, list[Entry](saved.history)
     began = time.perf_counter() - saved.seconds
@@ -301,8 +303,7 @@ def iterate(
                     with deadline(end):
                         state = solver.step(state)
                 except DeadlineReached:  # the state before the step is the last one
-                    if time.perf_counter() < end:
-                        raise  # it is the deadline of the caller
+                    _reraise_before(end)
                     limit = Status.TIME_LIMIT
                     break
                 num_steps -= 1
@@ -326,6 +327,12 @@ def iterate(
     except BaseException:
         if not assessing:
             save()
+        raise
+
+
+def _reraise_before(end: float) -> None:
+    """Raise the DeadlineReached that is being handled again if it is that of a caller, before this solve's own."""
+    if time.perf_counter() < end:
         raise
 
 
