@@ -239,11 +239,12 @@ def _solve(
         return conclude(solver, ended, Status.MAX_MATVECS)
     if time_left is not None and time_left <= 0:
         return conclude(solver, ended, Status.TIME_LIMIT)
-    cheap = conclude(solver, ended, Status.MAX_MATVECS)
+    cheap, level = conclude(solver, ended, Status.MAX_MATVECS), ended.state.level
+    del ended  # its vectors make room for the basis
 
     def after(entry: Progress) -> Progress:
         num_matvecs, seconds = entry.num_matvecs + cheap.num_matvecs, entry.seconds + cheap.seconds
-        return replace(entry, num_matvecs=num_matvecs, seconds=seconds, level=ended.state.level)
+        return replace(entry, num_matvecs=num_matvecs, seconds=seconds, level=level)
 
     found = lanczos(
         op,
