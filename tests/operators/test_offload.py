@@ -69,6 +69,7 @@ def test_the_operator_is_asked_about_its_precision_and_its_faults() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("solve", SOLVES)
 def test_on_a_gpu_the_basis_lies_in_host_memory(solve: str) -> None:
     A = matrix(SPECTRA["bulk_with_outliers"])
