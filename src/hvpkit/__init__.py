@@ -40,6 +40,8 @@ from hvpkit.matrix_functions import matrix_function
 from hvpkit.objective import Objective, from_module
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
+from hvpkit.planning import plan
+from hvpkit.results.cost_plan import Plan, PlannedTask, Range
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
 from hvpkit.results.estimate import Estimate, EstimateProgress
@@ -83,7 +85,10 @@ __all__ = [
     "NotConvergedError",
     "NotSymmetricError",
     "Objective",
+    "Plan",
+    "PlannedTask",
     "Progress",
+    "Range",
     "Report",
     "SharedGeneratorWarning",
     "SolveProgress",
@@ -120,6 +125,7 @@ __all__ = [
     "moments",
     "multifidelity",
     "oja",
+    "plan",
     "power",
     "progress_bar",
     "quadratic_form",

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from typing import Any
 
+from hvpkit._utils.deadline import DeadlineReached, deadline
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import Seed
-from hvpkit._utils.validation import check_choice
+from hvpkit._utils.validation import check_choice, check_positive
 from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.offload import on_host
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval
 from hvpkit.solvers.common.request import Start
+from hvpkit.solvers.common.vector_memory import vectors_that_fit
 from hvpkit.solvers.driver import Monitor, full_precision
 from hvpkit.solvers.lanczos import lanczos
-from hvpkit.solvers.multifidelity import solve_levels
+from hvpkit.solvers.multifidelity import default_ncv, solve_levels
 
 METHODS = ("auto", "lanczos", "multifidelity")
 
@@ -30,6 +34,11 @@ SAMPLE_RATIO, MIN_SAMPLE, MAX_SAMPLE = 20, 200, 2000
 """All examples over those of the sample, and its size at least and at most: the accuracy of a sample depends on its
 number of examples, its cost on their share. Evidence: docs/multifidelity.md."""
 
+LEAST_LEVEL_NCV = 30
+"""Vectors of each set that must fit into half of the free memory for samples to be used; else Lanczos, which takes
+fewer. On the dense network of docs/multifidelity.md, four seeds take 33 to 53 passes with 60 or 40, 38 to 51 with 30,
+and 129 to 142 with 20, where certificates end too early and Lanczos follows; Lanczos alone takes 65."""
+
 SCORE_COST = 1 / 9
 """Cost of the scores for a sample, a forward pass, in full-data matvecs. By operations: docs/performance.md."""
 
@@ -41,6 +50,8 @@ def extreme_eigenvalues(
     tol: float = 1e-2,
     atol: float | None = None,
     method: str = "auto",
+    ncv: int | None = None,
+    offload: bool = False,
     confidence: float = 0.99,
     certify: bool = False,
     max_matvecs: float | None = None,
@@ -68,11 +79,14 @@ def extreme_eigenvalues(
         method: ``"multifidelity"``, which continues by Lanczos where samples do not help: see
             :func:`hvpkit.multifidelity`. ``"lanczos"``: all of the work on all of the data. ``"auto"``: the first for
             the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 10,000 examples,
-            unless ``checkpoint`` is asked for; else the second.
+            unless ``checkpoint`` is asked for, or ``ncv`` or the free memory is too small for it; else the second.
+        ncv: the most basis vectors before a restart; see :func:`hvpkit.lanczos` and :func:`hvpkit.multifidelity`. The
+            default depends on n alone, unless memory is short: name it for the same bits on any machine.
+        offload: keep the vectors in host memory, and work there; only matvecs are on the device.
         confidence: of each value and interval, over random starts.
         certify: continue until each interval is at most as wide as the error allowed; about a tenth more passes.
         max_matvecs: full-data matvecs, at most; 1,000 by default.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         v0: start ``[n]`` or ``[n, p]``, or an earlier result.
         seed: of random vectors; the same seed gives the same bits.
         monitor: called with a :class:`hvpkit.Progress` after each assessment, as :func:`hvpkit.progress_bar` is.
@@ -90,6 +104,8 @@ def extreme_eigenvalues(
         ValueError: an argument out of its range, named; a checkpoint that is damaged, of another version or solve, or
             whose path cannot be written.
         NotSymmetricError: ``H`` is not symmetric beyond rounding.
+        MemoryError: before the first matvec, if the vectors do not fit into the memory that is free: with the number of
+            vectors, their bytes, and what to change. :func:`hvpkit.plan` says so beforehand.
 
     Cost:
         Passes over the data as ``num_matvecs`` says; by Lanczos, one of them to verify the residuals.
@@ -101,15 +117,9 @@ def extreme_eigenvalues(
         >>> round(ex.smallest.value, 2), round(ex.largest.value, 2), ex.converged
         (-0.5, 100.0, True)
     """
-    options: dict[str, Any] = {
-        "tol": tol,
-        "atol": atol,
-        "confidence": confidence,
-        "certify": certify,
-        "v0": v0,
-    }
-    options |= {"max_matvecs": max_matvecs, "time_limit": time_limit, "monitor": monitor}
-    return _result(H, _solve(H, min(2, H.n), "BE", method, seed, checkpoint, options), tol)
+    options: dict[str, Any] = {"tol": tol, "atol": atol, "confidence": confidence, "certify": certify}
+    options |= {"ncv": ncv, "offload": offload, "max_matvecs": max_matvecs, "v0": v0, "monitor": monitor}
+    return _result(H, _solve(H, min(2, H.n), "BE", method, time_limit, seed, checkpoint, options), tol)
 
 
 @full_precision
@@ -121,6 +131,8 @@ def top_eigenvalues(
     tol: float = 1e-2,
     atol: float | None = None,
     method: str = "auto",
+    ncv: int | None = None,
+    offload: bool = False,
     confidence: float = 0.99,
     certify: bool = False,
     max_matvecs: float | None = None,
@@ -145,6 +157,8 @@ def top_eigenvalues(
         tol: relative error of each eigenvalue.
         atol: as for :func:`extreme_eigenvalues`.
         method: as for :func:`extreme_eigenvalues`.
+        ncv: the most basis vectors before a restart.
+        offload: keep the vectors in host memory, and work there; only matvecs are on the device.
         confidence: of values and intervals, over random starts.
         certify: continue until each certified interval is at most as wide as the error allowed.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
@@ -172,15 +186,9 @@ def top_eigenvalues(
         [60.0, 60.0, 100.0]
     """
     check_choice("which", which, ("LA", "SA", "BE"))
-    options: dict[str, Any] = {
-        "tol": tol,
-        "atol": atol,
-        "confidence": confidence,
-        "certify": certify,
-        "v0": v0,
-    }
-    options |= {"max_matvecs": max_matvecs, "time_limit": time_limit, "monitor": monitor}
-    return _solve(H, k, which, method, seed, checkpoint, options)
+    options: dict[str, Any] = {"tol": tol, "atol": atol, "confidence": confidence, "certify": certify}
+    options |= {"ncv": ncv, "offload": offload, "max_matvecs": max_matvecs, "v0": v0, "monitor": monitor}
+    return _solve(H, k, which, method, time_limit, seed, checkpoint, options)
 
 
 def _solve(
@@ -188,6 +196,7 @@ def _solve(
     k: int,
     which: str,
     method: str,
+    time_limit: float | None,
     seed: Seed,
     checkpoint: str | os.PathLike[str] | None,
     options: dict[str, Any],
@@ -196,16 +205,44 @@ def _solve(
     check_choice("method", method, METHODS)
     if method == "multifidelity" and checkpoint is not None:
         raise ValueError('checkpoint is for method="lanczos"; leave it out')
-    if method == "multifidelity" or (method == "auto" and checkpoint is None and worth_sampling(H)):
-        number = resolve_seed(seed)
+    fitting = vectors_that_fit(on_host(H) if options["offload"] else H)
+    if method_for(H, method, fitting=fitting, ncv=options["ncv"], checkpoint=checkpoint) == "multifidelity":
+        number, began = resolve_seed(seed), time.perf_counter()
+        end = math.inf if time_limit is None else began + check_positive("time_limit", time_limit)
+        levels: list[LinearOperator] | None = None
         try:
-            levels, spent = sample_levels(H, number)
+            with deadline(end):
+                levels, spent = sample_levels(H, number)
+        except DeadlineReached:
+            pass
         except (TypeError, ValueError):
             if method == "multifidelity":
                 raise
-        else:
-            return solve_levels(levels, k, which=which, spent=spent, seed=number, **options)
-    return lanczos(H, k, which=which, seed=seed, checkpoint=checkpoint, **options)
+        if time_limit is not None:
+            time_limit = max(end - time.perf_counter(), 1e-9)
+        if levels is not None:
+            options |= {"spent": spent, "time_limit": time_limit}
+            return solve_levels(levels, k, which=which, seed=number, **options)
+    return lanczos(H, k, which=which, time_limit=time_limit, seed=seed, checkpoint=checkpoint, **options)
+
+
+def method_for(
+    H: LinearOperator,
+    method: str,
+    *,
+    fitting: float,
+    ncv: int | None = None,
+    checkpoint: object = None,
+) -> str:
+    """Return the method that :func:`extreme_eigenvalues` takes: ``"lanczos"`` or ``"multifidelity"``.
+
+    ``fitting`` vectors fit into memory.
+    """
+    if method != "auto":
+        return method
+    if checkpoint is not None or not worth_sampling(H):
+        return "lanczos"
+    return "multifidelity" if (ncv or default_ncv(fitting)) >= LEAST_LEVEL_NCV else "lanczos"
 
 
 def worth_sampling(H: LinearOperator) -> bool:

@@ -145,7 +145,7 @@ def made(file: Path, name: str = "make") -> tuple[Callable[..., Any], Any, Any]:
 
 def without_seconds(record: Any) -> Any:
     if isinstance(record, dict):
-        return {key: without_seconds(item) for key, item in record.items() if key != "seconds"}
+        return {key: without_seconds(item) for key, item in record.items() if not key.startswith("seconds")}
     return [without_seconds(item) for item in record] if isinstance(record, list) else record
 
 
@@ -686,3 +686,39 @@ def test_every_command_shows_examples_and_exit_codes() -> None:
     text = call("--help").stdout
     assert all(name in text for name in commands)
     assert "130 by Ctrl-C" in " ".join(text.split())
+
+
+def test_a_plan_says_how_long_it_takes_and_whether_it_fits(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--num-steps", 20, "--num-probes", 2, "--num-matvecs", 60, "--method", "lanczos", "--ncv", 9]
+    text = call("plan", f"{file}:many", *options[:6]).stdout
+    for words in ("extremes", "density", "20 steps x 2", "trace", "hutch++", "a pass takes", "are free"):
+        assert words in text
+    found = strict(call("plan", f"{file}:many", *options, "--json", "--out", tmp_path / "out").stdout)
+    assert found["fits"]
+    assert [task["passes"]["expected"] for task in found["tasks"]][1:] == [40, 60]
+    assert found["tasks"][0]["num_vectors"] == 21
+    assert strict((tmp_path / "out" / "plan.json").read_text()) == found
+    monkeypatch.setattr("hvpkit.planning.free_memory", lambda _: 1000.0)
+    short = strict(call("plan", f"{file}:many", *options, "--json", code=1).stdout)
+    assert not short["fits"]
+    assert "smaller ncv" in short["tasks"][0]["remedy"]
+
+
+def test_what_does_not_fit_into_memory_ends_in_one_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvpkit.solvers.common.vector_memory.SMALL", 0)
+    monkeypatch.setattr("hvpkit.solvers.common.vector_memory.free_memory", lambda _: 1000.0)
+    for command in ("extremes", "density", "trace"):
+        result = call(command, f"{file}:many", code=2)
+        assert "vectors of 300 numbers in float64 take" in " ".join(result.stderr.split())
+        assert "Traceback" not in result.stderr
+
+
+def test_a_named_basis_is_that_of_the_library(file: Path) -> None:
+    found = strict(call("extremes", f"{file}:many", "--ncv", 9, "--json").stdout)
+    loss_fn, params, data = made(file, "many")
+    H = hk.hessian(loss_fn, params, data)
+    ex = hk.extreme_eigenvalues(H, ncv=9)
+    assert found["num_matvecs"] == ex.num_matvecs > hk.extreme_eigenvalues(H).num_matvecs
+    assert found["largest"]["value"] == ex.largest.value

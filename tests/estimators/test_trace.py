@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -274,11 +275,23 @@ def test_monitor_sees_the_value_with_its_error_and_what_it_cost() -> None:
     assert seen[-1].num_matvecs == found.num_matvecs
 
 
-def test_time_limit_is_a_status_with_what_was_found_until_then() -> None:
-    op = hk.aslinearoperator(matrix(SPECTRA["indefinite"]))
-    found = trace(op, num_matvecs=90, block_size=4, time_limit=1e-9)
+@pytest.mark.parametrize(("time_limit", "num_samples"), [(0.5, 2), (10.0, 6), (29.0, 6), (30.0, 10)])
+def test_time_limit_is_a_status_with_what_was_found_until_then(
+    time_limit: float, num_samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op, spent = hk.aslinearoperator(matrix(SPECTRA["indefinite"])), 0
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal spent
+        spent += v.shape[1]
+        return op.product(v)
+
+    ticking = replace(op, product=product)
+    monkeypatch.setattr("time.perf_counter", lambda: 1e6 + spent)  # a second for each product
+    found = trace(ticking, num_matvecs=90, block_size=4, time_limit=time_limit)
+    monkeypatch.undo()
     assert found.status is hk.Status.TIME_LIMIT
-    assert 2 <= found.num_samples <= 8
+    assert found.num_samples == num_samples
     assert math.isfinite(found.value)
 
 

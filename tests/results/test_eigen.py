@@ -132,6 +132,7 @@ def test_to_dict_has_the_numbers_under_the_documented_keys() -> None:
         "smallest_bound": 0.25,
         "largest_bound": 0.25,
         "level": 0,
+        "seconds_left": None,
     }
 
 

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
 
 import hvpkit as hk
+from hvpkit._utils.deadline import DeadlineReached, check_deadline, deadline
 from hvpkit.results.eigen import Progress, Status
-from hvpkit.solvers.driver import Assessment, Limits, conclude, iterate, run
+from hvpkit.solvers.driver import Assessment, Limits, conclude, iterate, run, time_left
 from variants import explained
 
 
@@ -172,14 +175,50 @@ def test_time_limit_is_kept_by_the_time_that_steps_took_so_far(
     assert clock.now - 1000 + 2.0 * within.reserve <= max(time_limit, 4.0)
 
 
-def test_the_minimum_is_done_whatever_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("time_limit", "num_steps"), [(1e-9, 1), (100.0, 1), (350.0, 4), (599.0, 6), (1e3, 9)]
+)
+def test_until_the_minimum_no_time_is_kept_back_for_the_check(
+    time_limit: float, num_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = Clock(100.0)
     monkeypatch.setattr("time.perf_counter", lambda: clock.now)
-    within = limits(time_limit=1e-9, minimum=6)
-    found = iterate(Counting(looker(), within, step=clock.step))
+    found = iterate(Counting(looker(), limits(time_limit=time_limit, minimum=6), step=clock.step))
     monkeypatch.undo()
     assert found.status is Status.TIME_LIMIT
-    assert found.state.num_steps == 6
+    assert found.state.num_steps == num_steps
+
+
+def test_a_step_that_runs_past_the_limit_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(10.0)
+
+    def step(state: Counter) -> Counter:
+        for _ in range(5 if state.num_steps == 2 else 1):  # the third one is slow
+            check_deadline()
+            state = replace(clock.step(state), num_steps=state.num_steps)
+        return advance(state)
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    found = run(Counting(looker(), limits(time_limit=45.0), step=step))
+    monkeypatch.undo()
+    assert (found.status, found.num_matvecs, found.seconds) == (Status.TIME_LIMIT, 2.0, 50.0)
+
+
+def test_the_deadline_of_a_caller_goes_through_a_solve_without_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(10.0)
+
+    def step(state: Counter) -> Counter:
+        check_deadline()
+        return clock.step(state)
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    with pytest.raises(DeadlineReached), deadline(1035.0):
+        run(Counting(looker(), limits(), step=step))
+    assert clock.now == 1040.0
+    check_deadline()  # there is none any more
+    monkeypatch.undo()
 
 
 def test_without_a_time_limit_time_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,3 +272,46 @@ def test_limits_out_of_range_are_named(arguments: dict[str, float], message: str
 
 def test_least_budget_is_accepted() -> None:
     assert iterate(Counting(looker(), limits(5, reserve=2, minimum=3))).state.num_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("within", "num_left", "seconds_left"),
+    [
+        ({}, 30.0, 60.0),
+        ({}, math.inf, math.inf),
+        ({"max_matvecs": 20.0}, 30.0, 20.0),
+        ({"time_limit": 25.0}, 30.0, 5.0),
+        ({"time_limit": 25.0}, math.inf, 5.0),
+        ({"time_limit": 15.0}, 30.0, 0.0),
+    ],
+)
+def test_time_left_ends_at_a_limit(within: dict[str, float], num_left: float, seconds_left: float) -> None:
+    assert limits(**within).seconds_left(num_left, 10.0, 20.0) == seconds_left
+
+
+def test_entries_say_how_much_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(2.0)
+
+    def assess(state: Counter) -> Assessment[Counter]:
+        status = Status.CONVERGED if state.num_steps == 5 else None
+        return Assessment(state, hk.Progress(), 1, status, num_left=5.0 - state.num_steps)
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    found = iterate(Counting(assess, limits(), step=clock.step))
+    monkeypatch.undo()
+    assert [entry.seconds_left for entry in found.history] == [8.0, 6.0, 4.0, 2.0, 0.0]
+    assert time_left(found.history[0]) == ", about 8 s left"
+    assert time_left(found.history[-1]) == time_left(hk.Progress()) == ""
+
+
+@pytest.mark.parametrize("estimate", [hk.trace, hk.spectral_density, hk.extreme_eigenvalues])
+def test_methods_know_about_how_much_is_left(estimate: Callable[..., Any]) -> None:
+    op = hk.aslinearoperator(torch.diag(torch.linspace(-1, 2, 1500, dtype=torch.float64)))
+    entries: list[Any] = []
+    found = estimate(op, monitor=entries.append)
+    assert all(math.isfinite(entry.seconds_left) for entry in entries)
+    assert entries[-1].seconds_left == 0
+    if estimate is not hk.extreme_eigenvalues:  # their matvecs are known
+        for entry in entries:
+            left = (found.num_matvecs - entry.num_matvecs) * entry.seconds / entry.num_matvecs
+            assert entry.seconds_left == pytest.approx(left, rel=0.05, abs=1e-9)

@@ -135,7 +135,7 @@ def test_after_levels_that_do_not_help_bounds_are_those_of_lanczos() -> None:
 
 
 @pytest.mark.parametrize("limit", ["max_matvecs", "time_limit"])
-def test_limits_reach_into_what_follows_the_levels(limit: str) -> None:
+def test_limits_reach_into_what_follows_the_levels(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     A = matrix(SPECTRA["clustered"])
     levels = [near(A, 5.0), hk.aslinearoperator(A)]
     if limit == "max_matvecs":
@@ -146,9 +146,23 @@ def test_limits_reach_into_what_follows_the_levels(limit: str) -> None:
             assert found.status is hk.Status.MAX_MATVECS
             assert budget - 6 < found.num_matvecs <= budget
     else:
-        found = multifidelity(levels, tol=1e-6, time_limit=1e-6)
+        spent = 0.0
+
+        def ticking(op: hk.LinearOperator) -> hk.LinearOperator:
+            def product(v: Tensor) -> Tensor:
+                nonlocal spent
+                spent += v.shape[1] * op.cost
+                return op.product(v)
+
+            return replace(op, product=product)
+
+        levels = [ticking(level) for level in levels]
+        monkeypatch.setattr("time.perf_counter", lambda: 1e6 + spent)  # a second for each product
+        found = multifidelity(levels, tol=1e-6, time_limit=40.0)
+        monkeypatch.undo()
         assert found.status is hk.Status.TIME_LIMIT
-        assert found.num_matvecs < 6
+        assert found.history[-1].level == 1
+        assert 35 < found.num_matvecs <= 40
     assert len(found.values) == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Callable
@@ -13,23 +14,86 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-"""Files with the memory limit and usage of a Linux container in bytes: cgroup version 2, then 1."""
+PROCESS, CGROUPS = Path("/proc/self"), Path("/sys/fs/cgroup")
+"""Where Linux says what a process uses, and what its control groups may use."""
+
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+"""Of a memory control group: the files with limit and usage in bytes, and what of the usage is cache to be dropped."""
 
 
 def free_memory(device: torch.device) -> float:
-    """Return how many bytes can still be allocated on the device; infinite if unknown."""
+    """Return how many bytes can still be allocated on the device; infinite if unknown.
+
+    On a CPU the least of what the machine, the control groups of the process (of a container or a batch job) and the
+    limits of the process itself (``ulimit -v``, ``ulimit -d``) leave.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
-    limits = [_physical()]
-    for limit, usage in CGROUPS:
-        if Path(limit).is_file() and (most := Path(limit).read_text().strip()) != "max":
-            limits.append(float(most) - float(Path(usage).read_text()))
-    return max(0.0, min(limits))
+    return max(0.0, min(_physical(), _left_by_control_groups(), _left_by_own_limits()))
+
+
+def _left_by_control_groups() -> float:
+    """Return what the memory control groups of the process leave: its own, and all that this is in."""
+    left = math.inf
+    for line in _text(PROCESS / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, names = (CGROUPS / "memory", VERSION_1) if controllers else (CGROUPS, VERSION_2)
+        own = root / path.strip("/")
+        # inside of a container the path may be that of the host, and only the root be there
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(root):
+                left = min(left, _left_by_group(folder, *names))
+    return left
+
+
+def _left_by_group(folder: Path, limit: str, usage: str, cache: str) -> float:
+    most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
+    if not (most.isdigit() and used.isdigit()):  # "max", or no such group
+        return math.inf
+    pairs = (line.split() for line in _text(folder / "memory.stat").splitlines())
+    dropped = sum(float(value) for name, value in pairs if name == cache)
+    return float(most) - float(used) + dropped
+
+
+def _left_by_own_limits() -> float:
+    """Return what the limits of the process on its address space and on its data leave."""
+    pages = _text(PROCESS / "statm").split()
+    if not pages:
+        return math.inf
+    import resource  # not on Windows, which has no statm
+
+    left = math.inf
+    for name, place in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
+        most = resource.getrlimit(name)[0]
+        if most != resource.RLIM_INFINITY:
+            left = min(left, most - float(pages[place]) * resource.getpagesize())
+    return left
+
+
+def _text(path: Path) -> str:
+    """Return the text of a file; nothing if it cannot be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def in_words(num_bytes: float) -> str:
+    """Return a number of bytes as text.
+
+    Example:
+        >>> in_words(7.4e7), in_words(1.3e10)
+        ('74 MB', '13 GB')
+    """
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= unit:
+            size = num_bytes / unit
+            return "unlimited" if size > 1e6 else f"{size:.{int(size < 9.95)}f} {name}"
+    return f"{num_bytes:.0f} bytes"
 
 
 def _physical() -> float:

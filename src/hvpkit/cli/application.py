@@ -23,7 +23,16 @@ EXIT_CODES = (
     "Exit codes: 0 converged or done; 1 not converged (a limit, NaN or infinity, a failed check); 2 wrong usage or a "
     "target that cannot be used; 128 + the number of the signal if interrupted, as 130 by Ctrl-C."
 )
-INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError, SyntaxError, RuntimeError, ArithmeticError)
+INPUT_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    SyntaxError,
+    RuntimeError,
+    ArithmeticError,
+    MemoryError,
+)
 """Errors that bad input causes. Any other that was not raised in the user's code is a defect: it shows a traceback."""
 
 LIBRARY_FOLDERS = tuple(Path(module.__file__ or "").parent for module in (torch, hvpkit, typer))
@@ -137,7 +146,7 @@ def _set_signature(function: Callable[..., Any], signature: inspect.Signature) -
 def _one_line(error: BaseException) -> str:
     """Return an error's message on one line, with the error's type where the message alone may say too little."""
     text = " ".join(str(error).split())
-    plain = type(error) in (ValueError, TypeError, ImportError, FileNotFoundError) and text
+    plain = type(error) in (ValueError, TypeError, ImportError, FileNotFoundError, MemoryError) and text
     return "; ".join([text if plain else f"{type(error).__name__}: {text}", *_notes(error)])
 
 

@@ -53,6 +53,15 @@ Checkpoint = Annotated[
         dir_okay=False,
     ),
 ]
+Tol = Annotated[float, typer.Option(help="Relative error of each eigenvalue.")]
+Method = Annotated[ExtremesMethod, typer.Option(help="Solver.")]
+Ncv = Annotated[
+    int | None,
+    typer.Option(help="The most basis vectors before a restart. By default by size, or as many as fit."),
+]
+Offload = Annotated[
+    bool, typer.Option("--offload", help="Keep the basis in host memory instead of on the device.")
+]
 Seed = Annotated[
     int, typer.Option(help="Seed of random vectors, and of a built-in network's initial parameters.")
 ]
@@ -229,13 +238,15 @@ class CurvatureProblem(Problem):
 class Solve:
     """Options of the solver for both ends."""
 
-    tol: Annotated[float, typer.Option(help="Relative error of each eigenvalue.")] = 1e-2
+    tol: Tol = 1e-2
     atol: Annotated[
         float | None,
         typer.Option(
             help="Size up to which a value counts as zero, in units of the norm. By default min(1e-5, tol / 1000)."
         ),
     ] = None
-    method: Annotated[ExtremesMethod, typer.Option(help="Solver.")] = ExtremesMethod.AUTO
+    method: Method = ExtremesMethod.AUTO
+    ncv: Ncv = None
+    offload: Offload = False
     max_matvecs: Annotated[float | None, typer.Option(help="The most passes over the data.")] = None
     time_limit: Annotated[float | None, typer.Option(help="Time limit in seconds.")] = None

@@ -7,6 +7,7 @@ from rich.status import Status
 
 from hvpkit.results.eigen import Progress
 from hvpkit.results.estimate import EstimateProgress
+from hvpkit.solvers.driver import time_left
 
 
 class ProgressLine:
@@ -35,4 +36,4 @@ class ProgressLine:
         """Keep an entry of a solve, and show it."""
         self.last = entry
         if self.status is not None:
-            self.status.update(f"{self.text}: {entry}, {entry.num_matvecs:g} passes")
+            self.status.update(f"{self.text}: {entry}, {entry.num_matvecs:g} passes{time_left(entry)}")

@@ -15,6 +15,10 @@ from hvpkit.cli.output import Output, saving_to, table
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.eigen import Status
 
+NumMatvecs = Annotated[
+    float, typer.Option("--num-matvecs", "--max-matvecs", help="The most passes over the data.")
+]
+
 
 @command(
     "hvpkit trace digits --num-matvecs 200",
@@ -25,9 +29,7 @@ def trace(
     problem: CurvatureProblem,
     output: Output,
     method: Annotated[TraceMethod, typer.Option(help="Estimator.")] = TraceMethod.HUTCHPP,
-    num_matvecs: Annotated[
-        float, typer.Option("--num-matvecs", "--max-matvecs", help="The most passes over the data.")
-    ] = 100,
+    num_matvecs: NumMatvecs = 100,
     tol: Annotated[
         float | None,
         typer.Option(help="Relative standard error to stop at. By default all passes are spent."),

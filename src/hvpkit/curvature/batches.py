@@ -6,7 +6,7 @@ Every curvature matrix of the package is a sum over batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -131,7 +131,7 @@ class WeightedBatch:
             raise
 
 
-def weighted_batches(data: Data) -> Iterator[WeightedBatch]:
+def weighted_batches(data: Data) -> Generator[WeightedBatch, None, None]:
     """Iterate over the batches of the data with their place in the mean."""
     start = 0
     for number, (batch, size, weights) in enumerate(data.weighted()):

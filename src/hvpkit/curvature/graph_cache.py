@@ -7,7 +7,7 @@ it, about 6. At fixed parameters the graph is the same in all matvecs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TypeAlias
 
 import torch
@@ -68,8 +68,11 @@ class GraphCache:
         self._used = self._full = False
         self._num_batches: int | None = None
 
-    def linearized(self, batches: Batches, mode: str) -> Iterator[tuple[LinearMap, bool]]:
-        """Iterate over the linearized batches, and whether each is kept for another matvec."""
+    def linearized(self, batches: Batches, mode: str) -> Generator[tuple[LinearMap, bool], None, None]:
+        """Iterate over the linearized batches, and whether each is kept for another matvec.
+
+        May be closed before its end: what is kept by then stays.
+        """
         num_kept = len(self._linear_maps)
         yield from ((linear, True) for linear in self._linear_maps)
         if num_kept != self._num_batches:

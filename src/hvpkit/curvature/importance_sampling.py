@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from hvpkit._utils.deadline import check_deadline
 from hvpkit._utils.random import generator, resolve_seed
 from hvpkit._utils.typing import Batch, LossFn, Seed
 from hvpkit._utils.validation import check_like
@@ -123,6 +124,7 @@ def scores(problem: Problem, importance: Importance) -> Tensor:
     found = []
     with exact_derivatives(problem.device):
         for batch, size, _ in data.weighted():
+            check_deadline()
             values = score(loss_fn, params, batch, None if data.whole else size)
             shapes = [(size,)] + [()] * data.whole
             if not isinstance(values, Tensor) or values.shape not in shapes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.checkpoints import digest
+from hvpkit._utils.deadline import check_deadline
 from hvpkit._utils.random import generator, resolve_seed
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count
@@ -68,15 +69,21 @@ class Curvature:
         return name if self.recipe.arithmetic == "native" else f"{name} in {self.recipe.arithmetic}"
 
     def product(self, vectors: Tensor) -> Tensor:
-        """Multiply columns ``[n, k]`` in one pass over the data."""
+        """Multiply columns ``[n, k]`` in one pass over the data.
+
+        Raises:
+            DeadlineReached: the context's deadline passes before the last batch.
+        """
         split = self.problem.layout.split
         columns = [split(vector) for vector in vectors.mT.contiguous()]
-        with self._settings():
+        with self.settings():
             rows = vectors.new_zeros(len(columns), self.problem.layout.n)
             sums = [split(row) for row in rows]
-            linear_maps = self.cache.linearized(self._batches, self.recipe.mode)
-            for linear, kept in _with_bar(linear_maps) if self.progress else linear_maps:
-                _add_(sums, linear(columns, retain_graph=kept))
+            # closed at once if a batch is interrupted, so that what reading data sets is reset before anything else
+            with closing(self.cache.linearized(self._batches, self.recipe.mode)) as linear_maps:
+                for linear, kept in _with_bar(linear_maps) if self.progress else linear_maps:
+                    check_deadline()
+                    _add_(sums, linear(columns, retain_graph=kept))
         return rows.mT
 
     def blame(self, vector: Tensor) -> str:
@@ -86,7 +93,7 @@ class Curvature:
         def matvec(batch: BatchCurvature) -> Leaves:
             return batch.linearize(self.recipe.mode)([column])[0]
 
-        with self._settings():
+        with self.settings():
             return blame_batch(f"{self.name} product", self._batches(), matvec)
 
     def over(self, data: Data) -> Curvature:
@@ -108,7 +115,8 @@ class Curvature:
         return batch_curvatures(self.of_batch, self.problem)
 
     @contextmanager
-    def _settings(self) -> Iterator[None]:
+    def settings(self) -> Iterator[None]:
+        """Set what matvecs need: exact second derivatives, and the arithmetic."""
         device = self.problem.device
         with exact_derivatives(device), lower_precision(self.recipe.arithmetic, device):
             yield

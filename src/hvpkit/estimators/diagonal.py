@@ -31,6 +31,7 @@ from hvpkit.operators.base import LinearOperator
 from hvpkit.results.estimate import Estimate, Mean
 from hvpkit.solvers.checkpoint import Witness
 from hvpkit.solvers.common.orthogonalize import CHUNK, power_of_two
+from hvpkit.solvers.common.vector_memory import check_room
 from hvpkit.solvers.driver import full_precision
 
 COSTS = {"hutchinson": 1, "xdiag": 2}
@@ -183,7 +184,7 @@ def diagonal(
         num_matvecs: budget, as for :func:`hvpkit.trace`.
         tol: stop where ``norm(stderr) <= tol * norm(value)``, at 20 samples or more.
         block_size: probes that are multiplied together.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.EstimateProgress` after each assessment.
         checkpoint: a file to continue from, as for :func:`hvpkit.trace`.
@@ -209,6 +210,7 @@ def diagonal(
     plan = make_plan(op, method, COSTS, num_matvecs=num_matvecs, tol=tol, block_size=block_size, seed=seed)
     options: Any = {"time_limit": time_limit, "monitor": monitor, "checkpoint": checkpoint}
     if plan.method == "hutchinson":
+        check_room(op, 6 * plan.block_size + 8, "take a smaller block_size, or fewer parameters (wrt=)")
         return estimate(op, plan, init(op), step, evaluate, **options)
     plan = replace(plan, method="xtrace")
     start = sketch.init(op, plan, keep_images=True)

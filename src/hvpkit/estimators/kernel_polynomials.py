@@ -181,7 +181,10 @@ def assess(op: LinearOperator, goal: Goal, state: KernelState) -> Assessment[Ker
         state = replace(_restarted(state, state.band, _start(op, goal, len(finished))), finished=finished)
     low, high = state.band.center - state.band.half_width, state.band.center + state.band.half_width
     num_steps = max(1, min(goal.num_steps - state.degree, state.degree // 4))
-    return Assessment(state, Progress(0.0, 0.0, low, high, math.nan, math.nan), num_steps, status, suspect)
+    progress = Progress(0.0, 0.0, low, high, math.nan, math.nan)
+    num_done = sum(goal.sizes[: len(state.finished)]) * goal.num_steps + len(state.start) * state.degree
+    num_left = (sum(goal.sizes) * goal.num_steps - num_done) * op.cost
+    return Assessment(state, progress, num_steps, status, suspect, num_left=num_left)
 
 
 def known_moments(state: KernelState) -> Tensor:
@@ -283,6 +286,9 @@ def solve(
         )
         if found.status is Status.NON_FINITE:
             message = f"{MESSAGES[found.status]}; {op.blame(_start(op, goal, 0).mT)}"
+            return Measured([], found.num_matvecs, found.status, message, found.seconds, found.history)
+        if len(found.values) < min(2, op.n):  # no time for that many matvecs
+            message = MESSAGES[found.status]
             return Measured([], found.num_matvecs, found.status, message, found.seconds, found.history)
         if time_limit is not None:
             time_limit = max(time_limit - found.seconds, 1e-9)

@@ -88,7 +88,7 @@ def frobenius_norm(
         tol: stop where ``stderr <= tol * value``, at 20 samples or more.
         probe: kind of probes, as for :func:`hvpkit.trace`.
         block_size: probes that are multiplied together.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.EstimateProgress` after each assessment.
         checkpoint: a file to continue from, as for :func:`hvpkit.trace`.

@@ -125,12 +125,14 @@ class QuadratureState:
         return self.num_before + self.krylov.num_matvecs
 
 
-def init(op: LinearOperator, goal: Goal, group: int = 0) -> QuadratureState:
-    """Return the state before the first matvec of a group of vectors."""
+def init(op: LinearOperator, goal: Goal, group: int = 0, buffer: Tensor | None = None) -> QuadratureState:
+    """Return the state before the first matvec of a group of vectors; it may reuse the basis of the group before."""
     size, seed = goal.sizes[group], goal.seed_of(group)
     none = Witness.empty(op), torch.ones((), dtype=op.dtype, device=op.device)
     if not goal.spans(op.n):
-        return QuadratureState(krylov.start(op, size * (goal.num_steps + 1), size, seed), *none)
+        return QuadratureState(
+            krylov.start(op, size * (goal.num_steps + 1), size, seed, buffer=buffer), *none
+        )
     normal = torch.randn(op.n, op.n, generator=generator(seed), dtype=torch.float64)
     everything = torch.linalg.qr(normal).Q.to(op.device, op.dtype).contiguous()
     start = krylov.start(op, op.n, 1, seed)
@@ -181,9 +183,10 @@ def assess(op: LinearOperator, goal: Goal, state: QuadratureState) -> Assessment
         status = Status.INVARIANT_SUBSPACE if goal.spans(op.n) else Status.COMPLETED
     elif is_complete(goal, state):
         finished, shorter = measures(op, goal, state, is_done=True)
+        witness = krylov.witness(space)
         state = replace(
-            init(op, goal, len(finished)),
-            witness=krylov.witness(space),
+            init(op, goal, len(finished), space.basis),
+            witness=witness,
             witness_scale=space.scale,
             finished=tuple(finished),
             shorter=shorter,
@@ -192,7 +195,8 @@ def assess(op: LinearOperator, goal: Goal, state: QuadratureState) -> Assessment
     progress = progress_of(pairs.values, pairs.residual_norms, scale)
     done, left = state.krylov.num_products, 0 if status else matvecs_left(goal, state)
     num_steps = max(1, min(math.ceil(left / goal.width), done // goal.width // 4))
-    return Assessment(state, progress, num_steps, status, suspect)
+    num_left = (sum(goal.sizes) * goal.num_steps) * op.cost - state.num_matvecs
+    return Assessment(state, progress, num_steps, status, suspect, num_left=num_left)
 
 
 def is_complete(goal: Goal, state: QuadratureState) -> bool:

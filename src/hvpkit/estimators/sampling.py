@@ -183,7 +183,10 @@ class Estimator(Generic[S]):
             block = self.plan.next_block(int(state.num_good))
             suspect = draw(self.op, self.plan.probe, self.plan.seed, block).mT
         num_steps = 1 + state.num_probes // (8 * self.plan.block_size)
-        return Assessment(state, EstimateProgress(0.0, 0.0, value, stderr), num_steps, status, suspect)
+        # with tol it may end before that
+        num_left = (self.plan.num_probes - state.num_probes) * self.plan.cost * self.op.cost
+        progress = EstimateProgress(0.0, 0.0, value, stderr)
+        return Assessment(state, progress, num_steps, status, suspect, num_left=num_left)
 
     def finalize(self, state: S, status: Status) -> Estimate[Tensor]:
         found, scale = self._mean(state), float(state.scale)

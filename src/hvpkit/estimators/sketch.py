@@ -24,6 +24,7 @@ from hvpkit.estimators.sampling import Plan
 from hvpkit.operators.base import LinearOperator
 from hvpkit.solvers.checkpoint import Witness
 from hvpkit.solvers.common.orthogonalize import orthonormalise_, power_of_two
+from hvpkit.solvers.common.vector_memory import check_room
 
 COSTS = {"hutchinson": 1, "hutch++": 3, "xtrace": 2}
 """Matvecs per probe: its own; that of a column of S (Hutch++); that of the basis row made of it."""
@@ -69,8 +70,22 @@ class SketchState:
     num_matvecs: float = 0.0
 
 
+def num_vectors(plan: Plan, *, keep_images: bool = False) -> int:
+    """Return the vectors that an estimate takes memory for: those kept, and what a step works with, measured."""
+    kept = 0 if plan.cost == 1 else plan.num_probes
+    return (2 + keep_images) * kept + (4 if plan.cost == 1 else 10) * plan.block_size
+
+
 def init(op: LinearOperator, plan: Plan, *, keep_images: bool = False) -> SketchState:
-    """Return a state without a probe, with buffers for all."""
+    """Return a state without a probe, with buffers for all.
+
+    Raises:
+        MemoryError: they do not fit into the memory that is free.
+    """
+    remedy = "take fewer num_matvecs, a smaller block_size" + (
+        ', or method="hutchinson"' if plan.cost > 1 else ""
+    )
+    check_room(op, num_vectors(plan, keep_images=keep_images), remedy)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=op.dtype, device=op.device)

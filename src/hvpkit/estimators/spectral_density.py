@@ -17,8 +17,9 @@ from hvpkit.operators.base import LinearOperator
 from hvpkit.results.density import Density
 from hvpkit.results.estimate import Estimate, mean_of
 from hvpkit.results.spectral_measure import grid_around, join, smoothed, smoothing_width
+from hvpkit.solvers import lanczos
+from hvpkit.solvers.common.vector_memory import check_room, vector_bytes, vectors_that_fit
 from hvpkit.solvers.driver import Monitor, full_precision
-from hvpkit.solvers.lanczos import BASIS_BYTES
 
 METHODS = ("lanczos", "chebyshev")
 
@@ -59,8 +60,8 @@ def spectral_density(
         num_probes: random vectors; of one, standard errors are unknown (infinite). With Lanczos, two or more that share
             a basis leave converged single eigenvalues out of the random error: see :meth:`hvpkit.Density.expectation`.
         block_size: probes that are multiplied together and, with Lanczos, share a basis; by default as many as 2 GiB
-            hold, in block matvecs of eight columns; eight with Chebyshev.
-        time_limit: seconds.
+            hold, or half of the free memory if that is less, in block matvecs of eight columns; eight with Chebyshev.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
         checkpoint: a file. The run is saved there every minute and when it is interrupted, or ends at the time limit.
@@ -74,6 +75,7 @@ def spectral_density(
         ValueError: an argument is out of its range; ``op`` is of less precision than float32; a checkpoint that is
             damaged, of another version or question, or whose path cannot be written.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
+        MemoryError: before the first matvec, if the vectors do not fit into the memory that is free.
 
     Cost:
         ``num_steps * num_probes`` matvecs; with Chebyshev at most 40 more for the ends. Memory: ``num_steps + 1``
@@ -98,6 +100,10 @@ def spectral_density(
     if time_limit is not None:
         check_positive("time_limit", time_limit)
     goal = make_goal(op, method, num_steps, num_probes, block_size, resolve_seed(seed))
+    remedy = 'take method="chebyshev", which keeps no basis, or fewer num_steps'
+    check_room(
+        op, num_vectors(op.n, method, goal), remedy if method == "lanczos" else "take a smaller block_size"
+    )
     by_moments = method == "chebyshev" and not goal.spans(op.n)
     solve = kernel_polynomials.solve if by_moments else quadrature.solve
     found = solve(op, goal, time_limit=time_limit, monitor=monitor, checkpoint=checkpoint)
@@ -121,11 +127,24 @@ def make_goal(
         return Goal(1, (op.n,), min(width, op.n), seed)
     size = width
     if method == "lanczos" and block_size is None:
-        size = max(1, BASIS_BYTES // 2 // ((num_steps + 1) * op.n * op.dtype.itemsize))
+        fitting = min(lanczos.BASIS_BYTES // 2 // vector_bytes(op), vectors_that_fit(op))
+        size = int(max(1, fitting // (num_steps + 1)))
     size = min(size, num_probes)
     whole, rest = divmod(num_probes, size)
     sizes = (rest,) * (rest > 0) + (size,) * whole  # the small one first: later steps then fit the budget
     return Goal(num_steps, sizes, min(width, size), seed)
+
+
+def num_vectors(n: int, method: str, goal: Goal) -> int:
+    """Return the vectors that an estimate takes memory for: those kept, and what it works with, measured."""
+    width = min(goal.width, max(goal.sizes))
+    if goal.spans(n):
+        return 2 * n + 3 * width
+    if method == "lanczos":
+        return max(goal.sizes) * (goal.num_steps + 1) + 3 * width
+    return max(
+        8 * max(goal.sizes) + 2, lanczos.num_vectors(lanczos.least_ncv(2, 1), 2, 1)
+    )  # the ends come first
 
 
 def density_of(op: LinearOperator, method: str, found: Measured) -> Density:
@@ -182,7 +201,7 @@ def moments(
         order: the highest power.
         num_matvecs: full-data matvecs, at most; if they suffice for all n columns, moments are exact to rounding.
         block_size: as for :func:`hvpkit.spectral_density`.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
         checkpoint: a file to continue from, as for :func:`hvpkit.spectral_density`.

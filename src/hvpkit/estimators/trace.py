@@ -69,7 +69,7 @@ def trace(
             ``"sphere"`` the part of a probe outside of a basis is rescaled to the norm expected in its dimension.
         block_size: probes that are multiplied together, as ``[n, block_size]`` (or twice as many columns). The
             value does not depend on it, except for rounding.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.EstimateProgress` after each assessment.
         checkpoint: a file. The samples so far are saved there every minute and when the run is interrupted, or ends at

@@ -145,6 +145,7 @@ class Progress:
         smallest, largest: both ends so far, as Ritz values; NaN before there are any.
         smallest_bound, largest_bound: their error bounds: residual norms, from the recurrence, or better.
         level: of several operators, the index of the one that is worked on: see :func:`hvpkit.multifidelity`.
+        seconds_left: an estimate, at most up to the limits; infinite if it is not known.
     """
 
     num_matvecs: float = 0.0
@@ -154,6 +155,7 @@ class Progress:
     smallest_bound: float = math.inf
     largest_bound: float = math.inf
     level: int = 0
+    seconds_left: float = math.inf
 
     def __str__(self) -> str:
         return (

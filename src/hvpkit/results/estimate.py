@@ -24,12 +24,14 @@ class EstimateProgress:
         seconds: since the start.
         value: the estimate so far; of a diagonal, its Euclidean norm.
         stderr: standard error of the value; of a diagonal, the Euclidean norm of those of its entries.
+        seconds_left: an estimate, at most up to the limits; infinite if it is not known.
     """
 
     num_matvecs: float
     seconds: float
     value: float
     stderr: float
+    seconds_left: float = math.inf
 
     def __str__(self) -> str:
         return plus_minus(self.value, self.stderr, digits=4)

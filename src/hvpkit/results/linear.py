@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +21,14 @@ class SolveProgress:
         seconds: since the start.
         residual: the largest residual norm of a right-hand side, over the norm of that side, by the recurrence.
         num_converged: right-hand sides whose true residual is small enough.
+        seconds_left: an estimate, at most up to the limits; infinite if it is not known.
     """
 
     num_matvecs: float = 0.0
     seconds: float = 0.0
     residual: float = 1.0
     num_converged: int = 0
+    seconds_left: float = math.inf
 
     def __str__(self) -> str:
         return f"residual {self.residual:.2g}, {self.num_converged} converged"

@@ -22,7 +22,7 @@ does not depend on it; a poor likeness costs steps. Two kinds:
 Both are exact: they hold for any likeness. For an eigenvalue that is not the outermost one, vectors of m further out
 are deflated (:func:`hvpkit.solvers.congruence.deflated`); then nothing but m eigenvalues of H lies beyond.
 
-Cost: steps with the cost of the congruence. Memory: a vector for each.
+Cost: steps with the cost of the congruence. Memory: a vector for each step that may be taken.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Certificate:
         congruence: C.
         op: B.
         krylov: the state of the process.
+        max_steps: steps, at most.
     """
 
     end: int
@@ -72,6 +73,7 @@ class Certificate:
     congruence: Congruence
     op: LinearOperator
     krylov: KrylovState
+    max_steps: int = MAX_STEPS
 
     def step(self) -> Certificate:
         """Multiply once."""
@@ -102,10 +104,19 @@ class Verdict:
 
 
 def begin(
-    op: LinearOperator, congruence: Congruence, end: int, count: int, sigma: float, *, known: bool, seed: int
+    op: LinearOperator,
+    congruence: Congruence,
+    end: int,
+    count: int,
+    sigma: float,
+    *,
+    known: bool,
+    seed: int,
+    max_steps: int = MAX_STEPS,
 ) -> Certificate:
     """Return a certificate before its first step; ``op`` is B, ``seed`` that of its start."""
-    return Certificate(end, count, known, sigma, congruence, op, krylov.start(op, MAX_STEPS + 1, 1, seed))
+    most = min(MAX_STEPS, max_steps)
+    return Certificate(end, count, known, sigma, congruence, op, krylov.start(op, most + 1, 1, seed), most)
 
 
 def judge(certificate: Certificate, error: float, distance: float, failure: float) -> Verdict:
@@ -128,7 +139,7 @@ def judge(certificate: Certificate, error: float, distance: float, failure: floa
         component = state.polynomial.log_component(at, pairs.values, pairs.residual_norms, norms)
         return exhausted or state.polynomial.probability(component) <= probability
 
-    poor = m >= MAX_STEPS or (m >= SPREAD_STEPS and float(pairs.values[-1]) * unit > MAX_SPREAD)
+    poor = m >= certificate.max_steps or (m >= SPREAD_STEPS and float(pairs.values[-1]) * unit > MAX_SPREAD)
     if certificate.known and lowest > 0:
         return Verdict(certificate, certificate.sigma if unlikely(0.0) else None, poor=poor)
     error_in_b = float(kato_temple(pairs.values, pairs.residual_norms)[0])

@@ -17,8 +17,7 @@ A likeness is poor if a direction gains much less than it predicts, if the certi
 identity, or if several certificates of an end have no bound. After the last one the solver hands over.
 
 Cost: for each direction a matvec of the last level and a few of a cheap one; for each step of a certificate one of the
-last level and four of a cheap one. Memory: ``2 ncv`` vectors, up to 60 for a certificate, and the outliers of the
-sample.
+last level and four of a cheap one. Memory: see :func:`hvpkit.solvers.multifidelity.num_vectors`.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from hvpkit.solvers.common import block_subspace, convergence
 from hvpkit.solvers.common.block_subspace import BlockSubspace
 from hvpkit.solvers.common.bounds import TINY, kato_temple
 from hvpkit.solvers.common.convergence import attainable_accuracy, rounding
+from hvpkit.solvers.common.expected import expected_passes, matvecs_left
 from hvpkit.solvers.common.orthogonalize import residuals_of, row_norms
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, most_at_one_end, select
 from hvpkit.solvers.common.request import Request
@@ -133,7 +133,7 @@ class CertifiedDavidson:
     Attributes:
         request: what is asked for.
         levels: operators of rising cost, the last one asked about.
-        ncv: the most basis vectors before a restart.
+        ncv: the most vectors of each set: the basis before a restart, the sample's and a certificate's Krylov space.
         num_inner: the most Lanczos steps on a level for a direction, or None.
         confidence, certify: as of :func:`hvpkit.multifidelity`.
         spent: full-data matvecs that making the levels has cost.
@@ -204,7 +204,7 @@ class CertifiedDavidson:
         # also for the low end alone: the high one is not far, and would else be in every residual
         most = most_at_one_end(asked.k, asked.which)
         k, which = (most, "LA") if asked.which == "LA" else (min(2 * most, self.op.n), "BE")
-        num_steps = min(MAX_START_STEPS, int(affordable), self.op.n)
+        num_steps = min(MAX_START_STEPS, self.ncv, int(affordable), self.op.n)
         sample = sample_space(level, k, which, v0=asked.start, num_steps=num_steps, seed=asked.seed)
         finite = len(sample.ends) == k and bool(torch.isfinite(sample.ends).all())
         places = [place % k for place in self._known_places(k) if which == "BE" or place < 0]
@@ -250,9 +250,18 @@ class CertifiedDavidson:
         if status is None and not state.num_new and state.certificate is None and state.level < last:
             state = self._next(state)
         handover = status is None and state.level >= last and not state.num_new and bool(state.ends)
-        return Assessment(
-            state, self._progress(state), max(1, state.num_new), status, state.suspect, handover
+        num_steps, progress = max(1, state.num_new), self._progress(state)
+        return Assessment(state, progress, num_steps, status, state.suspect, handover, self._num_left(state))
+
+    def _num_left(self, state: CertifiedDavidsonState) -> float:
+        """Return an estimate of the full-data matvecs that are left; infinite but for both ends."""
+        asked = self.request
+        if asked.which != "BE":
+            return math.inf
+        expected = expected_passes(
+            "multifidelity", tol=asked.tol, atol=asked.atol, certify=self.certify, n=self.op.n
         )
+        return matvecs_left(expected, state.num_matvecs / self.op.cost) * self.op.cost
 
     def _is_too_dear(self, state: CertifiedDavidsonState) -> bool:
         """Return True if the levels have cost more than Lanczos on all data is likely to."""
@@ -440,7 +449,10 @@ class CertifiedDavidson:
         # independent of the sample's start, of earlier certificates, and of the solve that the caller's start is from
         stream = 4 * self._num_certificates(state, place) + 2 * (place < 0) + (self.request.start is not None)
         seed = self.request.seed + (stream + 1) * 2**32
-        running = certificate.begin(op, congruence, place, len(further_out), sigma, known=known, seed=seed)
+        count = len(further_out)
+        running = certificate.begin(
+            op, congruence, place, count, sigma, known=known, seed=seed, max_steps=self.ncv
+        )
         state = _with_end(state, place, num_certificates=end.num_certificates + 1)
         return replace(state, certificate=running, target=None)
 

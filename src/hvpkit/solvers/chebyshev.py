@@ -349,7 +349,7 @@ def chebyshev(
         block_size: vectors to filter, at least ``k``; by default one more for each end where several are wanted,
             without which one of them may be missed where many lie close together.
         max_matvecs: full-data matvecs, at most; the default is that of :func:`hvpkit.lanczos`.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
 

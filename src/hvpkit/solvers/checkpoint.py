@@ -211,6 +211,17 @@ def coefficients(count: int, first: int = 0) -> Tensor:
     return torch.randn(count, generator=generator(count, first), dtype=torch.float64)
 
 
+def argument_of(path: str | os.PathLike[str], name: str) -> Any:
+    """Return an argument of the solve that a file holds, without reading its tensors; None if it holds none.
+
+    For arguments whose default depends on the machine: a solve that continues elsewhere keeps its own.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"].get(name)
+    except Exception:  # not a file, or of any other content: loading it says so
+        return None
+
+
 def _plain(value: Any) -> Any:
     """Convert dataclasses to dicts, and tensors to copies on the CPU without the rest of their storage."""
     if isinstance(value, Tensor):

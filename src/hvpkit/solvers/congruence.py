@@ -120,8 +120,9 @@ def make_congruence(
     space = likeness.space
     outside = sample.outliers - space.dots(exact, sample.outliers.mT).mT @ exact
     kept = (row_norms(space, outside) > MIN_REMAINDER).nonzero().flatten()
-    rows = torch.cat([exact, outside[kept]])
-    num_rows = len(exact) + extend_(space, rows, len(exact), outside[kept])
+    outside = outside[kept]
+    rows = torch.cat([exact, outside])
+    num_rows = len(exact) + extend_(space, rows, len(exact), outside)
     known = torch.cat([values, sample.values[kept.cpu()]])[:num_rows]
     distances = sign * (known - sigma)
     first = len(exact) if lifted else 0

@@ -6,6 +6,7 @@ state: see :class:`Solver`. :func:`run` takes it from the start to the result.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,10 +17,12 @@ from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, Typ
 import torch
 from torch import Tensor
 
+from hvpkit._utils.deadline import DeadlineReached, deadline
 from hvpkit._utils.signals import ending_after_cleanup, signals_deferred
 from hvpkit._utils.validation import check_monitor, check_positive
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
+from hvpkit.results.cost_plan import time_in_words
 from hvpkit.results.eigen import Progress, Status
 from hvpkit.solvers.checkpoint import Checkpoint, Saved
 
@@ -29,6 +32,9 @@ on a GPU it waits for the device. Chosen by feel."""
 
 LIMITS = (Status.MAX_MATVECS, Status.TIME_LIMIT)
 """Statuses of a solve that may continue."""
+GRACE = 1.1
+"""Time for the final check to end by, in units of the time limit; a check that takes longer is left out. Chosen by
+feel."""
 
 ROUNDED_UP = 1 + 1e-12
 """Factor of a budget, so that rounding in sums of costs does not forbid the last matvec."""
@@ -49,6 +55,8 @@ class Entry(Protocol):
     def num_matvecs(self) -> float: ...
     @property
     def seconds(self) -> float: ...
+    @property
+    def seconds_left(self) -> float: ...
 
 
 class State(Protocol):
@@ -85,6 +93,7 @@ class Assessment(Generic[S]):
         status: set if the solve is over.
         suspect: vectors ``[n, p]`` whose matvec was not finite, if that is the status.
         handover: set if the method can do nothing more, without a status: its caller continues by another one.
+        num_left: an estimate of the full-data matvecs that are left; infinite if it is not known.
     """
 
     state: S
@@ -93,6 +102,7 @@ class Assessment(Generic[S]):
     status: Status | None = None
     suspect: Tensor | None = None
     handover: bool = False
+    num_left: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -102,9 +112,9 @@ class Limits:
     Attributes:
         max_matvecs: full-data matvecs, those of the final check included.
         time_limit: seconds, or None. A step is not begun if it and the final check would run past it, by
-            the time that matvecs took so far.
+            the time that matvecs took so far. One that runs past it all the same ends between two batches.
         reserve: matvecs kept back for the final check.
-        minimum: matvecs that the time limit does not cut, without which there is no answer at all.
+        minimum: matvecs without which there is no answer at all: until then no time is kept back.
     """
 
     max_matvecs: float
@@ -127,13 +137,21 @@ class Limits:
         """Return the full-data matvecs that are left for steps after ``num_matvecs``."""
         return self.max_matvecs * ROUNDED_UP - self.reserve - num_matvecs
 
+    def seconds_left(self, num_left: float, num_matvecs: float, seconds: float) -> float:
+        """Return the time for ``num_left`` more full-data matvecs, or until a limit if that is less."""
+        num_left = min(num_left, self.max_matvecs - num_matvecs) if math.isfinite(num_left) else num_left
+        until = math.inf if self.time_limit is None else self.time_limit - seconds
+        return max(0.0, min(num_left * seconds / num_matvecs, until))
+
     def exceeded_by(self, step_cost: float, num_matvecs: float, seconds: float) -> Status | None:
         """Return the limit that another step would exceed, if any."""
         ahead = step_cost + self.reserve
         if num_matvecs + ahead > self.max_matvecs * ROUNDED_UP:
             return Status.MAX_MATVECS
-        if self.time_limit is None or num_matvecs < max(self.minimum, step_cost):
+        if self.time_limit is None:
             return None
+        if num_matvecs < max(self.minimum, step_cost):
+            return Status.TIME_LIMIT if seconds >= self.time_limit else None
         return Status.TIME_LIMIT if seconds * (1 + ahead / num_matvecs) > self.time_limit else None
 
 
@@ -164,7 +182,7 @@ class Solver(Protocol[S, R_co]):
 
         Tensor code without host synchronisation. It donates (reuses) the input buffers: rows of the basis that a
         state uses are not changed by later steps before a restart, but a state that is to be kept past one has to
-        be cloned. This keeps memory at ``ncv`` vectors.
+        be cloned. This keeps memory at ``ncv`` vectors. A step whose matvec is interrupted leaves the state valid.
         """
 
     def assess(self, state: S) -> Assessment[S]:
@@ -177,7 +195,8 @@ class Solver(Protocol[S, R_co]):
     def finalize(self, state: S, status: Status) -> R_co:
         """Return the result, with ``status`` or a more exact one; may spend the reserved matvecs.
 
-        The loop fills in ``history`` and ``seconds``.
+        It checks the deadline before each, and returns what is not verified if that has passed. The loop fills in
+        ``history`` and ``seconds``.
         """
 
 
@@ -192,6 +211,7 @@ class Ended(Generic[S]):
         began: start of the solve on the clock of ``time.perf_counter``; set back by the time before a checkpoint.
         suspect: vectors ``[n, p]`` whose matvec was not finite.
         verified: full-data matvecs that verified the operator of a checkpoint.
+        end: of the final check, at the latest, on the same clock.
     """
 
     state: S
@@ -200,6 +220,7 @@ class Ended(Generic[S]):
     began: float
     suspect: Tensor | None = None
     verified: float = 0.0
+    end: float = math.inf
 
 
 def full_precision(
@@ -264,20 +285,29 @@ def iterate(
 ) -> Ended[S]:
     """Step and assess until the solver says that it is over, or another step would exceed a limit."""
     state, limits = solver.init(), solver.limits
-    saved = Saved(state, 0, (), 0.0)
+    saved, now = Saved(state, 0, (), 0.0), time.perf_counter()
+    seconds = math.inf if limits.time_limit is None else limits.time_limit
+    end, last_end = now + seconds, now + GRACE * seconds
     if checkpoint is not None:
-        saved = checkpoint.load(state) or saved
+        try:
+            with deadline(end):
+                saved = checkpoint.load(state) or saved
+        except DeadlineReached:  # the file stays as it is
+            _reraise_before(end)
+            return Ended(state, Status.TIME_LIMIT, (), now)
     state, num_steps, history = saved.state, saved.num_steps, list[Entry](saved.history)
     limits = replace(limits, max_matvecs=limits.max_matvecs + saved.verified)
     began = time.perf_counter() - saved.seconds
+    time_saved, verified = saved.seconds, saved.verified
+    del saved  # it would keep the first state's buffers
     if limits.time_limit is not None:
-        limits = replace(limits, time_limit=limits.time_limit + saved.seconds)
+        limits = replace(limits, time_limit=limits.time_limit + time_saved)
     assessing = False
 
     def save() -> None:
         if checkpoint is not None and state.num_matvecs:
             seconds = time.perf_counter() - began
-            checkpoint.save(Saved(state, num_steps, tuple(history), seconds, saved.verified))
+            checkpoint.save(Saved(state, num_steps, tuple(history), seconds, verified))
 
     try:
         while True:
@@ -286,7 +316,16 @@ def iterate(
                 limit = limits.exceeded_by(solver.step_cost, state.num_matvecs, time.perf_counter() - began)
                 if limit is not None:
                     break
-                state, num_steps = solver.step(state), num_steps - 1  # together, whenever a signal comes
+                try:
+                    with deadline(end):
+                        state, num_steps = (
+                            solver.step(state),
+                            num_steps - 1,
+                        )  # together, whenever a signal comes
+                except DeadlineReached:  # the state before the step is the last one
+                    _reraise_before(end)
+                    limit = Status.TIME_LIMIT
+                    break
             if limit is not None or (checkpoint is not None and checkpoint.due()):
                 save()
             is_new = False
@@ -296,15 +335,24 @@ def iterate(
                 state, num_steps, assessing = found.state, found.num_steps, False
                 if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
                     seconds, is_new = time.perf_counter() - began, True
-                    history.append(replace(found.progress, num_matvecs=state.num_matvecs, seconds=seconds))
+                    left = limits.seconds_left(found.num_left, state.num_matvecs, seconds)
+                    counts = {"num_matvecs": state.num_matvecs, "seconds": seconds}
+                    counts["seconds_left"] = 0.0 if found.status else left
+                    history.append(replace(found.progress, **counts))
             if is_new and monitor is not None:
                 monitor(history[-1])
             status = found.status or (None if found.handover else limit)
             if status is not None or found.handover:
-                return Ended(state, status, tuple(history), began, found.suspect, saved.verified)
+                return Ended(state, status, tuple(history), began, found.suspect, verified, last_end)
     except BaseException:
         if not assessing:
             save()
+        raise
+
+
+def _reraise_before(end: float) -> None:
+    """Raise the DeadlineReached that is being handled again if it is that of a caller, before this solve's own."""
+    if time.perf_counter() < end:
         raise
 
 
@@ -312,7 +360,8 @@ def conclude(solver: Solver[S, R_co], ended: Ended[S], status: Status | None = N
     """Return the result of a solver where the loop ended; ``status`` is for one that handed over."""
     status = ended.status or status
     assert status is not None, "a solver that hands over has to be given a status"
-    found = solver.finalize(ended.state, status)
+    with deadline(ended.end):
+        found = solver.finalize(ended.state, status)
     return completed(found, solver.op, ended.history, ended.began, ended.suspect)
 
 
@@ -327,8 +376,14 @@ def completed(
     return replace(found, history=history, message=message, seconds=time.perf_counter() - began)
 
 
+def time_left(entry: Entry) -> str:
+    """Return the estimate of the time left as text that follows the values; nothing if it is not known."""
+    known = math.isfinite(entry.seconds_left) and entry.seconds_left > 0
+    return f", about {time_in_words(entry.seconds_left)} left" if known else ""
+
+
 def progress_bar(**options: Any) -> Callable[[Entry], object]:
-    """Return a monitor that shows passes and values so far on one line of standard error.
+    """Return a monitor that shows passes, values so far and an estimate of the time left on a line of standard error.
 
     Args:
         options: for ``tqdm``, as ``disable=True``.
@@ -348,6 +403,6 @@ def progress_bar(**options: Any) -> Callable[[Entry], object]:
         if not bars:
             bars.append(tqdm(bar_format="{n:g} passes, {elapsed}{postfix}", **options))
         bars[0].n = entry.num_matvecs
-        bars[0].set_postfix_str(str(entry))
+        bars[0].set_postfix_str(f"{entry}{time_left(entry)}")
 
     return show

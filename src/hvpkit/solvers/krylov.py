@@ -83,17 +83,29 @@ class KrylovState:
 S = TypeVar("S", bound=KrylovState)
 
 
-def start(op: LinearOperator, capacity: int, width: int, seed: int, v0: Tensor | None = None) -> KrylovState:
+def start(
+    op: LinearOperator,
+    capacity: int,
+    width: int,
+    seed: int,
+    v0: Tensor | None = None,
+    *,
+    buffer: Tensor | None = None,
+) -> KrylovState:
     """Return a state with ``width`` vectors at its frontier: from ``v0`` ``[n, p]``, else random ones.
 
-    Of v0 as :func:`hvpkit.solvers.common.orthogonalize.mixed_start` mixes it.
+    Of v0 as :func:`hvpkit.solvers.common.orthogonalize.mixed_start` mixes it. ``buffer`` is a basis ``[rows, n]`` of
+    another state that is not needed any more: its memory is reused if it is large enough.
     """
     capacity = min(capacity, op.n)
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=op.dtype, device=op.device)
 
-    basis = torch.empty(capacity, op.n, dtype=op.dtype, device=op.device)
+    if buffer is not None and len(buffer) >= capacity:
+        basis = buffer[:capacity]
+    else:
+        basis = torch.empty(capacity, op.n, dtype=op.dtype, device=op.device)
     polynomial = StartPolynomial.of_start(op.n, 1.0 if width == 1 else 0.0)
     state = KrylovState(
         basis, zeros(capacity, capacity), zeros(capacity), zeros(), zeros() + 1, zeros(), polynomial
@@ -123,7 +135,7 @@ def append_random(op: LinearOperator, state: S, seed: int) -> S:
 
 
 def _append(op: LinearOperator, state: S, vector: Tensor) -> S:
-    row, unit = state.num_rows, vector / torch.linalg.vector_norm(vector)
+    row, unit = state.num_rows, vector / op.space.norm(vector)
     _, _, state.alive[row] = orthonormalise_(op.space, state.basis, row, unit, state.norm * 0 + 1)
     return replace(state, num_frontier=state.num_frontier + 1)
 

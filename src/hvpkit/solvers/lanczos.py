@@ -8,7 +8,7 @@ vector added to the frontier later finds further copies of a multiple eigenvalue
 
 Cost: one matvec a step for each vector of a block; beside it, orthogonalisation reads the basis twice where
 one start vector is all there is, else four times (passes of classical Gram-Schmidt, two reads each).
-Memory: ``ncv + block_size`` vectors and two for work.
+Memory: ``ncv + block_size`` vectors, and ``4 k + 3 block_size`` for work.
 Source: Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602-616, doi:10.1137/S0895479898334605.
 
 Departures from the paper:
@@ -34,14 +34,18 @@ from hvpkit._utils.checkpoints import digest
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count, check_flag
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.offload import HOST, on_host
 from hvpkit.results.eigen import EigenResult, Status
 from hvpkit.solvers import krylov
-from hvpkit.solvers.checkpoint import Checkpoint
+from hvpkit.solvers.checkpoint import Checkpoint, argument_of
 from hvpkit.solvers.common import convergence
 from hvpkit.solvers.common.bounds import kato_temple, uniform_distance
 from hvpkit.solvers.common.convergence import MIN_STEPS
+from hvpkit.solvers.common.expected import expected_passes, matvecs_left
+from hvpkit.solvers.common.orthogonalize import row_norms
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, most_at_one_end, num_at_low_end, select
 from hvpkit.solvers.common.request import Request, Start, check_arguments, check_certainty
+from hvpkit.solvers.common.vector_memory import check_room, vectors_that_fit
 from hvpkit.solvers.driver import (
     Assessment,
     Limits,
@@ -55,9 +59,14 @@ from hvpkit.solvers.krylov import KrylovState
 BASIS_BYTES = 4 * 2**30
 """Bytes of the basis, at most, under the default ``ncv``. Chosen by feel."""
 
-MAX_NCV, EXTRA_NCV = 300, 18
-"""The default ``ncv``: at most the first, or 4 k; at least the second above the least that is possible. Chosen by
-feel."""
+MAX_NCV, EXTRA_NCV = 300, 53
+"""The default ``ncv``: at most the first, or 4 k (chosen by feel); at least the second above the least that is
+possible, unless memory is short. For both ends of the dense network of docs/multifidelity.md 300 vectors take 65
+passes, 60 66, 40 74, 25 86, 16 125, 12 187 and 9 374."""
+
+MODEST_NCV, MODEST_SHARE = 18, 1.6
+"""Basis vectors above the least that is possible with less than which restarts cost most passes: for so many the
+default takes up to the second times its usual share of the free memory. Chosen by feel."""
 
 SMALL_SPACE = 500
 """The largest n for which ``MIN_STEPS`` hold always: there they cost next to nothing. For larger n the probability of a
@@ -145,7 +154,17 @@ class Lanczos:
                 state = krylov.append_random(op, state, self.request.seed)
         room = (len(state.basis) - state.num_rows) // self.block_size
         num_steps = max(1, min(room, assessment_interval(op, m)))
-        return Assessment(state, progress, num_steps, status, suspect)
+        return Assessment(state, progress, num_steps, status, suspect, num_left=self._num_left(state))
+
+    def _num_left(self, state: LanczosState) -> float:
+        """Return an estimate of the full-data matvecs that are left; infinite but for both ends of the spectrum."""
+        asked = self.request
+        if (asked.k, asked.which, self.block_size) != (2, "BE", 1):
+            return math.inf
+        expected = expected_passes(
+            "lanczos", tol=asked.tol, atol=asked.atol, certify=self.certify, n=self.op.n
+        )
+        return matvecs_left(expected, state.num_products) * self.op.cost
 
     def _kept(self, state: LanczosState, pairs: RitzPairs) -> list[int]:
         """Return the Ritz vectors that a restart keeps: the wanted ones and half of the others, from the same ends."""
@@ -269,12 +288,16 @@ class Lanczos:
             return convergence.check_pairs(
                 op, asked, found, state.scale, pairs.norm, status=status, num_matvecs=state.num_matvecs
             )
-        bounds, num_matvecs = self._error_bounds(state, pairs)[wanted], state.num_matvecs
+        bounds, num_matvecs, message = self._error_bounds(state, pairs)[wanted], state.num_matvecs, None
         if wanted and status is not Status.NON_FINITE:
-            difference, num_matvecs = self._verify(state, found, coefficients), num_matvecs + op.cost
-            if not math.isfinite(difference):
-                status = Status.NON_FINITE
+            difference = self._verify(state, found, coefficients)
+            if difference is None:
+                status = status if status is Status.MAX_MATVECS else Status.TIME_LIMIT
+                message = convergence.UNVERIFIED.format(status.advice)
+            elif not math.isfinite(difference):
+                status, num_matvecs = Status.NON_FINITE, num_matvecs + op.cost
             else:
+                num_matvecs += op.cost
                 norms = found.residual_norms.hypot(torch.tensor(difference, dtype=torch.float64))
                 found = replace(found, residual_norms=norms)
                 bounds, noise = bounds + difference, max(noise, difference)
@@ -282,21 +305,28 @@ class Lanczos:
                     attainable = max(self._attainable(state, pairs), 4 * difference)
                     status = convergence.final_status(status, asked, norm, attainable, found.values, bounds)
         scale = float(state.scale)
-        found = replace(found, vectors=vectors / torch.linalg.vector_norm(vectors, dim=0)).scaled(scale)
+        found = replace(found, vectors=vectors / row_norms(op.space, vectors.mT)).scaled(scale)
         kind = "exact" if status is Status.INVARIANT_SUBSPACE else "residual"
         outer = None if kind == "exact" else self._outer(state, pairs, lanczos_norms)
         # a statement wants more slack than a stop
         slack = max(noise, convergence.attainable_accuracy(op, pairs.norm)) * scale
         where = convergence.intervals(found, asked, slack, kind, outer)
-        return convergence.eigen_result(found, where, status, num_matvecs, error_bounds=bounds * scale)
+        return convergence.eigen_result(
+            found, where, status, num_matvecs, message=message, error_bounds=bounds * scale
+        )
 
-    def _verify(self, state: LanczosState, found: RitzPairs, coefficients: Tensor) -> float:
-        """Return the norm by which one matvec, with the sum of the vectors, differs from the recurrence."""
+    def _verify(self, state: LanczosState, found: RitzPairs, coefficients: Tensor) -> float | None:
+        """Return the norm by which one matvec, with the sum of the vectors, differs from the recurrence.
+
+        None: there is no time for it.
+        """
         m, rows = state.num_multiplied, state.num_rows
         residuals = state.basis[m:rows].mT @ (state.projected[m:rows, :m] @ coefficients)
-        image = self.op.product(found.vectors.sum(dim=1, keepdim=True)) / state.scale
+        image = convergence.product_in_time(self.op, found.vectors.sum(dim=1, keepdim=True))
+        if image is None:
+            return None
         expected = (found.vectors * found.values.to(image) + residuals).sum(dim=1, keepdim=True)
-        return float(torch.linalg.vector_norm(image - expected))
+        return float(torch.linalg.vector_norm(image / state.scale - expected))
 
     def _outer(self, state: LanczosState, pairs: RitzPairs, norms: Tensor) -> convergence.Outer | None:
         """Return how far beyond the Ritz values the spectrum may reach."""
@@ -326,6 +356,24 @@ class Lanczos:
         return {"solver": "lanczos", **self.op.identity(), **asked, "v0": v0, **own}
 
 
+def least_ncv(k: int, block_size: int) -> int:
+    """Return the fewest basis vectors with which a restart leaves room for a step."""
+    return 2 * k + block_size + 2
+
+
+def default_ncv(n: int, itemsize: int, k: int, block_size: int, fitting: float) -> int:
+    """Return the default number of basis vectors: by n alone, unless only ``fitting`` vectors fit into memory."""
+    least, work = least_ncv(k, block_size), num_vectors(0, k, block_size)
+    usual = max(least + EXTRA_NCV, min(BASIS_BYTES // (n * itemsize), max(MAX_NCV, 4 * k)))
+    modest = min(least + MODEST_NCV, MODEST_SHARE * fitting - work)
+    return int(max(least, min(usual, max(fitting - work, modest))))
+
+
+def num_vectors(ncv: int, k: int, block_size: int) -> int:
+    """Return the vectors that a solve takes memory for: its basis, and what it works with, measured."""
+    return ncv + block_size + 4 * k + 3 * block_size
+
+
 @full_precision
 def lanczos(
     op: LinearOperator,
@@ -336,6 +384,7 @@ def lanczos(
     tol: float = 1e-3,
     atol: float | None = None,
     ncv: int | None = None,
+    offload: bool = False,
     block_size: int = 1,
     check_copies: bool = True,
     confidence: float = 0.99,
@@ -371,7 +420,11 @@ def lanczos(
         tol: relative error of the eigenvalues.
         atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
             much; 0 for none. By default ``min(1e-5, tol / 1000)``.
-        ncv: the most basis vectors before a restart, by default as many as 4 GiB hold, at most 300 or 4 k.
+        ncv: the most basis vectors before a restart. By default as many as 4 GiB hold, at most 300 or 4 k, and at least
+            ``2 k + block_size + 55``: the same for an n wherever it is solved, unless memory is short. Where they
+            would take more than half of the free memory, as many as that holds; name ``ncv`` for the same bits there.
+        offload: keep the basis in host memory, and work there; only matvecs are on the device. For operators on a GPU
+            whose basis does not fit there. A step copies a vector there and back, and waits for it.
         block_size: vectors in one matvec. Operators share work among them; the number of matvecs rises.
         check_copies: for two or more pairs at one end, make sure by a further random vector that no copy of
             a multiple eigenvalue is missed; doubles the matvecs.
@@ -379,7 +432,7 @@ def lanczos(
         certify: continue until the interval itself has a width of at most the error allowed, for one pair at an end;
             about a tenth more matvecs.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
         checkpoint: a file. The solve is saved there every minute, at a limit and when it is interrupted. The same call
@@ -396,9 +449,10 @@ def lanczos(
         ValueError: an argument out of its range, named; a checkpoint that is damaged, of another version or solve, or
             whose path cannot be written.
         NotSymmetricError: ``op`` is not symmetric beyond rounding.
+        MemoryError: before the first matvec, if the basis does not fit into the memory that is free.
 
     Cost:
-        Matvecs as ``num_matvecs`` says, the last of them to verify the residuals; ``ncv + block_size + 2`` vectors
+        Matvecs as ``num_matvecs`` says, the last of them to verify the residuals; ``ncv + 4 block_size + 4 k`` vectors
         of memory.
 
     Source:
@@ -426,16 +480,24 @@ def lanczos(
     )
     check_certainty(confidence, certify)
     check_flag("check_copies", check_copies)
-    least = 2 * k + block_size + 2
+    device, least = op.device, least_ncv(k, block_size)
+    if offload:
+        op, request = on_host(op), request.on_host()
+    if ncv is None and checkpoint is not None and (argument_of(checkpoint, "ncv") or 0) >= least:
+        ncv = argument_of(checkpoint, "ncv")
     if ncv is None:
-        fitting = BASIS_BYTES // (op.n * op.dtype.itemsize)
-        ncv = max(least + EXTRA_NCV, min(fitting, max(MAX_NCV, 4 * k)))
+        ncv = default_ncv(op.n, op.dtype.itemsize, k, block_size, vectors_that_fit(op))
     elif check_count("ncv", ncv, 1) < min(least, op.n):
         raise ValueError(f"ncv must be at least 2 k + block_size + 2 = {least} or n, got {ncv}")
+    remedy = f"take a smaller ncv (at least {least}), " if ncv > least else "take "
+    remedy += "" if op.device == HOST else "offload=True for a basis in host memory, "
+    remedy += "fewer parameters (wrt=), or a machine with more memory"
+    check_room(op, num_vectors(min(ncv, op.n), k, block_size), remedy)
     solver = Lanczos(op, request, ncv, block_size, check_copies, confidence, certify)
     file = None
     if checkpoint is not None:
         file = Checkpoint[LanczosState](
             checkpoint, solver.identity(), krylov.trim, lambda state: krylov.verify(op, state)
         )
-    return run(solver, monitor=monitor, checkpoint=file)
+    found = run(solver, monitor=monitor, checkpoint=file)
+    return replace(found, vectors=found.vectors.to(device))

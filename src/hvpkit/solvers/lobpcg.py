@@ -212,7 +212,7 @@ def lobpcg(
         preconditioner: ``[n, p]`` to ``[n, p]``, applied to residuals: for the low end an approximate inverse of
             the operator, positive definite, less a shift near the end.
         max_matvecs: full-data matvecs, at most; the default is that of :func:`hvpkit.lanczos`.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
 

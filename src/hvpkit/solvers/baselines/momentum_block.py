@@ -40,7 +40,11 @@ from hvpkit.solvers.common.orthogonalize import (
 )
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, no_pairs, num_at_low_end, ritz
 from hvpkit.solvers.common.request import Request
+from hvpkit.solvers.common.vector_memory import FEWER, check_room
 from hvpkit.solvers.driver import Assessment, Limits, Monitor, assessment_interval, run
+
+VECTORS_PER_PAIR = 16
+"""Vectors that a solve takes memory for, for each pair: 9 to 16 were measured."""
 
 MARGIN = 2.0
 """Error bound at the stop, in residual norms. In a dense spectrum the components decay exponentially from the edge, and
@@ -129,7 +133,12 @@ class MomentumBlockState:
 
 
 def init(op: LinearOperator, goal: Goal) -> MomentumBlockState:
-    """Return the state before the first step."""
+    """Return the state before the first step.
+
+    Raises:
+        MemoryError: the blocks do not fit into the memory that is free.
+    """
+    check_room(op, VECTORS_PER_PAIR * goal.k, FEWER)
     rows = torch.empty(goal.k, op.n, dtype=op.dtype, device=op.device)
     start_(op, rows, goal.k, goal.start, goal.seed)
     nothing = rows.new_zeros(goal.k, 1)

@@ -101,7 +101,7 @@ def oja(
             By default AdaOja's: one over the root of the sum of all :math:`\|A_s W_s\|_F^2 / k` so far.
         max_matvecs: full-data matvecs, at most, minibatches counted by their share; by default 1,000, or ten
             for each pair if that is more.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors and minibatches.
         monitor: called with a :class:`hvpkit.Progress` after each full-data assessment.
 

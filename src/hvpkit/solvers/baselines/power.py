@@ -78,7 +78,7 @@ def power(
         atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
             much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
 
@@ -174,7 +174,7 @@ def accelerated_power(
             whenever residuals did not fall from one assessment to the next.
         max_matvecs: full-data matvecs, at most, minibatches counted by their share; by default 1,000, or ten
             for each pair if that is more.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors and minibatches.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
 

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from hvpkit._utils.deadline import DeadlineReached, deadline
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
 from hvpkit.solvers.common.convergence import attainable_accuracy, check_symmetric, is_converged, rounding
 from hvpkit.solvers.common.orthogonalize import orthonormalise_, power_of_two
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, num_at_low_end, select
 from hvpkit.solvers.common.request import Request
+from hvpkit.solvers.common.vector_memory import FEWER, check_room
 from hvpkit.solvers.driver import Monitor
 
 MAX_GROWTH = 30.0
@@ -76,6 +78,9 @@ class Recorder:
     def __post_init__(self) -> None:
         if self.op.n <= 2 * self.capacity:
             self.capacity, self.depth = self.op.n, math.inf
+        check_room(
+            self.op, 2 * self.capacity + 4 * self.goal.k + 15, FEWER
+        )  # rows, images, SciPy's own, measured
         self.rows = torch.empty(self.capacity, self.op.n, dtype=self.op.dtype, device=self.op.device)
         self.images = torch.empty_like(self.rows)
         self.projected = torch.zeros(self.capacity, self.capacity, dtype=torch.float64)
@@ -101,7 +106,7 @@ class Recorder:
         limit = self.goal.limits.exceeded_by(self.op.cost, self.num_matvecs, seconds)
         if limit is not None:
             raise Stop(limit)
-        image = self.op.product(vector)
+        image = self._in_time(vector)
         if self.num_products == 0:
             self.scale = power_of_two(image.abs().max())
         self.num_products += 1
@@ -113,6 +118,15 @@ class Recorder:
         self._keep(vector[:, 0] / norm, image[:, 0] / norm)
         self._assess()
         return image
+
+    def _in_time(self, vector: Tensor) -> Tensor:
+        """Multiply; raise Stop if the time limit ends the matvec before its last batch."""
+        limit = self.goal.limits.time_limit
+        try:
+            with deadline(math.inf if limit is None else self.begin + limit):
+                return self.op.product(vector)
+        except DeadlineReached:
+            raise Stop(Status.TIME_LIMIT) from None
 
     def _keep(self, vector: Tensor, image: Tensor) -> None:
         """Extend the basis by the new component of a unit vector, after a restart if it is full."""

@@ -23,6 +23,7 @@ Comput. 23 (2001) 517-541, doi:10.1137/S1064827500366124.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import time
 import warnings
@@ -34,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hvpkit._utils.deadline import deadline
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count
 from hvpkit.operators.base import LinearOperator, Product
@@ -43,7 +45,7 @@ from hvpkit.solvers.common.convergence import MIN_STEPS, attainable_accuracy, ch
 from hvpkit.solvers.common.orthogonalize import start_
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, most_at_one_end
 from hvpkit.solvers.common.request import Start, check_arguments
-from hvpkit.solvers.driver import Monitor, completed, full_precision
+from hvpkit.solvers.driver import GRACE, Monitor, completed, full_precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,9 +86,17 @@ def _solve(seen: Recorder, call: Call, width: int) -> EigenResult:
             v0 = seen.pairs().vectors
     except Stop as stop:
         status = stop.status
-    result = check_pairs(
-        op, goal, found or seen.pairs(), seen.scale, seen.norm, status=status, num_matvecs=seen.num_matvecs
-    )
+    limit = goal.limits.time_limit
+    with deadline(math.inf if limit is None else seen.begin + GRACE * limit):
+        result = check_pairs(
+            op,
+            goal,
+            found or seen.pairs(),
+            seen.scale,
+            seen.norm,
+            status=status,
+            num_matvecs=seen.num_matvecs,
+        )
     suspect = None if seen.suspect is None else seen.suspect[:, None]
     result = completed(result, op, tuple(seen.history), seen.begin, suspect)
     return replace(result, message=result.message + seen.remark)
@@ -206,7 +216,7 @@ def eigsh(
             much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         ncv: basis vectors before a restart, by default ``max(2 k + 1, 20)``.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each matvec: the ends on the span of the vectors
             multiplied last, as SciPy does not report its own.
@@ -284,7 +294,7 @@ def scipy_lobpcg(
         atol: size, in units of the operator's norm, up to which a value cannot be told from zero, and may be off by as
             much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         max_matvecs: full-data matvecs, at most; by default 1,000, or ten for each pair if that is more.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each matvec: the ends on that span.
 

@@ -89,7 +89,7 @@ def stochastic_power(
             section 3), and helps with large minibatches only.
         max_matvecs: full-data matvecs, at most, minibatches counted by their share; by default 1,000, or ten
             for each pair if that is more.
-        time_limit: seconds.
+        time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of random vectors and minibatches.
         monitor: called with a :class:`hvpkit.Progress` after each full-data assessment.
 

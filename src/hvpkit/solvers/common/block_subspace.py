@@ -22,6 +22,7 @@ from hvpkit.solvers.common.convergence import (
 from hvpkit.solvers.common.orthogonalize import complete_, extend_, power_of_two, rotate_, row_norms, start_
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, no_pairs
 from hvpkit.solvers.common.request import Request
+from hvpkit.solvers.common.vector_memory import FEWER, check_room
 
 MAX_WHOLE_SPACE = 1000
 """The largest n for which a subspace may become the whole space. Chosen by feel: two matrices of 8 MB in float64."""
@@ -66,8 +67,13 @@ S = TypeVar("S", bound=BlockSubspace)
 
 
 def start(op: LinearOperator, request: Request, width: int, capacity: int) -> BlockSubspace:
-    """Return new rows from the caller's start and random vectors; a small space has room for all of it."""
+    """Return new rows from the caller's start and random vectors; a small space has room for all of it.
+
+    Raises:
+        MemoryError: they do not fit into the memory that is free.
+    """
     capacity = op.n if op.n <= MAX_WHOLE_SPACE else min(capacity, op.n)
+    check_room(op, 2 * capacity + 4 * width, FEWER)  # rows, images, and work on a block
     rows = torch.empty(capacity, op.n, dtype=op.dtype, device=op.device)
     num_random = start_(op, rows, width, request.start, request.seed)
     images, scale = torch.empty_like(rows), rows.new_ones(())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hvpkit._utils.deadline import DeadlineReached, check_deadline
 from hvpkit.errors import AsymmetryWarning, NotSymmetricError
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Interval, Progress, Status
@@ -28,6 +29,12 @@ ASYMMETRY = 10.0
 MIN_STEPS = 12
 """Steps before which a convergence test is not accepted: a start may happen to be near other eigenvectors, and its
 residual small. Chosen by feel."""
+
+
+UNVERIFIED = (
+    "{}; residuals are those of the solver's own vectors, as no time was left to verify them by matvecs"
+)
+"""The message of a result whose final check was cut by the time limit."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,15 @@ def eigen_result(
     )
 
 
+def product_in_time(op: LinearOperator, vectors: Tensor) -> Tensor | None:
+    """Return the matvec with columns ``[n, k]``, or None if the context's deadline passes before its end."""
+    try:
+        check_deadline()
+        return op.product(vectors)
+    except DeadlineReached:
+        return None
+
+
 def check_pairs(
     op: LinearOperator,
     request: Request,
@@ -182,17 +198,23 @@ def check_pairs(
         op: the operator; its matvecs are taken in native arithmetic.
         request: what was asked for.
         found: vectors ``[n, m]`` that are orthonormal up to rounding; values and norms over ``scale``. Returned
-            as they are if the matvecs are not finite, or were not before.
+            as they are if the matvecs are not finite, or were not before, or if the context's deadline passes.
         scale: what matvecs are divided by, 0-d.
         norm: of the operator, over scale.
         status: why the solve stopped.
         num_matvecs: full-data matvecs before.
     """
     op, message = op.exact or op, None
+    images = None
     if len(found.values) and status is not Status.NON_FINITE:
-        num_matvecs += len(found.values) * op.cost
         vectors = found.vectors / op.space.reduce(found.vectors.square().sum(dim=0)).sqrt()
-        images = op.product(vectors) / scale
+        images = product_in_time(op, vectors)
+        if images is None:
+            status = status if status is Status.MAX_MATVECS else Status.TIME_LIMIT
+            message = UNVERIFIED.format(status.advice)
+    if images is not None:
+        num_matvecs += len(found.values) * op.cost
+        images = images / scale
         quotients = op.space.reduce((vectors * images).sum(dim=0))
         norms = op.space.reduce((images - vectors * quotients).square().sum(dim=0)).sqrt()
         values, residual_norms = torch.stack([quotients, norms]).to("cpu", torch.float64)

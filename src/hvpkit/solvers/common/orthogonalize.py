@@ -53,8 +53,7 @@ def orthonormalise_(
 
 def row_norms(space: Space, rows: Tensor) -> Tensor:
     """Return the Euclidean norms ``[m]`` of ``rows`` ``[m, n]``."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return space.reduce(norms * norms).sqrt()
+    return space.row_norms(rows)
 
 
 def residuals_of(rows: Tensor, images: Tensor, values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,10 @@ class Request:
         """Return the errors allowed of values ``[k]``: ``tol * |value|``, or ``atol * norm`` up to that size."""
         sizes, near_zero = values.abs(), self.atol * norm
         return torch.where(sizes <= near_zero, near_zero, self.tol * sizes)
+
+    def on_host(self) -> Request:
+        """Return the same request with its start in host memory."""
+        return replace(self, start=None if self.start is None else self.start.cpu())
 
 
 def default_atol(tol: float) -> float:
