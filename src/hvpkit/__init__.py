@@ -14,6 +14,7 @@ from hvpkit.curvature.functional import grad, hvp, loss
 from hvpkit.curvature.ggn import ggnvp
 from hvpkit.curvature.importance_sampling import sampling_error
 from hvpkit.curvature.operator import CurvatureOperator
+from hvpkit.curvature.preconditioning import precondition
 from hvpkit.data import Data, as_data
 from hvpkit.diagnostics.check import Finding, Report, check
 from hvpkit.diagnostics.report_html import report
@@ -127,6 +128,7 @@ __all__ = [
     "oja",
     "plan",
     "power",
+    "precondition",
     "progress_bar",
     "quadratic_form",
     "report",

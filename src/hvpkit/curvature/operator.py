@@ -52,6 +52,7 @@ class Curvature:
         cache: graphs that are kept between matvecs.
         data_share: examples of ``problem.data`` over those of the full data: the cost of one matvec.
         progress: show a bar over the batches of each matvec.
+        scale: the diagonal S of S C S, ``[n]``; None: the identity.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Curvature:
     cache: GraphCache
     data_share: float = 1.0
     progress: bool = False
+    scale: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -74,6 +76,8 @@ class Curvature:
         Raises:
             DeadlineReached: the context's deadline passes before the last batch.
         """
+        if self.scale is not None:
+            return self.scale[:, None] * replace(self, scale=None).product(self.scale[:, None] * vectors)
         split = self.problem.layout.split
         columns = [split(vector) for vector in vectors.mT.contiguous()]
         with self.settings():
@@ -88,7 +92,7 @@ class Curvature:
 
     def blame(self, vector: Tensor) -> str:
         """Return a message that names the first batch whose matvec with ``vector [n]`` is not finite."""
-        column = self.problem.layout.split(vector)
+        column = self.problem.layout.split(vector if self.scale is None else self.scale * vector)
 
         def matvec(batch: BatchCurvature) -> Leaves:
             return batch.linearize(self.recipe.mode)([column])[0]
@@ -132,15 +136,15 @@ class CurvatureOperator(LinearOperator):
 
     Attributes:
         terms: pairs :math:`(c_j, C_j)`.
-        sigma: the multiple of the identity.
+        sigma: the multiple of the identity; after :func:`hvpkit.precondition` it may be a diagonal ``[n]``.
     """
 
     terms: tuple[tuple[float, Curvature], ...] = ()
-    sigma: float = 0.0
+    sigma: float | Tensor = 0.0
 
     @classmethod
     def of(
-        cls, terms: Sequence[tuple[float, Curvature]], sigma: float = 0.0, name: str | None = None
+        cls, terms: Sequence[tuple[float, Curvature]], sigma: float | Tensor = 0.0, name: str | None = None
     ) -> CurvatureOperator:
         """Return the operator of these terms."""
         problem = terms[0][1].problem
@@ -192,7 +196,8 @@ class CurvatureOperator(LinearOperator):
     def origin(self) -> Problem | None:
         """The loss, the parameters and the data whose curvature this is; None for a combination or a multiple."""
         (coefficient, term), *rest = self.terms
-        return None if rest or coefficient != 1 or self.sigma else term.problem
+        shifted = isinstance(self.sigma, Tensor) or self.sigma != 0
+        return None if rest or coefficient != 1 or shifted or term.scale is not None else term.problem
 
     @property
     def has_outputs(self) -> bool:
@@ -249,7 +254,7 @@ class CurvatureOperator(LinearOperator):
         self, operands: Sequence[tuple[float, LinearOperator]], sigma: float, name: str
     ) -> LinearOperator:
         terms: list[tuple[float, Curvature]] = []
-        total_sigma = sigma
+        total_sigma: float | Tensor = sigma
         for coefficient, op in operands:
             if not isinstance(op, CurvatureOperator) or not same_examples(self.data, op.data):
                 return super()._combine(operands, sigma, name)
@@ -263,6 +268,17 @@ class CurvatureOperator(LinearOperator):
             terms=tuple(terms),
             sigma=total_sigma,
         )
+
+    def scaled(self, scale: Tensor, name: str) -> CurvatureOperator:
+        """Return S H S for a diagonal S ``[n]``, with all that H knows: samples, precision, the loss and the data."""
+
+        def change(term: Curvature) -> Curvature:
+            return replace(term, scale=scale if term.scale is None else scale * term.scale)
+
+        made = self._map(change)
+        square = scale.square()
+        diagonal = isinstance(self.sigma, Tensor) or self.sigma != 0
+        return self.of(made.terms, self.sigma * square if diagonal else 0.0, name)
 
     def _map(self, change: Callable[[Curvature], Curvature]) -> CurvatureOperator:
         changed = {term: change(term) for _, term in self.terms}  # a term that comes twice stays one

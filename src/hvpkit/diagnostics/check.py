@@ -302,7 +302,9 @@ def _expected(H: CurvatureOperator, v: Tensor) -> tuple[Tensor, float, float]:
     expected = H.sigma * v.double()
     unsettled, scale = 0.0, _norm(H, expected)
     for coefficient, term in H.terms:
-        matvec, moved = matvec_by_differences(term.kind, term.problem, v)
+        scale_of = torch.ones_like(v) if term.scale is None else term.scale
+        matvec, moved = matvec_by_differences(term.kind, term.problem, scale_of * v)
+        matvec, moved = scale_of.double() * matvec, moved * float(scale_of.max())
         expected = expected + coefficient * matvec
         unsettled += abs(coefficient) * moved
         scale += abs(coefficient) * _norm(H, matvec)

@@ -20,17 +20,25 @@ class HasProduct(Protocol):
     def product(self) -> Product: ...
 
 
-def combined_product(operands: Sequence[tuple[float, HasProduct]], sigma: float = 0.0) -> Product:
-    r"""Return the matvec of :math:`\sum_j c_j A_j + \sigma I` for ``operands`` :math:`(c_j, A_j)`."""
+def combined_product(operands: Sequence[tuple[float, HasProduct]], sigma: float | Tensor = 0.0) -> Product:
+    r"""Return the matvec of :math:`\sum_j c_j A_j + \sigma I` for ``operands`` :math:`(c_j, A_j)`.
+
+    ``sigma`` may be a diagonal ``[n]``.
+    """
     (first, A), *rest = operands
+    diagonal = sigma if isinstance(sigma, Tensor) else None
+    shift = 0.0 if isinstance(sigma, Tensor) else sigma
 
     def product(vectors: Tensor) -> Tensor:
         total = A.product(vectors) if first == 1 else first * A.product(vectors)
         for coefficient, B in rest:
             total = torch.add(total, B.product(vectors), alpha=coefficient)
-        return torch.add(total, vectors, alpha=sigma) if sigma else total
+        if diagonal is not None:
+            return torch.addcmul(total, diagonal[:, None], vectors)
+        return torch.add(total, vectors, alpha=shift) if shift else total
 
-    return A.product if not rest and first == 1 and not sigma else product
+    alone = not rest and first == 1 and diagonal is None and not shift
+    return A.product if alone else product
 
 
 def check_compatible(A: LinearOperator, B: LinearOperator) -> None:
@@ -164,6 +172,52 @@ def product_of(A: LinearOperator, B: LinearOperator) -> Power:
             "A @ (B @ v)"
         )
     return Power.of(base, p + q)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scaled(LinearOperator):
+    r"""The operator :math:`S A S` with a diagonal S.
+
+    Attributes:
+        base: A.
+        scale: the diagonal ``[n]``.
+    """
+
+    base: LinearOperator | None = None
+    scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, base: LinearOperator, scale: Tensor, name: str) -> Scaled:
+        """Return the operator."""
+        columns = scale[:, None]
+
+        def product(vectors: Tensor) -> Tensor:
+            return columns * base.product(columns * vectors)
+
+        fields: dict[str, Any] = {"layout": base.layout, "cost": base.cost, "space": base.space}
+        return cls(product, base.n, base.dtype, base.device, name, base=base, scale=scale, **fields)
+
+    @property
+    def _operands(self) -> tuple[LinearOperator, Tensor]:
+        assert self.base is not None
+        assert self.scale is not None
+        return self.base, self.scale
+
+    @property
+    def precision(self) -> float:
+        """Relative error of the operator's matvecs."""
+        return self._operands[0].precision
+
+    @property
+    def exact(self) -> LinearOperator | None:
+        """The same of the operator in native arithmetic; None if it is."""
+        base, scale = self._operands
+        return None if base.exact is None else Scaled.of(base.exact, scale, self.name)
+
+    def blame(self, vectors: Tensor) -> str:
+        """Ask the operator."""
+        base, scale = self._operands
+        return base.blame(scale[:, None] * vectors)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
