@@ -12,6 +12,7 @@ import bench_solvers
 import bench_tracking
 import interval_coverage
 import profile_solve
+import soak
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +28,7 @@ def result(name):
         (bench_fidelity, "fidelity", "docs/multifidelity.md"),
         (bench_products, "products", "docs/performance.md"),
         (profile_solve, "profile", "docs/performance.md"),
+        (soak, "soak", "docs/long_work.md"),
     ],
 )
 def test_table_is_in_the_document(script, name, document):

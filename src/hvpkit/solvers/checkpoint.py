@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Generic, Protocol, TypeVar, get_args, get_type_hints
 
 import torch
@@ -173,16 +173,14 @@ class Witness:
         return cls(zero, zero)
 
     def including(self, rows: Tensor, images: Tensor) -> Witness:
-        """Return the combination with further vectors ``[k, n]``; those whose matvecs are not finite are left out."""
-        count = self.count + len(rows)
-        finite = torch.isfinite(images).all(dim=1, keepdim=True)
-        weights = coefficients(len(rows), self.count).to(rows)[:, None]
-        vector = self.vector + (weights * torch.where(finite, rows, 0.0)).sum(dim=0)
-        return replace(
-            self,
-            vector=vector,
-            image=self.image + (weights * torch.where(finite, images, 0.0)).sum(dim=0),
-            count=count,
+        """Return the combination with further vectors ``[k, n]``, unless one of their matvecs is not finite."""
+        weights = coefficients(len(rows), self.count).to(rows)
+        vector, image = self.vector + rows.mT @ weights, self.image + images.mT @ weights
+        good = torch.isfinite(image).all()
+        return Witness(
+            torch.where(good, vector, self.vector),
+            torch.where(good, image, self.image),
+            self.count + len(rows),
         )
 
     def check(self, op: LinearOperator, scale: Tensor | float = 1.0, norm: float = 0.0) -> float:
