@@ -13,7 +13,7 @@
 # |---|---|---|
 # | gradient descent | 1 | $2 / \eta$ |
 # | RMSprop | $\sqrt v + \epsilon$ | $2 / \eta$ |
-# | Adam | $\sqrt{\hat v} + \epsilon$ | $\frac{2 + 2 \beta_1}{(1 - \beta_1)\, \eta}$, which is $38 / \eta$ for $\beta_1 = 0.9$ |
+# | Adam | $\sqrt{\hat v} + \epsilon$ | $\frac{2 + 2 \beta_1}{(1 - \beta_1)\, \eta}$, $38 / \eta$ for $\beta_1 = 0.9$ |
 #
 # `hk.precondition(H, optimizer)` is that operator, with $D$ from the optimizer's state. This notebook trains a small
 # network with each of the three. `benchmarks/study_edge_of_stability.py` does the same from several seeds.

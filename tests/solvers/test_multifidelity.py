@@ -345,7 +345,7 @@ def test_bad_levels_are_named(levels: object, error: type[Exception]) -> None:
     "arguments",
     [
         {"ncv": 2},
-        {"ncv": 15, "k": 5, "which": "LA"},
+        {"ncv": 13, "k": 5, "which": "LA"},
         {"k": 0},
         {"num_inner": 0},
         {"tol": -1.0},

@@ -71,9 +71,12 @@ class SketchState:
 
 
 def num_vectors(plan: Plan, *, keep_images: bool = False) -> int:
-    """Return the vectors that an estimate takes memory for: those kept, and what a step works with, measured."""
+    """Return the vectors that an estimate takes memory for: those kept, and what a step works with, measured.
+
+    Two of them are the witness for a checkpoint.
+    """
     kept = 0 if plan.cost == 1 else plan.num_probes
-    return (2 + keep_images) * kept + (4 if plan.cost == 1 else 10) * plan.block_size
+    return (2 + keep_images) * kept + (4 if plan.cost == 1 else 10) * plan.block_size + 2
 
 
 def init(op: LinearOperator, plan: Plan, *, keep_images: bool = False) -> SketchState:

@@ -141,10 +141,9 @@ def num_vectors(n: int, method: str, goal: Goal) -> int:
     if goal.spans(n):
         return 2 * n + 3 * width
     if method == "lanczos":
-        return max(goal.sizes) * (goal.num_steps + 1) + 3 * width
-    return max(
-        8 * max(goal.sizes) + 2, lanczos.num_vectors(lanczos.least_ncv(2, 1), 2, 1)
-    )  # the ends come first
+        return max(goal.sizes) * (goal.num_steps + 1) + 3 * width + 4  # and a witness for a checkpoint
+    ends = lanczos.num_vectors(lanczos.least_ncv(2, 1), 2, 1)  # they come first
+    return max(10 * max(goal.sizes) + 4, ends)
 
 
 def density_of(op: LinearOperator, method: str, found: Measured) -> Density:

@@ -166,7 +166,7 @@ def solve_levels(
         offered=("BE", "SA", "LA"),
         num_checks=0,
     )
-    least = 2 * request.k + 6
+    least = max(MIN_NCV, 2 * request.k + 4)
     if ncv is not None:
         check_count("ncv", ncv, least)
     if len(levels) == 1:
