@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -532,6 +533,27 @@ def test_several_at_an_end_by_samples_are_certified_one_by_one() -> None:
     assert len(certified) >= 2
     assert max(certified) < 0.6 * alone.num_matvecs
     assert torch.equal(hk.top_eigenvalues(H, 4, seed=3).vectors, found.vectors)
+
+
+def test_interrupted_solve_with_a_sample_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    H, file = hk.hessian(*factors(10_000), mode="reverse-over-reverse"), tmp_path / "solve.pt"
+    whole = hk.extreme_eigenvalues(H, seed=2)
+    assert whole.num_matvecs != round(whole.num_matvecs)
+
+    def interrupt(progress: hk.Progress) -> None:
+        if progress.num_matvecs > 0.6 * whole.num_matvecs:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hk.extreme_eigenvalues(H, seed=2, checkpoint=file, monitor=interrupt)
+    again = hk.extreme_eigenvalues(H, seed=2, checkpoint=file)
+    assert torch.equal(again.smallest.vector, whole.smallest.vector)
+    assert (again.smallest.interval, again.largest.interval) == (
+        whole.smallest.interval,
+        whole.largest.interval,
+    )
+    assert whole.num_matvecs < again.num_matvecs < whole.num_matvecs + 2.5
+    assert not file.exists()
 
 
 def test_sample_that_is_unlike_all_data_costs_few_passes() -> None:

@@ -79,7 +79,7 @@ def extreme_eigenvalues(
         method: ``"multifidelity"``, which continues by Lanczos where samples do not help: see
             :func:`hvpkit.multifidelity`. ``"lanczos"``: all of the work on all of the data. ``"auto"``: the first for
             the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 10,000 examples,
-            unless ``checkpoint`` is asked for, or ``ncv`` or the free memory is too small for it; else the second.
+            unless ``ncv`` or the free memory is too small for it; else the second.
         ncv: the most basis vectors before a restart; see :func:`hvpkit.lanczos` and :func:`hvpkit.multifidelity`. The
             default depends on n alone, unless memory is short: name it for the same bits on any machine.
         offload: keep the vectors in host memory, and work there; only matvecs are on the device.
@@ -203,10 +203,8 @@ def _solve(
 ) -> EigenResult:
     """Solve by the method asked for; ``options`` are those that both methods take."""
     check_choice("method", method, METHODS)
-    if method == "multifidelity" and checkpoint is not None:
-        raise ValueError('checkpoint is for method="lanczos"; leave it out')
     fitting = vectors_that_fit(on_host(H) if options["offload"] else H)
-    if method_for(H, method, fitting=fitting, ncv=options["ncv"], checkpoint=checkpoint) == "multifidelity":
+    if method_for(H, method, fitting=fitting, ncv=options["ncv"]) == "multifidelity":
         number, began = resolve_seed(seed), time.perf_counter()
         end = math.inf if time_limit is None else began + check_positive("time_limit", time_limit)
         levels: list[LinearOperator] | None = None
@@ -221,7 +219,7 @@ def _solve(
         if time_limit is not None:
             time_limit = max(end - time.perf_counter(), 1e-9)
         if levels is not None:
-            options |= {"spent": spent, "time_limit": time_limit}
+            options |= {"spent": spent, "time_limit": time_limit, "checkpoint": checkpoint}
             return solve_levels(levels, k, which=which, seed=number, **options)
     return lanczos(H, k, which=which, time_limit=time_limit, seed=seed, checkpoint=checkpoint, **options)
 
@@ -232,7 +230,6 @@ def method_for(
     *,
     fitting: float,
     ncv: int | None = None,
-    checkpoint: object = None,
 ) -> str:
     """Return the method that :func:`extreme_eigenvalues` takes: ``"lanczos"`` or ``"multifidelity"``.
 
@@ -240,7 +237,7 @@ def method_for(
     """
     if method != "auto":
         return method
-    if checkpoint is not None or not worth_sampling(H):
+    if not worth_sampling(H):
         return "lanczos"
     return "multifidelity" if (ncv or default_ncv(fitting)) >= LEAST_LEVEL_NCV else "lanczos"
 

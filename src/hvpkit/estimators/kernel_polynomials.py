@@ -267,7 +267,9 @@ def solve(
             checkpoint,
             identity,
             verify=lambda state: verify(op, state),
-            fresh=lambda saved: init(op, goal, Ends(Band(0.0, 1.0)), len(saved["finished"])),
+            unpack=lambda saved: restored(
+                init(op, goal, Ends(Band(0.0, 1.0)), len(saved["finished"])), saved
+            ),
         )
         beside = file.path.with_name(f"{file.path.name}.ends")
         saved = file.read()

@@ -32,7 +32,7 @@ from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
 from hvpkit.results.spectral_measure import Measure, deflate
 from hvpkit.solvers import krylov
-from hvpkit.solvers.checkpoint import Checkpoint, Witness
+from hvpkit.solvers.checkpoint import Checkpoint, Witness, restored
 from hvpkit.solvers.common.convergence import progress_of
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
 from hvpkit.solvers.driver import Assessment, Limits, Monitor, run
@@ -276,6 +276,6 @@ def solve(
             {"estimator": "quadrature", **asdict(goal), **op.identity()},
             lambda state: replace(state, krylov=krylov.trim(state.krylov)),
             lambda state: verify(op, state),
-            fresh=lambda saved: init(op, goal, len(saved["finished"])),
+            unpack=lambda saved: restored(init(op, goal, len(saved["finished"])), saved),
         )
     return run(Quadrature(op, goal, time_limit), monitor=monitor, checkpoint=file)

@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
@@ -51,29 +52,33 @@ SETTLED = 0.3
 Chosen by feel."""
 
 
+NOTHING = torch.empty(0, dtype=torch.float64)
+"""No amounts."""
+
+
 @dataclass(frozen=True)
 class Certificate:
     """The Lanczos process on a congruence.
 
     Attributes:
         end: the place of the eigenvalue in the spectrum, from 0 or down from -1.
-        count: eigenvalues further out, whose vectors are deflated.
         known: of the first kind.
         sigma: the shift, over scale.
         congruence: C.
         op: B.
         krylov: the state of the process.
         max_steps: steps, at most.
+        amounts: by which eigenvalues further out are deflated, ``[m]``; their vectors are the first rows of C.
     """
 
     end: int
-    count: int
     known: bool
     sigma: float
     congruence: Congruence
     op: LinearOperator
     krylov: KrylovState
     max_steps: int = MAX_STEPS
+    amounts: Tensor = NOTHING
 
     def step(self) -> Certificate:
         """Multiply once."""
@@ -107,16 +112,17 @@ def begin(
     op: LinearOperator,
     congruence: Congruence,
     end: int,
-    count: int,
     sigma: float,
     *,
     known: bool,
     seed: int,
     max_steps: int = MAX_STEPS,
+    amounts: Tensor = NOTHING,
 ) -> Certificate:
     """Return a certificate before its first step; ``op`` is B, ``seed`` that of its start."""
     most = min(MAX_STEPS, max_steps)
-    return Certificate(end, count, known, sigma, congruence, op, krylov.start(op, most + 1, 1, seed), most)
+    process = krylov.start(op, most + 1, 1, seed)
+    return Certificate(end, known, sigma, congruence, op, process, most, amounts)
 
 
 def judge(certificate: Certificate, error: float, distance: float, failure: float) -> Verdict:

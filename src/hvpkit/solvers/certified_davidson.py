@@ -25,10 +25,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hvpkit._utils.checkpoints import digest
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Interval, Progress, Status
 from hvpkit.solvers import certificate, davidson
@@ -41,7 +43,13 @@ from hvpkit.solvers.common.expected import expected_passes, matvecs_left
 from hvpkit.solvers.common.orthogonalize import residuals_of, row_norms
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, most_at_one_end, select
 from hvpkit.solvers.common.request import Request
-from hvpkit.solvers.congruence import MAX_DEGREE, congruent_operator, deflated, make_congruence
+from hvpkit.solvers.congruence import (
+    MAX_DEGREE,
+    Congruence,
+    congruent_operator,
+    deflated,
+    make_congruence,
+)
 from hvpkit.solvers.davidson import Direction
 from hvpkit.solvers.driver import Assessment, Limits
 from hvpkit.solvers.ends import Bound, End, ascending, distinct, outwards, rank, reach_of, wanted_sides
@@ -112,6 +120,7 @@ class CertifiedDavidsonState(BlockSubspace):
         expected: predicted gain of the last direction that was followed.
         gains: of the level's last directions, in units of the predicted ones.
         level: index of the level in use.
+        verified: full-data matvecs that verified the operator of a checkpoint.
     """
 
     sample: SampleSpace | None = None
@@ -122,6 +131,7 @@ class CertifiedDavidsonState(BlockSubspace):
     expected: float = 0.0
     gains: tuple[float, ...] = ()
     level: int = 0
+    verified: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -253,6 +263,14 @@ class CertifiedDavidson:
         num_steps, progress = max(1, state.num_new), self._progress(state)
         return Assessment(state, progress, num_steps, status, state.suspect, handover, self._num_left(state))
 
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same when a solve continues from a checkpoint; tolerances and limits may change."""
+        asked = {name: getattr(self.request, name) for name in ("k", "which", "seed")}
+        own = {name: getattr(self, name) for name in ("ncv", "num_inner", "certify")}
+        start, costs = self.request.start, [level.cost for level in self.levels]
+        v0 = None if start is None else digest(start)
+        return {"solver": "multifidelity", **self.op.identity(), **asked, "v0": v0, **own, "costs": costs}
+
     def _num_left(self, state: CertifiedDavidsonState) -> float:
         """Return an estimate of the full-data matvecs that are left; infinite but for both ends."""
         asked = self.request
@@ -267,7 +285,10 @@ class CertifiedDavidson:
         """Return True if the levels have cost more than Lanczos on all data is likely to."""
         if state.sample is None or state.num_new:
             return False
-        return state.num_matvecs - self.spent > MAX_SPENT * state.sample.num_steps * self.op.cost
+        return (
+            state.num_matvecs - state.verified - self.spent
+            > MAX_SPENT * state.sample.num_steps * self.op.cost
+        )
 
     def _update(self, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
         """Compute new Ritz pairs for the ends, and the gain of the last direction."""
@@ -361,7 +382,7 @@ class CertifiedDavidson:
         if verdict.bound is None and verdict.vector is None:
             return state
         state = replace(state, certificate=None)
-        bound = None if verdict.bound is None else Bound(verdict.bound, running.count)
+        bound = None if verdict.bound is None else Bound(verdict.bound, len(running.amounts))
         state = _with_end(state, running.end, bound=bound, promised=verdict.error)
         if without_bound:
             state = _with_end(state, running.end, num_refuted=end.num_refuted + 1, num_directions=0)
@@ -432,10 +453,9 @@ class CertifiedDavidson:
         inside = sigma - outward * distances.clamp(min=abs(sigma))
         amounts = values[: len(further_out)] - inside
         values[: len(further_out)] = inside
-        level = self.levels[state.level]
         assert state.sample is not None
         congruence = make_congruence(
-            replace(level, product=lambda v: level.product(v) / state.scale),
+            self.likeness(state),
             state.sample,
             vectors,
             values,
@@ -444,17 +464,32 @@ class CertifiedDavidson:
             state.norm,
             lifted=known,
         )
-        op = deflated(self.op, vectors[: len(further_out)], amounts * float(state.scale))
-        op = congruent_operator(op, congruence, sigma, -outward, state.scale, state.norm)
+        op = self.certificate_operator(state, congruence, place, sigma, amounts)
         # independent of the sample's start, of earlier certificates, and of the solve that the caller's start is from
         stream = 4 * self._num_certificates(state, place) + 2 * (place < 0) + (self.request.start is not None)
         seed = self.request.seed + (stream + 1) * 2**32
-        count = len(further_out)
         running = certificate.begin(
-            op, congruence, place, count, sigma, known=known, seed=seed, max_steps=self.ncv
+            op, congruence, place, sigma, known=known, seed=seed, max_steps=self.ncv, amounts=amounts
         )
         state = _with_end(state, place, num_certificates=end.num_certificates + 1)
         return replace(state, certificate=running, target=None)
+
+    def likeness(self, state: CertifiedDavidsonState) -> LinearOperator:
+        """Return the level in use, over scale."""
+        level = self.levels[state.level]
+        return replace(level, product=lambda v: level.product(v) / state.scale)
+
+    def certificate_operator(
+        self,
+        state: CertifiedDavidsonState,
+        congruence: Congruence,
+        place: int,
+        sigma: float,
+        amounts: Tensor,
+    ) -> LinearOperator:
+        """Return B, with the first rows of the congruence deflated by these amounts."""
+        op = deflated(self.op, congruence.rows[: len(amounts)], amounts * float(state.scale))
+        return congruent_operator(op, congruence, sigma, -outwards(place), state.scale, state.norm)
 
     def _num_certificates(self, state: CertifiedDavidsonState, place: int) -> int:
         """Return how many certificates began at the place's end of the spectrum."""

@@ -71,10 +71,10 @@ class Checkpoint(Generic[S]):
     Args:
         path: of the file; its folder must exist.
         solve: what has to be the same when it is continued: the solver, the operator's identity, the arguments.
-        trim: drops the parts of a state that need not be saved.
+        trim: returns a state without the parts that need not be saved, or its plain data.
         verify: checks that a loaded state belongs to the operator, and returns the state to continue from.
         entry: the type of the history's entries.
-        fresh: returns a state with buffers for a saved one, where those of the first state are not.
+        unpack: returns the state of its plain data, where the first state has no buffers for it.
 
     Raises:
         TypeError: ``path`` is no path.
@@ -85,14 +85,14 @@ class Checkpoint(Generic[S]):
         self,
         path: str | os.PathLike[str],
         solve: Identity,
-        trim: Callable[[S], S] = _unchanged,
+        trim: Callable[[S], Any] = _unchanged,
         verify: Callable[[S], S] = _unchanged,
         entry: Callable[..., Any] = Progress,
-        fresh: Callable[[dict[str, Any]], S] | None = None,
+        unpack: Callable[[dict[str, Any]], S] | None = None,
     ) -> None:
         self.path = check_file("checkpoint", path).absolute()
         self.solve, self.trim, self.verify = solve, trim, verify
-        self.entry, self.fresh = entry, fresh
+        self.entry, self.unpack = entry, unpack
         self._next = time.monotonic() + SAVE_INTERVAL
 
     def due(self) -> bool:
@@ -103,7 +103,7 @@ class Checkpoint(Generic[S]):
         """Replace the file. A failure is a warning, and leaves the old file as it was: the solve goes on."""
         begin = time.monotonic()
         content = {
-            "state": _plain(self.trim(saved.state)),
+            "state": plain(self.trim(saved.state)),
             "num_steps": saved.num_steps,
             "history": [asdict(entry) for entry in saved.history],
             "seconds": saved.seconds,
@@ -139,8 +139,8 @@ class Checkpoint(Generic[S]):
         if content is None:
             return None
         history = tuple(self.entry(**entry) for entry in content["history"])
-        like = like if self.fresh is None else self.fresh(content["state"])
-        loaded: S = restored(like, content["state"])
+        saved = content["state"]
+        loaded: S = restored(like, saved) if self.unpack is None else self.unpack(saved)
         before = loaded.num_matvecs
         state = self.verify(loaded)
         verified = content["verified"] + state.num_matvecs - before
@@ -220,14 +220,14 @@ def argument_of(path: str | os.PathLike[str], name: str) -> Any:
         return None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Convert dataclasses to dicts, and tensors to copies on the CPU without the rest of their storage."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True).contiguous()
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

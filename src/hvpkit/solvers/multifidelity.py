@@ -6,16 +6,21 @@ for 17 on a bulk with outliers), as it has to exclude all the same what they may
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
+from hvpkit._utils.signals import ending_after_cleanup
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.offload import HOST, on_host
 from hvpkit.results.eigen import EigenResult, Progress, Status
-from hvpkit.solvers.certified_davidson import CertifiedDavidson
+from hvpkit.solvers import saved_certificates
+from hvpkit.solvers.certified_davidson import CertifiedDavidson, CertifiedDavidsonState
+from hvpkit.solvers.checkpoint import Checkpoint, Saved
 from hvpkit.solvers.common.request import Start, check_arguments, check_certainty
 from hvpkit.solvers.common.vector_memory import check_room, vectors_that_fit
 from hvpkit.solvers.driver import Monitor, conclude, full_precision, iterate
@@ -47,6 +52,7 @@ def multifidelity(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> EigenResult:
     r"""Compute the ends of the last of several levels, with most of the work on cheaper ones.
 
@@ -82,6 +88,7 @@ def multifidelity(
         time_limit: seconds; a matvec that runs past it ends after its batch, and does not count.
         seed: of the start vector.
         monitor: called with a :class:`hvpkit.Progress` after each assessment; its bounds are the error bounds.
+        checkpoint: a file to continue from, as for :func:`hvpkit.lanczos`; the levels have to be the same.
 
     Returns:
         Values ascending, with orthonormal vectors, true residuals and intervals. ``num_matvecs`` is in matvecs of an
@@ -122,6 +129,7 @@ def multifidelity(
         time_limit=time_limit,
         seed=seed,
         monitor=monitor,
+        checkpoint=checkpoint,
     )
 
 
@@ -143,6 +151,7 @@ def solve_levels(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> EigenResult:
     """Solve as :func:`multifidelity`, with the cost of making two or more levels counted in.
 
@@ -185,6 +194,7 @@ def solve_levels(
             time_limit=time_limit,
             seed=request.seed,
             monitor=monitor,
+            checkpoint=checkpoint,
         )
     if offload:
         levels = tuple(on_host(level) for level in levels)
@@ -196,7 +206,7 @@ def solve_levels(
         levels[-1], num_vectors(min(kept, op.n)), remedy + "hvpkit.lanczos, which keeps fewer, or wrt="
     )
     solver = CertifiedDavidson(request, levels, kept, num_inner, confidence, certify, spent)
-    found = _solve(op, solver, ncv, offload, monitor)
+    found = _solve(op, solver, ncv, offload, monitor, checkpoint)
     return replace(found, vectors=found.vectors.to(op.device))
 
 
@@ -235,12 +245,37 @@ def _check_levels(levels: Sequence[LinearOperator]) -> tuple[LinearOperator, ...
 
 @full_precision
 def _solve(
-    op: LinearOperator, solver: CertifiedDavidson, ncv: int | None, offload: bool, monitor: Monitor | None
+    op: LinearOperator,
+    solver: CertifiedDavidson,
+    ncv: int | None,
+    offload: bool,
+    monitor: Monitor | None,
+    path: str | os.PathLike[str] | None,
 ) -> EigenResult:
-    """Run the solver on the cheap levels, and Lanczos, on ``op`` with ``ncv`` and ``offload``, if it hands over."""
-    ended = iterate(solver, monitor=monitor)
+    """Run the solver on the cheap levels, and Lanczos, on ``op`` with ``ncv`` and ``offload``, if it hands over.
+
+    While Lanczos runs, its checkpoint lies beside that of the levels, in a file of its own.
+    """
+    file, beside = None, None
+    if path is not None:
+        file = Checkpoint[CertifiedDavidsonState](
+            path,
+            solver.identity(),
+            trim=saved_certificates.pack,
+            verify=lambda state: saved_certificates.verify(solver, state),
+            unpack=lambda saved: saved_certificates.unpack(solver, saved),
+        )
+        beside = file.path.with_name(f"{file.path.name}.lanczos")
+    with nullcontext() if file is None else ending_after_cleanup():
+        ended = iterate(solver, monitor=monitor, checkpoint=file)
     if ended.status is not None:
-        return conclude(solver, ended)
+        found = conclude(solver, ended)
+        if file is not None and found.converged:
+            file.clear()
+        return found
+    if file is not None:
+        seconds = time.perf_counter() - ended.began
+        file.save(Saved(ended.state, 0, ended.history, seconds, ended.verified))
     request, limits, time_left = solver.request, solver.limits, None
     remaining = limits.remaining(ended.state.num_matvecs)
     if limits.time_limit is not None:
@@ -270,7 +305,10 @@ def _solve(
         time_limit=time_left,
         seed=request.seed,
         monitor=monitor and (lambda entry: monitor(after(entry))),
+        checkpoint=beside,
     )
+    if file is not None and found.converged:
+        file.clear()
     return replace(
         found,
         num_matvecs=found.num_matvecs + cheap.num_matvecs,

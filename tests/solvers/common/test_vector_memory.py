@@ -180,7 +180,6 @@ def test_samples_are_left_out_where_their_vectors_do_not_fit(monkeypatch: pytest
         assert method_for(op, "auto", fitting=fitting) == method
         assert method_for(op, "auto", fitting=fitting, ncv=30) == "multifidelity"  # what is named is taken
         assert method_for(op, "auto", fitting=fitting, ncv=29) == "lanczos"
-        assert method_for(op, "auto", fitting=fitting, checkpoint="file") == "lanczos"
         assert method_for(op, "multifidelity", fitting=fitting) == "multifidelity"
 
 

@@ -1,0 +1,114 @@
+"""Checkpoints of :class:`hvpkit.solvers.certified_davidson.CertifiedDavidson`: its state as plain data, and back.
+
+Operators are left out, and made again from what they are of: samples by their seed, congruences by their rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hvpkit.solvers import krylov
+from hvpkit.solvers.certificate import Certificate
+from hvpkit.solvers.certified_davidson import CertifiedDavidson, CertifiedDavidsonState
+from hvpkit.solvers.checkpoint import Witness, plain, restored
+from hvpkit.solvers.common.block_subspace import BlockSubspace
+from hvpkit.solvers.congruence import Congruence
+from hvpkit.solvers.davidson import Direction
+from hvpkit.solvers.ends import Bound, End
+from hvpkit.solvers.sample_space import SampleSpace
+
+ON_CPU = ("values", "amounts")
+"""Fields that are on the CPU wherever the operator is."""
+
+T = TypeVar("T")
+
+
+def pack(state: CertifiedDavidsonState) -> dict[str, Any]:
+    """Return the state as tensors on the CPU, numbers, lists and dicts."""
+    rows, images = state.rows[: state.num_rows + state.num_new], state.images[: state.num_rows]
+    saved = {
+        field.name: plain(getattr(state, field.name))
+        for field in fields(state)
+        if field.name not in ("rows", "images", "ends", "certificate")
+    }
+    certificate = state.certificate
+    if certificate is not None:
+        C = certificate.congruence
+        saved["certificate"] = {
+            **{
+                name: plain(getattr(certificate, name))
+                for name in _names(Certificate, "op", "congruence", "krylov")
+            },
+            "congruence": {name: plain(getattr(C, name)) for name in _names(Congruence, "likeness")},
+            "krylov": plain(krylov.trim(certificate.krylov)),
+        }
+    ends = [[place, plain(end)] for place, end in state.ends.items()]
+    return {**saved, "rows": plain(rows), "images": plain(images), "ends": ends}
+
+
+def unpack(solver: CertifiedDavidson, saved: dict[str, Any]) -> CertifiedDavidsonState:
+    """Return the state that was packed, with the operators of the solver."""
+    fresh, device = solver.init(), solver.op.device
+    names = [field.name for field in fields(BlockSubspace)]
+    subspace: BlockSubspace = restored(BlockSubspace(**{name: getattr(fresh, name) for name in names}), saved)
+    sample = saved["sample"]
+    state = replace(
+        fresh,
+        **{name: getattr(subspace, name) for name in names},
+        **{name: saved[name] for name in ("gram", "target", "expected", "level", "verified")},
+        gains=tuple(saved["gains"]),
+        sample=None if sample is None else _rebuilt(SampleSpace, sample, device),
+        ends={place: _end(end, device) for place, end in saved["ends"]},
+    )
+    found = saved.get("certificate")
+    if found is None:
+        return state
+    parts = {**found["congruence"], "coefficients": tuple(found["congruence"]["coefficients"])}
+    congruence = _rebuilt(Congruence, {**parts, "likeness": solver.likeness(state)}, device)
+    op = solver.certificate_operator(state, congruence, found["end"], found["sigma"], found["amounts"])
+    process = restored(krylov.start(op, found["max_steps"] + 1, 1, 0), found["krylov"])
+    certificate = Certificate(**{**found, "congruence": congruence, "op": op, "krylov": process})
+    return replace(state, certificate=certificate)
+
+
+def verify(solver: CertifiedDavidson, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
+    """Verify by one matvec, and one of a certificate in progress, that a loaded state belongs to the operators.
+
+    Raises:
+        ValueError: it belongs to others.
+    """
+    m = state.num_rows
+    known = Witness.empty(solver.op).including(state.rows[:m], state.images[:m])
+    cost = known.check(solver.op, state.scale, state.norm)
+    if state.certificate is not None:
+        cost += krylov.witness(state.certificate.krylov).check(
+            state.certificate.op, state.certificate.krylov.scale, float(state.certificate.krylov.norm)
+        )
+    return replace(state, num_matvecs=state.num_matvecs + cost, verified=state.verified + cost)
+
+
+def _names(kind: type[Any], *without: str) -> list[str]:
+    return [field.name for field in fields(kind) if field.name not in without]
+
+
+def _rebuilt(kind: type[T], saved: dict[str, Any], device: torch.device) -> T:
+    """Return a dataclass of these fields, tensors on the device."""
+
+    def placed(name: str, value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) and name not in ON_CPU else value
+
+    return kind(**{name: placed(name, value) for name, value in saved.items()})
+
+
+def _end(saved: dict[str, Any], device: torch.device) -> End:
+    direction, bound = saved["direction"], saved["bound"]
+    end = _rebuilt(End, saved, device)
+    return replace(
+        end,
+        direction=None if direction is None else _rebuilt(Direction, direction, device),
+        bound=None if bound is None else Bound(**bound),
+    )
