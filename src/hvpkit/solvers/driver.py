@@ -274,7 +274,7 @@ def iterate(
     began = time.perf_counter() - saved.seconds
     if limits.time_limit is not None:
         limits = replace(limits, time_limit=limits.time_limit + saved.seconds)
-    assessing = False
+    assessing, limit = False, None
 
     def save() -> None:
         if checkpoint is not None and state.num_matvecs:
@@ -283,7 +283,7 @@ def iterate(
 
     try:
         while True:
-            limit: Status | None = None
+            limit = None
             while num_steps:
                 limit = limits.exceeded_by(solver.step_cost, state.num_matvecs, time.perf_counter() - began)
                 if limit is not None:
@@ -305,7 +305,7 @@ def iterate(
             if status is not None or found.handover:
                 return Ended(state, status, tuple(history), began, found.suspect, saved.verified)
     except BaseException:
-        if not assessing:
+        if not assessing and limit is None:  # at a limit it is saved already, before an assessment
             save()
         raise
 
