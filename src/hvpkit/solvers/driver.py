@@ -295,7 +295,8 @@ def iterate(
             with nullcontext() if checkpoint is None else signals_deferred():
                 assessing = True  # an assessment may change buffers: nothing to save in the midst of it
                 found = solver.assess(state)
-                state, num_steps, assessing = found.state, found.num_steps, False
+                num_left = 0 if found.status else found.num_steps  # a solve that is over takes no step more
+                state, num_steps, assessing = found.state, num_left, False
                 if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
                     seconds, is_new = time.perf_counter() - began, True
                     history.append(replace(found.progress, num_matvecs=state.num_matvecs, seconds=seconds))
