@@ -298,28 +298,36 @@ def test_damage_another_version_and_another_solve_are_three_messages(
         hk.lanczos(op, 2, checkpoint=file)
 
 
-def test_signal_during_an_assessment_waits_for_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("max_matvecs", [None, 30])
+def test_signal_during_any_assessment_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_matvecs: int | None
 ) -> None:
+    """The last one, by convergence or at a limit, included: the solve takes no step more."""
     op, file = hk.aslinearoperator(matrix(SPECTRA["clustered"])), tmp_path / "solve.pt"
-    whole = hk.lanczos(op, 2, which="BE", ncv=12, tol=1e-10)
-    assess, count = Lanczos.assess, 0
+    arguments: dict[str, Any] = {"k": 2, "which": "BE", "ncv": 12, "tol": 1e-6, "max_matvecs": max_matvecs}
+    assess, count, signal_at = Lanczos.assess, 0, 0
 
     def assess_and_signal(self: Lanczos, state: Any) -> Any:
         nonlocal count
         count += 1
-        if count == 15:
+        if count == signal_at:
             signal.raise_signal(signal.SIGINT)
         return assess(self, state)
 
+    monkeypatch.setattr(Lanczos, "assess", assess_and_signal)
+    whole = hk.lanczos(op, **arguments)
+    last = count
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        monkeypatch.setattr(Lanczos, "assess", assess_and_signal)
-        with pytest.raises(KeyboardInterrupt):
-            hk.lanczos(op, 2, which="BE", ncv=12, tol=1e-10, checkpoint=file)
+        for place in range(2, last + 1):
+            signal_at, count = place, 0
+            with pytest.raises(KeyboardInterrupt):
+                hk.lanczos(op, checkpoint=file, **arguments)
+            count = -1000
+            assert same_bits(hk.lanczos(op, checkpoint=file, **arguments), whole)
+            file.unlink(missing_ok=True)
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert same_bits(hk.lanczos(op, 2, which="BE", ncv=12, tol=1e-10, checkpoint=file), whole)
 
 
 SCRIPT = """

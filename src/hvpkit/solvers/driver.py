@@ -302,7 +302,7 @@ def iterate(
     del saved  # it would keep the first state's buffers
     if limits.time_limit is not None:
         limits = replace(limits, time_limit=limits.time_limit + time_saved)
-    assessing = False
+    assessing, limit = False, None
 
     def save() -> None:
         if checkpoint is not None and state.num_matvecs:
@@ -311,17 +311,15 @@ def iterate(
 
     try:
         while True:
-            limit: Status | None = None
+            limit = None
             while num_steps:
                 limit = limits.exceeded_by(solver.step_cost, state.num_matvecs, time.perf_counter() - began)
                 if limit is not None:
                     break
                 try:
                     with deadline(end):
-                        state, num_steps = (
-                            solver.step(state),
-                            num_steps - 1,
-                        )  # together, whenever a signal comes
+                        # together, whenever a signal comes
+                        state, num_steps = solver.step(state), num_steps - 1
                 except DeadlineReached:  # the state before the step is the last one
                     _reraise_before(end)
                     limit = Status.TIME_LIMIT
@@ -332,7 +330,8 @@ def iterate(
             with nullcontext() if checkpoint is None else signals_deferred():
                 assessing = True  # an assessment may change buffers: nothing to save in the midst of it
                 found = solver.assess(state)
-                state, num_steps, assessing = found.state, found.num_steps, False
+                num_left = 0 if found.status else found.num_steps  # a solve that is over takes no step more
+                state, num_steps, assessing = found.state, num_left, False
                 if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
                     seconds, is_new = time.perf_counter() - began, True
                     left = limits.seconds_left(found.num_left, state.num_matvecs, seconds)
@@ -345,7 +344,7 @@ def iterate(
             if status is not None or found.handover:
                 return Ended(state, status, tuple(history), began, found.suspect, verified, last_end)
     except BaseException:
-        if not assessing:
+        if not assessing and limit is None:  # at a limit it is saved already, before an assessment
             save()
         raise
 
