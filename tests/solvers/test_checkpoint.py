@@ -319,8 +319,8 @@ def test_signal_during_any_assessment_waits_for_its_end(
     last = count
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        for place in range(2, last + 1):
-            signal_at, count = place, 0
+        for number in range(2, last + 1):
+            count, signal_at = 0, number
             with pytest.raises(KeyboardInterrupt):
                 hk.lanczos(op, checkpoint=file, **arguments)
             count = -1000
