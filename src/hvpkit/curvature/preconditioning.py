@@ -70,6 +70,13 @@ def precondition(H: LinearOperator, scale: Tree | Optimizer) -> LinearOperator:
     return H.scaled(root, named) if isinstance(H, CurvatureOperator) else Scaled.of(H, root, named)
 
 
+def coordinates_of(H: LinearOperator, gradient: Tensor) -> Tensor:
+    """Return :math:`D^{-1/2} g` for a gradient ``[n]``: the gradient in the coordinates of a preconditioned Hessian."""
+    (_, term), *_ = H.terms if isinstance(H, CurvatureOperator) else ((1.0, H),)
+    scale = getattr(term, "scale", None)
+    return gradient if scale is None else scale * gradient
+
+
 def _name_of(H: LinearOperator, place: int) -> str:
     """Return the parameter of a place of a vector, in words; nothing where there are none."""
     if H.layout is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from hvpkit._utils.validation import check_choice, check_type
 from hvpkit.plots.style import BELOW, COLORS, ENDS, HEIGHT, WIDTH, in_words, styled
 from hvpkit.results.density import Density
-from hvpkit.results.eigen import Eigenpair, ExtremeResult
+from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult
 from hvpkit.results.estimate import Estimate
 
 SOURCE = "hvpkit.extreme_eigenvalues"
@@ -149,9 +150,9 @@ def layers_height(num_layers: int) -> float:
 
 @styled
 def training(
-    results: Sequence[tuple[float, ExtremeResult]], *, log: bool = True, ax: Axes | None = None
+    results: Sequence[tuple[float, ExtremeResult | EigenResult]], *, log: bool = True, ax: Axes | None = None
 ) -> Axes:
-    """Draw both ends over training, with their intervals as bands.
+    """Draw both ends over training, or several eigenvalues, with their intervals as bands.
 
     Args:
         results: pairs of a step and the result there.
@@ -170,18 +171,19 @@ def training(
         raise TypeError("results must be a list of pairs (step, result), as SpectrumTracker.results")
     if not results:
         raise ValueError("results is empty; pass pairs of a step and its result")
+    several = isinstance(results[0][1], EigenResult)
     for _, result in results:
-        check_type("each result of results", result, ExtremeResult, SOURCE)
+        check_type("each result of results", result, EigenResult if several else ExtremeResult, SOURCE)
     ax = ax or plt.subplots()[1]
-    steps = [step for step, _ in results]
     sizes = []
-    for name in reversed(ENDS):
-        pairs = [getattr(result, name) for _, result in results]
+    for number, (color, found) in enumerate(_curves(results)):
+        steps, pairs = zip(*found, strict=True)
+        name = None if several and number else color if not several else "eigenvalues"
         values = [pair.value for pair in pairs]
         lower, upper = ([getattr(pair.interval, side) for pair in pairs] for side in ("lower", "upper"))
         known = [math.isfinite(low) and math.isfinite(high) for low, high in zip(lower, upper, strict=True)]
-        ax.fill_between(steps, lower, upper, where=known, color=COLORS[name], alpha=0.3, linewidth=0)
-        ax.plot(steps, values, color=COLORS[name], marker="o", markersize=3, label=name)
+        ax.fill_between(steps, lower, upper, where=known, color=COLORS[color], alpha=0.3, linewidth=0)
+        ax.plot(steps, values, color=COLORS[color], marker="o", markersize=3, label=name)
         sizes += [abs(value) for value in values if value and math.isfinite(value)]
     if log and sizes:
         ax.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(max(min(sizes), 1e-4 * max(sizes)))))
@@ -190,3 +192,23 @@ def training(
     ax.set_ylabel("eigenvalue")
     ax.legend(loc="best")
     return ax
+
+
+def _curves(results: Sequence[tuple[float, Any]]) -> list[tuple[str, list[tuple[float, Eigenpair]]]]:
+    """Return the colour and the points of each curve: an end, or a place among several eigenvalues from the top."""
+    if isinstance(results[0][1], ExtremeResult):
+        return [
+            (name, [(step, getattr(result, name)) for step, result in results]) for name in reversed(ENDS)
+        ]
+    most = max(len(result.values) for _, result in results)
+    return [
+        (
+            "measured",
+            [
+                (at, found.pair(len(found.values) - place))
+                for at, found in results
+                if len(found.values) >= place
+            ],
+        )
+        for place in range(1, most + 1)
+    ]

@@ -6,13 +6,14 @@ from hvpkit.train.adahessian import AdaHessian, block_average
 from hvpkit.train.adversarial import fgsm
 from hvpkit.train.knee import KneeLR, knee_lr
 from hvpkit.train.sharpness import Sharpness, keskar_sharpness
-from hvpkit.train.tracker import SpectrumTracker
+from hvpkit.train.tracker import Alignment, SpectrumTracker
 
 __all__ = [
     "AbsaEpoch",
     "AbsaResult",
     "AbsaState",
     "AdaHessian",
+    "Alignment",
     "KneeLR",
     "Sharpness",
     "SpectrumTracker",

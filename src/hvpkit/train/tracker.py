@@ -1,15 +1,17 @@
-"""Both ends of the Hessian's spectrum in the course of training."""
+"""The ends of the Hessian's spectrum in the course of training."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hvpkit._utils.checkpoints import check_identity, digest
 from hvpkit._utils.files import atomic_write, check_file, reason
@@ -25,12 +27,16 @@ from hvpkit._utils.validation import (
 )
 from hvpkit.curvature.batches import MODES
 from hvpkit.curvature.constructors import hessian
+from hvpkit.curvature.functional import grad
+from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.curvature.param_selection import check_selection
+from hvpkit.curvature.preconditioning import coordinates_of
+from hvpkit.curvature.preconditioning import precondition as scaled
 from hvpkit.data import as_data, digest_of
 from hvpkit.errors import UnsavedWarning
-from hvpkit.extreme import METHODS, extreme_eigenvalues
+from hvpkit.extreme import METHODS, extreme_eigenvalues, top_eigenvalues
 from hvpkit.objective import from_module
-from hvpkit.results.eigen import ExtremeResult
+from hvpkit.results.eigen import EigenResult, ExtremeResult
 from hvpkit.solvers.common.request import check_atol
 from hvpkit.solvers.driver import Monitor
 
@@ -40,12 +46,28 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Version of the lines in a tracker's file."""
 
+Result = ExtremeResult | EigenResult
+"""The result of a measurement."""
+
 MakeObjective = Callable[[Any], tuple[LossFn, Tree]]
 """Makes a loss function and its parameters of a tracker's argument."""
 
 
+class Alignment(NamedTuple):
+    """The span of a measurement's k eigenvectors beside what came before.
+
+    Attributes:
+        overlap: with the span of the measurement before: the mean squared cosine between the two, from 0 to 1; NaN if
+            its vectors are not known.
+        gradient_share: of the gradient's squared norm, the part that lies in the span.
+    """
+
+    overlap: float
+    gradient_share: float
+
+
 class SpectrumTracker:
-    """A tracker of both extreme eigenvalues of the full-data Hessian, called in a training loop.
+    """A tracker of extreme eigenvalues of the full-data Hessian, called in a training loop: of both ends, or of k.
 
     Every measurement starts from random vectors: eigenvectors of an earlier measurement save no passes, because
     directions outside of them have to be excluded as well. The training is not changed: neither the parameters, nor
@@ -56,6 +78,11 @@ class SpectrumTracker:
             For a module, which is trained in place, use :meth:`for_module`.
         data: all examples of the Hessian, as for :func:`hvpkit.hessian`.
         every: measure at the first of every so many calls; of steps, if calls give their ``step``.
+        k: number of pairs at the ends that ``which`` says, by :func:`hvpkit.top_eigenvalues`; None: both ends, one
+            pair each, by :func:`hvpkit.extreme_eigenvalues`.
+        which: with ``k``: ``"LA"`` the largest, ``"SA"`` the smallest, ``"BE"`` half from each end.
+        precondition: a torch optimizer, or another D of :func:`hvpkit.precondition`, as it is at each measurement: the
+            spectrum that an adaptive optimizer feels. Vectors and gradients are then in its coordinates.
         tol: relative error of both eigenvalues.
         atol: size up to which a value counts as zero, as for :func:`hvpkit.extreme_eigenvalues`.
         method: as for :func:`hvpkit.extreme_eigenvalues`.
@@ -72,13 +99,16 @@ class SpectrumTracker:
 
     Attributes:
         results: pairs of a step and its result, in order; results read from a file have empty vectors.
+        alignments: with ``k``, an :class:`Alignment` by step: which vectors stay, and how much of the gradient is in
+            their span.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of its range, named; a file that is damaged, of
             another version or another tracker, not a tracker's, or that cannot be written.
 
     Cost:
-        A measurement costs one :func:`hvpkit.extreme_eigenvalues`; a ``path``, a pass that reads the data.
+        A measurement costs one :func:`hvpkit.extreme_eigenvalues`, with ``k`` one :func:`hvpkit.top_eigenvalues` and a
+        gradient; a ``path``, a pass that reads the data.
 
     Example:
         >>> import torch
@@ -102,6 +132,9 @@ class SpectrumTracker:
         data: object,
         *,
         every: int = 1,
+        k: int | None = None,
+        which: str = "LA",
+        precondition: Tree | Optimizer | None = None,
         tol: float = 1e-2,
         atol: float | None = None,
         method: str = "auto",
@@ -121,6 +154,9 @@ class SpectrumTracker:
             )
         check_function("loss_fn", loss_fn, "loss_fn(params, batch)", 2)
         check_count("every", every, 1)
+        if k is not None:
+            check_count("k", k, 1)
+        check_choice("which", which, ("LA", "SA", "BE"))
         check_tolerance("tol", tol)
         if atol is not None:
             check_atol(atol)
@@ -140,9 +176,11 @@ class SpectrumTracker:
         self._solve |= {"max_matvecs": max_matvecs, "time_limit": time_limit}
         self._path = None if path is None else check_file("path", path).absolute()
         self._identity: dict[str, Any] = {}
-        self._replaced: list[tuple[int, ExtremeResult]] = []
+        self._replaced: list[tuple[int, Result]] = []
         self._num_parameters: int | None = None
-        self.results: list[tuple[int, ExtremeResult]] = []
+        self._k, self._which, self._scale = k, which, precondition
+        self.results: list[tuple[int, Any]] = []
+        self.alignments: dict[int, Alignment] = {}
         if self._path is not None:
             self._identity = {
                 "data": digest_of(self._data),
@@ -150,7 +188,11 @@ class SpectrumTracker:
                 "method": str(method),
                 "seed": self._seed,
             }
-            self.results = _read(self._path, self._identity)
+            if k is not None:
+                self._identity |= {"k": k, "which": which}
+            if precondition is not None:
+                self._identity["precondition"] = type(precondition).__name__
+            self.results, self.alignments = _read(self._path, self._identity)
             if self.results:
                 self._num_calls = self.results[-1][0] + 1
 
@@ -170,8 +212,10 @@ class SpectrumTracker:
         tracker._objective = lambda model: from_module(model, criterion, batchnorm=batchnorm)
         return tracker
 
-    def __call__(self, params: Any, *, step: int | None = None) -> ExtremeResult | None:
+    def __call__(self, params: Any, *, step: int | None = None) -> Any:
         """Measure, if a measurement is due; return its result, or None.
+
+        The result is an :class:`hvpkit.ExtremeResult`, with ``k`` an :class:`hvpkit.EigenResult`.
 
         Args:
             params: the current parameters, or the module.
@@ -194,7 +238,7 @@ class SpectrumTracker:
             )
         self._num_parameters = H.n
         kept = [pair for pair in self.results if pair[0] < step]
-        ex = extreme_eigenvalues(H, seed=self._seed + len(kept), **self._solve)
+        ex = self._measure(H, step, self._seed + len(kept), kept)
         replaced, self.results = self.results[len(kept) :], [*kept, (step, ex)]
         if self._path is not None:
             try:
@@ -210,6 +254,28 @@ class SpectrumTracker:
                 )
         return ex
 
+    def _measure(
+        self, H: CurvatureOperator, step: int, seed: int, before: list[tuple[int, Result]]
+    ) -> Result:
+        """Solve at a step; with ``k``, also compare the vectors with those before and with the gradient."""
+        asked = H if self._scale is None else scaled(H, self._scale)
+        if self._k is None:
+            return extreme_eigenvalues(asked, seed=seed, **self._solve)
+        found = top_eigenvalues(asked, self._k, which=self._which, seed=seed, **self._solve)
+        origin, overlap = H.origin, math.nan
+        assert origin is not None
+        gradient = H.flatten(grad(origin.loss_fn, origin.params, origin.data))
+        if self._scale is not None:
+            gradient = coordinates_of(asked, gradient)
+        if before and len(before[-1][1].vectors) == H.n:
+            cosines = before[-1][1].vectors.mT @ found.vectors
+            overlap = float(cosines.square().sum()) / max(1, found.vectors.shape[1])
+        size = float(gradient.square().sum())
+        share = float((found.vectors.mT @ gradient).square().sum()) / size if size else 0.0
+        self.alignments = {at: known for at, known in self.alignments.items() if at < step}
+        self.alignments[step] = Alignment(overlap, share)
+        return found
+
     def save(self) -> None:
         """Write the results to ``path``; every measurement does, but for one whose write failed.
 
@@ -217,12 +283,16 @@ class SpectrumTracker:
             OSError: the file cannot be written.
         """
         if self._path is not None:
-            _write(self._path, _lines(self.results, self._identity))
+            _write(self._path, _lines(self.results, self.alignments, self._identity))
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """One flat dict for each measurement: step, both values, intervals and residuals, passes, seconds, status."""
-        return [{"step": step, **_flat(ex)} for step, ex in self.results]
+        """One flat dict for each measurement: step, values, intervals and residuals, passes, seconds, status.
+
+        With ``k``, values are named by their place, ``eigenvalue_0`` the smallest of them.
+        """
+        alignments = {step: known._asdict() for step, known in self.alignments.items()}
+        return [{"step": step, **_flat(ex), **alignments.get(step, {})} for step, ex in self.results]
 
     def to_frame(self) -> Any:
         """Return the records as a ``pandas.DataFrame``.
@@ -239,7 +309,7 @@ class SpectrumTracker:
         return DataFrame(self.records)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw both ends over training, with their intervals; needs ``hvpkit[plots]``."""
+        """Draw the eigenvalues over training, with their intervals; needs ``hvpkit[plots]``."""
         from hvpkit import plots  # matplotlib is an extra
 
         return plots.training(self.results, ax=ax)
@@ -257,15 +327,20 @@ class SpectrumTracker:
             stacklevel=3,
         )
         before = beside.read_text(encoding="utf-8") if beside.exists() else ""
-        _write(beside, before + _lines(replaced, self._identity))
+        _write(beside, before + _lines(replaced, {}, self._identity))
         self._replaced = []
 
 
-def _lines(results: list[tuple[int, ExtremeResult]], identity: dict[str, Any]) -> str:
+def _lines(
+    results: list[tuple[int, Result]], alignments: dict[int, Alignment], identity: dict[str, Any]
+) -> str:
     """Return a line of JSON for each measurement, with a checksum."""
     lines = []
     for step, ex in results:
         record = {"step": step, **ex.to_dict(), "tracker": {"format": FORMAT, **identity}}
+        if step in alignments:
+            values = alignments[step]._asdict().items()
+            record["alignment"] = {name: value if math.isfinite(value) else None for name, value in values}
         lines.append(json.dumps({**record, "checksum": digest(record)}) + "\n")
     return "".join(lines)
 
@@ -275,15 +350,16 @@ def _write(path: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
-def _read(path: Path, identity: dict[str, Any]) -> list[tuple[int, ExtremeResult]]:
+def _read(path: Path, identity: dict[str, Any]) -> tuple[list[tuple[int, Result]], dict[int, Alignment]]:
     """Return the measurements in a file; none if there is no file.
 
     Raises:
         ValueError: the file is not a tracker's, is damaged, of another version, or of another tracker.
     """
     if not path.exists():
-        return []
-    found: list[tuple[int, ExtremeResult]] = []
+        return [], {}
+    found: list[tuple[int, Result]] = []
+    alignments: dict[int, Alignment] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             record = json.loads(line)
@@ -305,8 +381,14 @@ def _read(path: Path, identity: dict[str, Any]) -> list[tuple[int, ExtremeResult
                 "it with that version, or name another file"
             )
         check_identity("path", path, theirs, identity)
-        found.append((int(record["step"]), ExtremeResult.from_dict(record)))
-    return found
+        step, kind = int(record["step"]), EigenResult if "k" in identity else ExtremeResult
+        found.append((step, kind.from_dict(record)))
+        if "alignment" in record:
+            known = record["alignment"]
+            alignments[step] = Alignment(
+                **{name: math.nan if value is None else value for name, value in known.items()}
+            )
+    return found, alignments
 
 
 def _unused(_params: Tree, _batch: Any) -> Tensor:
@@ -314,9 +396,13 @@ def _unused(_params: Tree, _batch: Any) -> Tensor:
     raise AssertionError
 
 
-def _flat(ex: ExtremeResult) -> dict[str, Any]:
+def _flat(ex: Result) -> dict[str, Any]:
     record: dict[str, Any] = {}
-    for name, pair in (("smallest", ex.smallest), ("largest", ex.largest)):
+    if isinstance(ex, ExtremeResult):
+        pairs = {"smallest": ex.smallest, "largest": ex.largest}
+    else:
+        pairs = {f"eigenvalue_{place}": ex.pair(place) for place in range(len(ex.values))}
+    for name, pair in pairs.items():
         record |= {
             name: pair.value,
             f"{name}_lower": pair.interval.lower,
