@@ -9,6 +9,7 @@ import _harness as harness
 import bench_fidelity
 import bench_products
 import bench_solvers
+import bench_top
 import bench_tracking
 import interval_coverage
 import profile_solve
@@ -26,6 +27,7 @@ def result(name):
     [
         (bench_fidelity, "fidelity", "README.md"),
         (bench_fidelity, "fidelity", "docs/multifidelity.md"),
+        (bench_top, "top", "docs/multifidelity.md"),
         (bench_products, "products", "docs/performance.md"),
         (profile_solve, "profile", "docs/performance.md"),
         (soak, "soak", "docs/long_work.md"),
