@@ -224,6 +224,13 @@ class SpectrumTracker:
         """One flat dict for each measurement: step, both values, intervals and residuals, passes, seconds, status."""
         return [{"step": step, **_flat(ex)} for step, ex in self.results]
 
+    def __repr__(self) -> str:
+        if not self.results:
+            return "<SpectrumTracker: no measurements>"
+        step, ex = self.results[-1]
+        ends = f"smallest {ex.smallest.value:.6g}, largest {ex.largest.value:.6g}"
+        return f"<SpectrumTracker: {len(self.results)} measurements; at step {step}: {ends}>"
+
     def to_frame(self) -> Any:
         """Return the records as a ``pandas.DataFrame``.
 
