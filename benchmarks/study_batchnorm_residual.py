@@ -11,7 +11,7 @@ GPU. ``--small``, on one core, is narrow networks on small images (digits, or CI
 and is no evidence about the paper's networks.
 
 Writes into DIR: ``study.json`` after each network, from which an interrupted run continues; parameters (``.pt``) and
-density (``.npz``) of each network; at the end ``study.md``, the claims in a table, and ``study.png``.
+density (``.density.json``) of each network; at the end ``study.md``, the claims in a table, and ``study.png``.
 
 Departures from the paper:
 1. Several seeds, and standard errors.
@@ -148,7 +148,7 @@ def run(settings: Record, data: Data, depth: int, variant: str, seed: int, stem:
                 return {**record, "status": "diverged", "measured": measured}
             schedule.step()
     save(stem.with_suffix(".pt"), frozen.state_dict())
-    density.save(stem.with_suffix(".npz"))
+    density.save(stem.with_suffix(".density.json"))
     learnt = measured[-1]["loss"] < LEARNT * math.log(10)
     return {**record, "status": "learnt" if learnt else "at chance", "measured": measured}
 
@@ -267,7 +267,7 @@ def draw(study: Record, folder: Path) -> Figure:
                         values = [found[quantity] for found in run["measured"]]
                         axes[place, column].plot(steps, values, color=f"C{color}", alpha=0.7, **first)
                 if own and own[0]["status"] != "diverged":
-                    d = hk.Density.load(folder / f"{own[0]['name']}.npz")
+                    d = hk.Density.load(folder / f"{own[0]['name']}.density.json")
                     axes[2, column].plot(*beyond(d), color=f"C{color}", label=variant)
             for place, quantity in enumerate(QUANTITIES):
                 axes[place, column].set(yscale="symlog", xlabel="epoch", title=f"{depth} layers: {quantity}")

@@ -239,7 +239,7 @@ for name, d in (("before", untrained), ("after", density)):
 #
 # ## Notes
 #
-# - `density.save(path)` and `hk.Density.load(path)` save and load it; the same `seed` gives the same numbers.
+# - `density.save(path)` and `hk.load(path)` save and load it; the same `seed` gives the same numbers.
 # - For `n` up to 1,000, if `num_steps * num_probes` is at least n, the whole matrix is computed instead, and the
 #   density is exact. So no estimate costs more than the exact spectrum.
 # - Twice the steps give twice the resolution; four times the probes halve the standard errors. On a large network one

@@ -48,6 +48,7 @@ from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval
 from hvpkit.results.estimate import Estimate, EstimateProgress
 from hvpkit.results.function import FunctionResult
 from hvpkit.results.linear import NegativeCurvature, SolveProgress, SolveResult
+from hvpkit.results.saving import load
 from hvpkit.solvers.baselines.oja import oja
 from hvpkit.solvers.baselines.power import accelerated_power, power
 from hvpkit.solvers.baselines.scipy_eigs import eigsh, scipy_lobpcg
@@ -119,6 +120,7 @@ __all__ = [
     "hvp",
     "inverse",
     "lanczos",
+    "load",
     "lobpcg",
     "logdet",
     "loss",

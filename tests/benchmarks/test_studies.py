@@ -82,7 +82,7 @@ def test_what_the_study_says_of_a_network_is_true_of_its_saved_parameters(residu
     assert last["largest"] == pytest.approx(float(exact[-1]), rel=1e-2)
     assert last["smallest"] == pytest.approx(float(exact[0]), rel=1e-2)
     assert abs(last["trace"] - float(exact.sum())) < 4 * last["trace_stderr"] < abs(float(exact.sum()))
-    density = hk.Density.load(out / f"{stem}.npz")
+    density = hk.Density.load(out / f"{stem}.density.json")
     assert density.nodes.tolist() == last["density"]["nodes"]
     assert sum(last["density"]["weights"]) == pytest.approx(1)
     assert exact[0] * 1.001 <= density.nodes[0] < density.nodes[-1] <= exact[-1] * 1.001

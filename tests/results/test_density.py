@@ -1,10 +1,5 @@
 from __future__ import annotations
 
-import os
-from dataclasses import fields
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
@@ -20,67 +15,6 @@ def density() -> Density:
     return spectral_density(
         hk.aslinearoperator(matrix(SPECTRA["bulk_with_outliers"])), num_steps=20, num_probes=3
     )
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_saved_density_comes_back_whole(density: Density, tmp_path: Path, exists: bool) -> None:
-    path = tmp_path / "density.npz"
-    if exists:
-        path.write_bytes(b"an older file")
-        with open(path, "rb") as older:
-            density.save(path)
-            assert older.read() == b"an older file"  # replaced, not written over
-    density.save(path)
-    loaded = Density.load(path)
-    for field in fields(Density):
-        mine, theirs = getattr(density, field.name), getattr(loaded, field.name)
-        assert type(mine) is type(theirs)
-        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
-    assert os.listdir(tmp_path) == ["density.npz"]
-
-
-def test_density_of_nothing_comes_back_too(tmp_path: Path) -> None:
-    op = hk.aslinearoperator((lambda v: v * torch.nan, 2000, torch.float64))
-    spectral_density(op, num_steps=3).save(str(tmp_path / "nothing"))
-    loaded = Density.load(tmp_path / "nothing")
-    assert len(loaded.nodes) == 0
-    assert loaded.status is hk.Status.NON_FINITE
-    assert repr(loaded).startswith("<Density: nothing")
-
-
-def test_failure_while_saving_leaves_the_old_file(
-    density: Density, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "density.npz"
-    path.write_bytes(b"an older file")
-
-    def fail(*_: object, **__: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(np, "savez", fail)
-    with pytest.raises(OSError, match="disk full"):
-        density.save(path)
-    assert path.read_bytes() == b"an older file"
-    assert os.listdir(tmp_path) == ["density.npz"]
-
-
-def test_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "other.npz"
-    np.savez(path, grid=np.zeros(3))
-    with pytest.raises(ValueError, match=r"^path"):
-        Density.load(path)
-
-
-def test_file_from_before_deflated_weights_is_read_with_the_raw_ones(
-    density: Density, tmp_path: Path
-) -> None:
-    density.save(tmp_path / "new.npz")
-    with np.load(tmp_path / "new.npz") as file:
-        np.savez(
-            tmp_path / "old.npz", **{name: file[name] for name in file.files if name != "deflated_weights"}
-        )
-    loaded = Density.load(tmp_path / "old.npz")
-    assert torch.equal(loaded.deflated_weights, density.probe_weights)
 
 
 def test_converged_single_eigenvalues_count_without_chance(density: Density) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from numbers import Number
 
@@ -26,6 +26,8 @@ from hvpkit.diagnostics.known_causes import find_suspects, held
 from hvpkit.errors import UnstableDataError
 from hvpkit.objective import Objective
 from hvpkit.operators.base import LinearOperator
+from hvpkit.results.saving import Result
+from hvpkit.results.tables import Columns
 from hvpkit.solvers.driver import full_precision
 
 OK, FAILED, NOT_APPLICABLE = "ok", "failed", "not applicable"
@@ -75,7 +77,7 @@ class Finding:
 
 
 @dataclass(frozen=True, repr=False)
-class Report:
+class Report(Result):
     """The result of :func:`check`; prints as a table.
 
     Attributes:
@@ -93,6 +95,10 @@ class Report:
 
     def _failed(self) -> list[str]:
         return [finding.check for finding in self.findings if finding.verdict == FAILED]
+
+    def _columns(self) -> Columns:
+        names = [field.name for field in fields(Finding)]
+        return {name: [getattr(finding, name) for finding in self.findings] for name in names}
 
     def __repr__(self) -> str:
         return f"<Report: {', '.join(self._failed()) + ' failed' if self._failed() else 'ok'}>"

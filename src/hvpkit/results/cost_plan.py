@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from hvpkit._utils.memory import in_words
 from hvpkit._utils.validation import check_choice
+from hvpkit.results.saving import Result
+from hvpkit.results.tables import Columns
 
 HEADER = ("call", "method", "passes", "time", "range", "memory")
 """Over the rows of a plan's table; an exclamation mark says that memory is short."""
@@ -62,7 +63,7 @@ class PlannedTask:
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(Result):
     """Time and memory of the usual questions about an operator, before they are asked.
 
     Attributes:
@@ -108,13 +109,6 @@ class Plan:
         check_choice("call", call, tuple(found))
         return found[call]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and strings for JSON, None for numbers that are not finite."""
-        plain: dict[str, Any] = _finite_or_none(
-            {**asdict(self), "tasks": [asdict(task) for task in self.tasks]}
-        )
-        return plain
-
     def rows(self) -> list[tuple[str, ...]]:
         """Return a row of text for each task, under :data:`HEADER`."""
         return [
@@ -159,6 +153,20 @@ class Plan:
         ]
         return "\n".join([self.operator, *lines, *self.notes()])
 
+    def _columns(self) -> Columns:
+        ranges = {
+            f"{name}_{end}" if end != "expected" else name: [
+                getattr(getattr(task, name), end) for task in self.tasks
+            ]
+            for name in ("passes", "seconds")
+            for end in ("low", "expected", "high")
+        }
+        others = {
+            name: [getattr(task, name) for task in self.tasks]
+            for name in ("call", "method", "num_vectors", "num_bytes", "remedy")
+        }
+        return {"call": others.pop("call"), "method": others.pop("method"), **ranges, **others}
+
     def __repr__(self) -> str:
         times = (f"{task.call} {time_in_words(task.seconds.expected)}" for task in self.tasks)
         return f"<Plan: {', '.join(times)}>"
@@ -189,11 +197,3 @@ def time_in_words(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.2g} {unit}"
     return f"{seconds:.2g} s"
-
-
-def _finite_or_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite_or_none(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite_or_none(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

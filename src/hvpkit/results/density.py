@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hvpkit._utils.files import atomic_write
 from hvpkit._utils.validation import check_function, check_number
 from hvpkit.results.drawing import BELOW, COLORS, ENDS, in_words, styled
 from hvpkit.results.eigen import Eigenpair, ExtremeResult, Progress, Status
 from hvpkit.results.estimate import Estimate, as_floats, mean_of
+from hvpkit.results.saving import Result
 from hvpkit.results.spectral_measure import smoothed
+from hvpkit.results.tables import Columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +27,7 @@ Chosen by feel."""
 
 
 @dataclass(frozen=True, repr=False)
-class Density:
+class Density(Result):
     r"""The density of an operator's eigenvalues, one in all: :math:`\frac1n \sum_i \delta(\lambda - \lambda_i)`.
 
     All tensors are float64 on the CPU.
@@ -248,45 +247,13 @@ class Density:
         ax.legend(**BELOW)
         return ax
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the density to a file of NumPy's ``.npz`` format, whole or not at all."""
-        import numpy as np
-
-        target = Path(path)
-        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        arrays |= {name: value.numpy() for name, value in arrays.items() if isinstance(value, Tensor)}
-        arrays["status"] = str(self.status)
-        arrays["history"] = np.array([astuple(entry) for entry in self.history]).reshape(
-            -1, len(fields(Progress))
-        )
-        with atomic_write(target) as draft, open(draft, "wb") as file:
-            np.savez(file, **arrays)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Density:
-        """Load the density that :meth:`save` wrote.
-
-        Raises:
-            ValueError: the file holds no density.
-        """
-        import numpy as np
-
-        names = [field.name for field in fields(cls)]
-        with np.load(path, allow_pickle=False) as file:
-            stored = set(file.files)
-            if stored | {"deflated_weights"} != set(names):
-                raise ValueError(f"path: {os.fspath(path)} is not a density that Density.save wrote")
-            found: dict[str, Any] = {
-                name: torch.from_numpy(file[name]) if file[name].ndim else file[name].item()
-                for name in names
-                if name in stored
-            }
-        found.setdefault("deflated_weights", found["probe_weights"])  # a file of version 0.1.0
-        found["status"] = Status(found["status"])
-        columns = [field.name for field in fields(Progress)]
-        entries = [dict(zip(columns, row, strict=True)) for row in found["history"].tolist()]
-        found["history"] = tuple(Progress(**entry | {"level": int(entry["level"])}) for entry in entries)
-        return cls(**found)
+    def _columns(self) -> Columns:
+        return {
+            "node": self.nodes.tolist(),
+            "weight": self.weights.tolist(),
+            "mass": self.masses.tolist(),
+            "residual_norm": self.residual_norms.tolist(),
+        }
 
 
 def _mark(ax: Axes, name: str, pair: Eigenpair) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from hvpkit.results.plain_data import LONG
+from hvpkit.results.saving import Result
+from hvpkit.results.tables import Columns
 
 
 class Status(StrEnum):
@@ -126,7 +129,7 @@ class Eigenpair:
     """
 
     value: float
-    vector: Tensor
+    vector: Tensor = field(metadata=LONG)
     residual_norm: float
     error_bound: float
     interval: Interval
@@ -165,7 +168,7 @@ class Progress:
 
 
 @dataclass(frozen=True, repr=False)
-class EigenResult:
+class EigenResult(Result):
     """Some eigenpairs of an operator.
 
     Attributes:
@@ -182,7 +185,7 @@ class EigenResult:
     """
 
     values: Tensor
-    vectors: Tensor
+    vectors: Tensor = field(metadata=LONG)
     residual_norms: Tensor
     error_bounds: Tensor
     intervals: tuple[Interval, ...]
@@ -207,13 +210,16 @@ class EigenResult:
             self.intervals[index],
         )
 
+    def _columns(self) -> Columns:
+        return _columns([self.pair(index) for index in range(len(self.values))])
+
     def __repr__(self) -> str:
         values = ", ".join(f"{value:.6g}" for value in self.values.tolist())
         return f"<{type(self).__name__}: [{values}], {self.status}, {self.num_matvecs:g} matvecs>"
 
 
 @dataclass(frozen=True, repr=False)
-class ExtremeResult:
+class ExtremeResult(Result):
     """Both ends of an operator's spectrum.
 
     Attributes:
@@ -246,45 +252,8 @@ class ExtremeResult:
         """Both vectors as columns ``[n, 2]``, smallest first."""
         return torch.stack([self.smallest.vector, self.largest.vector], dim=1)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and strings for JSON, None for numbers that are not finite, and no vectors."""
-        ends = {
-            name: {
-                "value": pair.value,
-                "residual_norm": pair.residual_norm,
-                "error_bound": pair.error_bound,
-                "interval": asdict(pair.interval),
-            }
-            for name, pair in (("smallest", self.smallest), ("largest", self.largest))
-        }
-        plain = {
-            **ends,
-            "num_matvecs": self.num_matvecs,
-            "seconds": self.seconds,
-            "status": str(self.status),
-            "converged": self.converged,
-            "message": self.message,
-            "tol": self.tol,
-            "operator": self.operator,
-            "history": [asdict(entry) for entry in self.history],
-        }
-        result: dict[str, Any] = _finite_or_none(plain)
-        return result
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> ExtremeResult:
-        """Return the result that :meth:`to_dict` converted; its vectors are empty.
-
-        Raises:
-            ValueError: ``plain`` is not of that form.
-        """
-        try:
-            smallest, largest = (_pair(plain[name]) for name in ("smallest", "largest"))
-            history = tuple(Progress(**_known(entry)) for entry in plain["history"])
-            rest = {name: plain[name] for name in ("num_matvecs", "seconds", "message", "tol", "operator")}
-            return cls(smallest, largest, status=Status(plain["status"]), history=history, **rest)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"plain is not what ExtremeResult.to_dict makes: {error!r}") from error
+    def _columns(self) -> Columns:
+        return {"end": ["smallest", "largest"], **_columns([self.smallest, self.largest])}
 
     def summary(self) -> str:
         """Return a small table of both ends, a line with status, passes and seconds, and one on the confidence."""
@@ -317,24 +286,14 @@ class ExtremeResult:
         )
 
 
-def _pair(plain: Mapping[str, Any]) -> Eigenpair:
-    """Return an end, without its vector; None becomes infinite or NaN again."""
-    where = dict(plain["interval"])
-    for side, outside in (("lower", -math.inf), ("upper", math.inf)):
-        where[side] = outside if where[side] is None else where[side]
-    known = _known({name: plain[name] for name in ("value", "residual_norm", "error_bound")})
-    return Eigenpair(vector=torch.empty(0), interval=Interval(**where), **known)
-
-
-def _known(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo :func:`_finite_or_none`: None becomes infinite for bounds, NaN for values."""
-    unknown = {"value": math.nan, "smallest": math.nan, "largest": math.nan}
-    return {name: unknown.get(name, math.inf) if item is None else item for name, item in plain.items()}
-
-
-def _finite_or_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite_or_none(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite_or_none(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _columns(pairs: Sequence[Eigenpair]) -> Columns:
+    """Return a table with a row for each pair."""
+    return {
+        "value": [pair.value for pair in pairs],
+        **{
+            name: [getattr(pair.interval, name) for pair in pairs]
+            for name in ("lower", "upper", "kind", "confidence")
+        },
+        "residual_norm": [pair.residual_norm for pair in pairs],
+        "error_bound": [pair.error_bound for pair in pairs],
+    }

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from hvpkit._utils.validation import check_probability
 from hvpkit.results.eigen import Progress, Status
+from hvpkit.results.saving import Result
+from hvpkit.results.tables import Columns
 
 V = TypeVar("V", float, Tensor)
 
@@ -38,7 +40,7 @@ class EstimateProgress:
 
 
 @dataclass(frozen=True, repr=False)
-class Estimate(Generic[V]):
+class Estimate(Result, Generic[V]):
     """A value with its standard error.
 
     Attributes:
@@ -125,6 +127,15 @@ class Estimate(Generic[V]):
     def converged(self) -> bool:
         """True if the standard error is within ``tol``, or the value exact; never without ``tol``."""
         return self.status.converged
+
+    def _columns(self) -> Columns:
+        """Return a row for each sample of a number, or for each entry of a tensor."""
+        if isinstance(self.value, Tensor):
+            return {
+                "value": self.value.flatten().tolist(),
+                "stderr": torch.as_tensor(self.stderr).flatten().tolist(),
+            }
+        return {"sample": self.samples.tolist()}
 
     def __repr__(self) -> str:
         if isinstance(self.value, Tensor):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Tree
 from hvpkit.results.eigen import Status
+from hvpkit.results.plain_data import LONG
+from hvpkit.results.saving import Result
+from hvpkit.results.tables import Columns
 
 
 @dataclass(frozen=True, repr=False)
-class FunctionResult:
+class FunctionResult(Result):
     """A function of an operator, applied to vectors: f(H) b.
 
     Attributes:
@@ -25,7 +28,7 @@ class FunctionResult:
         seconds: wall time.
     """
 
-    x: Tree
+    x: Tree = field(metadata=LONG)
     error_estimate: float | Tensor
     num_matvecs: float
     status: Status
@@ -36,6 +39,9 @@ class FunctionResult:
     def converged(self) -> bool:
         """True if each error estimate is at most ``tol`` times the norm of the result."""
         return self.status.converged
+
+    def _columns(self) -> Columns:
+        return {"error_estimate": torch.as_tensor(self.error_estimate).double().flatten().tolist()}
 
     def __repr__(self) -> str:
         worst = float(torch.as_tensor(self.error_estimate).max())

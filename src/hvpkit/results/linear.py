@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Tree
 from hvpkit.results.eigen import Status
+from hvpkit.results.plain_data import LONG
+from hvpkit.results.saving import Result
+from hvpkit.results.tables import Columns
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class NegativeCurvature:
         column: the right-hand side whose solve met it.
     """
 
-    direction: Tree
+    direction: Tree = field(metadata=LONG)
     curvature: float
     column: int
 
 
 @dataclass(frozen=True, repr=False)
-class SolveResult:
+class SolveResult(Result):
     r"""The solution of linear systems A x = b.
 
     Attributes:
@@ -70,7 +73,7 @@ class SolveResult:
         negative_curvature: the first direction of negative curvature met, by conjugate gradients; else None.
     """
 
-    x: Tree
+    x: Tree = field(metadata=LONG)
     residual_norm: float | Tensor
     relative_residual: float | Tensor
     num_matvecs: float
@@ -87,6 +90,13 @@ class SolveResult:
     def converged(self) -> bool:
         """True if each true residual is at most ``tol`` times the norm of its right-hand side."""
         return self.status.converged
+
+    def _columns(self) -> Columns:
+        norms = {name: getattr(self, name) for name in ("residual_norm", "relative_residual")}
+        return {
+            "status": [str(status) for status in self.statuses],
+            **{name: torch.as_tensor(norm).double().flatten().tolist() for name, norm in norms.items()},
+        }
 
     def __repr__(self) -> str:
         worst = float(torch.as_tensor(self.relative_residual).max())

@@ -294,6 +294,13 @@ class SpectrumTracker:
         alignments = {step: known._asdict() for step, known in self.alignments.items()}
         return [{"step": step, **_flat(ex), **alignments.get(step, {})} for step, ex in self.results]
 
+    def __repr__(self) -> str:
+        if not self.results:
+            return "<SpectrumTracker: no measurements>"
+        step, ex = self.results[-1]
+        ends = f"smallest {ex.smallest.value:.6g}, largest {ex.largest.value:.6g}"
+        return f"<SpectrumTracker: {len(self.results)} measurements; at step {step}: {ends}>"
+
     def to_frame(self) -> Any:
         """Return the records as a ``pandas.DataFrame``.
 
