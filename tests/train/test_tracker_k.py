@@ -146,6 +146,8 @@ def test_a_file_keeps_values_and_alignments(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     run(tracker, optimizer, model, range(4))
     again = SpectrumTracker.for_module(F.cross_entropy, data(), **options)
+    assert repr(again) == repr(tracker)
+    assert repr(again).startswith("<SpectrumTracker: 2 measurements; at step 2: 0.")
     assert [step for step, _ in again.results] == [0, 2]
     for (_, one), (_, other) in zip(again.results, tracker.results, strict=True):
         assert torch.equal(one.values, other.values)

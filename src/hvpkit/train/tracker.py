@@ -298,8 +298,11 @@ class SpectrumTracker:
         if not self.results:
             return "<SpectrumTracker: no measurements>"
         step, ex = self.results[-1]
-        ends = f"smallest {ex.smallest.value:.6g}, largest {ex.largest.value:.6g}"
-        return f"<SpectrumTracker: {len(self.results)} measurements; at step {step}: {ends}>"
+        if isinstance(ex, ExtremeResult):
+            values = f"smallest {ex.smallest.value:.6g}, largest {ex.largest.value:.6g}"
+        else:
+            values = ", ".join(f"{value:.6g}" for value in ex.values.tolist())
+        return f"<SpectrumTracker: {len(self.results)} measurements; at step {step}: {values}>"
 
     def to_frame(self) -> Any:
         """Return the records as a ``pandas.DataFrame``.
