@@ -343,7 +343,7 @@ def _row_seconds(op: LinearOperator, seed: int, num_rows: int = 4) -> float:
 
 def _is_semidefinite(H: LinearOperator) -> bool:
     """Return True for sums of Gauss-Newton and Fisher matrices: one end is nearly zero."""
-    if not isinstance(H, CurvatureOperator) or H.sigma:
+    if not isinstance(H, CurvatureOperator) or H.is_shifted:
         return False
     return all(c > 0 and term.kind != "hessian" for c, term in H.terms)
 

@@ -141,6 +141,10 @@ class Power(LinearOperator):
         exact = base_of(self)[0].exact
         return None if exact is None else Power.of(exact, self.exponent)
 
+    def identity(self) -> dict[str, Any]:
+        """Return what is known of the base without a matvec, and the exponent."""
+        return {**base_of(self)[0].identity(), "exponent": self.exponent}
+
     def blame(self, vectors: Tensor) -> str:
         """Ask the base, for the first of its matvecs that is not finite."""
         base, _ = base_of(self)
@@ -214,6 +218,11 @@ class Scaled(LinearOperator):
         base, scale = self._operands
         return None if base.exact is None else Scaled.of(base.exact, scale, self.name)
 
+    def identity(self) -> dict[str, Any]:
+        """Return what is known of the operator without a matvec, and a digest of the diagonal."""
+        base, scale = self._operands
+        return {**base.identity(), "scale": digest(scale)}
+
     def blame(self, vectors: Tensor) -> str:
         """Ask the operator."""
         base, scale = self._operands
@@ -263,6 +272,10 @@ class Converted(LinearOperator):
         """The operator in native arithmetic, converted; None if it is."""
         exact = self._operand.exact
         return None if exact is None else Converted.of(exact, self.dtype)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what is known of the operator without a matvec, with the new dtype."""
+        return {**self._operand.identity(), **super().identity()}
 
     def blame(self, vectors: Tensor) -> str:
         """Ask the operator."""

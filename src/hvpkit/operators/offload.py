@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,10 @@ class HostOperator(LinearOperator):
         """The operator in native arithmetic, with vectors in host memory; None if this one is."""
         exact = self._inner.exact
         return None if exact is None else on_host(exact)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what is known of the operator without a matvec: the device of vectors does not change it."""
+        return self._inner.identity()
 
     def blame(self, vectors: Tensor) -> str:
         """Ask the operator."""
