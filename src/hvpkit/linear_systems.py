@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from hvpkit._utils.validation import check_choice, check_non_negative, check_pos
 from hvpkit.errors import NotConvergedError
 from hvpkit.extreme import SCORE_COST
 from hvpkit.operators.base import LinearOperator
-from hvpkit.operators.vectors import as_columns, is_tree
+from hvpkit.operators.vectors import as_columns, is_one
 from hvpkit.results.linear import SolveProgress, SolveResult
 from hvpkit.solvers.checkpoint import Checkpoint
 from hvpkit.solvers.common.orthogonalize import power_of_two
@@ -255,16 +254,11 @@ def _like_b(op: LinearOperator, found: SolveResult, back: Callable[[Tensor], Any
     """Return the result with vectors in the form of b, and floats where b is one vector."""
     x, negative = back(found.x), found.negative_curvature
     if negative is not None:
-        _, back_one = as_columns(op, b if _is_one(op, b) else b[:, 0])
+        _, back_one = as_columns(op, b if is_one(op, b) else b[:, 0])
         negative = replace(negative, direction=back_one(negative.direction))
     norms: tuple[float | Tensor, ...] = found.residual_norm, found.relative_residual
-    if _is_one(op, b):
+    if is_one(op, b):
         norms = tuple(float(torch.as_tensor(norm)) for norm in norms)
     return replace(
         found, x=x, residual_norm=norms[0], relative_residual=norms[1], negative_curvature=negative
     )
-
-
-def _is_one(op: LinearOperator, b: Tree) -> bool:
-    """Return True if b is one vector, or a tree, and not a block of columns."""
-    return not isinstance(b, Tensor | np.ndarray) or b.ndim == 1 or (isinstance(b, Tensor) and is_tree(op, b))

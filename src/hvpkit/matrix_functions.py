@@ -15,14 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Tree
 from hvpkit._utils.validation import check_function, check_positive, check_tolerance
 from hvpkit.operators.base import LinearOperator
-from hvpkit.operators.vectors import as_columns, is_tree
+from hvpkit.operators.vectors import as_columns, is_one
 from hvpkit.results.eigen import Status
 from hvpkit.results.function import FunctionResult
 from hvpkit.solvers.common.convergence import check_symmetric
@@ -111,12 +110,9 @@ def matrix_function(
     bad = next((one.suspect for one in found if one.suspect is not None), None)
     message = MESSAGES[worst] if bad is None else f"{MESSAGES[worst]}; {H.blame(bad[:, None])}"
     errors = torch.tensor([one.error for one in found], dtype=torch.float64)
-    several = (
-        isinstance(b, Tensor | np.ndarray) and b.ndim == 2 and not (isinstance(b, Tensor) and is_tree(H, b))
-    )
     return FunctionResult(
         back(torch.stack([one.x for one in found], dim=1)),
-        errors if several else float(errors),
+        float(errors) if is_one(H, b) else errors,
         sum(one.num_matvecs for one in found),
         worst,
         message,

@@ -12,6 +12,7 @@ Polizzi, Saad, Numer. Linear Algebra Appl. 23 (2016) 674-692, doi:10.1002/nla.20
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -38,6 +39,7 @@ def trace_of_function(
     time_limit: float | None,
     seed: Seed,
     monitor: Monitor | None,
+    checkpoint: str | os.PathLike[str] | None,
 ) -> Estimate[float]:
     """Return the trace of f(A) for f on nodes ``[K]``, with both errors in its standard error."""
     check_precision(op)
@@ -47,7 +49,7 @@ def trace_of_function(
         check_positive("time_limit", time_limit)
     goal = make_goal(op, "lanczos", num_steps, num_probes, None, resolve_seed(seed))
     check_room(op, num_vectors(op.n, "lanczos", goal), "take fewer num_steps, or fewer parameters (wrt=)")
-    found = quadrature.solve(op, goal, time_limit=time_limit, monitor=monitor)
+    found = quadrature.solve(op, goal, time_limit=time_limit, monitor=monitor, checkpoint=checkpoint)
     mean = density_of(op, "lanczos", found).expectation(f)
     bias = math.inf
     if mean.stderr == 0:
@@ -69,6 +71,7 @@ def logdet(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Estimate[float]:
     r"""Estimate the log-determinant of a positive definite matrix, :math:`\log\det(H + \text{damping}\, I)`.
 
@@ -85,12 +88,14 @@ def logdet(
         time_limit: seconds.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
+        checkpoint: a file to continue from, as for :func:`hvpkit.spectral_density`.
 
     Returns:
         The estimate; its standard error is that over probes and the error of the quadrature, added as squares.
 
     Raises:
-        ValueError: an argument out of its range; ``H + damping I`` is not positive definite, as a Ritz value shows.
+        ValueError: an argument out of its range; ``H + damping I`` is not positive definite, as a Ritz value shows; a
+            checkpoint as for :func:`hvpkit.spectral_density`.
         NotSymmetricError: ``H`` is not symmetric beyond rounding.
         MemoryError: before the first matvec, if the vectors do not fit into the memory that is free.
 
@@ -112,7 +117,14 @@ def logdet(
         return torch.log(_positive(nodes, damping))
 
     return trace_of_function(
-        H, f, num_steps=num_steps, num_probes=num_probes, time_limit=time_limit, seed=seed, monitor=monitor
+        H,
+        f,
+        num_steps=num_steps,
+        num_probes=num_probes,
+        time_limit=time_limit,
+        seed=seed,
+        monitor=monitor,
+        checkpoint=checkpoint,
     )
 
 
@@ -126,6 +138,7 @@ def effective_dimension(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Estimate[float]:
     r"""Estimate the effective dimension, :math:`\operatorname{tr} H (H + \text{damping}\, I)^{-1}`.
 
@@ -140,12 +153,14 @@ def effective_dimension(
         time_limit: seconds.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
+        checkpoint: a file to continue from, as for :func:`hvpkit.spectral_density`.
 
     Returns:
         The estimate, with a standard error as of :func:`logdet`.
 
     Raises:
-        ValueError: an argument out of its range; ``H + damping I`` is not positive definite, as a Ritz value shows.
+        ValueError: an argument out of its range; ``H + damping I`` is not positive definite, as a Ritz value shows; a
+            checkpoint as for :func:`hvpkit.spectral_density`.
         NotSymmetricError: ``H`` is not symmetric beyond rounding.
         MemoryError: before the first matvec, if the vectors do not fit into the memory that is free.
 
@@ -167,7 +182,14 @@ def effective_dimension(
         return nodes / _positive(nodes, damping)
 
     return trace_of_function(
-        H, f, num_steps=num_steps, num_probes=num_probes, time_limit=time_limit, seed=seed, monitor=monitor
+        H,
+        f,
+        num_steps=num_steps,
+        num_probes=num_probes,
+        time_limit=time_limit,
+        seed=seed,
+        monitor=monitor,
+        checkpoint=checkpoint,
     )
 
 
@@ -182,6 +204,7 @@ def count_eigenvalues(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Estimate[float]:
     r"""Estimate the number of eigenvalues in an interval, lower < :math:`\lambda` <= upper.
 
@@ -197,12 +220,14 @@ def count_eigenvalues(
         time_limit: seconds.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
+        checkpoint: a file to continue from, as for :func:`hvpkit.spectral_density`.
 
     Returns:
         The estimate, no whole number in general, with a standard error as of :func:`logdet`.
 
     Raises:
-        ValueError: an argument out of its range; ``lower`` is not below ``upper``.
+        ValueError: an argument out of its range; ``lower`` is not below ``upper``; a checkpoint as for
+            :func:`hvpkit.spectral_density`.
         NotSymmetricError: ``H`` is not symmetric beyond rounding.
         MemoryError: before the first matvec, if the vectors do not fit into the memory that is free.
 
@@ -225,7 +250,14 @@ def count_eigenvalues(
         return ((nodes > lower) & (nodes <= upper)).double()
 
     return trace_of_function(
-        H, f, num_steps=num_steps, num_probes=num_probes, time_limit=time_limit, seed=seed, monitor=monitor
+        H,
+        f,
+        num_steps=num_steps,
+        num_probes=num_probes,
+        time_limit=time_limit,
+        seed=seed,
+        monitor=monitor,
+        checkpoint=checkpoint,
     )
 
 
