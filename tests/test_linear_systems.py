@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -337,6 +338,23 @@ def test_checkpoint_of_another_system_is_refused(tmp_path: Path, monkeypatch: py
             hk.solve(other, checkpoint=file, **arguments)
     with pytest.raises(ValueError, match="another operator"):
         hk.solve(hk.aslinearoperator(A + 0.1 * torch.eye(100, dtype=F64)), b, checkpoint=file)
+
+
+def test_checkpoint_of_a_solve_names_what_differs_of_a_hessian(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_module, "SAVE_INTERVAL", 0.0)
+    problem, file = network("mlp"), tmp_path / "solve.pt"
+
+    def solved(factor: float, **options: Any) -> hk.SolveResult:
+        params = {name: factor * leaf for name, leaf in problem.params.items()}
+        H = hk.ggn(problem.objective, params, problem.data)
+        return hk.solve(H, block(H.n, 2, H.dtype), damping=0.1, tol=1e-6, checkpoint=file, **options)
+
+    solved(1.0, max_matvecs=8)
+    with pytest.raises(ValueError, match=r"another solve \(parameters differs\)"):
+        solved(1.1)
+    assert solved(1.0).converged
 
 
 def small_hessian() -> tuple[hk.CurvatureOperator, Tensor, dict[str, Tensor]]:

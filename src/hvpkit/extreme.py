@@ -10,7 +10,7 @@ from typing import Any
 from hvpkit._utils.deadline import DeadlineReached, deadline
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import Seed
-from hvpkit._utils.validation import check_choice, check_positive
+from hvpkit._utils.validation import check_choice, check_flag, check_positive
 from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.offload import on_host
@@ -157,7 +157,7 @@ def top_eigenvalues(
         tol: relative error of each eigenvalue.
         atol: as for :func:`extreme_eigenvalues`.
         method: as for :func:`extreme_eigenvalues`.
-        ncv: the most basis vectors before a restart.
+        ncv: as for :func:`extreme_eigenvalues`.
         offload: keep the vectors in host memory, and work there; only matvecs are on the device.
         confidence: of values and intervals, over random starts.
         certify: continue until each certified interval is at most as wide as the error allowed.
@@ -172,8 +172,7 @@ def top_eigenvalues(
         Values ascending, with orthonormal vectors, true residuals, intervals and status.
 
     Raises:
-        ValueError: an argument out of its range, named; a checkpoint of another solve.
-        NotSymmetricError: ``H`` is not symmetric beyond rounding.
+        ValueError, NotSymmetricError, MemoryError: as :func:`extreme_eigenvalues`.
 
     Cost:
         Passes over the data as ``num_matvecs`` says. With samples about half of those of Lanczos:
@@ -203,6 +202,7 @@ def _solve(
 ) -> EigenResult:
     """Solve by the method asked for; ``options`` are those that both methods take."""
     check_choice("method", method, METHODS)
+    check_flag("offload", options["offload"])
     fitting = vectors_that_fit(on_host(H) if options["offload"] else H)
     if method_for(H, method, fitting=fitting, ncv=options["ncv"]) == "multifidelity":
         number, began = resolve_seed(seed), time.perf_counter()

@@ -7,21 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import Seed, Tree
-from hvpkit._utils.validation import check_choice, check_non_negative, check_positive
+from hvpkit._utils.validation import check_choice, check_non_negative, check_positive, check_tolerance
 from hvpkit.errors import NotConvergedError
 from hvpkit.extreme import SCORE_COST
 from hvpkit.operators.base import LinearOperator
-from hvpkit.operators.vectors import as_columns, is_tree
+from hvpkit.operators.vectors import as_columns, is_one
 from hvpkit.results.linear import SolveProgress, SolveResult
 from hvpkit.solvers.checkpoint import Checkpoint
 from hvpkit.solvers.common.orthogonalize import power_of_two
 from hvpkit.solvers.common.request import DEFAULT_MAX_MATVECS
+from hvpkit.solvers.common.vector_memory import check_room
 from hvpkit.solvers.driver import Limits, full_precision, run
 from hvpkit.solvers.linear.preconditioner import SamplePreconditioner, krylov_preconditioner
 from hvpkit.solvers.linear.system import LinearSystem
@@ -33,6 +33,9 @@ SAMPLE_RATIO, MIN_SAMPLE = 20, 200
 
 SAMPLE_STEPS = 60
 """Lanczos steps on a sample for a preconditioner, and vectors that it holds."""
+
+VECTORS_PER_COLUMN = {"cg": 16, "minres": 24}
+"""Vectors that a solve takes memory for, for each right-hand side, at its peak."""
 
 
 @full_precision
@@ -61,7 +64,7 @@ def solve(
         damping: multiple of the identity that is added, at least 0. (For a shift to the left solve with
             ``H.shift(-s)``.)
         method: ``"minres"``: any symmetric matrix, definite or not; the least residual in each step. ``"cg"``:
-            conjugate gradients, for positive definite matrices; three vectors less of memory for each right-hand side,
+            conjugate gradients, for positive definite matrices; two thirds of the memory for each right-hand side,
             and a direction of negative curvature where there is one. ``"auto"``: ``"minres"``, which reaches a residual
             in no more steps than conjugate gradients do.
         tol: norm of the residual over that of b.
@@ -84,11 +87,12 @@ def solve(
     Raises:
         TypeError: ``preconditioner="sample"`` for an operator that is not over examples.
         ValueError: an argument out of its range, named; b of another shape, dtype or device, or not finite; a
-            checkpoint of another solve.
+            checkpoint that is damaged, of another version or solve, or whose path cannot be written.
+        MemoryError: before the first matvec, if the vectors do not fit into the memory that is free.
 
     Cost:
         A matvec a step and column, and one for the true residual; with a sample, its scores and Lanczos steps. Memory:
-        six vectors a column with ``"cg"``, nine with ``"minres"``; with a sample a vector for each of its steps.
+        16 vectors a column with ``"cg"``, 24 with ``"minres"``; with a sample a vector for each of its steps.
 
     Source:
         Hestenes and Stiefel, doi:10.6028/jres.049.044; Paige and Saunders, doi:10.1137/0712047.
@@ -174,6 +178,9 @@ def inverse(
     check_choice("method", method, METHODS)
     check_preconditioner(preconditioner)
     check_non_negative("damping", damping)
+    check_tolerance("tol", tol)
+    if max_matvecs is not None:
+        check_positive("max_matvecs", max_matvecs)
     made = sample_preconditioner(H, damping, resolve_seed(seed)) if preconditioner else None
 
     def product(vectors: Tensor) -> Tensor:
@@ -210,9 +217,11 @@ def make_system(
 ) -> LinearSystem:
     """Return the system for columns ``[n, k]``, after a check of the other arguments."""
     op = H.shift(damping) if check_non_negative("damping", damping) else H
-    check_positive("tol", tol)
+    check_tolerance("tol", tol)
     cost, spent = len(columns.mT) * op.cost, preconditioner.spent if preconditioner else 0.0
     budget = DEFAULT_MAX_MATVECS * cost if max_matvecs is None else max_matvecs
+    num_vectors = len(columns.mT) * VECTORS_PER_COLUMN["cg" if method == "cg" else "minres"]
+    check_room(op, num_vectors, "take fewer columns at a time, or fewer parameters (wrt=)")
     units = power_of_two(columns.abs().amax(dim=0))
     limits = Limits(budget, time_limit, reserve=cost, minimum=cost + spent)
     rows = columns.mT / units[:, None]
@@ -227,32 +236,29 @@ def sample_preconditioner(H: LinearOperator, damping: float, seed: int) -> Sampl
     Raises:
         TypeError: ``H`` is not over examples that can be left out.
         ValueError: there is no damping.
+        MemoryError: its vectors do not fit into the memory that is free.
     """
     if not check_non_negative("damping", damping):
         raise ValueError(
             'preconditioner="sample" needs damping > 0, the level of what the sample does not show; got 0'
         )
     whole = int(getattr(H, "num_examples", 1))
-    size = min(whole, max(whole // SAMPLE_RATIO, MIN_SAMPLE))
+    size, num_steps = min(whole, max(whole // SAMPLE_RATIO, MIN_SAMPLE)), min(SAMPLE_STEPS, H.n)
+    check_room(H, num_steps + 5, "leave the preconditioner out, or take fewer parameters (wrt=)")
     importance = "residual" if getattr(H, "has_outputs", False) else "loss"
     sample = H.coarsen(size, importance=importance, seed=seed).shift(damping)
-    return krylov_preconditioner(sample, damping, min(SAMPLE_STEPS, H.n), seed, SCORE_COST * H.cost)
+    return krylov_preconditioner(sample, damping, num_steps, seed, SCORE_COST * H.cost)
 
 
 def _like_b(op: LinearOperator, found: SolveResult, back: Callable[[Tensor], Any], b: Tree) -> SolveResult:
     """Return the result with vectors in the form of b, and floats where b is one vector."""
     x, negative = back(found.x), found.negative_curvature
     if negative is not None:
-        _, back_one = as_columns(op, b if _is_one(op, b) else b[:, 0])
+        _, back_one = as_columns(op, b if is_one(op, b) else b[:, 0])
         negative = replace(negative, direction=back_one(negative.direction))
     norms: tuple[float | Tensor, ...] = found.residual_norm, found.relative_residual
-    if _is_one(op, b):
+    if is_one(op, b):
         norms = tuple(float(torch.as_tensor(norm)) for norm in norms)
     return replace(
         found, x=x, residual_norm=norms[0], relative_residual=norms[1], negative_curvature=negative
     )
-
-
-def _is_one(op: LinearOperator, b: Tree) -> bool:
-    """Return True if b is one vector, or a tree, and not a block of columns."""
-    return not isinstance(b, Tensor | np.ndarray) or b.ndim == 1 or (isinstance(b, Tensor) and is_tree(op, b))

@@ -15,20 +15,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Tree
-from hvpkit._utils.validation import check_positive
+from hvpkit._utils.validation import check_function, check_positive, check_tolerance
 from hvpkit.operators.base import LinearOperator
-from hvpkit.operators.vectors import as_columns, is_tree
+from hvpkit.operators.vectors import as_columns, is_one
 from hvpkit.results.eigen import Status
 from hvpkit.results.function import FunctionResult
 from hvpkit.solvers.common.convergence import check_symmetric
 from hvpkit.solvers.common.orthogonalize import power_of_two
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
 from hvpkit.solvers.common.request import DEFAULT_MAX_MATVECS
+from hvpkit.solvers.common.vector_memory import vector_bytes, vectors_that_fit
 from hvpkit.solvers.driver import full_precision
 from hvpkit.solvers.krylov import krylov_space
 from hvpkit.solvers.lanczos import BASIS_BYTES
@@ -67,7 +67,8 @@ def matrix_function(
         f: from eigenvalues ``[m]``, float64, to values ``[m]``; defined on the whole spectrum.
         b: a tensor or NumPy array ``[n]`` or ``[n, k]``, or a tree like the parameters; one Krylov space a column.
         tol: error estimate over the norm of the result.
-        max_matvecs: full-data matvecs, at most, for each column; by default 1,000, or as many vectors as 4 GiB hold.
+        max_matvecs: full-data matvecs, at most, for each column; by default 1,000; but no more than the vectors that
+            4 GiB, or half of the free memory, hold.
 
     Returns:
         The result with its error estimate, the change over the last quarter of the steps: much larger than the error
@@ -92,12 +93,13 @@ def matrix_function(
         >>> hk.matrix_function(op, torch.exp, torch.ones(3, dtype=torch.float64)).x
         tensor([1.0000, 2.7183, 7.3891], dtype=torch.float64)
     """
-    check_positive("tol", tol)
+    check_function("f", f, "f(eigenvalues)", 1)
+    check_tolerance("tol", tol)
     budget = (
         DEFAULT_MAX_MATVECS * H.cost if max_matvecs is None else check_positive("max_matvecs", max_matvecs)
     )
     columns, back = as_columns(H, b, "b")
-    fitting = max(1, BASIS_BYTES // (H.n * H.dtype.itemsize))
+    fitting = max(1, int(min(BASIS_BYTES // vector_bytes(H), vectors_that_fit(H))))
     num_steps = min(H.n, math.floor(budget / H.cost * (1 + 1e-12)), fitting)
     if num_steps < 1:
         raise ValueError(f"max_matvecs must be at least {H.cost:g}, one matvec; got {budget:g}")
@@ -108,12 +110,9 @@ def matrix_function(
     bad = next((one.suspect for one in found if one.suspect is not None), None)
     message = MESSAGES[worst] if bad is None else f"{MESSAGES[worst]}; {H.blame(bad[:, None])}"
     errors = torch.tensor([one.error for one in found], dtype=torch.float64)
-    several = (
-        isinstance(b, Tensor | np.ndarray) and b.ndim == 2 and not (isinstance(b, Tensor) and is_tree(H, b))
-    )
     return FunctionResult(
         back(torch.stack([one.x for one in found], dim=1)),
-        errors if several else float(errors),
+        float(errors) if is_one(H, b) else errors,
         sum(one.num_matvecs for one in found),
         worst,
         message,

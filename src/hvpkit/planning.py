@@ -11,7 +11,7 @@ import torch
 from hvpkit._utils.memory import free_memory
 from hvpkit._utils.random import normal_vector, resolve_seed
 from hvpkit._utils.typing import Seed
-from hvpkit._utils.validation import check_choice, check_count, check_non_negative, check_positive
+from hvpkit._utils.validation import check_choice, check_count, check_flag, check_positive, check_tolerance
 from hvpkit.curvature.batch_trials import BatchTrials, time_batches
 from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.estimators import sketch, spectral_density
@@ -22,7 +22,7 @@ from hvpkit.operators.offload import HOST
 from hvpkit.results.cost_plan import Plan, PlannedTask, Range
 from hvpkit.solvers import lanczos, multifidelity
 from hvpkit.solvers.common.expected import expected_passes, slowed_by_restarts
-from hvpkit.solvers.common.request import default_atol
+from hvpkit.solvers.common.request import check_atol, default_atol
 from hvpkit.solvers.common.vector_memory import BASIS_SHARE
 from hvpkit.solvers.driver import full_precision
 
@@ -149,7 +149,7 @@ def plan(
         The plan; ``print(plan.summary())`` shows it.
 
     Raises:
-        ValueError: an argument out of its range, named.
+        TypeError, ValueError: an argument of another type or out of its range, named.
 
     Cost:
         ``max_seconds``, or three matvecs of a batch if that is more; without batches, two matvecs. One batch's memory.
@@ -162,9 +162,13 @@ def plan(
         (True, 99.0)
     """
     check_choice("method", method, METHODS)
-    check_positive("tol", tol)
+    check_tolerance("tol", tol)
     check_positive("max_seconds", max_seconds)
-    atol = default_atol(tol) if atol is None else check_non_negative("atol", atol)
+    atol = default_atol(tol) if atol is None else check_atol(atol)
+    for name, flag in (("offload", offload), ("certify", certify)):
+        check_flag(name, flag)
+    for name, count in (("num_steps", num_steps), ("num_probes", num_probes)):
+        check_count(name, count, 1)
     if ncv is not None:
         check_count("ncv", ncv, 1)
     found, num_batches = _figures(H, max_seconds, resolve_seed(seed), seconds_a_pass, free_bytes)
@@ -219,6 +223,8 @@ def plan_extremes(
     else:
         size = ncv or multifidelity.default_ncv(fitting)
         num_vectors, least = multifidelity.num_vectors(min(size, n)), multifidelity.MIN_NCV
+    if ncv is not None:
+        check_count("ncv", ncv, min(least, n))
     if method == "lanczos" and size < n:
         slowed = slowed_by_restarts(size)
         passes = passes.scaled(1.0, slowed, slowed)
@@ -282,7 +288,7 @@ def _figures(
     H: LinearOperator, max_seconds: float, seed: int, seconds_a_pass: float | None, free_bytes: float | None
 ) -> tuple[Figures, int | None]:
     """Return the figures of an operator, by trials where they are not given, and the number of batches timed."""
-    free = free_memory(H.device) if free_bytes is None else check_non_negative("free_bytes", free_bytes)
+    free = free_memory(H.device) if free_bytes is None else check_positive("free_bytes", free_bytes)
     host = None if H.device == HOST else free_memory(HOST)
     row_seconds = _row_seconds(H, seed)
     n, itemsize = H.n, H.dtype.itemsize
@@ -343,7 +349,7 @@ def _row_seconds(op: LinearOperator, seed: int, num_rows: int = 4) -> float:
 
 def _is_semidefinite(H: LinearOperator) -> bool:
     """Return True for sums of Gauss-Newton and Fisher matrices: one end is nearly zero."""
-    if not isinstance(H, CurvatureOperator) or H.sigma:
+    if not isinstance(H, CurvatureOperator) or H.is_shifted:
         return False
     return all(c > 0 and term.kind != "hessian" for c, term in H.terms)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,6 +159,20 @@ def test_algebra_around_a_preconditioner() -> None:
         report = hk.check(op)
         assert report.ok, (name, str(report))
         assert {f.check: f.verdict for f in report.findings}["differences"] == "ok"
+
+
+def test_a_shift_below_a_preconditioner_is_planned_and_continued(tmp_path: Path) -> None:
+    problem, file = network("mlp"), tmp_path / "solve.pt"
+    H = hk.ggn(problem.objective, problem.params, problem.data).shift(0.1)
+    D = torch.linspace(0.5, 2.0, H.n, dtype=H.dtype)
+    P = hk.precondition(H, D)
+    assert hk.plan(P, seconds_a_pass=1.0).fits
+    whole = hk.lanczos(P, 2, which="BE", tol=1e-6)
+    hk.lanczos(P, 2, which="BE", tol=1e-6, max_matvecs=8, checkpoint=file)
+    with pytest.raises(ValueError, match="sigma differs, scale differs"):
+        hk.lanczos(hk.precondition(H, 2 * D), 2, which="BE", tol=1e-6, checkpoint=file)
+    found = hk.lanczos(P, 2, which="BE", tol=1e-6, checkpoint=file)
+    assert torch.equal(found.vectors, whole.vectors)
 
 
 def test_samples_are_unbiased() -> None:

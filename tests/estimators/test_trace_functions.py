@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +57,26 @@ def test_standard_errors_hold(question: str, num_steps: int) -> None:
             total += 1
             assert abs(found.value - truth) <= 8 * found.stderr + 1e-9 * abs(truth)
     assert outside <= 0.15 * total
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_interrupted_traces_continue_to_the_same_bits(question: str, tmp_path: Path) -> None:
+    ask, file = QUESTIONS[question][0], tmp_path / "trace.pt"
+    options: Any = {"num_steps": 20, "num_probes": 12, "checkpoint": file}
+    whole = ask(diagonal(SPREAD["outliers"]), num_steps=20, num_probes=12)
+
+    def stop(entry: hk.Progress) -> None:
+        if entry.num_matvecs > 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(diagonal(SPREAD["outliers"]), monitor=stop, **options)
+    with pytest.raises(ValueError, match="another operator"):
+        ask(diagonal(SPREAD["even"]), **options)
+    found = ask(diagonal(SPREAD["outliers"]), **options)
+    assert (found.value, found.stderr) == (whole.value, whole.stderr)
+    assert found.num_matvecs == whole.num_matvecs + 1
+    assert not file.exists()
 
 
 def test_error_of_the_quadrature_is_in_the_standard_error() -> None:

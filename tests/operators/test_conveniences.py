@@ -113,10 +113,10 @@ def test_dense_matrix_in_blocks() -> None:
 
 def test_dense_matrix_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     huge = hk.aslinearoperator((lambda v: v, 10**7, torch.float32))
-    with pytest.raises(MemoryError, match=r"takes 400 TB|takes 4e\+05 GB"):
+    with pytest.raises(MemoryError, match="takes 400000 GB"):
         huge.to_dense()
     monkeypatch.setattr(base, "free_memory", lambda _: 79_999)
-    with pytest.raises(MemoryError, match="GB are free"):
+    with pytest.raises(MemoryError, match="80 kB are free"):
         hk.aslinearoperator(A).to_dense()
     monkeypatch.setattr(base, "free_memory", lambda _: 80_000)
     assert torch.equal(hk.aslinearoperator(A).to_dense(), A)

@@ -79,6 +79,11 @@ def check_file(name: str, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+def beside(path: Path, name: str) -> Path:
+    """Return the path of a further file of the same work."""
+    return path.with_name(f"{path.name}.{name}")
+
+
 def check_folder(name: str, path: Path) -> None:
     """Make a folder, with its parents.
 

@@ -1,4 +1,4 @@
-"""Interruption by signals: SIGTERM and SIGHUP end a command as SIGINT does, so that it prints its partial result."""
+"""The signal that interrupted a command."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import typer
 from torch.nn import functional as F
 
 import hvpkit as hk
+from hvpkit._utils import validation
 from hvpkit.cli.builtin_problems import ARCHITECTURES, NAMES, Classification, builtin
 from hvpkit.cli.choices import Arithmetic, BatchNorm, Curvature, Dtype, ExtremesMethod, Mode
 from hvpkit.cli.model_checkpoints import load_into
@@ -48,7 +49,7 @@ BatchNormOption = Annotated[
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
-        help="File to save the work to: every minute, when it is interrupted, and at a time limit. The same command "
+        help="File to save the work to: every minute, when it is interrupted, and at a limit. The same command "
         "continues from it; deleted at the end.",
         dir_okay=False,
     ),
@@ -57,7 +58,10 @@ Tol = Annotated[float, typer.Option(help="Relative error of each eigenvalue.")]
 Method = Annotated[ExtremesMethod, typer.Option(help="Solver.")]
 Ncv = Annotated[
     int | None,
-    typer.Option(help="The most basis vectors before a restart. By default by size, or as many as fit."),
+    typer.Option(
+        help="The most basis vectors before a restart. By default by the number of parameters; fewer where memory is "
+        "short."
+    ),
 ]
 Offload = Annotated[
     bool, typer.Option("--offload", help="Keep the basis in host memory instead of on the device.")
@@ -68,15 +72,9 @@ Seed = Annotated[
 
 
 def check_device(device: str | None) -> str | None:
-    """Return ``device``; raise ValueError if torch cannot use it here."""
-    if device is not None:
-        if device.partition(":")[0] == "meta":
-            raise ValueError("device: meta holds no values; take cpu or cuda")
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device: {device} cannot be used here ({reason})") from error
+    """Return ``device``; raise ValueError if torch cannot use it here, or it holds no values."""
+    if device is not None and validation.check_device("--device", device).type == "meta":
+        raise ValueError("--device: meta holds no values; take cpu or cuda")
     return device
 
 

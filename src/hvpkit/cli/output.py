@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from hvpkit._utils.files import atomic_write, check_file, check_folder, reason
+from hvpkit._utils.files import atomic_write, beside, check_file, check_folder, reason
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.eigen import ExtremeResult
 
@@ -98,11 +98,6 @@ def so_far(entry: Any) -> dict[str, Any]:
     """Return a record of the last progress entry of an interrupted solve."""
     known = {key: value for key, value in asdict(entry).items() if not isinstance(value, Tensor)}
     return known | INTERRUPTED
-
-
-def beside(checkpoint: Path, name: str) -> Path:
-    """Return the path of a further file of a checkpoint."""
-    return checkpoint.with_name(f"{checkpoint.name}.{name}")
 
 
 @contextmanager

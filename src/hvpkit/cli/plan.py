@@ -29,7 +29,7 @@ def plan(
 ) -> bool:
     """Say how long extremes, density and trace will take, and whether they fit into memory.
 
-    By a few timed batches, and by measured solves. The exit code is 1 if something does not fit.
+    By a few timed batches, and by the passes that other networks took. The exit code is 1 if something does not fit.
     """
     output.prepare()
     target, H = problem.operator()

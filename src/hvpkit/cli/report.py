@@ -11,12 +11,12 @@ import typer
 
 import hvpkit as hk
 from hvpkit._utils import checkpoints
-from hvpkit._utils.files import reason
+from hvpkit._utils.files import beside, reason
 from hvpkit.cli.application import command
 from hvpkit.cli.density import NumProbes, NumSteps
 from hvpkit.cli.extremes import find_both_ends, result_items
 from hvpkit.cli.options import Checkpoint, CurvatureProblem, Solve
-from hvpkit.cli.output import Output, beside, print_message, saving_to
+from hvpkit.cli.output import Output, print_message, saving_to
 from hvpkit.cli.progress_line import ProgressLine
 
 

@@ -112,8 +112,8 @@ def _claim(folder: Path, asked: dict[str, object]) -> None:
         same = all(theirs.get(name) == value for name, value in record.items() if name != "paths")
         if not same or record["paths"][: len(theirs["paths"])] != theirs["paths"]:
             raise ValueError(
-                f"out: {folder} holds the track of other checkpoints or options; name another folder"
+                f"--out: {folder} holds the track of other checkpoints or options; name another folder"
             )
     elif (folder / SPECTRUM).exists():
-        raise ValueError(f"out: {folder} has the {SPECTRUM} of something else; name another folder")
+        raise ValueError(f"--out: {folder} has the {SPECTRUM} of something else; name another folder")
     write_json(path, record)

@@ -156,10 +156,10 @@ def _saved(out: Path, run: dict[str, Any]) -> State | None:
     if not (out / CHECKPOINT).exists():
         if (out / SPECTRUM).exists():
             raise ValueError(
-                f"out: {out} has a {SPECTRUM} and no {CHECKPOINT} to continue from; name another folder"
+                f"--out: {out} has a {SPECTRUM} and no {CHECKPOINT} to continue from; name another folder"
             )
         return None
-    return checkpoints.read(out / CHECKPOINT, run, name="out")
+    return checkpoints.read(out / CHECKPOINT, run, name="--out")
 
 
 def _save_or_warn(save: Callable[[], object], path: Path) -> None:

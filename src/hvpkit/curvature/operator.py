@@ -196,8 +196,13 @@ class CurvatureOperator(LinearOperator):
     def origin(self) -> Problem | None:
         """The loss, the parameters and the data whose curvature this is; None for a combination or a multiple."""
         (coefficient, term), *rest = self.terms
-        shifted = isinstance(self.sigma, Tensor) or self.sigma != 0
-        return None if rest or coefficient != 1 or shifted or term.scale is not None else term.problem
+        changed = bool(rest) or coefficient != 1 or self.is_shifted or term.scale is not None
+        return None if changed else term.problem
+
+    @property
+    def is_shifted(self) -> bool:
+        """True if a multiple of the identity, or a diagonal, is added to the curvature."""
+        return isinstance(self.sigma, Tensor) or self.sigma != 0
 
     @property
     def has_outputs(self) -> bool:
@@ -230,13 +235,15 @@ class CurvatureOperator(LinearOperator):
         """Return what is known of the operator without a matvec, in a pass over the data that computes nothing."""
         terms = [(coefficient, term.kind, term.recipe.arithmetic) for coefficient, term in self.terms]
         problems = list(dict.fromkeys(term.problem for _, term in self.terms))
-        return {
+        known = {
             **super().identity(),
             "matrix": " + ".join(f"{c!r} {kind} in {arithmetic}" for c, kind, arithmetic in terms),
-            "sigma": self.sigma,
+            "sigma": digest(self.sigma) if isinstance(self.sigma, Tensor) else self.sigma,
             "parameters": digest([problem.leaves for problem in problems]),
             "data": digest_of(self.data),
         }
+        scales = [term.scale for _, term in self.terms]
+        return known if all(scale is None for scale in scales) else {**known, "scale": digest(scales)}
 
     def blame(self, vectors: Tensor) -> str:
         """Return a message that names the first batch whose matvec with ``vectors [n, k]`` is not finite."""
@@ -276,9 +283,7 @@ class CurvatureOperator(LinearOperator):
             return replace(term, scale=scale if term.scale is None else scale * term.scale)
 
         made = self._map(change)
-        square = scale.square()
-        diagonal = isinstance(self.sigma, Tensor) or self.sigma != 0
-        return self.of(made.terms, self.sigma * square if diagonal else 0.0, name)
+        return self.of(made.terms, self.sigma * scale.square() if self.is_shifted else 0.0, name)
 
     def _map(self, change: Callable[[Curvature], Curvature]) -> CurvatureOperator:
         changed = {term: change(term) for _, term in self.terms}  # a term that comes twice stays one

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from hvpkit._utils.files import beside
 from hvpkit.estimators.quadrature import MESSAGES, Goal, Measured
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Progress, Status
@@ -260,7 +261,7 @@ def solve(
 
     Until the recurrences have a checkpoint, that of the ends lies beside it, in a file of its own.
     """
-    file, beside, ends = None, None, None
+    file, of_ends, ends = None, None, None
     if checkpoint is not None:
         identity = {"estimator": "kernel polynomials", **asdict(goal), **op.identity()}
         file = Checkpoint[KernelState](
@@ -271,7 +272,7 @@ def solve(
                 init(op, goal, Ends(Band(0.0, 1.0)), len(saved["finished"])), saved
             ),
         )
-        beside = file.path.with_name(f"{file.path.name}.ends")
+        of_ends = beside(file.path, "ends")
         saved = file.read()
         ends = None if saved is None else restored(Ends(Band(0.0, 1.0)), saved["state"]["ends"])
     if ends is None:
@@ -284,20 +285,19 @@ def solve(
             time_limit=time_limit,
             seed=goal.seed,
             monitor=monitor,
-            checkpoint=beside,
+            checkpoint=of_ends,
         )
-        if found.status is Status.NON_FINITE:
-            message = f"{MESSAGES[found.status]}; {op.blame(_start(op, goal, 0).mT)}"
-            return Measured([], found.num_matvecs, found.status, message, found.seconds, found.history)
-        if len(found.values) < min(2, op.n):  # no time for that many matvecs
+        is_finite = found.status is not Status.NON_FINITE
+        if not is_finite or len(found.values) < min(2, op.n):  # the second: no time for that many matvecs
             message = MESSAGES[found.status]
+            message += "" if is_finite else f"; {op.blame(_start(op, goal, 0).mT)}"
             return Measured([], found.num_matvecs, found.status, message, found.seconds, found.history)
         if time_limit is not None:
             time_limit = max(time_limit - found.seconds, 1e-9)
         ends = Ends(Band.around(found, op.dtype), found.num_matvecs, found.seconds, found.history)
     measured = run(KernelPolynomials(op, goal, ends, time_limit), monitor=monitor, checkpoint=file)
-    if beside is not None and measured.status is Status.COMPLETED:
-        beside.unlink(missing_ok=True)
+    if of_ends is not None and measured.status is Status.COMPLETED:
+        of_ends.unlink(missing_ok=True)
     return replace(measured, seconds=ends.seconds + measured.seconds, history=ends.history + measured.history)
 
 

@@ -1,9 +1,8 @@
 r"""Traces of functions of an operator by its spectral density: log-determinant, effective dimension, counts.
 
 Method: stochastic Lanczos quadrature, :mod:`hvpkit.estimators.quadrature`: :math:`\operatorname{tr} f(A)` is n times
-the
-mean of f over the density. Two errors add up: that of the random vectors, which their spread shows, and that of the
-quadrature, for which the rules from half of the steps are compared with those from all.
+the mean of f over the density. Two errors add up: that of the random vectors, which their spread shows, and that of
+the quadrature, for which the rules from half of the steps are compared with those from all.
 
 Cost: one matvec per step and probe. Memory: the basis.
 Source: Ubaru, Chen, Saad, SIAM J. Matrix Anal. Appl. 38 (2017) 1075-1099, doi:10.1137/16M1104974; counts: Di Napoli,
@@ -13,6 +12,7 @@ Polizzi, Saad, Numer. Linear Algebra Appl. 23 (2016) 674-692, doi:10.1002/nla.20
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,11 +21,12 @@ from torch import Tensor
 
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import Seed
-from hvpkit._utils.validation import check_count, check_non_negative, check_positive
+from hvpkit._utils.validation import check_count, check_non_negative, check_number, check_positive
 from hvpkit.estimators import quadrature
-from hvpkit.estimators.spectral_density import check_precision, density_of, make_goal
+from hvpkit.estimators.spectral_density import check_precision, density_of, make_goal, num_vectors
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.estimate import Estimate
+from hvpkit.solvers.common.vector_memory import check_room
 from hvpkit.solvers.driver import Monitor, full_precision
 
 
@@ -38,6 +39,7 @@ def trace_of_function(
     time_limit: float | None,
     seed: Seed,
     monitor: Monitor | None,
+    checkpoint: str | os.PathLike[str] | None,
 ) -> Estimate[float]:
     """Return the trace of f(A) for f on nodes ``[K]``, with both errors in its standard error."""
     check_precision(op)
@@ -46,7 +48,8 @@ def trace_of_function(
     if time_limit is not None:
         check_positive("time_limit", time_limit)
     goal = make_goal(op, "lanczos", num_steps, num_probes, None, resolve_seed(seed))
-    found = quadrature.solve(op, goal, time_limit=time_limit, monitor=monitor)
+    check_room(op, num_vectors(op.n, "lanczos", goal), "take fewer num_steps, or fewer parameters (wrt=)")
+    found = quadrature.solve(op, goal, time_limit=time_limit, monitor=monitor, checkpoint=checkpoint)
     mean = density_of(op, "lanczos", found).expectation(f)
     bias = math.inf
     if mean.stderr == 0:
@@ -68,13 +71,13 @@ def logdet(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Estimate[float]:
     r"""Estimate the log-determinant of a positive definite matrix, :math:`\log\det(H + \text{damping}\, I)`.
 
     It is the sum of :math:`\log(\lambda_i + \text{damping})` over all eigenvalues, as in the Laplace approximation of a
     model's evidence. If ``num_steps * num_probes`` matvecs suffice for all n columns, and n is at most 1,000, the value
-    is
-    exact to rounding.
+    is exact to rounding.
 
     Args:
         H: symmetric operator; with the damping it must be positive definite.
@@ -85,13 +88,16 @@ def logdet(
         time_limit: seconds.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
+        checkpoint: a file to continue from, as for :func:`hvpkit.spectral_density`.
 
     Returns:
         The estimate; its standard error is that over probes and the error of the quadrature, added as squares.
 
     Raises:
-        ValueError: an argument out of its range; ``H + damping I`` is not positive definite, as a Ritz value shows.
+        ValueError: an argument out of its range; ``H + damping I`` is not positive definite, as a Ritz value shows; a
+            checkpoint as for :func:`hvpkit.spectral_density`.
         NotSymmetricError: ``H`` is not symmetric beyond rounding.
+        MemoryError: before the first matvec, if the vectors do not fit into the memory that is free.
 
     Cost:
         ``num_steps * num_probes`` matvecs, in blocks of at most eight.
@@ -111,7 +117,14 @@ def logdet(
         return torch.log(_positive(nodes, damping))
 
     return trace_of_function(
-        H, f, num_steps=num_steps, num_probes=num_probes, time_limit=time_limit, seed=seed, monitor=monitor
+        H,
+        f,
+        num_steps=num_steps,
+        num_probes=num_probes,
+        time_limit=time_limit,
+        seed=seed,
+        monitor=monitor,
+        checkpoint=checkpoint,
     )
 
 
@@ -125,6 +138,7 @@ def effective_dimension(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Estimate[float]:
     r"""Estimate the effective dimension, :math:`\operatorname{tr} H (H + \text{damping}\, I)^{-1}`.
 
@@ -139,13 +153,16 @@ def effective_dimension(
         time_limit: seconds.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
+        checkpoint: a file to continue from, as for :func:`hvpkit.spectral_density`.
 
     Returns:
         The estimate, with a standard error as of :func:`logdet`.
 
     Raises:
-        ValueError: an argument out of its range; ``H + damping I`` is not positive definite, as a Ritz value shows.
+        ValueError: an argument out of its range; ``H + damping I`` is not positive definite, as a Ritz value shows; a
+            checkpoint as for :func:`hvpkit.spectral_density`.
         NotSymmetricError: ``H`` is not symmetric beyond rounding.
+        MemoryError: before the first matvec, if the vectors do not fit into the memory that is free.
 
     Cost:
         ``num_steps * num_probes`` matvecs, in blocks of at most eight.
@@ -165,7 +182,14 @@ def effective_dimension(
         return nodes / _positive(nodes, damping)
 
     return trace_of_function(
-        H, f, num_steps=num_steps, num_probes=num_probes, time_limit=time_limit, seed=seed, monitor=monitor
+        H,
+        f,
+        num_steps=num_steps,
+        num_probes=num_probes,
+        time_limit=time_limit,
+        seed=seed,
+        monitor=monitor,
+        checkpoint=checkpoint,
     )
 
 
@@ -180,29 +204,32 @@ def count_eigenvalues(
     time_limit: float | None = None,
     seed: Seed = 0,
     monitor: Monitor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Estimate[float]:
     r"""Estimate the number of eigenvalues in an interval, lower < :math:`\lambda` <= upper.
 
     Converged single eigenvalues, such as outliers, count exactly. Inside of a bulk an end of the interval is resolved
-    to
-    about the bulk's width over ``num_steps``, and the standard error shows what depends on it.
+    to about the bulk's width over ``num_steps``, and the standard error shows what depends on it.
 
     Args:
         H: symmetric operator.
-        lower: end of the interval; may be ``-inf``.
-        upper: end of the interval; may be ``inf``.
+        lower: end of the interval, which does not belong to it; may be ``-inf``.
+        upper: end of the interval, which does; may be ``inf``.
         num_steps: matvecs with each probe.
         num_probes: random vectors, at least 2.
         time_limit: seconds.
         seed: of random vectors.
         monitor: called with a :class:`hvpkit.Progress` after each assessment.
+        checkpoint: a file to continue from, as for :func:`hvpkit.spectral_density`.
 
     Returns:
         The estimate, no whole number in general, with a standard error as of :func:`logdet`.
 
     Raises:
-        ValueError: an argument out of its range; ``lower`` is not below ``upper``.
+        ValueError: an argument out of its range; ``lower`` is not below ``upper``; a checkpoint as for
+            :func:`hvpkit.spectral_density`.
         NotSymmetricError: ``H`` is not symmetric beyond rounding.
+        MemoryError: before the first matvec, if the vectors do not fit into the memory that is free.
 
     Cost:
         ``num_steps * num_probes`` matvecs, in blocks of at most eight.
@@ -216,14 +243,21 @@ def count_eigenvalues(
         >>> round(hk.count_eigenvalues(op, 0.25, 0.75).value, 6)
         5.0
     """
-    if not lower < upper:
+    if not check_number("lower", lower) < check_number("upper", upper):
         raise ValueError(f"lower must be less than upper, got {lower} and {upper}")
 
     def f(nodes: Tensor) -> Tensor:
         return ((nodes > lower) & (nodes <= upper)).double()
 
     return trace_of_function(
-        H, f, num_steps=num_steps, num_probes=num_probes, time_limit=time_limit, seed=seed, monitor=monitor
+        H,
+        f,
+        num_steps=num_steps,
+        num_probes=num_probes,
+        time_limit=time_limit,
+        seed=seed,
+        monitor=monitor,
+        checkpoint=checkpoint,
     )
 
 

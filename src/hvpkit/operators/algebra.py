@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvpkit._utils.checkpoints import digest
 from hvpkit.operators.base import LinearOperator, Product
+from hvpkit.operators.wrapped import Wrapped
 
 
 class HasProduct(Protocol):
@@ -101,62 +102,51 @@ class LinearCombination(LinearOperator):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Power(LinearOperator):
+class Power(Wrapped):
     r"""The operator :math:`A^p`.
 
     Attributes:
-        base: A.
         exponent: p, at least 2.
     """
 
-    base: LinearOperator | None = None
     exponent: int = 2
 
     @classmethod
-    def of(cls, base: LinearOperator, exponent: int) -> Power:
-        """Return the power, by ``exponent`` matvecs with ``base``."""
+    def of(cls, A: LinearOperator, exponent: int) -> Power:
+        """Return the power, by ``exponent`` matvecs with ``A``."""
 
         def product(vectors: Tensor) -> Tensor:
             for _ in range(exponent):
-                vectors = base.product(vectors)
+                vectors = A.product(vectors)
             return vectors
 
-        fields: dict[str, Any] = {
-            "layout": base.layout,
-            "cost": exponent * base.cost,
-            "space": base.space,
-            "base": base,
-            "exponent": exponent,
-        }
-        return cls(product, base.n, base.dtype, base.device, f"{base.name}^{exponent}", **fields)
+        fields: dict[str, Any] = {"layout": A.layout, "cost": exponent * A.cost, "space": A.space}
+        fields |= {"inner": A, "exponent": exponent}
+        return cls(product, A.n, A.dtype, A.device, f"{A.name}^{exponent}", **fields)
 
     @property
     def precision(self) -> float:
         """Relative error of all matvecs."""
-        return self.exponent * base_of(self)[0].precision
+        return self.exponent * self.operand.precision
 
     @property
     def exact(self) -> LinearOperator | None:
-        """The power of the base in native arithmetic; None if it is."""
-        exact = base_of(self)[0].exact
+        """The power of the operator in native arithmetic; None if it is."""
+        exact = self.operand.exact
         return None if exact is None else Power.of(exact, self.exponent)
 
+    def identity(self) -> dict[str, Any]:
+        """Return what is known of the operator without a matvec, and the exponent."""
+        return {**super().identity(), "exponent": self.exponent}
+
     def blame(self, vectors: Tensor) -> str:
-        """Ask the base, for the first of its matvecs that is not finite."""
-        base, _ = base_of(self)
+        """Ask the operator, for the first of its matvecs that is not finite."""
         for _ in range(self.exponent):
-            images = base.product(vectors)
+            images = self.operand.product(vectors)
             if not bool(torch.isfinite(images).all()):
-                return base.blame(vectors)
+                break
             vectors = images
         return super().blame(vectors)
-
-
-def base_of(A: LinearOperator) -> tuple[LinearOperator, int]:
-    """Return the base and the exponent of a power; of another operator, itself and 1."""
-    if isinstance(A, Power) and A.base is not None:
-        return A.base, A.exponent
-    return A, 1
 
 
 def product_of(A: LinearOperator, B: LinearOperator) -> Power:
@@ -165,7 +155,7 @@ def product_of(A: LinearOperator, B: LinearOperator) -> Power:
     Raises:
         TypeError: they are of different operators.
     """
-    (base, p), (other, q) = base_of(A), base_of(B)
+    (base, p), (other, q) = _base_of(A), _base_of(B)
     if base is not other:
         raise TypeError(
             f"{A!r} @ {B!r} is not symmetric in general, and no LinearOperator; multiply vectors one after the other, "
@@ -174,96 +164,89 @@ def product_of(A: LinearOperator, B: LinearOperator) -> Power:
     return Power.of(base, p + q)
 
 
+def _base_of(A: LinearOperator) -> tuple[LinearOperator, int]:
+    """Return the base and the exponent of a power; of another operator, itself and 1."""
+    return (A.operand, A.exponent) if isinstance(A, Power) else (A, 1)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Scaled(LinearOperator):
+class Scaled(Wrapped):
     r"""The operator :math:`S A S` with a diagonal S.
 
     Attributes:
-        base: A.
         scale: the diagonal ``[n]``.
     """
 
-    base: LinearOperator | None = None
     scale: Tensor | None = None
 
     @classmethod
-    def of(cls, base: LinearOperator, scale: Tensor, name: str) -> Scaled:
+    def of(cls, A: LinearOperator, scale: Tensor, name: str) -> Scaled:
         """Return the operator."""
         columns = scale[:, None]
 
         def product(vectors: Tensor) -> Tensor:
-            return columns * base.product(columns * vectors)
+            return columns * A.product(columns * vectors)
 
-        fields: dict[str, Any] = {"layout": base.layout, "cost": base.cost, "space": base.space}
-        return cls(product, base.n, base.dtype, base.device, name, base=base, scale=scale, **fields)
+        fields: dict[str, Any] = {"layout": A.layout, "cost": A.cost, "space": A.space}
+        return cls(product, A.n, A.dtype, A.device, name, inner=A, scale=scale, **fields)
 
     @property
-    def _operands(self) -> tuple[LinearOperator, Tensor]:
-        assert self.base is not None
+    def _diagonal(self) -> Tensor:
         assert self.scale is not None
-        return self.base, self.scale
-
-    @property
-    def precision(self) -> float:
-        """Relative error of the operator's matvecs."""
-        return self._operands[0].precision
+        return self.scale
 
     @property
     def exact(self) -> LinearOperator | None:
         """The same of the operator in native arithmetic; None if it is."""
-        base, scale = self._operands
-        return None if base.exact is None else Scaled.of(base.exact, scale, self.name)
+        exact = self.operand.exact
+        return None if exact is None else Scaled.of(exact, self._diagonal, self.name)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what is known of the operator without a matvec, and a digest of the diagonal."""
+        return {**super().identity(), "scale": digest(self.scale)}
 
     def blame(self, vectors: Tensor) -> str:
         """Ask the operator."""
-        base, scale = self._operands
-        return base.blame(scale[:, None] * vectors)
+        return super().blame(self._diagonal[:, None] * vectors)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Converted(LinearOperator):
-    """An operator on vectors of another dtype.
-
-    Attributes:
-        base: the operator.
-    """
-
-    base: LinearOperator | None = None
+class Converted(Wrapped):
+    """An operator on vectors of another dtype."""
 
     @classmethod
-    def of(cls, base: LinearOperator, dtype: torch.dtype) -> LinearOperator:
-        """Return ``base`` itself if it has this dtype, else the operator that converts.
+    def of(cls, A: LinearOperator, dtype: torch.dtype) -> LinearOperator:
+        """Return ``A`` itself if it has this dtype, else the operator that converts.
 
         Raises:
             TypeError: ``dtype`` is no real floating dtype of torch.
         """
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a real floating dtype of torch, got {dtype!r}")
-        if dtype == base.dtype:
-            return base
+        if dtype == A.dtype:
+            return A
 
         def product(vectors: Tensor) -> Tensor:
-            return base.product(vectors.to(base.dtype)).to(dtype)
+            return A.product(vectors.to(A.dtype)).to(dtype)
 
-        fields: dict[str, Any] = {"layout": base.layout, "cost": base.cost, "space": base.space, "base": base}
-        return cls(product, base.n, dtype, base.device, base.name, **fields)
-
-    @property
-    def _operand(self) -> LinearOperator:
-        assert self.base is not None
-        return self.base
+        fields: dict[str, Any] = {"layout": A.layout, "cost": A.cost, "space": A.space, "inner": A}
+        return cls(product, A.n, dtype, A.device, A.name, **fields)
 
     @property
     def precision(self) -> float:
         """Relative error of matvecs: that of the operator, or rounding in the new dtype."""
-        return max(super().precision, self._operand.precision)
+        return max(torch.finfo(self.dtype).eps, self.operand.precision)
 
     @property
     def exact(self) -> LinearOperator | None:
         """The operator in native arithmetic, converted; None if it is."""
-        exact = self._operand.exact
+        exact = self.operand.exact
         return None if exact is None else Converted.of(exact, self.dtype)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what is known of the operator without a matvec, with the new dtype."""
+        return {**super().identity(), "dtype": str(self.dtype)}
 
     def blame(self, vectors: Tensor) -> str:
         """Ask the operator."""
-        return self._operand.blame(vectors.to(self._operand.dtype))
+        return super().blame(vectors.to(self.operand.dtype))

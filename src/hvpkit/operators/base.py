@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvpkit._utils.memory import free_memory
+from hvpkit._utils.memory import free_memory, in_words
 from hvpkit._utils.typing import Tree
 from hvpkit._utils.validation import check_count, check_finite, check_function, check_type
 from hvpkit.autodiff.pytree import Layout
@@ -175,7 +175,7 @@ class LinearOperator:
         num_bytes, free = self.n**2 * self.dtype.itemsize, free_memory(self.device)
         if num_bytes > free:
             raise MemoryError(
-                f"the dense matrix of {self!r} takes {num_bytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free; use "
+                f"the dense matrix of {self!r} takes {in_words(num_bytes)}, and {in_words(free)} are free; use "
                 "its matvecs, as hk.lanczos, hk.solve and hk.spectral_density do"
             )
         check_count("block_size", block_size, 1)

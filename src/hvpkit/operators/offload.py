@@ -8,39 +8,24 @@ import torch
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.wrapped import Wrapped
 
 HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HostOperator(LinearOperator):
-    """An operator on another device, with vectors in host memory: a solver keeps its basis there and works there.
-
-    Attributes:
-        inner: the operator.
-    """
-
-    inner: LinearOperator | None = None
-
-    @property
-    def _inner(self) -> LinearOperator:
-        assert self.inner is not None
-        return self.inner
-
-    @property
-    def precision(self) -> float:
-        """Relative error of matvecs."""
-        return self._inner.precision
+class HostOperator(Wrapped):
+    """An operator on another device, with vectors in host memory: a solver keeps its basis there and works there."""
 
     @property
     def exact(self) -> LinearOperator | None:
         """The operator in native arithmetic, with vectors in host memory; None if this one is."""
-        exact = self._inner.exact
+        exact = self.operand.exact
         return None if exact is None else on_host(exact)
 
     def blame(self, vectors: Tensor) -> str:
         """Ask the operator."""
-        return self._inner.blame(vectors.to(self._inner.device))
+        return super().blame(vectors.to(self.operand.device))
 
 
 def on_host(op: LinearOperator) -> LinearOperator:

@@ -52,6 +52,11 @@ def is_tree(op: LinearOperator, v: Tensor) -> bool:
     return op.layout is not None and not is_vector and op.layout.shapes == (as_real(v).shape,)
 
 
+def is_one(op: LinearOperator, v: Tree) -> bool:
+    """Return True if ``v`` is one vector ``[n]``, or a tree, and not a block of columns."""
+    return not isinstance(v, Tensor | np.ndarray) or v.ndim == 1 or (isinstance(v, Tensor) and is_tree(op, v))
+
+
 def _like(op: LinearOperator) -> Tensor:
     return torch.empty(0, dtype=op.dtype, device=op.device)
 

@@ -24,7 +24,7 @@ from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
 from hvpkit.results.cost_plan import time_in_words
 from hvpkit.results.eigen import Progress, Status
-from hvpkit.solvers.checkpoint import Checkpoint, Saved
+from hvpkit.solvers.checkpoint import Checkpoint, Counted, Saved
 
 OVERSHOOT_CPU, OVERSHOOT_GPU = 32, 8
 """One over the share of steps that may follow the one at which a solve has converged. An assessment is cheap on a CPU;
@@ -32,6 +32,7 @@ on a GPU it waits for the device. Chosen by feel."""
 
 LIMITS = (Status.MAX_MATVECS, Status.TIME_LIMIT)
 """Statuses of a solve that may continue."""
+
 GRACE = 1.1
 """Time for the final check to end by, in units of the time limit; a check that takes longer is left out. Chosen by
 feel."""
@@ -59,13 +60,6 @@ class Entry(Protocol):
     def seconds_left(self) -> float: ...
 
 
-class State(Protocol):
-    """The requirement on a state: the full-data matvecs spent so far."""
-
-    @property
-    def num_matvecs(self) -> float: ...
-
-
 class Result(Protocol):
     """The requirement on a result: a dataclass with ``history``, ``seconds`` and the fields below."""
 
@@ -77,7 +71,7 @@ class Result(Protocol):
     def status(self) -> Status: ...
 
 
-S = TypeVar("S", bound=State)
+S = TypeVar("S", bound=Counted)
 R = TypeVar("R", bound=Result)
 R_co = TypeVar("R_co", bound=Result, covariant=True)
 

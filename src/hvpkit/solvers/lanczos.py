@@ -480,6 +480,7 @@ def lanczos(
     )
     check_certainty(confidence, certify)
     check_flag("check_copies", check_copies)
+    check_flag("offload", offload)
     device, least = op.device, least_ncv(k, block_size)
     if offload:
         op, request = on_host(op), request.on_host()

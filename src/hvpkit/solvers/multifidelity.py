@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
+from hvpkit._utils.files import beside
 from hvpkit._utils.signals import ending_after_cleanup
 from hvpkit._utils.typing import Seed
-from hvpkit._utils.validation import check_count
+from hvpkit._utils.validation import check_count, check_flag
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.offload import HOST, on_host
 from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.solvers import saved_certificates
 from hvpkit.solvers.certified_davidson import CertifiedDavidson, CertifiedDavidsonState
-from hvpkit.solvers.checkpoint import Checkpoint, Saved
+from hvpkit.solvers.checkpoint import Checkpoint, Saved, argument_of
 from hvpkit.solvers.common.request import Start, check_arguments, check_certainty
 from hvpkit.solvers.common.vector_memory import check_room, vectors_that_fit
 from hvpkit.solvers.driver import Monitor, conclude, full_precision, iterate
@@ -160,6 +161,7 @@ def solve_levels(
     levels = _check_levels(levels)
     op = levels[-1]
     check_certainty(confidence, certify)
+    check_flag("offload", offload)
     if num_inner is not None:
         check_count("num_inner", num_inner, 1)
     request = check_arguments(
@@ -199,7 +201,8 @@ def solve_levels(
     if offload:
         levels = tuple(on_host(level) for level in levels)
         request = request.on_host()
-    kept = ncv or max(least, default_ncv(vectors_that_fit(levels[-1])))
+    saved = None if checkpoint is None else argument_of(checkpoint, "ncv")  # of a solve that continues
+    kept = ncv or max(least, saved or default_ncv(vectors_that_fit(levels[-1])))
     remedy = f"take a smaller ncv (at least {least}), " if kept > least else "take "
     remedy += "" if levels[-1].device == HOST else "offload=True for vectors in host memory, "
     check_room(
@@ -256,7 +259,7 @@ def _solve(
 
     While Lanczos runs, its checkpoint lies beside that of the levels, in a file of its own.
     """
-    file, beside = None, None
+    file, of_lanczos = None, None
     if path is not None:
         file = Checkpoint[CertifiedDavidsonState](
             path,
@@ -265,7 +268,7 @@ def _solve(
             verify=lambda state: saved_certificates.verify(solver, state),
             unpack=lambda saved: saved_certificates.unpack(solver, saved),
         )
-        beside = file.path.with_name(f"{file.path.name}.lanczos")
+        of_lanczos = beside(file.path, "lanczos")
     with nullcontext() if file is None else ending_after_cleanup():
         ended = iterate(solver, monitor=monitor, checkpoint=file)
     if ended.status is not None:
@@ -305,7 +308,7 @@ def _solve(
         time_limit=time_left,
         seed=request.seed,
         monitor=monitor and (lambda entry: monitor(after(entry))),
-        checkpoint=beside,
+        checkpoint=of_lanczos,
     )
     if file is not None and found.converged:
         file.clear()

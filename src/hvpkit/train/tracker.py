@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvpkit._utils.checkpoints import check_identity, digest
-from hvpkit._utils.files import atomic_write, check_file, reason
+from hvpkit._utils.files import atomic_write, beside, check_file, reason
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import (
@@ -329,15 +329,15 @@ class SpectrumTracker:
         replaced = self._replaced
         if not replaced:
             return
-        beside = path.with_name(f"{path.name}.replaced")
+        kept = beside(path, "replaced")
         warnings.warn(
             f"path: training has gone back to step {replaced[0][0]}, or {path} is of an earlier run: "
-            f"{len(replaced)} measurements from there on are replaced, and kept in {beside}",
+            f"{len(replaced)} measurements from there on are replaced, and kept in {kept}",
             UnsavedWarning,
             stacklevel=3,
         )
-        before = beside.read_text(encoding="utf-8") if beside.exists() else ""
-        _write(beside, before + _lines(replaced, {}, self._identity))
+        before = kept.read_text(encoding="utf-8") if kept.exists() else ""
+        _write(kept, before + _lines(replaced, {}, self._identity))
         self._replaced = []
 
 

@@ -19,6 +19,7 @@ from hvpkit._utils.memory import Allocations, in_words
 from hvpkit.estimators import sketch, spectral_density
 from hvpkit.estimators.sampling import make_plan
 from hvpkit.extreme import method_for
+from hvpkit.linear_systems import VECTORS_PER_COLUMN
 from hvpkit.solvers import lanczos, multifidelity
 from hvpkit.solvers.common import vector_memory
 from hvpkit.solvers.common.vector_memory import check_room, vectors_that_fit
@@ -95,6 +96,38 @@ def test_densities_take_no_more_vectors_than_they_say(
     with Allocations() as made:
         hk.spectral_density(op, method=method, num_steps=20, num_probes=6, block_size=block_size)
     assert 0.3 * said * VECTOR < made.peak <= (said + 1) * VECTOR  # and a little for the curve
+
+
+@pytest.mark.parametrize("method", ["cg", "minres"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_linear_systems_take_no_more_vectors_than_they_say(method: str, k: int) -> None:
+    said = k * VECTORS_PER_COLUMN[method]
+    b = torch.randn(N, k, generator=torch.Generator().manual_seed(0))
+    with Allocations() as made:
+        assert hk.solve(diagonal(spectrum().abs()), b, damping=1.0, method=method, tol=1e-3).converged
+    assert 0.8 * said * VECTOR < made.peak <= (said + 1) * VECTOR
+
+
+def test_solves_and_traces_of_functions_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    op, b = diagonal(spectrum()), torch.ones(N)
+    free(monkeypatch, 10)
+    with pytest.raises(MemoryError, match=r"16 vectors .* take fewer columns at a time"):
+        hk.solve(op, b, method="cg")
+    with pytest.raises(MemoryError, match="take fewer num_steps"):
+        hk.count_eigenvalues(op, 0.0, 1.0)
+    found = hk.matrix_function(op, lambda x: x.abs().sqrt(), b)
+    assert (found.status, found.num_matvecs) == (hk.Status.MAX_MATVECS, 5)
+
+
+def test_levels_continue_with_the_vectors_of_their_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, file = levels(), tmp_path / "solve.pt"
+    whole = hk.multifidelity(both)
+    hk.multifidelity(both, max_matvecs=10, checkpoint=file)
+    free(monkeypatch, 330)  # room for 60 vectors of each set, but by default half as many
+    found = hk.multifidelity(both, checkpoint=file)
+    assert torch.equal(found.vectors, whole.vectors)
 
 
 def test_the_default_follows_n_alone_unless_memory_is_short() -> None:
