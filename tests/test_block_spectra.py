@@ -178,6 +178,27 @@ def test_one_tensor_is_one_block():
     assert found["params"].trace.value == pytest.approx(10)
 
 
+def test_scalar_and_empty_parameters():
+    def loss_fn(p, batch):
+        return 0.5 * (batch @ p["w"]) ** 2 + p["b"] ** 2 + p["none"].sum()
+
+    params = {"w": torch.zeros(2), "b": torch.tensor(0.0), "none": torch.zeros(0, 3)}
+    data = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+    found = hk.blocks(loss_fn, params, data, by="parameter", density=True)
+    assert found.names == ("w", "b")
+    assert found["b"].extremes.smallest.value == pytest.approx(2)
+    assert found["b"].trace.value == pytest.approx(2)
+    assert found["w"].density.nodes.tolist() == pytest.approx([2.0, 8.0])
+
+
+def test_complex_parameters_are_real_coordinates():
+    params = {"z": torch.ones(2, dtype=torch.complex128), "w": torch.ones(3, dtype=torch.float64)}
+    data = torch.ones(4, 1, dtype=torch.float64)
+    found = hk.blocks(lambda p, batch: (p["z"].abs() ** 2).sum() + (batch @ p["w"][:1]) ** 2, params, data)
+    assert found["z"].n == 4
+    assert found["z"].trace.value == pytest.approx(8)
+
+
 def test_block_without_curvature_is_zero():
     def loss_fn(p, batch):
         return p["a"].sum() * batch[:, 0] + 0.5 * (batch @ p["b"]) ** 2

@@ -137,7 +137,8 @@ def blocks(
         data: the examples.
         by: ``"module"``: a block for each module that has parameters, all of these together, by their dotted names up
             to the last dot; a name without a dot is a block. ``"parameter"``: a block for each. Or a list of globs
-            over dotted names: a block for each; parameters that none matches are in no block.
+            over dotted names: a block for each; parameters that none matches are in no block. Blocks of empty
+            parameters are left out.
         trace: estimate the trace of each block.
         density: estimate the density of each block.
         tol: relative error of the ends.
@@ -198,8 +199,12 @@ def blocks(
         density, tol, atol, confidence, num_steps, num_probes if trace else 0, max_matvecs, resolve_seed(seed)
     )
     H = hessian(loss_fn, params, data, wrt=globs, batch_size=batch_size, mode=mode, memory_limit=memory_limit)
-    names = H.terms[0][1].problem.layout.names
-    groups = grouped(names, by)
+    layout = H.terms[0][1].problem.layout
+    groups = {
+        name: places
+        for name, places in grouped(layout.names, by).items()
+        if any(layout.numels[place] for place in places)  # a block without a row has no spectrum
+    }
     return solve(H, BlockDiagonal(H, tuple(groups), tuple(groups.values())), question, time_limit)
 
 

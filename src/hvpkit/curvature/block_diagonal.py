@@ -212,7 +212,12 @@ class BlockDiagonal:
                 check_deadline()
                 for total, share in zip(sums, linear(stacks, retain_graph=kept), strict=True):
                     torch._foreach_add_(total, share)
-        return [torch.cat([stack.flatten(1) for stack in leaves], dim=1).mT for leaves in sums]
+        return [
+            torch.cat(
+                [stack.reshape(len(stack), m) for stack, m in zip(leaves, layout.numels, strict=True)], 1
+            ).mT
+            for leaves, layout in zip(sums, self.layouts, strict=True)
+        ]
 
     def _stacked(self, number: int, vectors: Tensor) -> Leaves:
         """Return columns ``[n_b, k]`` as the block's leaves ``[k, *shape]``."""
