@@ -7,6 +7,7 @@ From a pure loss function, parameters and data, :func:`hessian` makes a symmetri
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hvpkit.block_spectra import blocks
 from hvpkit.curvature.constructors import empirical_fisher, fisher, ggn, hessian
 from hvpkit.curvature.fisher import fisher_vp
 from hvpkit.curvature.forward_over_forward import quadratic_form
@@ -42,6 +43,7 @@ from hvpkit.objective import Objective, from_module
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
 from hvpkit.planning import plan
+from hvpkit.results.blocks import BlockSpectra, BlockSpectrum
 from hvpkit.results.cost_plan import Plan, PlannedTask, Range
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
@@ -67,6 +69,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsymmetryWarning",
+    "BlockSpectra",
+    "BlockSpectrum",
     "CapturedParameterWarning",
     "CompileWarning",
     "CurvatureOperator",
@@ -101,6 +105,7 @@ __all__ = [
     "accelerated_power",
     "as_data",
     "aslinearoperator",
+    "blocks",
     "chebyshev",
     "check",
     "count_eigenvalues",

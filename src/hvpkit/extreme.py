@@ -119,7 +119,7 @@ def extreme_eigenvalues(
     """
     options: dict[str, Any] = {"tol": tol, "atol": atol, "confidence": confidence, "certify": certify}
     options |= {"ncv": ncv, "offload": offload, "max_matvecs": max_matvecs, "v0": v0, "monitor": monitor}
-    return _result(H, _solve(H, min(2, H.n), "BE", method, time_limit, seed, checkpoint, options), tol)
+    return extreme_result(H, _solve(H, min(2, H.n), "BE", method, time_limit, seed, checkpoint, options), tol)
 
 
 @full_precision
@@ -270,7 +270,8 @@ def sample_levels(H: LinearOperator, seed: int) -> tuple[list[LinearOperator], f
     return [sample, H], SCORE_COST * H.cost
 
 
-def _result(H: LinearOperator, found: EigenResult, tol: float) -> ExtremeResult:
+def extreme_result(H: LinearOperator, found: EigenResult, tol: float) -> ExtremeResult:
+    """Return the outermost pairs of a result as both ends of the spectrum of ``H``."""
     if len(found.values):
         smallest, largest = found.pair(0), found.pair(len(found.values) - 1)
     else:

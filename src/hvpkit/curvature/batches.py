@@ -337,7 +337,10 @@ def _forward_over_reverse(function: LossShare, leaves: Leaves) -> LinearMap:
     return matvecs
 
 
-def _reverse_over_reverse(function: LossShare, leaves: Leaves) -> LinearMap:
+def gradient_graph(
+    function: LossShare, leaves: Leaves
+) -> tuple[Leaves, dict[int, torch.autograd.graph.GradientEdge]]:
+    """Return the points of a function's gradient, and the edges of its graph by leaf; of leaves with a derivative."""
     with torch.enable_grad():
         points = [leaf.detach().requires_grad_() for leaf in leaves]
         value = function(points)
@@ -346,12 +349,15 @@ def _reverse_over_reverse(function: LossShare, leaves: Leaves) -> LinearMap:
             gradients = torch.autograd.grad(value, points, create_graph=True, allow_unused=True)
             _check_dependent(gradients)
     # Edges of the graph, and not the gradients: a graph that is kept would hold one gradient for each batch.
-    edges = {
+    return points, {
         i: torch.autograd.graph.get_gradient_edge(gradient)
         for i, gradient in enumerate(gradients)
         if gradient is not None and gradient.requires_grad
     }
-    del value, gradients
+
+
+def _reverse_over_reverse(function: LossShare, leaves: Leaves) -> LinearMap:
+    points, edges = gradient_graph(function, leaves)
 
     def matvecs(vectors: Sequence[Leaves], *, retain_graph: bool = False) -> list[Leaves]:
         if not edges:  # the loss is linear in the parameters

@@ -39,7 +39,8 @@ def encode(value: Any, leaf: Leaf, *, with_long: bool, at: str = "") -> Any:
         TypeError: it holds what has no plain form, named by its place.
     """
     if is_dataclass(value):
-        hints = _hints(type(value))
+        kind: type = type(value)
+        hints = _hints(kind)
         plain = {}
         for field in fields(value):
             if with_long or not field.metadata.get("long"):
