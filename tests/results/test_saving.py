@@ -348,6 +348,28 @@ def test_failure_while_saving_leaves_the_old_files(
     assert sorted(os.listdir(tmp_path)) == ["ex.json", "ex.json.safetensors"]
 
 
+def test_stop_between_the_two_files_leaves_a_pair_that_is_refused(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace_tensors_only(source: Any, target: Any) -> None:
+        if not str(target).endswith(".safetensors"):
+            raise KeyboardInterrupt
+        original(source, target)
+
+    original = os.replace
+    monkeypatch.setattr(os, "replace", replace_tensors_only)
+    with pytest.raises(KeyboardInterrupt):
+        hk.lanczos(operator(), 2).save(saved)
+    with pytest.raises(ValueError, match=r"^path: .*of another result"):
+        hk.load(saved)
+
+
+def test_density_of_the_former_format_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "density.npz", grid=np.zeros(3))
+    with pytest.raises(ValueError, match=r"^path: .*density.npz"):
+        hk.Density.load(tmp_path / "density.npz")
+
+
 def test_later_result_replaces_an_earlier_one(saved: Path) -> None:
     other = hk.lanczos(operator(), 2)
     other.save(saved)

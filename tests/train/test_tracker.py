@@ -83,10 +83,14 @@ def test_functions_of_parameters_are_tracked_as_well() -> None:
 
 def test_records_are_flat_and_go_into_a_frame() -> None:
     tracker = SpectrumTracker.for_module(F.cross_entropy, data(), every=4)
+    assert repr(tracker) == "<SpectrumTracker: no measurements>"
     train(module(), range(9), tracker)
     (step, ex), record = tracker.results[1], tracker.records[1]
     assert [entry["step"] for entry in tracker.records] == [0, 4, 8]
     assert step == 4
+    last = tracker.results[-1][1]
+    ends = f"smallest {last.smallest.value:.6g}, largest {last.largest.value:.6g}"
+    assert repr(tracker) == f"<SpectrumTracker: 3 measurements; at step 8: {ends}>"
     assert record["largest"] == ex.largest.value
     assert record["smallest_lower"] == ex.smallest.interval.lower
     assert record["passes"] == ex.num_matvecs

@@ -39,7 +39,7 @@ def encode(value: Any, leaf: Leaf, *, with_long: bool, at: str = "") -> Any:
         TypeError: it holds what has no plain form, named by its place.
     """
     if is_dataclass(value):
-        kind: type = type(value)
+        kind: Any = type(value)
         hints = _hints(kind)
         plain = {}
         for field in fields(value):
@@ -155,7 +155,7 @@ def _decode_tree(plain: Any, build: Build, at: str) -> Tree:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
