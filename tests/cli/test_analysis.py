@@ -679,7 +679,18 @@ def test_cifar_runs_from_a_checkpoint(cifar: Path, tmp_path: Path) -> None:
 
 
 def test_every_command_shows_examples_and_exit_codes() -> None:
-    commands = ["extremes", "density", "trace", "sharpness", "check", "report", "train", "track", "demo"]
+    commands = [
+        "extremes",
+        "density",
+        "trace",
+        "plan",
+        "sharpness",
+        "check",
+        "report",
+        "train",
+        "track",
+        "demo",
+    ]
     for name in commands:
         text = call(name, "--help").stdout
         assert f"hvpkit {name} " in text.split("Examples:")[1] or name == "demo"

@@ -40,9 +40,8 @@ def strict(text: str) -> Any:
 
 def without_seconds(record: Any) -> Any:
     if isinstance(record, dict):
-        return {
-            key: without_seconds(item) for key, item in record.items() if key not in ("seconds", "operator")
-        }
+        left_out = ("seconds", "seconds_left", "operator")
+        return {key: without_seconds(item) for key, item in record.items() if key not in left_out}
     return [without_seconds(item) for item in record] if isinstance(record, list) else record
 
 

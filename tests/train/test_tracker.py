@@ -199,6 +199,8 @@ def test_other_parameters_are_refused() -> None:
         ({"tol": -1.0}, ValueError, "tol"),
         ({"atol": -1.0}, ValueError, "atol"),
         ({"method": "power"}, ValueError, "method"),
+        ({"ncv": 0}, ValueError, "ncv"),
+        ({"offload": "no"}, TypeError, "offload"),
         ({"path": "/no/such/folder/run.jsonl"}, ValueError, "path"),
         ({"path": "/proc/run.jsonl"}, ValueError, "path"),
         ({"path": "/dev/full"}, ValueError, "path"),

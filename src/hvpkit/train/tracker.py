@@ -20,6 +20,7 @@ from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import (
     check_choice,
     check_count,
+    check_flag,
     check_function,
     check_monitor,
     check_positive,
@@ -85,7 +86,7 @@ class SpectrumTracker:
             spectrum that an adaptive optimizer feels. Vectors and gradients are then in its coordinates.
         tol: relative error of both eigenvalues.
         atol: size up to which a value counts as zero, as for :func:`hvpkit.extreme_eigenvalues`.
-        method: as for :func:`hvpkit.extreme_eigenvalues`.
+        method, ncv, offload: as for :func:`hvpkit.extreme_eigenvalues`.
         max_matvecs: the most passes over the data for a measurement; the values found by then are recorded.
         time_limit: the most seconds for a measurement; the values found by then are recorded.
         batch_size, wrt, mode: as for :func:`hvpkit.hessian`.
@@ -138,6 +139,8 @@ class SpectrumTracker:
         tol: float = 1e-2,
         atol: float | None = None,
         method: str = "auto",
+        ncv: int | None = None,
+        offload: bool = False,
         max_matvecs: float | None = None,
         time_limit: float | None = None,
         batch_size: int | None = None,
@@ -160,6 +163,9 @@ class SpectrumTracker:
         check_tolerance("tol", tol)
         if atol is not None:
             check_atol(atol)
+        if ncv is not None:
+            check_count("ncv", ncv, 1)
+        check_flag("offload", offload)
         for name, limit in (("max_matvecs", max_matvecs), ("time_limit", time_limit)):
             if limit is not None:
                 check_positive(name, limit)
@@ -173,7 +179,7 @@ class SpectrumTracker:
         self._every, self._seed, self._num_calls = every, resolve_seed(seed), 0
         self._hessian: dict[str, Any] = {"wrt": wrt, "mode": mode}
         self._solve: dict[str, Any] = {"tol": tol, "atol": atol, "method": method, "monitor": monitor}
-        self._solve |= {"max_matvecs": max_matvecs, "time_limit": time_limit}
+        self._solve |= {"ncv": ncv, "offload": offload, "max_matvecs": max_matvecs, "time_limit": time_limit}
         self._path = None if path is None else check_file("path", path).absolute()
         self._identity: dict[str, Any] = {}
         self._replaced: list[tuple[int, Result]] = []
