@@ -6,6 +6,7 @@ import pytest
 
 import _compare_report
 import _harness as harness
+import bench_blocks
 import bench_fidelity
 import bench_products
 import bench_solvers
@@ -28,6 +29,7 @@ def result(name):
         (bench_fidelity, "fidelity", "README.md"),
         (bench_fidelity, "fidelity", "docs/multifidelity.md"),
         (bench_top, "top", "docs/multifidelity.md"),
+        (bench_blocks, "blocks", "docs/performance.md"),
         (bench_products, "products", "docs/performance.md"),
         (profile_solve, "profile", "docs/performance.md"),
         (soak, "soak", "docs/long_work.md"),

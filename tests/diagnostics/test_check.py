@@ -598,9 +598,10 @@ def test_the_callers_random_state_and_module_stay():
     assert all(parameter.grad is None for parameter in given.model.parameters())
 
 
-def test_a_tensor_is_refused_with_the_mend():
-    with pytest.raises(TypeError, match="aslinearoperator"):
-        check(torch.eye(3))
+def test_a_matrix_is_checked_and_what_is_no_operator_refused_with_the_remedy():
+    assert check(torch.eye(3)).ok
+    with pytest.raises(TypeError, match=r"A must be a tensor.*\(matvec, n, dtype\); got function"):
+        check(lambda v: v)
 
 
 # The warning of solvers.
