@@ -189,7 +189,7 @@ def test_a_batch_without_tensors_is_refused() -> None:
         ([torch.ones(1, dtype=torch.complex128), torch.ones(1)], ValueError, "share one dtype"),
         ([torch.ones(1) * torch.tensor(complex(0, float("inf")))], ValueError, "contains NaN or infinity"),
         ({"w": torch.ones(1), "b": torch.ones(1).double()}, ValueError, "params must share one dtype: .*'b'"),
-        ([torch.ones(1), torch.ones(1, device="meta")], ValueError, "params must share one device: .*meta"),
+        ([torch.ones(1), torch.ones(1, device="meta")], TypeError, "params.*is a meta tensor.*load them"),
         ({"w": torch.tensor([1.0, float("nan")])}, ValueError, r"params\['w'\] contains NaN or infinity"),
         ([torch.ones(1), torch.tensor(float("inf"))], ValueError, r"params\['1'\] contains NaN or infinity"),
         ({}, ValueError, "params holds no parameters"),

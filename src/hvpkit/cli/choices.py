@@ -44,6 +44,14 @@ class Dtype(StrEnum):
     FLOAT64 = "float64"
 
 
+class Which(StrEnum):
+    """The end of a spectrum."""
+
+    LARGEST = "LA"
+    SMALLEST = "SA"
+    BOTH = "BE"
+
+
 class ExtremesMethod(StrEnum):
     """A solver for both ends."""
 

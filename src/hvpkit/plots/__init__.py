@@ -12,13 +12,14 @@ except ImportError as error:
     raise ImportError(NO_MATPLOTLIB) from error
 
 from hvpkit.plots.loss import extremes, loss_along_eigenvector, loss_landscape
-from hvpkit.plots.spectrum import convergence, density, layers, layers_height, training
+from hvpkit.plots.spectrum import convergence, density, eigenvalues, layers, layers_height, training
 from hvpkit.plots.style import HEIGHT
 
 __all__ = [
     "HEIGHT",
     "convergence",
     "density",
+    "eigenvalues",
     "extremes",
     "layers",
     "layers_height",

@@ -149,6 +149,49 @@ def layers_height(num_layers: int) -> float:
 
 
 @styled
+def eigenvalues(found: EigenResult, *, ax: Axes | None = None) -> Axes:
+    """Draw several eigenvalues by their place, the largest on top, with their intervals.
+
+    Args:
+        found: as of :func:`hvpkit.top_eigenvalues`.
+        ax: where to draw.
+
+    Returns:
+        The axes, with eigenvalues against their place from the top.
+
+    Raises:
+        TypeError: ``found`` is of another type.
+        ValueError: there is no eigenvalue in it.
+
+    Example:
+        >>> import torch, hvpkit as hk
+        >>> A = hk.aslinearoperator(torch.diag(torch.tensor([1.0, 2.0, 5.0, 9.0], dtype=torch.float64)))
+        >>> hk.plots.eigenvalues(hk.top_eigenvalues(A, 2)).get_xlabel()
+        'eigenvalue'
+    """
+    check_type("found", found, EigenResult, "hvpkit.top_eigenvalues")
+    pairs = [found.pair(place) for place in reversed(range(len(found.values)))]
+    if not pairs:
+        raise ValueError("found has no eigenvalue; raise max_matvecs or time_limit")
+    ax = ax or plt.subplots(figsize=(WIDTH, layers_height(len(pairs))))[1]
+    values, places = [pair.value for pair in pairs], range(1, len(pairs) + 1)
+    below = [max(pair.value - pair.interval.lower, 0.0) for pair in pairs]
+    above = [max(pair.interval.upper - pair.value, 0.0) for pair in pairs]
+    reach = [[size if math.isfinite(size) else 0.0 for size in side] for side in (below, above)]
+    colors = [COLORS["smallest" if value < 0 else "largest"] for value in values]
+    bars = ax.barh(places, values, 0.6, color=colors)
+    ax.errorbar(values, places, xerr=reach, fmt="none", ecolor=COLORS["predicted"], capsize=3)
+    ax.bar_label(bars, [f"{value:.5g}" for value in values], padding=4, fontsize=8)
+    ax.axvline(0, color=COLORS["predicted"], linewidth=1)
+    ax.set_yticks(places)
+    ax.invert_yaxis()
+    ax.margins(x=0.18)
+    ax.set_xlabel("eigenvalue")
+    ax.set_ylabel("place from the top")
+    return ax
+
+
+@styled
 def training(
     results: Sequence[tuple[float, ExtremeResult | EigenResult]], *, log: bool = True, ax: Axes | None = None
 ) -> Axes:

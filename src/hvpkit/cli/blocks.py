@@ -1,0 +1,99 @@
+"""``hvpkit blocks``: the spectra of the diagonal blocks of a Hessian, as those of its layers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+import hvpkit as hk
+from hvpkit.cli.application import command
+from hvpkit.cli.choices import Mode
+from hvpkit.cli.options import ModeOption, Problem
+from hvpkit.cli.output import Output, table
+from hvpkit.results.estimate import plus_minus
+
+
+@command(
+    "hvpkit blocks digits",
+    "hvpkit blocks digits --density --out results",
+    "hvpkit blocks problem.py:make --by 'layer1.*' --by 'layer2.*' --json",
+)
+def blocks(
+    problem: Problem,
+    output: Output,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="module, parameter, or a glob over parameter names, which may be repeated. Default: module."
+        ),
+    ] = None,
+    tol: Annotated[float, typer.Option(help="Relative error of both ends of each block.")] = 1e-2,
+    density: Annotated[
+        bool, typer.Option("--density", help="Estimate the density of each block too.")
+    ] = False,
+    num_steps: Annotated[int, typer.Option(help="Lanczos steps of a density.")] = 100,
+    max_matvecs: Annotated[float | None, typer.Option(help="The most passes over the data.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Time limit in seconds.")] = None,
+    mode: ModeOption = Mode.AUTO,
+) -> bool:
+    """Find both ends and the trace of each diagonal block of the Hessian, in passes that all blocks share."""
+    output.prepare("blocks.json", "blocks.png")
+    target = problem.load()
+    found = hk.blocks(
+        target.loss_fn,
+        target.params,
+        target.data,
+        "module" if not by else by[0] if by in (["module"], ["parameter"]) else by,
+        density=density,
+        tol=tol,
+        num_steps=num_steps,
+        max_matvecs=max_matvecs,
+        time_limit=time_limit,
+        mode=mode.value,
+        seed=problem.seed,
+    )
+    rows, records = [], []
+    for block in found.blocks:
+        low, high, trace = block.extremes.smallest, block.extremes.largest, block.trace
+        assert trace is not None
+        rows.append(
+            (
+                block.name,
+                f"{block.n:,}",
+                f"{low.value:.4g}",
+                f"{high.value:.4g}",
+                plus_minus(trace.value, trace.stderr, digits=4),
+                f"{block.extremes.status}",
+            )
+        )
+        records.append(
+            {
+                "name": block.name,
+                "num_parameters": block.n,
+                **block.extremes.to_dict(),
+                "trace": {"value": trace.value, "stderr": trace.stderr},
+            }
+        )
+    header = ("block", "n", "smallest", "largest", "trace", "status")
+    record = {
+        "blocks": records,
+        "num_passes": found.num_passes,
+        "seconds": found.seconds,
+        "converged": found.converged,
+        "problem": {"target": problem.target, "title": target.title, "seed": problem.seed},
+    }
+    close = f"{found.num_passes:g} passes, {found.seconds:.3g} s for all blocks."
+    shown = [table(target.title, header, rows), close]
+    output.write("blocks", record, shown, partial(_draw, found, density))
+    return found.converged
+
+
+def _draw(found: hk.BlockSpectra, density: bool) -> object:
+    """Draw the density of each block, or both ends."""
+    from hvpkit import plots
+
+    if density:
+        return found.plot()[0].figure
+    return plots.layers({block.name: block.extremes for block in found.blocks})
