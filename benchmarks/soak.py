@@ -377,8 +377,11 @@ class Soak:
 
         def work() -> str:
             found: dict[str, str] = {}
+            first = threading.Lock()
 
             def one(number: int, name: str) -> None:
+                with first:  # torch sets a new thread up at its first call, which is not safe beside another's
+                    torch.get_num_threads()
                 place = folder / str(number)
                 place.mkdir(exist_ok=True)
                 found[str(number)] = JOBS[name](place)
