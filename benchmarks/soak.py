@@ -380,9 +380,8 @@ class Soak:
             first = threading.Lock()
 
             def one(number: int, name: str) -> None:
-                with (
-                    first
-                ):  # torch sets a new thread up at its first call, which is not safe beside another's
+                # torch sets a new thread up at its first call, which is not safe beside another's
+                with first:
                     torch.get_num_threads()
                 place = folder / str(number)
                 place.mkdir(exist_ok=True)
