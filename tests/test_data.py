@@ -23,12 +23,19 @@ from torch.utils.data import (
 )
 
 import hvpkit as hk
+from hvpkit.data import random_state
 
 N = 11
 X = torch.randn(N, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(N, dtype=torch.float64)
 P = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 Pair = namedtuple("Pair", "x y")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process without other threads: other tests may leave some. For those see test_threads."""
+    monkeypatch.setattr(random_state, "_is_quiet", lambda _: True)
 
 
 class Plain:

@@ -445,10 +445,10 @@ def test_asymmetric_operator_is_refused() -> None:
 
 
 def test_what_is_no_operator_is_refused_with_the_way_to_make_one() -> None:
-    with pytest.raises(TypeError, match="aslinearoperator"):
-        hk.extreme_eigenvalues(torch.eye(3))
-    with pytest.raises(TypeError, match="aslinearoperator"):
-        hk.lanczos(torch.eye(3), 1)
+    for solve in (hk.extreme_eigenvalues, hk.lanczos, hk.top_eigenvalues):
+        with pytest.raises(TypeError, match=r"A must be a tensor.*\(matvec, n, dtype\); got function"):
+            solve(lambda v: v)
+    assert hk.extreme_eigenvalues(torch.eye(3)).largest.value == pytest.approx(1)
 
 
 def test_multifidelity_finds_the_same_ends_of_a_hessian_over_data_and_counts_scores() -> None:
@@ -624,9 +624,5 @@ def test_result_is_a_start() -> None:
 
 
 def test_multifidelity_refuses_what_it_cannot_do() -> None:
-    problem = network("mlp")
-    H = hk.hessian(problem.objective, problem.params, problem.data)
-    with pytest.raises(ValueError, match=r"^checkpoint"):
-        hk.extreme_eigenvalues(H, method="multifidelity", checkpoint="file")
     with pytest.raises(TypeError, match="not over examples"):
         hk.extreme_eigenvalues(hk.aslinearoperator(torch.eye(5)), method="multifidelity")

@@ -22,6 +22,7 @@ from torch.utils import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, TensorDataset
 
 import hvpkit as hk
+from hvpkit.data import random_state
 from problems import network
 from test_purity import settings
 
@@ -365,3 +366,20 @@ def test_os_fork_while_a_thread_computes_ends() -> None:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             assert status[1] == 0
+
+
+def test_monitor_of_a_progress_bar_is_no_company() -> None:
+    from tqdm import tqdm
+    from tqdm._monitor import TMonitor
+
+    stop = threading.Event()
+    idle, monitor = threading.Thread(target=stop.wait), TMonitor(tqdm, 10)
+    idle.start()
+    try:
+        assert {monitor, idle} <= set(threading.enumerate())
+        assert random_state._is_quiet(monitor)
+        assert not random_state._is_quiet(idle)
+        assert not random_state.is_alone()
+    finally:
+        stop.set()
+        monitor.exit()

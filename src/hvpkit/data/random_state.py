@@ -29,6 +29,9 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, get_worker_inf
 from hvpkit._utils.typing import Batch
 from hvpkit.errors import SharedGeneratorWarning
 
+QUIET_PACKAGES = ("tqdm", "IPython", "ipykernel")
+"""Packages whose threads draw no random numbers: tqdm's monitor lives on after the first bar, a kernel's always."""
+
 NUMPY_OFFSET = 0x9E3779B9
 """Added to seeds of NumPy, whose generator is torch's: the two would draw the same bits. 2^32 / golden ratio."""
 
@@ -81,7 +84,14 @@ def fixed_randomness(seed: int) -> Iterator[None]:
 
 def is_alone() -> bool:
     """Return True if no other thread could draw from the global generators: there is none, or none of the user's."""
-    return get_worker_info() is not None or threading.active_count() == 1
+    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    return get_worker_info() is not None or all(map(_is_quiet, others))
+
+
+def _is_quiet(thread: threading.Thread) -> bool:
+    """Return True for a thread of a progress bar or a notebook's kernel: these draw no random numbers."""
+    owner = getattr(thread, "_target", None) if type(thread) is threading.Thread else type(thread)
+    return str(getattr(owner, "__module__", "")).partition(".")[0] in QUIET_PACKAGES
 
 
 def can_fork() -> bool:
