@@ -34,6 +34,13 @@ Y = X.sum(dim=1)
 P = torch.ones(3, dtype=torch.float64)
 
 
+@pytest.fixture(autouse=True)
+def only_own_threads_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only threads that a test starts count: other tests may leave some."""
+    before, is_quiet = set(threading.enumerate()), random_state._is_quiet
+    monkeypatch.setattr(random_state, "_is_quiet", lambda thread: thread in before or is_quiet(thread))
+
+
 def loss_fn(p: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
     x, y = batch
     return (torch.tanh(x @ p) - y) ** 2
@@ -368,10 +375,16 @@ def test_os_fork_while_a_thread_computes_ends() -> None:
             assert status[1] == 0
 
 
-def test_monitor_of_a_progress_bar_is_no_company() -> None:
+def test_threads_of_progress_bars_and_queues_are_no_company() -> None:
     from tqdm import tqdm
     from tqdm._monitor import TMonitor
 
+    queue = multiprocessing.Queue()
+    queue.put(1)
+    feeders = [one for one in threading.enumerate() if one.name == "QueueFeederThread"]
+    assert feeders
+    assert all(map(random_state._is_quiet, feeders))
+    assert queue.get() == 1
     stop = threading.Event()
     idle, monitor = threading.Thread(target=stop.wait), TMonitor(tqdm, 10)
     idle.start()

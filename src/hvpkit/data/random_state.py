@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, get_worker_inf
 from hvpkit._utils.typing import Batch
 from hvpkit.errors import SharedGeneratorWarning
 
-QUIET_PACKAGES = ("tqdm", "IPython", "ipykernel")
-"""Packages whose threads draw no random numbers: tqdm's monitor lives on after the first bar, a kernel's always."""
+QUIET_MODULES = ("tqdm", "IPython", "ipykernel", "zmq", "multiprocessing.queues", "torch.utils.data")
+"""Modules and packages whose threads draw no random numbers: a progress bar's monitor, which lives on after the first
+bar, those of a notebook's kernel, and those that pass batches to and from a loader's workers."""
 
 NUMPY_OFFSET = 0x9E3779B9
 """Added to seeds of NumPy, whose generator is torch's: the two would draw the same bits. 2^32 / golden ratio."""
@@ -89,9 +90,10 @@ def is_alone() -> bool:
 
 
 def _is_quiet(thread: threading.Thread) -> bool:
-    """Return True for a thread of a progress bar or a notebook's kernel: these draw no random numbers."""
+    """Return True for a thread of ``QUIET_MODULES``."""
     owner = getattr(thread, "_target", None) if type(thread) is threading.Thread else type(thread)
-    return str(getattr(owner, "__module__", "")).partition(".")[0] in QUIET_PACKAGES
+    module = str(getattr(owner, "__module__", ""))
+    return any(module == name or module.startswith(f"{name}.") for name in QUIET_MODULES)
 
 
 def can_fork() -> bool:
