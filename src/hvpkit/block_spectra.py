@@ -29,6 +29,7 @@ from hvpkit._utils.deadline import DeadlineReached, deadline
 from hvpkit._utils.random import generator, resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_count, check_flag, check_positive
+from hvpkit.autodiff.pytree import check_params
 from hvpkit.curvature.block_diagonal import BlockDiagonal, BlockOperator
 from hvpkit.curvature.constructors import hessian
 from hvpkit.estimators import quadrature
@@ -200,6 +201,8 @@ def blocks(
     question = Question(
         density, tol, atol, confidence, num_steps, num_probes if trace else 0, max_matvecs, resolve_seed(seed)
     )
+    if globs is not None:
+        grouped(check_params(params)[0].names, globs)  # names ``by`` where a glob is wrong
     H = hessian(loss_fn, params, data, wrt=globs, batch_size=batch_size, mode=mode, memory_limit=memory_limit)
     layout = H.terms[0][1].problem.layout
     groups = {

@@ -72,7 +72,10 @@ def test_study_writes_runs_claims_and_pictures(study):
 
 def test_finished_study_measures_nothing_again(study, monkeypatch):
     monkeypatch.setattr(edge, "run", lambda *_: pytest.fail("trained again"))
+    files = [study[1] / name for name in ("study.json", "study.md")]
+    before = [json.loads(files[0].read_text())["runs"], files[1].read_text()]
     edge.main([*SMALLEST, "--out", str(study[1])])
+    assert [json.loads(files[0].read_text())["runs"], files[1].read_text()] == before
 
 
 def test_verdicts():

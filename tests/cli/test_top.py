@@ -140,7 +140,7 @@ def test_blocks_are_those_of_the_dense_hessian(file: Path, tmp_path: Path, optio
     assert json.loads((tmp_path / "blocks.json").read_text()) == found
     assert drawn(tmp_path / "blocks.png")
     assert "0.weight" in call("blocks", f"{file}:make", "--by", "parameter").stdout
-    assert "none*" in call("blocks", f"{file}:make", "--by", "none*", code=2).stderr
+    assert "by: 'none*' matches" in call("blocks", f"{file}:make", "--by", "none*", code=2).stderr
 
 
 def test_blocks_by_globs(file: Path) -> None:

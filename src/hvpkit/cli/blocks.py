@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,7 +38,10 @@ def blocks(
     time_limit: Annotated[float | None, typer.Option(help="Time limit in seconds.")] = None,
     mode: ModeOption = Mode.AUTO,
 ) -> bool:
-    """Find both ends and the trace of each diagonal block of the Hessian, in passes that all blocks share."""
+    """Find both ends and the trace of each diagonal block of the Hessian, in passes that all blocks share.
+
+    An interruption prints nothing; --time-limit ends with the values so far.
+    """
     output.prepare("blocks.json", "blocks.png")
     target = problem.load()
     found = hk.blocks(
@@ -54,31 +57,10 @@ def blocks(
         mode=mode.value,
         seed=problem.seed,
     )
-    rows, records = [], []
-    for block in found.blocks:
-        low, high, trace = block.extremes.smallest, block.extremes.largest, block.trace
-        assert trace is not None
-        rows.append(
-            (
-                block.name,
-                f"{block.n:,}",
-                f"{low.value:.4g}",
-                f"{high.value:.4g}",
-                plus_minus(trace.value, trace.stderr, digits=4),
-                f"{block.extremes.status}",
-            )
-        )
-        records.append(
-            {
-                "name": block.name,
-                "num_parameters": block.n,
-                **block.extremes.to_dict(),
-                "trace": {"value": trace.value, "stderr": trace.stderr},
-            }
-        )
+    rows = [_row(block) for block in found.blocks]
     header = ("block", "n", "smallest", "largest", "trace", "status")
     record = {
-        "blocks": records,
+        "blocks": [_record(block) for block in found.blocks],
         "num_passes": found.num_passes,
         "seconds": found.seconds,
         "converged": found.converged,
@@ -88,6 +70,21 @@ def blocks(
     shown = [table(target.title, header, rows), close]
     output.write("blocks", record, shown, partial(_draw, found, density))
     return found.converged
+
+
+def _row(block: hk.BlockSpectrum) -> tuple[str, ...]:
+    """Return the line of a block in the table."""
+    ends = [f"{end.value:.4g}" for end in (block.extremes.smallest, block.extremes.largest)]
+    assert block.trace is not None
+    trace = plus_minus(block.trace.value, block.trace.stderr, digits=4)
+    return block.name, f"{block.n:,}", *ends, trace, f"{block.extremes.status}"
+
+
+def _record(block: hk.BlockSpectrum) -> dict[str, Any]:
+    """Return a block for JSON."""
+    assert block.trace is not None
+    trace = {"value": block.trace.value, "stderr": block.trace.stderr}
+    return {"name": block.name, "num_parameters": block.n, **block.extremes.to_dict(), "trace": trace}
 
 
 def _draw(found: hk.BlockSpectra, density: bool) -> object:

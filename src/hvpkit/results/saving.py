@@ -40,7 +40,7 @@ DERIVED = ("converged", "ok", "fits")
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """What results have in common: they can be saved, loaded, and shown as plain data and as tables."""
+    """The base of results: they can be saved, loaded, and shown as plain data and as tables."""
 
     _classes: ClassVar[dict[str, type[Result]]] = {}
 

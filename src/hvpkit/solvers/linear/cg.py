@@ -31,7 +31,7 @@ from hvpkit.solvers.linear.recurrence import (
 
 @dataclass(frozen=True)
 class Directions:
-    """What conjugate gradients carry.
+    """The vectors of conjugate gradients from one step to the next.
 
     Attributes:
         p: directions ``[k, n]``; where a row stopped, that of no positive curvature.

@@ -36,7 +36,7 @@ inconsistent system of 100 it falls to 4e-9 in float64 and 1e-4 in float32, befo
 
 @dataclass(frozen=True)
 class LanczosVectors:
-    """What MINRES carries; of the two last steps.
+    """The vectors of MINRES from one step to the next, of the two last steps.
 
     Attributes:
         v, z: the Lanczos vector and :math:`M^{-1}` times it, of unit inner product ``[k, n]``.
