@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 import hvpkit as hk
 from hvpkit.data import random_state
-from problems import network
+from problems import Problem, network
 from test_purity import settings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -252,18 +252,19 @@ def test_a_fault_in_the_data_is_told_as_without_threads() -> None:
     assert "batch 1" in "".join(told.value.__notes__)
 
 
-def attention_solve(seed: int) -> list[Tensor]:
-    problem = network("attention")
+def attention_solve(seed: int, problem: Problem | None = None) -> list[Tensor]:
+    problem = problem or network("attention")
     H = hk.hessian(problem.objective, problem.params, problem.data, mode="forward-over-reverse", batch_size=4)
     found = hk.lanczos(H, which="BE", k=2, max_matvecs=8, seed=seed)
     return [found.values, found.vectors, torch.tensor(hk.trace(H, num_matvecs=6, seed=seed).value)]
 
 
 def test_concurrent_solves_have_the_bits_of_solves_one_after_another() -> None:
+    problems = [network("attention") for _ in range(4)]  # made here: each seeds the global generator for its weights
     before = settings()
     expected = [attention_solve(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(attention_solve, range(4)))
+        found = list(pool.map(attention_solve, range(4), problems))
     assert settings() == before
     for one, other in zip(found, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
