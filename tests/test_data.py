@@ -530,7 +530,7 @@ def test_batches_are_moved_to_the_device_asked_for() -> None:
     for source in SOURCES.values():
         data = hk.as_data(source(), device="meta")
         assert {leaf.device.type for batch in data for leaf in tree_leaves(batch)} == {"meta"}
-        assert {weights.device.type for _, _, weights in data.subset([1], [1.0]).weighted()} == {"meta"}
+        assert {weights.device.type for _, _, weights, *_ in data.subset([1], [1.0]).parts()} == {"meta"}
         back = hk.as_data(data, device="cpu")
         assert {leaf.device.type for batch in back for leaf in tree_leaves(batch)} == {"cpu"}
 
@@ -773,7 +773,7 @@ def test_a_subset_of_whole_batches_counts_batches(source: str) -> None:
     assert part.num_examples == 5
     assert part.shares.tolist() == [0.4, 0.4, 0.2]
     again = part.subset([2, 0], [0.25, 4.0])
-    assert [(names, float(w)) for (_, names), _, w in again.weighted()] == [
+    assert [(names, float(w)) for (_, names), _, w, *_ in again.parts()] == [
         (["2.png", "3.png"], 4.0),
         (["6.png"], 0.25),
     ]
@@ -789,7 +789,7 @@ def test_restricted_data_estimate_the_mean_without_bias(weighted: bool) -> None:
     every = [data.restrict(torch.tensor(units)) for units in ([0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3])]
     totals = dict.fromkeys(range(4), 0.0)
     for part in every:
-        for (_, names), _, weight in part.weighted():
+        for (_, names), _, weight, *_ in part.parts():
             totals[int(names[0][0]) // 2] += float(weight) / len(every)
     assert list(totals.values()) == pytest.approx(data.shares.tolist())
 

@@ -27,6 +27,10 @@ class DerivativeWarning(UserWarning):
     """A second derivative of the loss is wrong or could not be checked. The message says which mode is used."""
 
 
+class RemoteError(RuntimeError):
+    """Another rank of a mesh failed, was interrupted, asks another question, or does not answer. The message says."""
+
+
 class SharedGeneratorWarning(UserWarning):
     """Data draws from global random generators that are seeded while other threads may draw from them."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from hvpkit._utils.deadline import DeadlineReached, deadline
 from hvpkit._utils.random import resolve_seed
+from hvpkit._utils.ranks import agreed
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_choice, check_flag, check_positive
 from hvpkit.curvature.operator import CurvatureOperator
@@ -217,7 +218,7 @@ def _solve(
             if method == "multifidelity":
                 raise
         if time_limit is not None:
-            time_limit = max(end - time.perf_counter(), 1e-9)
+            time_limit = agreed(H.space.ranks, max(end - time.perf_counter(), 1e-9))
         if levels is not None:
             options |= {"spent": spent, "time_limit": time_limit, "checkpoint": checkpoint}
             return solve_levels(levels, k, which=which, seed=number, **options)

@@ -115,7 +115,9 @@ def solve(
     saved = None
     if checkpoint is not None:
         identity = system.identity(damping=damping, preconditioner=preconditioner, seed=number)
-        saved = Checkpoint(checkpoint, identity, verify=system.resumed, entry=SolveProgress)
+        saved = Checkpoint(
+            checkpoint, identity, verify=system.resumed, entry=SolveProgress, ranks=H.space.ranks
+        )
     return _like_b(H, run(system, monitor=monitor, checkpoint=saved), back, b)
 
 

@@ -75,7 +75,7 @@ def test_a_sample_of_a_sample_is_nested_and_unbiased() -> None:
 
 def rows(op: hk.LinearOperator) -> list[tuple[Tensor, Tensor]]:
     assert op.origin is not None
-    return [pair for (x, y), *_ in op.origin.data.weighted() for pair in zip(x, y, strict=True)]
+    return [pair for (x, y), *_ in op.origin.data.parts() for pair in zip(x, y, strict=True)]
 
 
 def test_all_examples_give_the_operator_itself() -> None:

@@ -28,6 +28,11 @@ def deadline(end: float) -> Iterator[None]:
         _DEADLINE.reset(token)
 
 
+def has_deadline() -> bool:
+    """Return True if this context has a deadline."""
+    return _DEADLINE.get() < math.inf
+
+
 def check_deadline() -> None:
     """Raise DeadlineReached if the deadline of the context has passed. No synchronisation with a device."""
     if time.perf_counter() >= _DEADLINE.get():

@@ -26,12 +26,14 @@ def free_memory(device: torch.device) -> float:
     """Return how many bytes can still be allocated on the device; infinite if unknown.
 
     On a CPU the least of what the machine, the control groups of the process (of a container or a batch job) and the
-    limits of the process itself (``ulimit -v``, ``ulimit -d``) leave.
+    limits of the process itself (``ulimit -v``, ``ulimit -d``) leave; of processes that torchrun started on the
+    machine, each has its part.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
-    return max(0.0, min(_physical(), _left_by_control_groups(), _left_by_own_limits()))
+    shared = min(_physical(), _left_by_control_groups()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0.0, min(shared, _left_by_own_limits()))
 
 
 def _left_by_control_groups() -> float:

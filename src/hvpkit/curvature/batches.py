@@ -132,11 +132,9 @@ class WeightedBatch:
 
 
 def weighted_batches(data: Data) -> Generator[WeightedBatch, None, None]:
-    """Iterate over the batches of the data with their place in the mean."""
-    start = 0
-    for number, (batch, size, weights) in enumerate(data.weighted()):
+    """Iterate over the batches of the data, or this rank's share of them, with their place in the mean."""
+    for batch, size, weights, number, start in data.share():
         yield WeightedBatch(batch, size, weights, data.num_examples, number, start)
-        start += size
 
 
 def batch_curvatures(kind: Kind, problem: Problem, data: Data | None = None) -> Iterator[BatchCurvature]:
@@ -195,46 +193,6 @@ def _check_dependent(gradients: Sequence[Tensor | None]) -> None:
     """Raise ValueError if the loss does not depend on ``params``."""
     if all(gradient is None for gradient in gradients):
         raise ValueError(INDEPENDENT)
-
-
-# Sums over batches.
-
-
-def sum_over(batches: Iterator[T], function: Callable[[T], Leaves]) -> Leaves:
-    """Return the sum of ``function(batch)`` over the batches, leaf by leaf."""
-    total: Leaves = []
-    for batch in batches:
-        leaves = function(batch)
-        if not total:
-            total = [leaf.detach().clone() for leaf in leaves]
-        else:
-            for accumulated, leaf in zip(total, leaves, strict=True):
-                accumulated += leaf.detach()
-    return total
-
-
-def all_finite(leaves: Sequence[Tensor]) -> bool:
-    """Return True if no entry is NaN or infinite; waits for the device."""
-    return bool(torch.stack([torch.isfinite(leaf).all() for leaf in leaves]).all())
-
-
-def blame_batch(quantity: str, batches: Iterator[T], function: Callable[[T], Leaves]) -> str:
-    """Return a message that names the first batch for which ``function`` is not finite, by another pass."""
-    total: Leaves = []
-    for index, batch in enumerate(batches):
-        leaves = function(batch)
-        total = leaves if index == 0 else [a + b for a, b in zip(total, leaves, strict=True)]
-        if not all_finite(leaves):
-            return (
-                f"the {quantity} is not finite (NaN or infinity), first from batch {index} of the data (counted "
-                "from 0); look there for such inputs, a logarithm or square root at 0, or an overflow"
-            )
-    if total and all_finite(total):
-        return (
-            f"the {quantity} was not finite (NaN or infinity), and is in another pass over the same batches: the data "
-            "or the loss give other numbers in each pass; fix them, as by list(...) of the batches, one draw in memory"
-        )
-    return f"the {quantity} is not finite (NaN or infinity), though no batch alone is, as an overflow of their sum"
 
 
 # Linearization.

@@ -8,7 +8,7 @@ matvec. In the other modes a block's matvec is that of the whole Hessian with ze
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.deadline import check_deadline
+from hvpkit._utils.ranks import fingerprint
 from hvpkit.autodiff.pytree import Layout, flatten
 from hvpkit.curvature.batches import (
     BatchHessian,
@@ -190,7 +191,15 @@ class BlockDiagonal:
 
             layout, name = self.layouts[number], f"{self.names[number]} of {self.H.name}"
             return BlockOperator(
-                product, layout.n, self.H.dtype, self.H.device, name, layout, whole=self, number=number
+                product,
+                layout.n,
+                self.H.dtype,
+                self.H.device,
+                name,
+                layout,
+                whole=self,
+                number=number,
+                space=self.H.space,
             )
 
         return [operator(number) for number in range(len(self.blocks))]
@@ -203,8 +212,10 @@ class BlockDiagonal:
         """
         stacks = [self._stacked(number, vectors) for number, vectors in enumerate(columns)]
         sums = [[torch.zeros_like(stack) for stack in leaves] for leaves in stacks]
-        curvature = self.curvature
+        curvature, ranks = self.curvature, self.curvature.problem.data.ranks
+        question = ("matvec of blocks", [(len(v), v.shape[1], fingerprint(v)) for v in columns if v.shape[1]])
         with (
+            nullcontext() if ranks is None else ranks.together(question),
             curvature.settings(),
             closing(self.cache.linearized(self._batches, curvature.recipe.mode)) as linear_maps,
         ):
@@ -212,6 +223,8 @@ class BlockDiagonal:
                 check_deadline()
                 for total, share in zip(sums, linear(stacks, retain_graph=kept), strict=True):
                     torch._foreach_add_(total, share)
+        if ranks is not None:
+            sums = [[ranks.sum(stack) if len(stack) else stack for stack in leaves] for leaves in sums]
         return [
             torch.cat(
                 [stack.reshape(len(stack), m) for stack, m in zip(leaves, layout.numels, strict=True)], 1

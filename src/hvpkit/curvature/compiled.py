@@ -51,7 +51,7 @@ def compiled_kind(kind: Kind, problem: Problem) -> Kind | None:
     if problem.data.whole:
         _warn("the batches of data are read whole, each of a form of its own")
         return None
-    first = next(weighted_batches(problem.data))
+    first = next(weighted_batches(problem.data.alone))
     matvec = _compiled_matvec(kind, function, layout)
     with torch.no_grad():
         by_example = function(problem.params, first.batch).ndim > 0

@@ -5,23 +5,26 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
+from hvpkit._utils.checkpoints import digest
 from hvpkit._utils.random import normal_vector, resolve_seed
+from hvpkit._utils.ranks import agreed, watching
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count, check_flag
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import check_params, snapshot, unflatten
 from hvpkit.curvature.batch_means import check_batch_mean
 from hvpkit.curvature.batch_size import best_size
+from hvpkit.curvature.batch_sums import all_finite
 from hvpkit.curvature.batches import (
     MODES,
     BatchCurvature,
     Kind,
     Leaves,
     Problem,
-    all_finite,
     batch_curvatures,
     check_loss,
     hessian_of_batch,
@@ -294,6 +297,10 @@ class _Options:
     compile: bool = False
 
 
+def _plain(options: _Options) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("batch_size", "mode", "arithmetic", "compile")}
+
+
 def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> tuple[Problem, Data]:
     """Validate the arguments; return the problem, and the first few examples for trials."""
     batch_size = options.batch_size
@@ -317,13 +324,15 @@ def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> 
     check_batches(loss_fn, examples)
     function = normalized(function, examples)
     first = examples.first()
-    with exact_derivatives(device):
+    with watching(examples.ranks), exact_derivatives(device):
         value = check_loss(next(loss_shares(function, layout, first)), leaves)
         check_batch_mean(
             function, unflatten(leaves, layout.spec), examples, first, resized=options.batch_size == "auto"
         )
-    if not all_finite([value]):
-        raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
+        if not all_finite([value]):
+            raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
+    if examples.ranks is not None:
+        examples.ranks.check_same(params=digest(leaves), **_plain(options))
     return Problem(function, layout, leaves, examples), first.first(TRIAL_EXAMPLES)
 
 
@@ -340,7 +349,7 @@ def _build(kind: str, of_batch: Kind, problem: Problem, first: Data, options: _O
         )
 
     def first_batch(size: int) -> BatchCurvature:
-        return next(batch_curvatures(of_batch, problem, as_data(problem.data, batch_size=size)))
+        return next(batch_curvatures(of_batch, problem, as_data(problem.data.alone, batch_size=size)))
 
     def trial(problem: Problem) -> BatchCurvature:
         return next(batch_curvatures(of_batch, problem, first))
@@ -351,13 +360,15 @@ def _build(kind: str, of_batch: Kind, problem: Problem, first: Data, options: _O
         leaves = [leaf.double() for leaf in problem.leaves]
         return trial(replace(problem, loss_fn=in_float64(problem.loss_fn), leaves=leaves))
 
-    with exact_derivatives(device):
+    ranks = problem.data.ranks
+    with watching(ranks), exact_derivatives(device):
         recipe = choose_recipe(trial(problem), random_vector, options.mode, arithmetic, trial_in_float64)
+        recipe = agreed(ranks, recipe)
         if options.batch_size == "auto":
             with lower_precision(arithmetic, device):
                 longest = problem.data.longest_batch
                 size = best_size(first_batch, random_vector(0), recipe.mode, longest, budget.num_bytes)
-            problem = problem.over(as_data(problem.data, batch_size=size))
+            problem = problem.over(as_data(problem.data, batch_size=agreed(ranks, size)))
         if options.compile:
             if options.mode not in ("auto", MODE):
                 raise ValueError(f"compile=True makes products {MODE}; leave mode={options.mode!r} out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,18 +14,16 @@ from hvpkit._utils.validation import check_choice, check_like
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import check_params, unflatten
 from hvpkit.autodiff.randomness import check_repeatable
+from hvpkit.curvature.batch_sums import all_finite, blame_batch, sum_over
 from hvpkit.curvature.batches import (
     INDEPENDENT,
     MODES,
     Kind,
     Leaves,
     LossShare,
-    all_finite,
-    blame_batch,
     gradient_of,
     hessian_of_batch,
     loss_shares,
-    sum_over,
     weighted_batches,
 )
 from hvpkit.data import as_data, whole_batch
@@ -136,19 +133,26 @@ def grad(loss_fn: LossFn, params: Tree, data: object) -> Tree:
         return gradient_of(share, leaves)
 
     with exact_derivatives(leaves[0].device):
-        shares = loss_shares(loss_fn, layout, examples)
-        first = next(shares)
-
-        def checked_first(points: Leaves) -> Tensor:
-            value = check_repeatable(lambda: first(points), points[0].device)
-            if not value.requires_grad:
-                raise ValueError(INDEPENDENT)
-            return value
-
-        total = sum_over(itertools.chain([checked_first], shares), gradient)
+        ranks, shares = examples.ranks, enumerate(loss_shares(loss_fn, layout, examples))
+        checked_shares = (_checked_share(share) if number == 0 else share for number, share in shares)
+        total = sum_over(checked_shares, gradient, leaves, ranks)
         if not all_finite(total):
-            raise NonFiniteError(blame_batch("gradient", loss_shares(loss_fn, layout, examples), gradient))
+            raise NonFiniteError(
+                blame_batch("gradient", loss_shares(loss_fn, layout, examples), gradient, ranks)
+            )
         return unflatten(total, layout.spec)
+
+
+def _checked_share(share: LossShare) -> LossShare:
+    """Wrap a share of the mean: raise ValueError if it is random or independent of the leaves."""
+
+    def wrapped(points: Leaves) -> Tensor:
+        value = check_repeatable(lambda: share(points), points[0].device)
+        if not value.requires_grad:
+            raise ValueError(INDEPENDENT)
+        return value
+
+    return wrapped
 
 
 def loss(loss_fn: LossFn, params: Tree, data: object) -> Tensor:
@@ -180,7 +184,8 @@ def loss(loss_fn: LossFn, params: Tree, data: object) -> Tensor:
         return [share(leaves).detach()]
 
     with exact_derivatives(leaves[0].device):
-        total = sum_over(loss_shares(loss_fn, layout, examples), value)
+        ranks, like = examples.ranks, leaves[0].new_zeros(())
+        total = sum_over(loss_shares(loss_fn, layout, examples), value, [like], ranks)
         if not all_finite(total):
-            raise NonFiniteError(blame_batch("loss", loss_shares(loss_fn, layout, examples), value))
+            raise NonFiniteError(blame_batch("loss", loss_shares(loss_fn, layout, examples), value, ranks))
         return total[0]

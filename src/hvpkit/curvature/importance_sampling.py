@@ -7,6 +7,7 @@ over all N examples as its expectation, whatever the probabilities are. They onl
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -121,9 +122,10 @@ def scores(problem: Problem, importance: Importance) -> Tensor:
         raise ValueError(
             f"importance must be one of {', '.join(SCORES)}, a function, or None; got {importance!r}"
         )
-    found = []
-    with exact_derivatives(problem.device):
-        for batch, size, _ in data.weighted():
+    ranks = data.ranks
+    found = torch.zeros(data.num_units, dtype=torch.float64)
+    with nullcontext() if ranks is None else ranks.together("scores"), exact_derivatives(problem.device):
+        for batch, size, _, number, start in data.share():
             check_deadline()
             values = score(loss_fn, params, batch, None if data.whole else size)
             shapes = [(size,)] + [()] * data.whole
@@ -131,11 +133,15 @@ def scores(problem: Problem, importance: Importance) -> Tensor:
                 shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise ValueError(f"importance must give one score for each example, [{size}]; got {shape}")
             values = values.detach().to("cpu", torch.float64)
-            found.append(values.mean().reshape(1) if data.whole else values)
-    result = torch.cat(found)
-    if not bool(torch.isfinite(result).all()) or bool((result < 0).any()):
+            first = data.own_units.start + (number if data.whole else start)
+            found[first : first + (1 if data.whole else size)] = values.mean() if data.whole else values
+    if ranks is not None:
+        found = torch.stack(ranks.gather(found)).sum(
+            dim=0
+        )  # each has zeros where it has no example: the same bits
+    if not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
         raise ValueError("importance gave a score that is negative, NaN or infinite")
-    return result
+    return found
 
 
 def inclusion(scores: Tensor, num_examples: int, uniform_share: float = UNIFORM_SHARE) -> Tensor:

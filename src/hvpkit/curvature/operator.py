@@ -14,17 +14,17 @@ from torch import Tensor
 from hvpkit._utils.checkpoints import digest
 from hvpkit._utils.deadline import check_deadline
 from hvpkit._utils.random import generator, resolve_seed
+from hvpkit._utils.ranks import fingerprint
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count
 from hvpkit.autodiff.exact import exact_derivatives
+from hvpkit.curvature.batch_sums import all_finite, blame_batch
 from hvpkit.curvature.batches import (
     BatchCurvature,
     Kind,
     Leaves,
     Problem,
-    all_finite,
     batch_curvatures,
-    blame_batch,
 )
 from hvpkit.curvature.data_identity import same_examples
 from hvpkit.curvature.graph_cache import GraphCache
@@ -34,6 +34,7 @@ from hvpkit.data import Data, as_data, digest_of
 from hvpkit.objective import Objective, goes_by_batches
 from hvpkit.operators.algebra import combined_product
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.space import Space
 
 T = TypeVar("T")
 
@@ -78,6 +79,15 @@ class Curvature:
         """
         if self.scale is not None:
             return self.scale[:, None] * replace(self, scale=None).product(self.scale[:, None] * vectors)
+        ranks = self.problem.data.ranks
+        if ranks is None:
+            return self._share(vectors).mT
+        with ranks.together(("matvec", self.name, vectors.shape, fingerprint(vectors))):
+            rows = self._share(vectors)
+        return ranks.sum(rows).mT
+
+    def _share(self, vectors: Tensor) -> Tensor:
+        """Return the images ``[k, n]`` of columns ``[n, k]`` by this rank's batches."""
         split = self.problem.layout.split
         columns = [split(vector) for vector in vectors.mT.contiguous()]
         with self.settings():
@@ -88,7 +98,7 @@ class Curvature:
                 for linear, kept in _with_bar(linear_maps) if self.progress else linear_maps:
                     check_deadline()
                     _add_(sums, linear(columns, retain_graph=kept))
-        return rows.mT
+        return rows
 
     def blame(self, vector: Tensor) -> str:
         """Return a message that names the first batch whose matvec with ``vector [n]`` is not finite."""
@@ -98,13 +108,16 @@ class Curvature:
             return batch.linearize(self.recipe.mode)([column])[0]
 
         with self.settings():
-            return blame_batch(f"{self.name} product", self._batches(), matvec)
+            return blame_batch(f"{self.name} product", self._batches(), matvec, self.problem.data.ranks)
 
     def over(self, data: Data) -> Curvature:
         """Return the same matrix over a subset of the examples, with a cache of the same budget."""
         share = self.data_share * data.num_examples / self.problem.data.num_examples
         return replace(
-            self, problem=self.problem.over(data), cache=self.cache.budget.new_cache(), data_share=share
+            self,
+            problem=self.problem.over(data.spread()),
+            cache=self.cache.budget.new_cache(),
+            data_share=share,
         )
 
     @cached_property
@@ -156,6 +169,7 @@ class CurvatureOperator(LinearOperator):
             name=name or terms[0][1].name,
             layout=problem.layout,
             cost=sum(term.data_share for _, term in terms),
+            space=Space(ranks=problem.data.ranks),
             terms=tuple(terms),
             sigma=sigma,
         )

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, IterableDataset
 
+from hvpkit._utils.ranks import Ranks
 from hvpkit._utils.typing import Batch
-from hvpkit._utils.validation import check_count, check_device
+from hvpkit._utils.validation import check_count, check_device, check_flag
 from hvpkit.data.examples import Data
+from hvpkit.data.rank_shares import check_complete, complete, is_share, shared
 from hvpkit.data.sources import (
     DatasetBatches,
     IterableBatches,
@@ -40,6 +43,8 @@ def as_data(
     batch_size: int | None = None,
     num_examples: Callable[[Batch], int] | None = None,
     device: torch.device | str | None = None,
+    mesh: DeviceMesh | None = None,
+    split: bool = True,
 ) -> Data:
     """Convert ``data`` to examples in batches, the same ones in every pass.
 
@@ -74,10 +79,18 @@ def as_data(
             mean, have its share of the examples as weight, and samples are of whole batches. A tensor, a tuple or a
             mapping is one batch then. The sizes are found in one pass now.
         device: where batches are moved to; by default they stay.
+        mesh: of the processes (ranks) that share the work, as of ``torch.distributed.device_mesh.init_device_mesh``:
+            what is made of the data then is asked by all ranks together, and each gets the same numbers. Of a loader
+            with a ``DistributedSampler`` the dataset is taken, without the sampler.
+        split: with ``mesh``: every rank has all the data, and hvpkit gives each rank whole batches of them in turn;
+            False: each rank brings a part of its own, of any size, and the mean is over all parts.
 
     Raises:
-        TypeError: ``data`` is something else, or a batch holds what is no tensor.
-        ValueError: no examples; an iterator that a first pass uses up; first dimensions that disagree.
+        TypeError: ``data`` is something else, or a batch holds what is no tensor; ``mesh`` is no DeviceMesh.
+        ValueError: no examples; an iterator that a first pass uses up; first dimensions that disagree; a loader with a
+            ``DistributedSampler``, or a stream in one of several processes, without ``mesh``, which would be taken for
+            all data; data that is not the same on all ranks, with ``split``.
+        RemoteError: another rank failed here.
         UnstableDataError: examples that differ when they are read again; a ``collate_fn`` that draws.
 
     Cost:
@@ -97,14 +110,34 @@ def as_data(
     if num_examples is not None:
         _check_num_examples(num_examples, batch_size, data)
     target = None if device is None else check_device("device", device)
+    check_flag("split", split)
     if isinstance(data, Data):
+        if mesh is not None:
+            raise ValueError("mesh goes with the data as you have them, and data has been through as_data")
         resized = data.source if batch_size is None else data.source.resized(batch_size)
         return replace(data, source=resized, device=target or data.device)
+    if mesh is None:
+        check_complete(data)
+        return _read(data, batch_size, num_examples, target)
+    ranks = Ranks(mesh)
+    with ranks.watching():
+        if split and isinstance(data, DataLoader):
+            data = complete(data)
+        check_complete(data if is_share(data) else None)
+        return shared(_read(data, batch_size, num_examples, target), ranks, split=split)
+
+
+def _read(
+    data: object,
+    batch_size: int | None,
+    num_examples: Callable[[Batch], int] | None,
+    device: torch.device | None,
+) -> Data:
     source = _source(data, batch_size, num_examples)
     total = sum(source.sizes) if isinstance(source, WholeBatches) else len(source)
     if total == 0:
         raise ValueError("data is empty: it holds no examples, and a mean over none is undefined")
-    return Data(source, total, device=target)
+    return Data(source, total, device=device)
 
 
 def _check_num_examples(num_examples: object, batch_size: int | None, data: object) -> None:

@@ -18,7 +18,7 @@ def digest_of(data: Data) -> str:
     Of a leaf that is neither a tensor nor plain (only batches that are read whole may have one), the type alone counts.
     """
     hashers: dict[Any, Hasher] = {}
-    for batch, size, weights in data.weighted():
+    for batch, size, weights, _, _ in data.parts():
         for place, leaf in enumerate([*_pytree.tree_leaves(batch), weights]):
             if isinstance(leaf, Tensor) and leaf.ndim:
                 hashers.setdefault((place, str(leaf.dtype), *leaf.shape[1:]), Hasher()).add_entries(leaf)
@@ -26,7 +26,10 @@ def digest_of(data: Data) -> str:
                 hashers.setdefault(place, Hasher()).add(_plain(leaf))
         if data.whole:
             hashers.setdefault("sizes", Hasher()).add(size)
-    return digest([[str(place), hasher.result()] for place, hasher in hashers.items()])
+    found = digest([[str(place), hasher.result()] for place, hasher in hashers.items()])
+    if data.ranks is None or data.units_of_ranks is None:
+        return found
+    return digest(data.ranks.gather(found))
 
 
 def _plain(leaf: Any) -> Any:

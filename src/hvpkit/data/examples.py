@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree
 
+from hvpkit._utils.ranks import Ranks
 from hvpkit._utils.typing import Batch
 from hvpkit._utils.validation import check_count
 from hvpkit.autodiff.pytree import flatten, plain, unflatten, usable
@@ -24,9 +25,29 @@ from hvpkit.data.sources import (
     TensorBatches,
     WholeBatches,
     count_examples,
+    every,
     name_batch,
     unstable,
 )
+
+
+class Part(NamedTuple):
+    """A batch, and its place among the examples.
+
+    Attributes:
+        batch: tree of tensors, or anything that is read whole.
+        size: how many examples it holds.
+        weights: of the examples' losses, ``[size]``; of a batch that is read whole, the one of its mean loss, 0-d;
+            None: uniform, ``1 / num_examples`` for each example.
+        number: batches before it.
+        start: examples before it.
+    """
+
+    batch: Batch
+    size: int
+    weights: Tensor | None
+    number: int
+    start: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,12 +61,16 @@ class Data:
         num_examples: number of examples in a pass.
         weights: one weight for each unit ``[num_units]``; None: each example weighs ``1 / num_examples``.
         device: the device that batches are moved to; None: they stay where they are.
+        ranks: that share the batches; None: this process has all of them.
+        units_of_ranks: how many units each rank brought; None: every rank could read all of them.
     """
 
     source: Source
     num_examples: int
     weights: Tensor | None = None
     device: torch.device | None = None
+    ranks: Ranks | None = None
+    units_of_ranks: tuple[int, ...] | None = None
 
     def __repr__(self) -> str:
         size, batches = self.batch_size, ""
@@ -55,7 +80,10 @@ class Data:
             batches = f" in {self.num_units} whole batches"
         device = "" if self.device is None else f" on {self.device}"
         weighted = "" if self.weights is None else ", weighted"
-        return f"<Data: {self.num_examples} examples of {self.source.name}{batches}{device}{weighted}>"
+        shared = "" if self.ranks is None else f", shared by {self.ranks.size} ranks"
+        return (
+            f"<Data: {self.num_examples} examples of {self.source.name}{batches}{device}{weighted}{shared}>"
+        )
 
     @property
     def whole(self) -> bool:
@@ -65,7 +93,15 @@ class Data:
     @property
     def num_units(self) -> int:
         """Return the number of examples; of batches, where they are read whole."""
-        return len(self.source)
+        return len(self.source) if self.units_of_ranks is None else sum(self.units_of_ranks)
+
+    @property
+    def own_units(self) -> slice:
+        """Return the units, among all, that this process can read."""
+        if self.ranks is None or self.units_of_ranks is None:
+            return slice(0, self.num_units)
+        start = sum(self.units_of_ranks[: self.ranks.rank])
+        return slice(start, start + len(self.source))
 
     @property
     def shares(self) -> Tensor:
@@ -99,35 +135,46 @@ class Data:
         return max(self.source.sizes) if isinstance(self.source, WholeBatches) else self.num_examples
 
     def __iter__(self) -> Iterator[Batch]:
-        return (batch for batch, _, _ in self.weighted())
+        return (part.batch for part in self.parts())
 
-    def weighted(self) -> Iterator[tuple[Batch, int, Tensor | None]]:
-        """Yield batches, how many examples each holds, and their weights.
-
-        Weights are those of the examples' losses, ``[size]``; of a batch that is read whole, the one of its mean loss,
-        0-d; None: uniform, ``1 / num_examples`` for each example.
+    def parts(self) -> Iterator[Part]:
+        """Yield all batches that this process can read.
 
         Raises:
             UnstableDataError: this pass has another number of examples than the first one.
         """
-        start = 0
-        for number, batch in enumerate(name_batch(self.source)):
+        return self._parts(1, 0)
+
+    def share(self) -> Iterator[Part]:
+        """Yield the batches that are this rank's; together the ranks have each batch once.
+
+        Raises:
+            UnstableDataError: as :meth:`parts`.
+        """
+        if self.ranks is None or self.units_of_ranks is not None:
+            return self._parts(1, 0)
+        return self._parts(self.ranks.size, self.ranks.rank)
+
+    def _parts(self, step: int, first: int) -> Iterator[Part]:
+        own, end = self.own_units.start, 0
+        for number, start, batch in name_batch(every(self.source, step, first)):
             whole = isinstance(self.source, WholeBatches)
             size = (
                 self.source.sizes[number] if isinstance(self.source, WholeBatches) else count_examples(batch)
             )
             if size == 0:
                 continue
-            units = number if whole else slice(start, start + size)
+            end = start + size
+            units = number if whole else slice(own + start, own + end)
             weights = None if self.weights is None else prepare(self.weights[units], self.device)
-            start += size
-            yield prepare(batch, self.device, whole=whole), size, weights
-        if start != self.num_examples:
-            raise unstable(start, self.num_examples)
+            yield Part(prepare(batch, self.device, whole=whole), size, weights, number, start)
+        expected = self.num_examples if self.units_of_ranks is None else len(self.source)
+        if step == 1 and end != expected:
+            raise unstable(end, expected)
 
     def first(self, num_examples: int | None = None) -> Data:
         """Return the first batch as data, cut to ``num_examples`` unless batches are read whole."""
-        batch, size, weights = next(self.weighted())
+        batch, size, weights, _, _ = next(self.parts())
         if self.whole:
             source = WholeBatches([batch], (size,), lambda _: size)
             return Data(source, size, None if weights is None else weights.reshape(1), self.device)
@@ -178,9 +225,37 @@ class Data:
             if not bool(torch.isfinite(weights).all()):
                 raise ValueError("weights contains NaN or infinity")
             weights = weights[order.to(weights.device)]
-        source = self.source.select(indices[order])
+        chosen, of_ranks = indices[order], None
+        if self.ranks is not None and self.units_of_ranks is not None:
+            ends = torch.tensor(self.units_of_ranks).cumsum(0)
+            of_ranks = torch.bucketize(chosen, ends, right=True).bincount(minlength=self.ranks.size).tolist()
+            start = sum(of_ranks[: self.ranks.rank])
+            chosen = chosen[start : start + of_ranks[self.ranks.rank]] - self.own_units.start
+        source = self.source.select(chosen)
         num_examples = sum(source.sizes) if isinstance(source, WholeBatches) else len(indices)
-        return replace(self, source=source, num_examples=num_examples, weights=weights)
+        return replace(
+            self,
+            source=source,
+            num_examples=num_examples,
+            weights=weights,
+            units_of_ranks=None if of_ranks is None else tuple(of_ranks),
+        )
+
+    @property
+    def alone(self) -> Data:
+        """Return what this process can read, without the other ranks: for trials."""
+        if self.ranks is None or self.units_of_ranks is None:
+            return replace(self, ranks=None)
+        weights, own = self.weights, len(self.source)
+        weights = None if weights is None else weights[self.own_units]
+        return replace(self, ranks=None, units_of_ranks=None, num_examples=own, weights=weights)
+
+    def spread(self) -> Data:
+        """Return the same examples in batches that are small enough for each rank to have one, where they are cut."""
+        if self.ranks is None or self.units_of_ranks is not None or self.batch_size is None:
+            return self
+        size = -(-self.num_units // self.ranks.size)
+        return self if size >= self.batch_size else replace(self, source=self.source.resized(size))
 
     def sample(self, num_examples: int, random: torch.Generator) -> Data:
         """Draw units uniformly without replacement: about ``num_examples`` examples, weighted without bias.

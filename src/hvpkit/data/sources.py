@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -423,6 +424,32 @@ def _at(batches: Iterable[Batch], positions: Sequence[int]) -> Iterator[Batch]:
 
 
 Source: TypeAlias = TensorBatches | DatasetBatches | IterableBatches | WholeBatches
+
+
+def every(source: Source, step: int, first: int) -> Iterator[tuple[int, int, Batch]]:
+    """Yield the batches number ``first``, ``first + step`` and so on: number, start, batch; others are not read.
+
+    The start is the number of examples before the batch. Of a stream all batches are read.
+    """
+    if step > 1 and isinstance(source, DatasetBatches):
+        numbers = range(first, -(-len(source) // source.batch_size), step)
+        for number, batch in zip(numbers, source.batches_at(numbers), strict=True):
+            yield number, number * source.batch_size, batch
+    elif step > 1 and isinstance(source, WholeBatches) and len(source):
+        numbers = range(first, len(source), step)
+        if numbers:
+            starts = [0, *accumulate(source.sizes)]
+            for number, batch in zip(numbers, source.select(torch.tensor(numbers)), strict=True):
+                yield number, starts[number], batch
+    else:
+        start = 0
+        for number, batch in enumerate(source):
+            if number % step == first:
+                yield number, start, batch
+            if isinstance(source, WholeBatches):
+                start += source.sizes[number]
+            else:
+                start += count_examples(batch)
 
 
 def name_batch(batches: Iterable[R]) -> Iterator[R]:

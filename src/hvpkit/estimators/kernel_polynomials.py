@@ -268,6 +268,7 @@ def solve(
             checkpoint,
             identity,
             verify=lambda state: verify(op, state),
+            ranks=op.space.ranks,
             unpack=lambda saved: restored(
                 init(op, goal, Ends(Band(0.0, 1.0)), len(saved["finished"])), saved
             ),

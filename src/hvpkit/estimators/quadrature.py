@@ -276,6 +276,7 @@ def solve(
             {"estimator": "quadrature", **asdict(goal), **op.identity()},
             lambda state: replace(state, krylov=krylov.trim(state.krylov)),
             lambda state: verify(op, state),
+            ranks=op.space.ranks,
             unpack=lambda saved: restored(init(op, goal, len(saved["finished"])), saved),
         )
     return run(Quadrature(op, goal, time_limit), monitor=monitor, checkpoint=file)

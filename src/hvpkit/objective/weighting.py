@@ -61,7 +61,7 @@ def _scaled(objective: Objective, factor: float) -> Objective:
 def _mean_weight(example_weight: Any, data: Data) -> float:
     """Return the mean of the weights over the data, each example as it counts there."""
     total = torch.zeros((), dtype=torch.float64)
-    for batch, size, shares in data.weighted():
+    for batch, size, shares, _, _ in data.share():
         weights = example_weight(batch)
         if not isinstance(weights, Tensor):
             raise TypeError(f"example_weight must return a tensor, got {type(weights).__name__}")
@@ -78,6 +78,8 @@ def _mean_weight(example_weight: Any, data: Data) -> float:
         else:
             mean = weights.mean() * shares.double() if shares.ndim == 0 else weights @ shares.double()
         total += mean.cpu()
+    if data.ranks is not None:
+        total = torch.stack(data.ranks.gather(total)).sum()
     if not float(total) > 0:
         raise ValueError(
             "data: no example has any weight (are all targets ignored?), and a mean over none is undefined"

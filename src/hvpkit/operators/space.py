@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hvpkit._utils.ranks import Ranks
+
 CHUNK = 2**14
 """Entries that inner products in float32 add up at a time on a CPU. BLAS there adds all of them in one go: for 5
 million equal entries it is off by 1.4e-2 at one thread, with chunks of 2^14 by 7e-6, for 1.3 to 1.5 times the time."""
@@ -24,9 +26,11 @@ class Space:
     Attributes:
         reduce: applied to each inner product and squared norm. Not every solver takes all of its sums from here: a
             basis that is split over processes is not supported.
+        ranks: that multiply together, each with all numbers; None: this process alone.
     """
 
     reduce: Callable[[Tensor], Tensor] = _identity
+    ranks: Ranks | None = None
 
     def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
         """Return the inner products of ``rows [m, n]`` with ``vector`` ``[n]`` or ``[n, k]``: ``[m]`` or ``[m, k]``."""

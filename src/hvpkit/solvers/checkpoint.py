@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, get_args, get_type_hints
 
 import torch
@@ -16,6 +17,7 @@ from hvpkit._utils import checkpoints
 from hvpkit._utils.checkpoints import Identity
 from hvpkit._utils.files import check_file, reason
 from hvpkit._utils.random import generator
+from hvpkit._utils.ranks import Ranks, agreed
 from hvpkit.errors import UnsavedWarning
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress
@@ -75,6 +77,7 @@ class Checkpoint(Generic[S]):
         verify: checks that a loaded state belongs to the operator, and returns the state to continue from.
         entry: the type of the history's entries.
         unpack: returns the state of its plain data, where the first state has no buffers for it.
+        ranks: that solve together: the first one reads and writes the file.
 
     Raises:
         TypeError: ``path`` is no path.
@@ -89,18 +92,26 @@ class Checkpoint(Generic[S]):
         verify: Callable[[S], S] = _unchanged,
         entry: Callable[..., Any] = Progress,
         unpack: Callable[[dict[str, Any]], S] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.path = check_file("checkpoint", path).absolute()
+        self.ranks = ranks
+        self.path = (check_file("checkpoint", path) if self._is_writer else Path(path)).absolute()
         self.solve, self.trim, self.verify = solve, trim, verify
         self.entry, self.unpack = entry, unpack
         self._next = time.monotonic() + SAVE_INTERVAL
 
+    @property
+    def _is_writer(self) -> bool:
+        return self.ranks is None or self.ranks.is_first
+
     def due(self) -> bool:
         """Return True if it is time to save."""
-        return time.monotonic() >= self._next
+        return agreed(self.ranks, time.monotonic() >= self._next)
 
     def save(self, saved: Saved[S]) -> None:
         """Replace the file. A failure is a warning, and leaves the old file as it was: the solve goes on."""
+        if not self._is_writer:
+            return
         begin = time.monotonic()
         content = {
             "state": plain(self.trim(saved.state)),
@@ -127,7 +138,7 @@ class Checkpoint(Generic[S]):
         Raises:
             ValueError: the file is damaged, of another version, or of another solve.
         """
-        return checkpoints.read(self.path, self.solve)
+        return agreed(self.ranks, checkpoints.read(self.path, self.solve) if self._is_writer else None)
 
     def load(self, like: S) -> Saved[S] | None:
         """Load the solve into the buffers of the fresh state ``like``; None if there is no file.
@@ -148,7 +159,8 @@ class Checkpoint(Generic[S]):
 
     def clear(self) -> None:
         """Delete the file, if there is one, after convergence; of a link, the file that it leads to."""
-        self.path.resolve().unlink(missing_ok=True)
+        if self._is_writer:
+            self.path.resolve().unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -209,11 +221,15 @@ def coefficients(count: int, first: int = 0) -> Tensor:
     return torch.randn(count, generator=generator(count, first), dtype=torch.float64)
 
 
-def argument_of(path: str | os.PathLike[str], name: str) -> Any:
+def argument_of(path: str | os.PathLike[str], name: str, ranks: Ranks | None) -> Any:
     """Return an argument of the solve that a file holds, without reading its tensors; None if it holds none.
 
     For arguments whose default depends on the machine: a solve that continues elsewhere keeps its own.
     """
+    return agreed(ranks, _argument_of(path, name))
+
+
+def _argument_of(path: str | os.PathLike[str], name: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"].get(name)
     except Exception:  # not a file, or of any other content: loading it says so

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.deadline import DeadlineReached, deadline
+from hvpkit._utils.ranks import Ranks, agreed, watching
 from hvpkit._utils.signals import ending_after_cleanup, signals_deferred
 from hvpkit._utils.validation import check_monitor, check_positive
 from hvpkit.operators.base import LinearOperator
@@ -230,7 +231,8 @@ def full_precision(
     def solve(op: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
         op = aslinearoperator(op)
         check_monitor(kwargs.get("monitor"))  # type: ignore[arg-type]
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(op.device.type, enabled=False):
+        autocast = torch.autocast(op.device.type, enabled=False)
+        with watching(op.space.ranks), torch.inference_mode(False), torch.no_grad(), autocast:
             return solver(op, *args, **kwargs)
 
     return solve
@@ -278,7 +280,7 @@ def iterate(
     checkpoint: Checkpoint[S] | None = None,
 ) -> Ended[S]:
     """Step and assess until the solver says that it is over, or another step would exceed a limit."""
-    state, limits = solver.init(), solver.limits
+    state, limits, ranks = solver.init(), solver.limits, solver.op.space.ranks
     saved, now = Saved(state, 0, (), 0.0), time.perf_counter()
     seconds = math.inf if limits.time_limit is None else limits.time_limit
     end, last_end = now + seconds, now + GRACE * seconds
@@ -287,7 +289,7 @@ def iterate(
             with deadline(end):
                 saved = checkpoint.load(state) or saved
         except DeadlineReached:  # the file stays as it is
-            _reraise_before(end)
+            _reraise_before(end, ranks)
             return Ended(state, Status.TIME_LIMIT, (), now)
     state, num_steps, history = saved.state, saved.num_steps, list[Entry](saved.history)
     limits = replace(limits, max_matvecs=limits.max_matvecs + saved.verified)
@@ -307,7 +309,10 @@ def iterate(
         while True:
             limit = None
             while num_steps:
-                limit = limits.exceeded_by(solver.step_cost, state.num_matvecs, time.perf_counter() - began)
+                seconds = time.perf_counter() - began
+                if limits.time_limit is not None:
+                    seconds = agreed(ranks, seconds)
+                limit = limits.exceeded_by(solver.step_cost, state.num_matvecs, seconds)
                 if limit is not None:
                     break
                 try:
@@ -315,7 +320,7 @@ def iterate(
                         # together, whenever a signal comes
                         state, num_steps = solver.step(state), num_steps - 1
                 except DeadlineReached:  # the state before the step is the last one
-                    _reraise_before(end)
+                    _reraise_before(end, ranks)
                     limit = Status.TIME_LIMIT
                     break
             if limit is not None or (checkpoint is not None and checkpoint.due()):
@@ -333,7 +338,7 @@ def iterate(
                     counts["seconds_left"] = 0.0 if found.status else left
                     history.append(replace(found.progress, **counts))
             if is_new and monitor is not None:
-                monitor(history[-1])
+                _show(monitor, history[-1], ranks)
             status = found.status or (None if found.handover else limit)
             if status is not None or found.handover:
                 return Ended(state, status, tuple(history), began, found.suspect, verified, last_end)
@@ -343,10 +348,21 @@ def iterate(
         raise
 
 
-def _reraise_before(end: float) -> None:
+def _reraise_before(end: float, ranks: Ranks | None) -> None:
     """Raise the DeadlineReached that is being handled again if it is that of a caller, before this solve's own."""
-    if time.perf_counter() < end:
+    passed = time.perf_counter() >= end
+    if not (passed if ranks is None else ranks.any(passed)):
         raise
+
+
+def _show(monitor: Callable[[Any], object], entry: Entry, ranks: Ranks | None) -> None:
+    """Call the monitor, on the first rank."""
+    if ranks is None:
+        monitor(entry)
+        return
+    with ranks.together("a monitor"):
+        if ranks.is_first:
+            monitor(entry)
 
 
 def conclude(solver: Solver[S, R_co], ended: Ended[S], status: Status | None = None) -> R_co:

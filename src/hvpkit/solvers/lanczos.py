@@ -484,8 +484,9 @@ def lanczos(
     device, least = op.device, least_ncv(k, block_size)
     if offload:
         op, request = on_host(op), request.on_host()
-    if ncv is None and checkpoint is not None and (argument_of(checkpoint, "ncv") or 0) >= least:
-        ncv = argument_of(checkpoint, "ncv")
+    if ncv is None and checkpoint is not None:
+        saved = argument_of(checkpoint, "ncv", op.space.ranks) or 0
+        ncv = saved if saved >= least else None
     if ncv is None:
         ncv = default_ncv(op.n, op.dtype.itemsize, k, block_size, vectors_that_fit(op))
     elif check_count("ncv", ncv, 1) < min(least, op.n):
@@ -498,7 +499,11 @@ def lanczos(
     file = None
     if checkpoint is not None:
         file = Checkpoint[LanczosState](
-            checkpoint, solver.identity(), krylov.trim, lambda state: krylov.verify(op, state)
+            checkpoint,
+            solver.identity(),
+            krylov.trim,
+            lambda state: krylov.verify(op, state),
+            ranks=op.space.ranks,
         )
     found = run(solver, monitor=monitor, checkpoint=file)
     return replace(found, vectors=found.vectors.to(device))

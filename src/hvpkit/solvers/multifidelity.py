@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 from hvpkit._utils.files import beside
+from hvpkit._utils.ranks import agreed
 from hvpkit._utils.signals import ending_after_cleanup
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count, check_flag
@@ -201,7 +202,8 @@ def solve_levels(
     if offload:
         levels = tuple(on_host(level) for level in levels)
         request = request.on_host()
-    saved = None if checkpoint is None else argument_of(checkpoint, "ncv")  # of a solve that continues
+    ranks = levels[-1].space.ranks
+    saved = None if checkpoint is None else argument_of(checkpoint, "ncv", ranks)  # of a solve that continues
     kept = ncv or max(least, saved or default_ncv(vectors_that_fit(levels[-1])))
     remedy = f"take a smaller ncv (at least {least}), " if kept > least else "take "
     remedy += "" if levels[-1].device == HOST else "offload=True for vectors in host memory, "
@@ -267,6 +269,7 @@ def _solve(
             trim=saved_certificates.pack,
             verify=lambda state: saved_certificates.verify(solver, state),
             unpack=lambda saved: saved_certificates.unpack(solver, saved),
+            ranks=op.space.ranks,
         )
         of_lanczos = beside(file.path, "lanczos")
     with nullcontext() if file is None else ending_after_cleanup():
@@ -282,7 +285,7 @@ def _solve(
     request, limits, time_left = solver.request, solver.limits, None
     remaining = limits.remaining(ended.state.num_matvecs)
     if limits.time_limit is not None:
-        time_left = limits.time_limit - (time.perf_counter() - ended.began)
+        time_left = agreed(op.space.ranks, limits.time_limit - (time.perf_counter() - ended.began))
     if remaining < (2 * request.k + 1) * op.cost:
         return conclude(solver, ended, Status.MAX_MATVECS)
     if time_left is not None and time_left <= 0:

@@ -42,7 +42,8 @@ from hvpkit._utils.validation import (
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import Layout, check_params, flatten, snapshot, unflatten
 from hvpkit.autodiff.pytree import batch_size as count_examples
-from hvpkit.curvature.batches import MODES, all_finite, check_loss, gradient_of, loss_shares, sum_over
+from hvpkit.curvature.batch_sums import all_finite, sum_over
+from hvpkit.curvature.batches import MODES, check_loss, gradient_of, loss_shares
 from hvpkit.curvature.constructors import hessian
 from hvpkit.curvature.functional import loss
 from hvpkit.data import Data, as_data
@@ -240,7 +241,8 @@ def _train_epoch(
     """Return the run with parameters and velocity after a step for each batch."""
     leaves, velocity = layout.leaves(run.params), layout.leaves(run.velocity)
     for batch in batches:
-        gradients = sum_over(loss_shares(loss_fn, layout, batch), partial(gradient_of, leaves=leaves))
+        shares = loss_shares(loss_fn, layout, batch)
+        gradients = sum_over(shares, partial(gradient_of, leaves=leaves), leaves, batch.ranks)
         old = zip(leaves, velocity, gradients, strict=True)
         velocity = [momentum * v + g + weight_decay * p for p, v, g in old]
         leaves = [p - run.state.lr * v for p, v in zip(leaves, velocity, strict=True)]

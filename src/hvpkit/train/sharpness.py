@@ -28,15 +28,13 @@ from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count, check_monitor, check_positive, check_tolerance
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import Layout, check_params, join
+from hvpkit.curvature.batch_sums import all_finite, blame_batch, sum_over
 from hvpkit.curvature.batches import (
     Leaves,
     LossShare,
-    all_finite,
-    blame_batch,
     check_loss,
     gradient_of,
     loss_shares,
-    sum_over,
 )
 from hvpkit.data import Data, as_data
 from hvpkit.errors import NonFiniteError
@@ -125,10 +123,12 @@ class Box:
         with exact_derivatives(z.device):
             displacement = self.displacement(z)
             term = partial(_gradient_and_loss, leaves=self.layout.split(self.origin + displacement))
-            total = sum_over(loss_shares(self.loss_fn, self.layout, self.data), term)
+            leaves, ranks = self.layout.split(self.origin), self.data.ranks
+            like = [*leaves, leaves[0].new_zeros(())]
+            total = sum_over(loss_shares(self.loss_fn, self.layout, self.data), term, like, ranks)
             if not all_finite(total):
                 where = loss_shares(self.loss_fn, self.layout, self.data)
-                raise NonFiniteError(blame_batch("loss in the box, or its gradient,", where, term))
+                raise NonFiniteError(blame_batch("loss in the box, or its gradient,", where, term, ranks))
             gradient = join(total[:-1]) if self.basis is None else self.basis.mT @ join(total[:-1])
         gap = (gradient.abs() * (self.radius - gradient.sign() * z)).sum()  # no term is negative
         return Point(displacement, float(total[-1]), gradient, float(gap))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.deadline import DeadlineReached, deadline
+from hvpkit._utils.ranks import agreed
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
 from hvpkit.solvers.common.convergence import attainable_accuracy, check_symmetric, is_converged, rounding
@@ -103,6 +104,8 @@ class Recorder:
 
     def _multiply(self, vector: Tensor) -> Tensor:
         seconds = time.perf_counter() - self.begin
+        if self.goal.limits.time_limit is not None:
+            seconds = agreed(self.op.space.ranks, seconds)
         limit = self.goal.limits.exceeded_by(self.op.cost, self.num_matvecs, seconds)
         if limit is not None:
             raise Stop(limit)

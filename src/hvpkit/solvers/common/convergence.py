@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvpkit._utils.deadline import DeadlineReached, check_deadline
+from hvpkit._utils.deadline import DeadlineReached
+from hvpkit._utils.ranks import check_deadline_of
 from hvpkit.errors import AsymmetryWarning, NotSymmetricError
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Interval, Progress, Status
@@ -176,7 +177,7 @@ def eigen_result(
 def product_in_time(op: LinearOperator, vectors: Tensor) -> Tensor | None:
     """Return the matvec with columns ``[n, k]``, or None if the context's deadline passes before its end."""
     try:
-        check_deadline()
+        check_deadline_of(op.space.ranks)
         return op.product(vectors)
     except DeadlineReached:
         return None

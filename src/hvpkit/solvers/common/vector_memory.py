@@ -34,7 +34,8 @@ def vectors_that_fit(op: LinearOperator) -> float:
     """
     if MANY * vector_bytes(op) <= SMALL:
         return math.inf
-    return BASIS_SHARE * free_memory(op.device) / vector_bytes(op)
+    fitting = BASIS_SHARE * free_memory(op.device) / vector_bytes(op)
+    return fitting if op.space.ranks is None else min(op.space.ranks.gather(fitting))
 
 
 def check_room(op: LinearOperator, num_vectors: float, remedy: str) -> None:

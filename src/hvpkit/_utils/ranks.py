@@ -1,0 +1,250 @@
+"""The processes (ranks) of a device mesh that work on one question: what they add up, agree on, and tell each other.
+
+Every rank runs the same program. They meet at each matvec: before anything is added up, each tells by one small
+reduction whether its share is done, and which question it is of. So an error, an interruption or a deadline of one rank
+reaches all of them, and sums of different questions cannot happen. torch.distributed carries everything.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import IntEnum
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from hvpkit._utils.deadline import DeadlineReached, check_deadline, has_deadline
+from hvpkit._utils.signals import signals_deferred
+from hvpkit.errors import RemoteError
+
+T = TypeVar("T")
+
+
+class _State(IntEnum):
+    """What a rank tells of its share; the largest one holds for all."""
+
+    DONE = 0
+    DEADLINE = 1
+    FAILED = 2
+
+
+class Ranks:
+    """The ranks of a one-dimensional mesh. All methods but the properties are called by all of them, in one order.
+
+    Args:
+        mesh: of ``torch.distributed.device_mesh.init_device_mesh``.
+
+    Raises:
+        TypeError: ``mesh`` is no DeviceMesh.
+        ValueError: it has more than one dimension, or this process is not in it.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(
+                "mesh must be a DeviceMesh, as of torch.distributed.device_mesh.init_device_mesh('cpu', (num_ranks,)); "
+                f"got {type(mesh).__name__}"
+            )
+        if mesh.ndim != 1 or mesh.get_coordinate() is None:
+            raise ValueError(
+                f"mesh must have one dimension, and this process in it; got {mesh}. Take mesh['dp']"
+            )
+        self.mesh, self.group = mesh, mesh.get_group()
+        self.rank, self.size = self.group.rank(), self.group.size()
+        self._control = _control_of(self.group)
+        self._count = 0
+        self._told: BaseException | None = None
+
+    def __repr__(self) -> str:
+        return f"<Ranks: {self.rank} of {self.size}>"
+
+    @property
+    def is_first(self) -> bool:
+        """True on the rank that decides, prints and writes files."""
+        return self.rank == 0
+
+    def meet(self, question: object, error: BaseException | None = None) -> None:
+        """Wait for all ranks at the same question. ``error``: what ended this rank's share of it; it is raised next.
+
+        Raises:
+            RemoteError: another rank failed, is at another question, or does not answer within the group's timeout.
+            DeadlineReached: the deadline of another rank has passed.
+        """
+        self._count += 1
+        state = _State.DONE if error is None else _State.FAILED
+        if isinstance(error, DeadlineReached):
+            state = _State.DEADLINE
+        tag = zlib.crc32(repr((self._count, question)).encode())
+        told = torch.tensor([state, tag, -tag])
+        with _answering():
+            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._control)
+        worst, highest, lowest = told.tolist()
+        if worst == _State.FAILED:
+            self._told = error
+            texts = self._gathered(None if state < _State.FAILED else _text(error))
+            if state < _State.FAILED:
+                failed = [
+                    f"rank {rank} failed: {text}" for rank, text in enumerate(texts) if text is not None
+                ]
+                self._told = RemoteError("; ".join(failed))
+                raise self._told
+        elif worst == _State.DEADLINE:
+            if error is None:
+                raise DeadlineReached
+        elif highest != -lowest:
+            self._told = RemoteError(
+                f"ranks ask different questions: this one (rank {self.rank} of {self.size}) is at {question}. All "
+                "ranks must make the same calls in the same order, with the same arguments"
+            )
+            raise self._told
+
+    @contextmanager
+    def together(self, question: object) -> Iterator[None]:
+        """Do this rank's share of a question inside ``with``; go on when all have done theirs.
+
+        Raises:
+            RemoteError, DeadlineReached: as :meth:`meet`.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if error is not self._told:
+                self.meet(question, error)
+            raise
+        self.meet(question)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others, wherever they wait, that an error ends this rank's work; once for each error."""
+        if error is self._told or isinstance(error, RemoteError):
+            return
+        self._told = error
+        try:
+            self.meet("failure", error)
+        except RemoteError:  # nobody answers: the error itself says more
+            return
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Tell the others of an error inside ``with``, wherever it comes from; see :meth:`fail`."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def check_same(self, **values: object) -> None:
+        """Raise ValueError on all ranks if one of these values, of which digests would do, is not that of all ranks."""
+        everywhere = self.gather(values)
+        for name, value in everywhere[0].items():
+            others = [rank for rank, given in enumerate(everywhere) if given[name] != value]
+            if others:
+                raise ValueError(
+                    f"{name} must be the same on all ranks: rank 0 has {value}, rank {others[0]} has "
+                    f"{everywhere[others[0]][name]}"
+                )
+
+    def sum(self, share: Tensor) -> Tensor:
+        """Return the sum of the ranks' tensors, the same bits on every rank; after a meeting."""
+        with _answering():
+            total = share.contiguous()
+            dist.all_reduce(total, group=self.group)
+            return total
+
+    def agree(self, value: T) -> T:
+        """Return what the first rank's ``value`` is.
+
+        Raises:
+            RemoteError: as :meth:`meet`.
+        """
+        self.meet("a decision")
+        held: list[Any] = [value]
+        with _answering():
+            dist.broadcast_object_list(held, group=self._control, group_src=0)
+        return cast(T, held[0])
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in their order.
+
+        Raises:
+            RemoteError: as :meth:`meet`.
+        """
+        self.meet("values")
+        return self._gathered(value)
+
+    def any(self, flag: bool) -> bool:
+        """Return True if the flag is set on any rank."""
+        return any(self.gather(flag))
+
+    def _gathered(self, value: T) -> list[T]:
+        held: list[Any] = [None] * self.size
+        with _answering():
+            dist.all_gather_object(held, value, group=self._control)
+        return held
+
+
+def watching(ranks: Ranks | None) -> AbstractContextManager[None]:
+    """Return :meth:`Ranks.watching`, or nothing where a process is alone."""
+    return nullcontext() if ranks is None else ranks.watching()
+
+
+def agreed(ranks: Ranks | None, value: T) -> T:
+    """Return what the first rank's value is, or the value itself where a process is alone."""
+    return value if ranks is None else ranks.agree(value)
+
+
+def check_deadline_of(ranks: Ranks | None) -> None:
+    """Raise DeadlineReached if the deadline of the context has passed, on any rank."""
+    if ranks is None or not has_deadline():
+        check_deadline()
+    else:
+        with ranks.together("a deadline"):
+            check_deadline()
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """Return a sum of the tensor's bits: of equal tensors it is equal, whatever rank computes it."""
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    return int(tensor.contiguous().view(words).sum(dtype=torch.int64))
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Turn errors of the group into RemoteError; let signals wait, so that no rank leaves in the midst."""
+    with signals_deferred():
+        try:
+            yield
+        except RuntimeError as error:
+            raise RemoteError(
+                "another rank does not answer: it ended, stopped, or took longer than the group's timeout "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+
+
+def _text(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+_CONTROL: dict[Any, Any] = {}
+"""Groups of gloo for flags and decisions, by the group that they are for: a group of its own, so that a rank that tells
+of an error is not taken for one that adds up. A group cannot be made again and again."""
+
+
+def _control_of(group: Any) -> Any:
+    if group not in _CONTROL:
+        ranks = dist.get_process_group_ranks(group)
+        _CONTROL[group] = dist.new_group(ranks, timeout=_timeout(group), backend="gloo")
+    return _CONTROL[group]
+
+
+def _timeout(group: Any) -> Any:
+    for device in ("cpu", "cuda"):
+        try:
+            return group._get_backend(torch.device(device)).options._timeout
+        except (RuntimeError, AttributeError):
+            continue
+    return None
