@@ -1,0 +1,278 @@
+"""Several ranks give what one process gives: products, samples, solvers, estimators, on data of every form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+import hvpkit as hk
+from distributed.ranks import run
+
+NUM_RANKS = 3
+N = 61  # examples: of no size that ranks or batches divide
+
+G = torch.Generator().manual_seed(0)
+X = torch.randn(N, 5, dtype=torch.float64, generator=G)
+Y = torch.randint(0, 3, (N,), generator=G)
+
+
+class Points(Dataset):
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return X[index], Y[index]
+
+
+class Stream:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(zip(X.split(9), Y.split(9), strict=True))
+
+
+def network() -> tuple[hk.Objective, dict[str, Tensor]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    return hk.from_module(model, nn.CrossEntropyLoss())
+
+
+OBJECTIVE, PARAMS = network()
+
+SOURCES: dict[str, Callable[[], Any]] = {
+    "tensors": lambda: (X, Y),
+    "dataset": Points,
+    "loader": lambda: DataLoader(Points(), batch_size=8, shuffle=True),
+    "worker": lambda: DataLoader(Points(), batch_size=8, num_workers=1),
+    "list": lambda: [(X[:20], Y[:20]), (X[20:23], Y[20:23]), (X[23:], Y[23:])],
+    "stream": Stream,
+}
+
+
+def data(mesh: DeviceMesh | None, source: str = "tensors", **options: Any) -> hk.Data:
+    return hk.as_data(SOURCES[source](), mesh=mesh, **options)
+
+
+@cache
+def hessian(mesh: DeviceMesh | None, source: str = "tensors", **options: Any) -> hk.CurvatureOperator:
+    options = {"batch_size": 7, "mode": "reverse-over-reverse", **options}
+    return hk.hessian(OBJECTIVE, PARAMS, data(mesh, source), **options)
+
+
+SIZE = sum(p.numel() for p in PARAMS.values())
+V = torch.linspace(-1, 1, 2 * SIZE, dtype=torch.float64).reshape(SIZE, 2)
+
+QUESTIONS: dict[str, Callable[[DeviceMesh | None], Any]] = {}
+
+
+def question(function: Callable[[DeviceMesh | None], Any]) -> Callable[[DeviceMesh | None], Any]:
+    QUESTIONS[function.__name__] = function
+    return function
+
+
+for name in SOURCES:
+    for size in (7, None):
+        QUESTIONS[f"product over {name} in batches of {size}"] = lambda mesh, name=name, size=size: (
+            hessian(mesh, name, batch_size=size) @ V
+        )
+for mode in ("forward-over-reverse", "finite-difference", "auto"):
+    QUESTIONS[f"product {mode}"] = lambda mesh, mode=mode: hessian(mesh, mode=mode) @ V
+
+
+@question
+def kinds(mesh: DeviceMesh | None) -> list[Tensor]:
+    makers = (hk.ggn, hk.fisher, hk.empirical_fisher)
+    made = [make(OBJECTIVE, PARAMS, data(mesh), batch_size=7) for make in makers]
+    sampled = hk.fisher(OBJECTIVE, PARAMS, data(mesh), batch_size=7, num_samples=2)
+    return [H @ V for H in [*made, sampled, 2 * made[0] - 0.5 * hessian(mesh), hessian(mesh).shift(0.3)]]
+
+
+@question
+def whole_batches(mesh: DeviceMesh | None) -> list[Any]:
+    batches = [(X[:20], Y[:20]), (X[20:23], Y[20:23]), (X[23:], Y[23:]), (X[:9], Y[:9])]
+    H = hk.hessian(
+        OBJECTIVE, PARAMS, hk.as_data(batches, num_examples=lambda batch: len(batch[0]), mesh=mesh)
+    )
+    sample = H.coarsen(40)
+    return [H @ V, sample @ V, sample.num_examples]
+
+
+@question
+def two_batches_for_three_ranks(mesh: DeviceMesh | None) -> Tensor:
+    return hessian(mesh, batch_size=40) @ V
+
+
+@question
+def kept_graphs(mesh: DeviceMesh | None) -> list[Tensor]:
+    H = hessian(mesh)
+    return [H @ V for _ in range(4)]
+
+
+@question
+def gradient_and_loss(mesh: DeviceMesh | None) -> list[Any]:
+    examples = data(mesh, batch_size=7)
+    return [hk.grad(OBJECTIVE, PARAMS, examples), hk.loss(OBJECTIVE, PARAMS, examples)]
+
+
+@question
+def samples(mesh: DeviceMesh | None) -> list[Any]:
+    found: list[Any] = []
+    for source in ("tensors", "dataset", "list"):
+        for importance in ("residual", "gradient", None):
+            coarse = hessian(mesh, source, batch_size=None).coarsen(30, importance=importance)
+            coarser = coarse.coarsen(4)
+            found += [coarse.data.weights, coarser.data.weights, coarse @ V, coarser @ V]
+    return found
+
+
+def values(found: hk.EigenResult) -> list[Any]:
+    return [found.values, found.error_bounds, found.num_matvecs, str(found.status), found.vectors.abs()]
+
+
+SOLVERS: dict[str, Callable[[hk.CurvatureOperator], hk.EigenResult]] = {
+    "lanczos": lambda H: hk.lanczos(H, 4, which="BE", tol=1e-8),
+    "lanczos that restarts": lambda H: hk.lanczos(H, 2, which="BE", tol=1e-8, ncv=16),
+    "lobpcg": lambda H: hk.lobpcg(H, 2, which="LA", tol=1e-6),
+    "chebyshev": lambda H: hk.chebyshev(H, 2, which="LA", tol=1e-6),
+    "power": lambda H: hk.power(H, 1, which="LA", tol=1e-3),
+    "accelerated power": lambda H: hk.accelerated_power(H, 1, which="LA", tol=1e-3),
+    "ARPACK": lambda H: hk.eigsh(H, 2, which="BE", tol=1e-6),
+    "top": lambda H: hk.top_eigenvalues(H, 3, which="LA"),
+    "samples": lambda H: hk.multifidelity([H.coarsen(20), H]),
+}
+for name, solve in SOLVERS.items():
+    QUESTIONS[name] = lambda mesh, solve=solve: values(solve(hessian(mesh)))
+
+ESTIMATES: dict[str, Callable[[hk.CurvatureOperator], Any]] = {
+    "trace": lambda H: hk.trace(H, num_matvecs=30, seed=3),
+    "diagonal": lambda H: hk.diagonal(H, num_matvecs=20, seed=3),
+    "norm": lambda H: hk.frobenius_norm(H, num_matvecs=20, seed=3),
+    "logdet": lambda H: hk.logdet(H, damping=1.0, seed=3),
+    "effective dimension": lambda H: hk.effective_dimension(H, damping=1.0, seed=3),
+    "count": lambda H: hk.count_eigenvalues(H, 0.1, 1.0, seed=3),
+}
+for name, estimate in ESTIMATES.items():
+    QUESTIONS[name] = lambda mesh, estimate=estimate: [
+        getattr(estimate(hessian(mesh)), part) for part in ("value", "stderr")
+    ]
+
+
+@question
+def extremes(mesh: DeviceMesh | None) -> list[Any]:
+    ex = hk.extreme_eigenvalues(hessian(mesh), certify=True)
+    ends = [[end.value, end.interval.lower, end.interval.upper] for end in (ex.largest, ex.smallest)]
+    return [ends, ex.num_matvecs, str(ex.status)]
+
+
+@question
+def density(mesh: DeviceMesh | None) -> list[Any]:
+    found = [
+        hk.spectral_density(hessian(mesh), num_steps=8, num_probes=2, method=m)
+        for m in ("lanczos", "chebyshev")
+    ]
+    return [[one.grid, one.values] for one in found]
+
+
+@question
+def functions(mesh: DeviceMesh | None) -> list[Any]:
+    H, b = hessian(mesh).shift(1.0), V[:, 0]
+    return [
+        hk.matrix_function(H, torch.log, b).x,
+        hk.solve(H, V, tol=1e-10).x,
+        hk.inverse(H, damping=0.1) @ b,
+    ]
+
+
+@question
+def blocks(mesh: DeviceMesh | None) -> list[Any]:
+    found = hk.blocks(OBJECTIVE, PARAMS, data(mesh, batch_size=7))
+    return [[one.name, one.extremes.largest.value, one.trace.value] for one in found.blocks]
+
+
+@question
+def preconditioned(mesh: DeviceMesh | None) -> Tensor:
+    return hk.precondition(hessian(mesh), torch.linspace(1, 2, SIZE, dtype=torch.float64)) @ V
+
+
+@question
+def weighted(mesh: DeviceMesh | None) -> Tensor:
+    objective = hk.Objective(OBJECTIVE.forward, OBJECTIVE.output_loss, lambda batch: 1.0 + batch[1])
+    return hk.hessian(objective, PARAMS, data(mesh), batch_size=7) @ V
+
+
+@question
+def checked(mesh: DeviceMesh | None) -> list[Any]:
+    report = hk.check(hessian(mesh))
+    return [[finding.check, finding.verdict] for finding in report.findings]
+
+
+@question
+def distributed_sampler(mesh: DeviceMesh | None) -> Tensor:
+    loader = DataLoader(Points(), batch_size=7)
+    if mesh is not None:
+        loader = DataLoader(Points(), batch_size=7, sampler=DistributedSampler(Points(), seed=1))
+    return hk.hessian(OBJECTIVE, PARAMS, hk.as_data(loader, mesh=mesh)) @ V
+
+
+PARTS = [(0, 40), (40, 41), (41, 61)]
+
+
+@question
+def own_parts(mesh: DeviceMesh | None) -> list[Any]:
+    if mesh is None:
+        examples = data(None)
+    else:
+        part = slice(*PARTS[mesh.get_local_rank()])
+        examples = hk.as_data((X[part], Y[part]), mesh=mesh, split=False)
+    H = hk.hessian(OBJECTIVE, PARAMS, examples, batch_size=7)
+    coarse = H.coarsen(9)
+    found = hk.extreme_eigenvalues(H)
+    return [
+        H @ V,
+        coarse.data.weights,
+        coarse @ V,
+        coarse.coarsen(2) @ V,
+        found.largest.value,
+        H.num_examples,
+    ]
+
+
+def close(found: Any, expected: Any, rtol: float, atol: float) -> bool:
+    """Return True if numbers and tensors are close, and all else is equal."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(
+            close(found[k], expected[k], rtol, atol) for k in expected
+        )
+    if isinstance(expected, list | tuple):
+        return len(found) == len(expected) and all(
+            close(*pair, rtol, atol) for pair in zip(found, expected, strict=True)
+        )
+    if isinstance(expected, Tensor | float):
+        pair = [torch.as_tensor(x, dtype=torch.float64) for x in (found, expected)]
+        return pair[0].shape == pair[1].shape and torch.allclose(*pair, rtol=rtol, atol=atol, equal_nan=True)
+    return bool(found == expected)
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, list[Any]]:
+    return dict(zip(QUESTIONS, run(NUM_RANKS, *QUESTIONS.values()), strict=True))
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_ranks_answer_as_one_process_does(name: str, answers: dict[str, list[Any]]) -> None:
+    expected = QUESTIONS[name](None)
+    for found in answers[name]:
+        assert close(found, expected, 1e-7, 1e-9), (found, expected)
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_all_ranks_have_the_same_bits(name: str, answers: dict[str, list[Any]]) -> None:
+    first, *others = answers[name]
+    for other in others:
+        assert close(other, first, 0.0, 0.0), (other, first)
