@@ -17,11 +17,13 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-TIMEOUT = timedelta(seconds=10)
 
-
-def run(size: int, *functions: Callable[[DeviceMesh], Any], seconds: float = 100) -> list[list[Any]]:
+def run(
+    size: int, *functions: Callable[[DeviceMesh], Any], timeout: float = 10, seconds: float = 300
+) -> list[list[Any]]:
     """Run the functions one after the other on ``size`` ranks; return, of each, what each rank returned.
+
+    The group's timeout is ``timeout`` seconds, that of the whole run ``seconds``.
 
     An exception is what a rank returned, as the text of its type and message; a rank that was killed returns its
     exit code for all that is left.
@@ -29,7 +31,8 @@ def run(size: int, *functions: Callable[[DeviceMesh], Any], seconds: float = 100
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
         processes = [
-            context.Process(target=_rank, args=(folder, rank, size, functions)) for rank in range(size)
+            context.Process(target=_rank, args=(folder, rank, size, timeout, functions))
+            for rank in range(size)
         ]
         for process in processes:
             process.start()
@@ -46,10 +49,14 @@ def run(size: int, *functions: Callable[[DeviceMesh], Any], seconds: float = 100
         return [list(of_ranks) for of_ranks in zip(*found, strict=True)]
 
 
-def _rank(folder: str, rank: int, size: int, functions: tuple[Callable[[DeviceMesh], Any], ...]) -> None:
+def _rank(
+    folder: str, rank: int, size: int, timeout: float, functions: tuple[Callable[[DeviceMesh], Any], ...]
+) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+    )
     mesh = init_device_mesh("cpu", (size,))
     results = []
     for function in functions:

@@ -185,10 +185,11 @@ def with_own_random_numbers(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def _with_own_generator(sampler: Any) -> Any:
-    if not _is_of_torch(sampler):
+    """Return a sampler of torch with a generator of its own, and a copy of one that is told of epochs."""
+    if not (_is_of_torch(sampler) or hasattr(sampler, "set_epoch")):
         return sampler
     own = copy(sampler)
-    if hasattr(own, "generator"):
+    if _is_of_torch(sampler) and hasattr(own, "generator"):
         own.generator = torch.Generator()
     if hasattr(own, "sampler"):
         own.sampler = _with_own_generator(own.sampler)
