@@ -163,13 +163,6 @@ def test_mixed_precision_is_of_the_training_alone(tmp_path) -> None:
     assert later.results[0][1].to_dict()["smallest"] == direct(again, 5).to_dict()["smallest"]
 
 
-def test_only_the_first_process_measures(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(transformers.Trainer, "is_world_process_zero", lambda _: False)
-    own = tracker()
-    _, history, _ = fit(tmp_path, own)
-    assert own.results == of_spectrum(history) == []
-
-
 def test_bad_argument_is_named(tmp_path) -> None:
     args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     trainer = transformers.Trainer(bert(), args, train_dataset=EXAMPLES)

@@ -145,6 +145,10 @@ def check_device(name: str, value: torch.device | str) -> torch.device:
 
 def check_dense(name: str, tensor: Tensor) -> Tensor:
     """Return ``tensor``; raise TypeError unless it holds its values in strided memory."""
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, sharded over processes; pass {name}.full_tensor(), and the data with mesh="
+        )
     if tensor.is_nested:
         raise TypeError(
             f"{name} is a nested tensor; pad it (torch.nested.to_padded_tensor), or pass a list of batches, read "

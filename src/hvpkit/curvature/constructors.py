@@ -11,7 +11,7 @@ import torch
 
 from hvpkit._utils.checkpoints import digest
 from hvpkit._utils.random import normal_vector, resolve_seed
-from hvpkit._utils.ranks import agreed, watching
+from hvpkit._utils.ranks import Ranks, agreed, watching
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count, check_flag
 from hvpkit.autodiff.exact import exact_derivatives
@@ -331,9 +331,23 @@ def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> 
         )
         if not all_finite([value]):
             raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
+        if examples.ranks is not None and examples.units_of_ranks is None:
+            _check_same_loss(examples.ranks, float(value), torch.finfo(value.dtype).eps ** 0.5)
     if examples.ranks is not None:
         examples.ranks.check_same(params=digest(leaves), **_plain(options))
     return Problem(function, layout, leaves, examples), first.first(TRIAL_EXAMPLES)
+
+
+def _check_same_loss(ranks: Ranks, value: float, tol: float) -> None:
+    """Raise ValueError on all ranks if the loss of the first batch is not the same: what it closes over differs."""
+    values = ranks.gather(value)
+    if max(values) - min(values) > tol * max(map(abs, values)):
+        raise ValueError(
+            "loss_fn must be the same function on all ranks: for the first batch it gives "
+            f"{', '.join(map(str, values))}. Buffers, as running statistics of BatchNorm, are each rank's own in "
+            "data-parallel training: broadcast the first rank's (torch.distributed.broadcast) before the objective is "
+            "made"
+        )
 
 
 def _build(kind: str, of_batch: Kind, problem: Problem, first: Data, options: _Options) -> CurvatureOperator:

@@ -190,7 +190,7 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
     if type(parameter.data).__name__ == "DTensor":
         raise TypeError(
             f"model: parameter {name!r} is a DTensor, sharded over processes (fully_shard, tensor parallel); "
-            "load the full state dict into a plain module"
+            "load the full tensors, parameter.full_tensor(), into a plain module, and pass the data with mesh="
         )
 
 

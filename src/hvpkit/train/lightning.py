@@ -16,9 +16,8 @@ class SpectrumCallback(Callback):
     """A callback that calls a tracker before the first step and then every few epochs or steps.
 
     The measurement goes to all loggers of the trainer, under ``spectrum/...``, and into ``callback_metrics``, so that
-    ``EarlyStopping`` and ``ModelCheckpoint`` can watch it. With several processes, only the first one measures, and
-    the others wait for it at their next synchronisation. So each process has to hold the whole module, as with DDP,
-    and not a shard.
+    ``EarlyStopping`` and ``ModelCheckpoint`` can watch it. With several processes, all share the work of a measurement
+    and have its result: each has all the data of the tracker, and holds the whole module, as with DDP, and not a shard.
 
     A resumed run continues with the next measurement; with a ``path``, so does the tracker's record.
 
@@ -50,6 +49,7 @@ class SpectrumCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
+        self.tracker.share(pl_module)
         if trainer.global_step == 0:
             self._measure(trainer, pl_module, 0)
 
@@ -66,10 +66,10 @@ class SpectrumCallback(Callback):
             self._measure(trainer, pl_module, trainer.current_epoch + 1)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        if not trainer.is_global_zero or self.tracker(pl_module, step=step) is None:
+        if self.tracker(pl_module, step=step) is None:
             return
         # not by pl_module.log, which drops values between the trainer's log_every_n_steps
         values = scalars(self.tracker.records[-1])
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.log_metrics(values, step=trainer.global_step)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})

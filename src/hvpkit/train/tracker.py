@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,6 +41,7 @@ from hvpkit.objective import from_module
 from hvpkit.results.eigen import EigenResult, ExtremeResult
 from hvpkit.solvers.common.request import check_atol
 from hvpkit.solvers.driver import Monitor
+from hvpkit.train.data_parallel import buffers_of_first, share_among_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -202,6 +204,17 @@ class SpectrumTracker:
             if self.results:
                 self._num_calls = self.results[-1][0] + 1
 
+    def share(self, model: nn.Module) -> None:
+        """Share the work of each measurement among all processes, as of data-parallel training of ``model``.
+
+        Each of them calls it, and then the tracker, at the same steps; each has all the data, and the first one writes
+        the file. Buffers of a module are those of the first process. Alone, a process goes on as before.
+
+        Raises:
+            ValueError: the processes do not have the same data.
+        """
+        self._data = share_among_all(self._data, model)
+
     @classmethod
     def for_module(
         cls, criterion: Callable[..., Tensor], data: object, *, batchnorm: str = "eval", **options: Any
@@ -235,7 +248,9 @@ class SpectrumTracker:
         self._num_calls = step + 1
         if step % self._every:
             return None
-        loss_fn, values = self._objective(params)
+        ranks = self._data.ranks
+        with buffers_of_first(params, ranks) if isinstance(params, nn.Module) else nullcontext():
+            loss_fn, values = self._objective(params)
         H = hessian(loss_fn, values, self._data, **self._hessian)
         if self._num_parameters not in (None, H.n):
             raise ValueError(
@@ -246,7 +261,7 @@ class SpectrumTracker:
         kept = [pair for pair in self.results if pair[0] < step]
         ex = self._measure(H, step, self._seed + len(kept), kept)
         replaced, self.results = self.results[len(kept) :], [*kept, (step, ex)]
-        if self._path is not None:
+        if self._path is not None and (ranks is None or ranks.is_first):
             try:
                 self._replaced += replaced
                 self._keep(self._path)

@@ -18,9 +18,9 @@ class SpectrumCallback(TrainerCallback):
     """A callback that calls a tracker before the first step and then every few epochs or steps.
 
     The measurement goes to ``trainer.log``, under ``spectrum/...``: into the log history, which checkpoints hold,
-    and to every service that the trainer reports to. With several processes, only the first one measures, and the
-    others wait for it at their next synchronisation. So each process has to hold the whole model, as with DDP, and not
-    a shard. Under ``bf16`` or ``fp16`` the Hessian is that of the weights as they are kept, in float32.
+    and to every service that the trainer reports to. With several processes, all share the work of a measurement and
+    have its result: each has all the data of the tracker, and holds the whole model, as with DDP, and not a shard.
+    Under ``bf16`` or ``fp16`` the Hessian is that of the weights as they are kept, in float32.
 
     A resumed run continues with the next measurement; with a ``path``, so does the tracker's record.
 
@@ -56,6 +56,8 @@ class SpectrumCallback(TrainerCallback):
         self.tracker, self.trainer, self.per = tracker, trainer, check_choice("per", per, ("epoch", "step"))
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        model: Any = self.trainer.model
+        self.tracker.share(model)
         if self.trainer.state.global_step == 0:
             self._measure(0)
 
@@ -69,8 +71,6 @@ class SpectrumCallback(TrainerCallback):
 
     def _measure(self, step: int) -> None:
         trainer = self.trainer
-        if not trainer.is_world_process_zero():
-            return
         if self.tracker(_in_full_precision(trainer.model), step=step) is not None:
             should_log = trainer.control.should_log
             trainer.log(scalars(self.tracker.records[-1]))

@@ -1,0 +1,53 @@
+"""Callbacks in data-parallel training under torchrun: all ranks measure together, and have the numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import hvpkit as hk
+from distributed import training
+
+
+def torchrun(*arguments: str, size: int = 2, module: bool = False) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    paths = [*sys.path, os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    call = [sys.executable, *start, *(["-m"] if module else []), *arguments]
+    return subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("library", ["lightning", "transformers"])
+def test_all_ranks_share_a_measurement_and_have_its_numbers(library: str, tmp_path: Path) -> None:
+    pytest.importorskip(library)
+    done = torchrun(training.__file__, library, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first["numbers"] == second["numbers"]
+    last, other = first["state"], second["state"]
+    statistics = [name for name in last if "running" in name]
+    assert len(statistics) == 2
+    assert all(last[name] != other[name] for name in statistics)  # each rank's own
+    assert all(last[name] == other[name] for name in last if "layers.0" in name or "layers.3" in name)
+    lines = (tmp_path / "spectrum.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [step for step, *_ in first["numbers"]]
+
+    net = training.Net()
+    net.load_state_dict({name.removeprefix("net."): torch.tensor(value) for name, value in last.items()})
+    objective, params = hk.from_module(net, F.cross_entropy)
+    ex = hk.extreme_eigenvalues(hk.hessian(objective, params, (training.X, training.Y)), tol=1e-4)
+    assert first["numbers"][-1][1] == pytest.approx(ex.largest.value, rel=3e-4)
+    assert first["numbers"][-1][2] == pytest.approx(ex.smallest.value, rel=3e-4)
+    if library == "lightning":
+        assert first["epochs"] == second["epochs"] == 1  # stopped by the spectrum
+        assert first["best"] == second["best"] == "epoch=0.ckpt"
+        assert (tmp_path / "epoch=0.ckpt").exists()
+    else:
+        assert first["logged"] == [largest for _, largest, *_ in first["numbers"]]
