@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from hvpkit._utils.memory import free_memory
 from hvpkit._utils.random import normal_vector, resolve_seed
+from hvpkit._utils.ranks import Ranks
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_choice, check_count, check_flag, check_positive, check_tolerance
 from hvpkit.curvature.batch_trials import BatchTrials, time_batches
@@ -66,6 +68,28 @@ class Figures:
         """Bytes of a vector."""
         return self.n * self.itemsize
 
+    def on_ranks(self, num_ranks: int, bytes_per_second: float) -> Figures:
+        r"""Return the figures of a rank, where so many share the batches and each has all vectors.
+
+        .. math:: t_p = t_1 / p + 2\, \frac{p - 1}{p}\, \frac{\text{bytes of a vector}}{\text{bandwidth}}
+
+        Args:
+            num_ranks: p.
+            bytes_per_second: that a rank sends and receives in a reduction of all.
+
+        Example:
+            >>> resnet18 = Figures(11_200_000, 4, 24.8, 24.8, 0.0, 0.0, 0.0, 0.0, free_bytes=8e10)
+            >>> [round(resnet18.on_ranks(p, 3e11).first_pass, 2) for p in (8, 64)]
+            [3.1, 0.39]
+        """
+        sums = reduction_seconds(self.vector_bytes, num_ranks, bytes_per_second)
+        return replace(
+            self,
+            first_pass=self.first_pass / num_ranks + sums,
+            later_pass=self.later_pass / num_ranks + sums,
+            graph_bytes=self.graph_bytes / num_ranks,
+        )
+
     def fitting(self, *, offload: bool) -> float:
         """Return how many vectors a default may take."""
         free = self.host_bytes if offload and self.host_bytes is not None else self.free_bytes
@@ -101,6 +125,11 @@ class Figures:
         return f"of {num_vectors:.0f} vectors there is room for {room:.0f}: take {', or '.join(options)}"
 
 
+def reduction_seconds(num_bytes: float, num_ranks: int, bytes_per_second: float) -> float:
+    """Return the time to add up so many bytes of each rank, and to give each the sum: twice (p - 1) / p of them."""
+    return 2 * (num_ranks - 1) / num_ranks * num_bytes / bytes_per_second
+
+
 @full_precision
 def plan(
     H: LinearOperator,
@@ -124,7 +153,8 @@ def plan(
     The time of a pass comes from trials: matvecs of one to five batches, by a fresh graph and by a kept one. Passes of
     :func:`hvpkit.extreme_eigenvalues` are known in advance only roughly: from those of several hundred networks, see
     :mod:`hvpkit.solvers.common.expected`; of :func:`hvpkit.spectral_density` and :func:`hvpkit.trace` exactly. Memory
-    is that of the vectors that each method keeps, of kept graphs, and of a matvec at its peak.
+    is that of the vectors that each method keeps, of kept graphs, and of a matvec at its peak. Of several ranks, time
+    and memory are those of the slowest and of the fullest one; the sum of a matvec over the ranks is timed too.
 
     .. math:: \text{seconds} \approx 2\, t_{\text{fresh}} + (p - 2)\, t_{\text{kept}} + t_{\text{row}}
               \sum_{m \le p} \min(m, \text{ncv})
@@ -299,18 +329,38 @@ def _figures(
     if not isinstance(H, CurvatureOperator):
         seconds = _product_seconds(H, max_seconds, seed)
         return Figures(n, itemsize, seconds, seconds, row_seconds, 0.0, 0.0, 0.0, free, host), None
+    ranks = H.space.ranks
     first = later = graph_bytes = product_bytes = kept = 0.0
     num_batches = 0
     for _, term in H.terms:
         trials = time_batches(term, max_seconds / len(H.terms), seed)
         count, num_batches = term.problem.data.num_examples, max(num_batches, len(trials.fresh))
+        count = count if ranks is None else -(-count // ranks.size)
         share = _share_kept(trials, count, term.cache.budget.left + term.cache.num_bytes - graph_bytes)
         fresh, again = (_median(times) * count for times in (trials.fresh, trials.kept))
         first, later = first + fresh, later + share * again + (1 - share) * fresh
         graph_bytes += share * trials.graph_bytes * count
         product_bytes, kept = max(product_bytes, trials.product_bytes), kept + share / len(H.terms)
     figures = Figures(n, itemsize, first, later, row_seconds, product_bytes, graph_bytes, kept, free, host)
-    return figures, num_batches
+    return figures if ranks is None else _of_slowest(ranks, figures, H), num_batches
+
+
+def _of_slowest(ranks: Ranks, own: Figures, H: LinearOperator) -> Figures:
+    """Return the figures that hold for all ranks, with the time of a sum over them."""
+    vector = torch.zeros(H.n, dtype=H.dtype, device=H.device)
+    times = []
+    for _ in range(3):
+        ranks.meet("a sum, timed")
+        start = time.perf_counter()
+        float(ranks.sum(vector)[0])  # waits for the device
+        times.append(time.perf_counter() - start)
+    timed = replace(own, first_pass=own.first_pass + min(times), later_pass=own.later_pass + min(times))
+    everywhere = ranks.gather(timed)
+    worst: dict[str, Any] = {
+        field.name: max(getattr(one, field.name) or 0.0 for one in everywhere) for field in fields(own)
+    }
+    least = min(one.free_bytes for one in everywhere)
+    return replace(Figures(**worst), free_bytes=least, host_bytes=own.host_bytes)
 
 
 def _share_kept(trials: BatchTrials, num_examples: int, budget: float) -> float:
@@ -325,11 +375,12 @@ def _product_seconds(op: LinearOperator, max_seconds: float, seed: int) -> float
     """Return the time of a whole matvec with one vector, after another one if there is time for two."""
     vector = normal_vector(op.n, dtype=op.dtype, device=op.device, seed=seed)[:, None]
     times: list[float] = []
-    while len(times) < 2 or (sum(times) < max_seconds and len(times) < 10):
+    most = 10 if op.space.ranks is None else 2  # which ranks agree on without their clocks
+    while len(times) < 2 or (sum(times) < max_seconds and len(times) < most):
         start = time.perf_counter()
         float(op.product(vector)[0, 0])  # waits for the device
         times.append(time.perf_counter() - start)
-        if sum(times) > max_seconds:
+        if sum(times) > max_seconds and op.space.ranks is None:
             break
     return _median(times[1:] or times)
 

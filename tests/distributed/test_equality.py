@@ -213,6 +213,13 @@ def checked(mesh: DeviceMesh | None) -> list[Any]:
 
 
 @question
+def planned(mesh: DeviceMesh | None) -> list[Any]:
+    H = hessian(mesh)
+    plans = [hk.plan(op, max_seconds=0.1) for op in (H, H @ H)]
+    return [[one.fits, [[task.call, task.method, task.num_vectors] for task in one.tasks]] for one in plans]
+
+
+@question
 def distributed_sampler(mesh: DeviceMesh | None) -> Tensor:
     loader = DataLoader(Points(), batch_size=7)
     if mesh is not None:
