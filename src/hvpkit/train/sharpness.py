@@ -244,7 +244,7 @@ def keskar_sharpness(
     examples = as_data(data, device=leaves[0].device)
     with exact_derivatives(leaves[0].device):
         loss_fn = normalized(loss_fn, examples)
-        check_loss(next(loss_shares(loss_fn, layout, examples)), leaves)
+        check_loss(next(loss_shares(loss_fn, layout, examples.first())), leaves)
         box = _box(loss_fn, layout, examples, join(leaves), epsilon, subspace_dim, seed)
     base = best = box.at(torch.zeros_like(box.radius))
     if base.loss <= -1:
