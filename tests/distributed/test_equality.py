@@ -144,7 +144,7 @@ SOLVERS: dict[str, Callable[[hk.CurvatureOperator], hk.EigenResult]] = {
     "accelerated power": lambda H: hk.accelerated_power(H, 1, which="LA", tol=1e-3),
     "ARPACK": lambda H: hk.eigsh(H, 2, which="BE", tol=1e-6),
     "top": lambda H: hk.top_eigenvalues(H, 3, which="LA"),
-    "samples": lambda H: hk.multifidelity([H.coarsen(20), H]),
+    "multifidelity": lambda H: hk.multifidelity([H.coarsen(20), H]),
 }
 for name, solve in SOLVERS.items():
     QUESTIONS[name] = lambda mesh, solve=solve: values(solve(hessian(mesh)))

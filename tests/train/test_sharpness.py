@@ -270,7 +270,10 @@ def test_status_tells_a_rise_lost_in_rounding():
 def test_at_a_maximum_there_is_no_rise(dtype):
     loss_fn, params, x = quadratic(-torch.eye(4, dtype=F64), torch.zeros(4, dtype=F64), dtype=dtype)
     found = keskar_sharpness(loss_fn, params, x, epsilon=0.1, lr=0.5, max_steps=60)
-    assert found.status in ("rounding-limited", "rising")  # by the rounding of terms that cancel inside the loss
+    assert found.status in (
+        "rounding-limited",
+        "rising",
+    )  # by the rounding of terms that cancel inside the loss
     assert found.value == pytest.approx(0, abs=1e-5 if dtype == torch.float32 else 1e-13)
 
 

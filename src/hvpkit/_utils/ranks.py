@@ -24,6 +24,10 @@ from hvpkit.errors import RemoteError
 
 T = TypeVar("T")
 
+_all_gather = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # the name until torch 2.12
+
 
 class _State(IntEnum):
     """What a rank tells of its share; the largest one holds for all."""
@@ -154,6 +158,13 @@ class Ranks:
             total = share.contiguous()
             dist.all_reduce(total, group=self.group)
             return total
+
+    def concatenate(self, part: Tensor) -> Tensor:
+        """Return the ranks' tensors, of one shape, one after the other along the first dimension."""
+        whole = part.new_empty(self.size * len(part), *part.shape[1:])
+        with _answering():
+            _all_gather(whole, part.contiguous(), group=self.group)
+        return whole
 
     def agree(self, value: T) -> T:
         """Return what the first rank's ``value`` is.

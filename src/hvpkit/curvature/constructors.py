@@ -331,10 +331,11 @@ def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> 
         )
         if not all_finite([value]):
             raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
-        if examples.ranks is not None and examples.units_of_ranks is None:
-            _check_same_loss(examples.ranks, float(value), torch.finfo(value.dtype).eps ** 0.5)
-    if examples.ranks is not None:
-        examples.ranks.check_same(params=digest(leaves), **_plain(options))
+        ranks = examples.ranks
+        if ranks is not None:
+            ranks.check_same(params=digest(leaves), **_plain(options))
+            if examples.units_of_ranks is None:
+                _check_same_loss(ranks, float(value), torch.finfo(value.dtype).eps ** 0.5)
     return Problem(function, layout, leaves, examples), first.first(TRIAL_EXAMPLES)
 
 

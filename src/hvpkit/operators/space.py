@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hvpkit._utils.random import normal_vector
 from hvpkit._utils.ranks import Ranks
 
 CHUNK = 2**14
@@ -15,22 +15,64 @@ CHUNK = 2**14
 million equal entries it is off by 1.4e-2 at one thread, with chunks of 2^14 by 7e-6, for 1.3 to 1.5 times the time."""
 
 
-def _identity(total: Tensor) -> Tensor:
-    return total
-
-
 @dataclass(frozen=True)
 class Space:
-    """Euclidean inner products of whole vectors ``[n]`` on one device.
+    """Euclidean geometry of vectors ``[n]``, of which a process holds all entries, or each rank a part.
+
+    Sizes, inner products, norms, maxima and random vectors of solvers come from here, so that they need not know which.
 
     Attributes:
-        reduce: applied to each inner product and squared norm. Not every solver takes all of its sums from here: a
-            basis that is split over processes is not supported.
-        ranks: that multiply together, each with all numbers; None: this process alone.
+        ranks: that multiply together; None: this process alone.
+        sharded: True if each rank holds a part of every vector: n / p consecutive entries, rounded up, the last ranks
+            fewer. False: each has all of them.
     """
 
-    reduce: Callable[[Tensor], Tensor] = _identity
     ranks: Ranks | None = None
+    sharded: bool = False
+
+    @property
+    def _shards(self) -> Ranks | None:
+        return self.ranks if self.sharded else None
+
+    def size(self, n: int) -> int:
+        """Return how many of the n entries of a vector are here."""
+        return len(range(n)[self._part(n)])
+
+    def local(self, whole: Tensor) -> Tensor:
+        """Return the entries of a vector ``[n]``, or of columns ``[n, k]``, that are here."""
+        return whole if self._shards is None else whole[self._part(len(whole))].contiguous()
+
+    def whole(self, local: Tensor, n: int) -> Tensor:
+        """Return a vector ``[n]``, or columns ``[n, k]``, of what each rank holds of it."""
+        ranks = self._shards
+        if ranks is None:
+            return local
+        padded = local.new_zeros(-(-n // ranks.size), *local.shape[1:])
+        padded[: len(local)] = local
+        return ranks.concatenate(padded)[:n]
+
+    def _part(self, n: int) -> slice:
+        ranks = self._shards
+        if ranks is None:
+            return slice(0, n)
+        size = -(-n // ranks.size)
+        return slice(min(ranks.rank * size, n), min((ranks.rank + 1) * size, n))
+
+    def reduce(self, share: Tensor) -> Tensor:
+        """Return the sum over all entries, of the sums over those that are here."""
+        return share if self._shards is None else self._shards.sum(share)
+
+    def peak(self, entries: Tensor) -> Tensor:
+        """Return the largest magnitude of the entries, 0-d; NaN if there is one."""
+        ranks = self._shards
+        if ranks is None:
+            return entries.abs().max()
+        here = entries.abs().max() if entries.numel() else entries.new_zeros(())
+        return torch.stack(list(ranks.concatenate(here[None]))).max()  # a reduction by max may lose NaN
+
+    def random(self, n: int, *, like: Tensor, seed: int, stream: int = 0) -> Tensor:
+        """Draw a standard normal vector of n entries, and return those that are here: the same whatever the ranks."""
+        return self.local(normal_vector(n, dtype=like.dtype, device=like.device, seed=seed, stream=stream))
 
     def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
         """Return the inner products of ``rows [m, n]`` with ``vector`` ``[n]`` or ``[n, k]``: ``[m]`` or ``[m, k]``."""

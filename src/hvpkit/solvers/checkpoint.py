@@ -110,11 +110,12 @@ class Checkpoint(Generic[S]):
 
     def save(self, saved: Saved[S]) -> None:
         """Replace the file. A failure is a warning, and leaves the old file as it was: the solve goes on."""
+        begin = time.monotonic()
+        state = self.trim(saved.state)  # which may take all ranks
         if not self._is_writer:
             return
-        begin = time.monotonic()
         content = {
-            "state": plain(self.trim(saved.state)),
+            "state": plain(state),
             "num_steps": saved.num_steps,
             "history": [asdict(entry) for entry in saved.history],
             "seconds": saved.seconds,

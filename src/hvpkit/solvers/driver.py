@@ -232,6 +232,8 @@ def full_precision(
         op = aslinearoperator(op)
         check_monitor(kwargs.get("monitor"))  # type: ignore[arg-type]
         autocast = torch.autocast(op.device.type, enabled=False)
+        if op.space.ranks is not None:
+            op.space.ranks.meet(solver.__name__)
         with watching(op.space.ranks), torch.inference_mode(False), torch.no_grad(), autocast:
             return solver(op, *args, **kwargs)
 

@@ -21,7 +21,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hvpkit._utils.random import normal_vector
 from hvpkit.operators.base import LinearOperator
 from hvpkit.solvers.checkpoint import Witness, coefficients
 from hvpkit.solvers.common.bounds import StartPolynomial
@@ -105,7 +104,7 @@ def start(
     if buffer is not None and len(buffer) >= capacity:
         basis = buffer[:capacity]
     else:
-        basis = torch.empty(capacity, op.n, dtype=op.dtype, device=op.device)
+        basis = torch.empty(capacity, op.space.size(op.n), dtype=op.dtype, device=op.device)
     polynomial = StartPolynomial.of_start(op.n, 1.0 if width == 1 else 0.0)
     state = KrylovState(
         basis, zeros(capacity, capacity), zeros(capacity), zeros(), zeros() + 1, zeros(), polynomial
@@ -113,10 +112,12 @@ def start(
     if v0 is not None:
         mixed = mixed_start(v0, width, seed)
         if width == 1:
-            share = RANDOM_SHARE / float(torch.linalg.vector_norm(mixed))
+            share = RANDOM_SHARE / float(
+                torch.linalg.vector_norm(mixed)
+            )  # of whole vectors, as the caller's are
             state = replace(state, polynomial=replace(polynomial, share=min(share, 1.0)))
         for vector in mixed:
-            state = _append(op, state, vector)
+            state = _append(op, state, op.space.local(vector))
     while state.num_frontier < width:
         state = append_random(op, state, seed)
     return state
@@ -128,7 +129,7 @@ def append_random(op: LinearOperator, state: S, seed: int) -> S:
     Beside others it starts a Krylov space of its own, and no single polynomial describes the basis.
     """
     stream = 1 + state.num_random
-    vector = normal_vector(op.n, dtype=op.dtype, device=op.device, seed=seed, stream=stream)
+    vector = op.space.random(op.n, like=state.basis, seed=seed, stream=stream)
     if state.num_rows:
         state = replace(state, polynomial=replace(state.polynomial, share=0.0))
     return _append(op, replace(state, num_random=stream), vector)
@@ -148,7 +149,7 @@ def step(op: LinearOperator, state: S, block_size: int = 1) -> S:
     first, width = state.num_multiplied, min(block_size, state.num_frontier)
     block = op.product(state.basis[first : first + width].mT.contiguous())
     if state.num_products == 0:
-        state = replace(state, scale=power_of_two(block.abs().max()))
+        state = replace(state, scale=power_of_two(op.space.peak(block)))
     alive = state.alive[first : first + width] > 0  # a matvec with zero is zero, whatever came out
     block = torch.where(alive, block, 0.0).div_(state.scale)
     for column, vector in zip(range(first, first + width), block.unbind(1), strict=True):
@@ -190,6 +191,21 @@ def project(op: LinearOperator, state: KrylovState) -> tuple[RitzPairs, Tensor]:
     pairs = ritz(projected[:m], projected[m:])
     check_symmetric(op, pairs.asymmetry, max(pairs.norm, float(state.norm)))
     return pairs, projected.diagonal(-1)[state.num_kept :]
+
+
+def gathered(op: LinearOperator, state: S) -> S:
+    """Return the state with the used rows of the basis, whole."""
+    used = trim(state).basis
+    return replace(state, basis=op.space.whole(used.mT.contiguous(), op.n).mT if op.space.sharded else used)
+
+
+def distributed(op: LinearOperator, state: S, capacity: int) -> S:
+    """Return a state that was :func:`gathered` with this rank's part of the basis, and room for ``capacity`` rows."""
+    if not op.space.sharded:
+        return state
+    basis = torch.empty(capacity, op.space.size(op.n), dtype=op.dtype, device=op.device)
+    basis[: state.num_rows] = op.space.local(state.basis[: state.num_rows].mT).mT
+    return replace(state, basis=basis)
 
 
 def trim(state: S) -> S:
@@ -291,14 +307,14 @@ def krylov_space(
 
     ``scale`` is what matvecs are divided by; None: a power of two near the first one.
     """
-    rows = torch.empty(num_steps, op.n, dtype=op.dtype, device=op.device)
+    rows = torch.empty(num_steps, op.space.size(op.n), dtype=op.dtype, device=op.device)
     projected = rows.new_zeros(num_steps + 1, num_steps)
     alive, norm = rows.new_zeros(num_steps), rows.new_zeros(())
-    alive[0] = orthonormalise_(op.space, rows, 0, vector / vector.abs().max(), norm)[2]
+    alive[0] = orthonormalise_(op.space, rows, 0, vector / op.space.peak(vector), norm)[2]
     for row in range(num_steps):
         image = op.product(rows[row].unsqueeze(1))[:, 0]
         if scale is None:
-            scale = power_of_two(image.abs().max())
+            scale = power_of_two(op.space.peak(image))
         image, norm = image / scale, torch.maximum(norm, op.space.norm(image / scale))
         count = row + 1
         if count == num_steps:

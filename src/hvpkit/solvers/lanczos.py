@@ -35,6 +35,7 @@ from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count, check_flag
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.offload import HOST, on_host
+from hvpkit.operators.sharded import sharded
 from hvpkit.results.eigen import EigenResult, Status
 from hvpkit.solvers import krylov
 from hvpkit.solvers.checkpoint import Checkpoint, argument_of
@@ -326,7 +327,7 @@ class Lanczos:
         if image is None:
             return None
         expected = (found.vectors * found.values.to(image) + residuals).sum(dim=1, keepdim=True)
-        return float(torch.linalg.vector_norm(image / state.scale - expected))
+        return float(self.op.space.norm((image / state.scale - expected)[:, 0]))
 
     def _outer(self, state: LanczosState, pairs: RitzPairs, norms: Tensor) -> convergence.Outer | None:
         """Return how far beyond the Ritz values the spectrum may reach."""
@@ -484,6 +485,7 @@ def lanczos(
     device, least = op.device, least_ncv(k, block_size)
     if offload:
         op, request = on_host(op), request.on_host()
+    op = sharded(op)
     if ncv is None and checkpoint is not None:
         saved = argument_of(checkpoint, "ncv", op.space.ranks) or 0
         ncv = saved if saved >= least else None
@@ -501,9 +503,9 @@ def lanczos(
         file = Checkpoint[LanczosState](
             checkpoint,
             solver.identity(),
-            krylov.trim,
-            lambda state: krylov.verify(op, state),
+            lambda state: krylov.gathered(op, state),
+            lambda state: krylov.verify(op, krylov.distributed(op, state, min(ncv + block_size, op.n))),
             ranks=op.space.ranks,
         )
     found = run(solver, monitor=monitor, checkpoint=file)
-    return replace(found, vectors=found.vectors.to(device))
+    return replace(found, vectors=op.space.whole(found.vectors, op.n).to(device))

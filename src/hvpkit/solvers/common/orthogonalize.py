@@ -80,7 +80,7 @@ def extend_(space: Space, rows: Tensor, first: int, vectors: Tensor) -> int:
     one = torch.ones((), dtype=rows.dtype, device=rows.device)
     alive = []
     for row, vector in enumerate(vectors, start=first):
-        peak = vector.abs().max()
+        peak = space.peak(vector)
         unit = vector / torch.where(peak > 0, peak, one)
         norm = space.norm(unit)
         unit = unit / torch.where(norm > 0, norm, one)
@@ -97,7 +97,9 @@ def start_(op: LinearOperator, rows: Tensor, width: int, v0: Tensor | None, seed
     Of v0 as :func:`mixed_start`: a start without any part in the wanted vectors would converge to others, and nothing
     would show it.
     """
-    first = 0 if v0 is None else extend_(op.space, rows, 0, mixed_start(v0, width, seed))
+    first = (
+        0 if v0 is None else extend_(op.space, rows, 0, op.space.local(mixed_start(v0, width, seed).mT).mT)
+    )
     return complete_(op, rows[:width], first, seed, 0)
 
 
@@ -118,7 +120,7 @@ def complete_(op: LinearOperator, rows: Tensor, first: int, seed: int, stream: i
     """Fill ``rows`` from ``first`` on with random orthonormal ones; return the last stream of the seed used."""
     while first < len(rows):
         stream += 1
-        vector = normal_vector(op.n, dtype=op.dtype, device=op.device, seed=seed, stream=stream)
+        vector = op.space.random(op.n, like=rows, seed=seed, stream=stream)
         first += extend_(op.space, rows, first, vector[None])
     return stream
 

@@ -23,8 +23,8 @@ FEWER = "take fewer pairs, hvpkit.lanczos with a small ncv, or fewer parameters 
 
 
 def vector_bytes(op: LinearOperator) -> int:
-    """Return the bytes of a vector."""
-    return op.n * op.dtype.itemsize
+    """Return the bytes of a vector, or of the part of it that is here."""
+    return op.space.size(op.n) * op.dtype.itemsize
 
 
 def vectors_that_fit(op: LinearOperator) -> float:
