@@ -8,6 +8,7 @@ import signal
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,5 @@ def _rank(
                 traceback.print_exc()
             results.append(f"{type(error).__name__}: {error}")
         Path(folder, str(rank)).write_bytes(pickle.dumps(results))
+    with suppress(RuntimeError):  # nobody leaves while others still connect
+        dist.barrier()

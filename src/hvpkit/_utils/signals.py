@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -14,6 +14,10 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 TERMINATING = tuple(number for number in SIGNALS if number != signal.SIGINT)
 """Those that raise nothing by themselves; Python raises KeyboardInterrupt for SIGINT."""
+
+
+_WAITING: list[list[Callable[[], object]]] = []
+"""What signals will do that arrived in each ``with signals_deferred()`` that is open, outer ones first."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -72,18 +76,27 @@ def signals_deferred() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
-    arrived: list[tuple[int, FrameType | None]] = []
+    waiting: list[Callable[[], object]] = []
 
     def wait(number: int, frame: FrameType | None) -> None:
-        arrived.append((number, frame))
+        waiting.append(lambda: handlers[number](number, frame))
 
+    _WAITING.append(waiting)
     try:
         for number in handlers:
             signal.signal(number, wait)
         yield
     finally:
+        _WAITING[:] = [other for other in _WAITING if other is not waiting]
         for number, handler in handlers.items():
             if signal.getsignal(number) is wait:
                 signal.signal(number, handler)
-        for number, frame in arrived:
-            handlers[number](number, frame)
+        for handle in waiting:
+            handle()
+
+
+def handle_waiting_signals() -> None:
+    """Handle the signals that wait, here, where an exception from a handler does no harm."""
+    for waiting in _WAITING:
+        while waiting:
+            waiting.pop(0)()

@@ -15,6 +15,7 @@ from hvpkit._utils.checkpoints import digest
 from hvpkit._utils.deadline import check_deadline
 from hvpkit._utils.random import generator, resolve_seed
 from hvpkit._utils.ranks import fingerprint
+from hvpkit._utils.signals import handle_waiting_signals
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count
 from hvpkit.autodiff.exact import exact_derivatives
@@ -97,6 +98,7 @@ class Curvature:
             with closing(self.cache.linearized(self._batches, self.recipe.mode)) as linear_maps:
                 for linear, kept in _with_bar(linear_maps) if self.progress else linear_maps:
                     check_deadline()
+                    handle_waiting_signals()
                     _add_(sums, linear(columns, retain_graph=kept))
         return rows
 

@@ -86,7 +86,7 @@ def step(op: LinearOperator, plan: Plan, state: DiagonalState) -> DiagonalState:
         torch.where(good, spread, state.spread),
         scale,
         torch.where(good, numbers.stop, state.num_good),
-        state.witness.including(probes, images),
+        state.witness.including(op.space, probes, images),
         numbers.stop,
         state.num_matvecs + w * op.cost,
     )

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.files import beside
+from hvpkit._utils.ranks import agreed
 from hvpkit.estimators.quadrature import MESSAGES, Goal, Measured
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Progress, Status
@@ -136,7 +137,7 @@ def step(op: LinearOperator, state: KernelState) -> KernelState:
         state,
         current=new,
         previous=current,
-        witness=state.witness.including(current, images / state.ends.band.half_width),
+        witness=state.witness.including(op.space, current, images / state.ends.band.half_width),
         moments=(*state.moments, odd, 2 * even - 1),
         num_matvecs=state.num_matvecs + len(new) * op.cost,
     )
@@ -294,7 +295,7 @@ def solve(
             message += "" if is_finite else f"; {op.blame(_start(op, goal, 0).mT)}"
             return Measured([], found.num_matvecs, found.status, message, found.seconds, found.history)
         if time_limit is not None:
-            time_limit = max(time_limit - found.seconds, 1e-9)
+            time_limit = agreed(op.space.ranks, max(time_limit - found.seconds, 1e-9))
         ends = Ends(Band.around(found, op.dtype), found.num_matvecs, found.seconds, found.history)
     measured = run(KernelPolynomials(op, goal, ends, time_limit), monitor=monitor, checkpoint=file)
     if of_ends is not None and measured.status is Status.COMPLETED:

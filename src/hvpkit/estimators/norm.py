@@ -23,6 +23,7 @@ from hvpkit.estimators.leave_one_out import leave_one_out, left_out
 from hvpkit.estimators.sampling import Monitor, Plan, estimate, make_plan
 from hvpkit.estimators.sketch import COSTS, SketchState, Small, init, small, step, trim
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.sharded import sharded
 from hvpkit.results.estimate import Estimate, Mean, as_floats, mean_of
 from hvpkit.solvers.driver import full_precision
 
@@ -122,10 +123,11 @@ def frobenius_norm(
         seed=seed,
         probe=probe,
     )
+    split = sharded(op) if checkpoint is None else op
     found = estimate(
-        op,
+        split,
         plan,
-        init(op, plan, keep_images=True),
+        init(split, plan, keep_images=True),
         step,
         evaluate,
         time_limit=time_limit,

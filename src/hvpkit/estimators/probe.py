@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvpkit._utils.random import generator, normal_vector
+from hvpkit._utils.random import generator
 from hvpkit.operators.base import LinearOperator
 
 KINDS = ("rademacher", "gaussian", "sphere")
@@ -25,7 +25,7 @@ def draw(op: LinearOperator, kind: str, seed: int, numbers: range) -> Tensor:
     if kind == UNIT:
         rows = torch.zeros(len(numbers), op.n, dtype=op.dtype, device=op.device)
         rows[range(len(numbers)), unit_order(op.n, seed)[numbers.start : numbers.stop]] = 1
-        return rows
+        return op.space.local(rows.mT).mT
     return torch.stack([_one(op, kind, seed, number) for number in numbers])
 
 
@@ -35,7 +35,8 @@ def unit_order(n: int, seed: int) -> Tensor:
 
 
 def _one(op: LinearOperator, kind: str, seed: int, number: int) -> Tensor:
-    vector = normal_vector(op.n, dtype=op.dtype, device=op.device, seed=seed, stream=number)
+    like = torch.empty(0, dtype=op.dtype, device=op.device)
+    vector = op.space.random(op.n, like=like, seed=seed, stream=number)
     if kind == "rademacher":
         return torch.where(vector < 0, -1.0, 1.0).to(vector)
     if kind == "sphere":

@@ -93,7 +93,7 @@ def init(op: LinearOperator, plan: Plan, *, keep_images: bool = False) -> Sketch
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=op.dtype, device=op.device)
 
-    k, n = plan.num_probes, op.n
+    k, n = plan.num_probes, op.space.size(op.n)
     r = 0 if plan.cost == 1 else k
     matrices = empty(r, r), empty(r, k), empty(r, k)
     vectors = empty(r, n), empty(r, n), empty(r if keep_images else 0, n)
@@ -122,7 +122,7 @@ def step(op: LinearOperator, plan: Plan, state: SketchState) -> SketchState:
     _store_(op, state, numbers, probes, images, basis_images)
     if plan.method == "xtrace":  # a row of the basis is orthogonal to the matvecs before it
         state.crossed[new, : numbers.start] = 0
-    witness = state.witness.including(probes, images)
+    witness = state.witness.including(op.space, probes, images)
     return replace(state, num_probes=numbers.stop, num_good=_num_good(state, numbers), witness=witness)
 
 
@@ -136,7 +136,7 @@ def trim(state: SketchState) -> SketchState:
 
 def _multiply(op: LinearOperator, state: SketchState, rows: Tensor) -> tuple[Tensor, SketchState]:
     images = op.product(rows.mT.contiguous()).mT
-    scale = state.scale if state.num_matvecs else power_of_two(images.abs().max())
+    scale = state.scale if state.num_matvecs else power_of_two(op.space.peak(images))
     return images / scale, replace(state, scale=scale, num_matvecs=state.num_matvecs + len(rows) * op.cost)
 
 

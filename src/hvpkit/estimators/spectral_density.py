@@ -14,6 +14,7 @@ from hvpkit._utils.validation import check_choice, check_count, check_positive
 from hvpkit.estimators import kernel_polynomials, quadrature
 from hvpkit.estimators.quadrature import Goal, Measured
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.sharded import sharded
 from hvpkit.results.density import Density
 from hvpkit.results.estimate import Estimate, mean_of
 from hvpkit.results.spectral_measure import grid_around, join, smoothed, smoothing_width
@@ -101,12 +102,13 @@ def spectral_density(
         check_positive("time_limit", time_limit)
     goal = make_goal(op, method, num_steps, num_probes, block_size, resolve_seed(seed))
     remedy = 'take method="chebyshev", which keeps no basis, or fewer num_steps'
+    split = sharded(op) if checkpoint is None else op
     check_room(
-        op, num_vectors(op.n, method, goal), remedy if method == "lanczos" else "take a smaller block_size"
+        split, num_vectors(op.n, method, goal), remedy if method == "lanczos" else "take a smaller block_size"
     )
     by_moments = method == "chebyshev" and not goal.spans(op.n)
     solve = kernel_polynomials.solve if by_moments else quadrature.solve
-    found = solve(op, goal, time_limit=time_limit, monitor=monitor, checkpoint=checkpoint)
+    found = solve(split, goal, time_limit=time_limit, monitor=monitor, checkpoint=checkpoint)
     return density_of(op, method, found)
 
 

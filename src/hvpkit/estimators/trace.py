@@ -21,6 +21,7 @@ from hvpkit.estimators.leave_one_out import leave_one_out, left_out, samples
 from hvpkit.estimators.sampling import Monitor, Plan, estimate, make_plan
 from hvpkit.estimators.sketch import COSTS, SketchState, init, small, step, trim
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.sharded import sharded
 from hvpkit.results.estimate import Estimate, Mean, as_floats, mean_of
 from hvpkit.solvers.driver import full_precision
 
@@ -106,10 +107,11 @@ def trace(
         seed=seed,
         probe=probe,
     )
+    split = sharded(op) if checkpoint is None else op
     found = estimate(
-        op,
+        split,
         plan,
-        init(op, plan),
+        init(split, plan),
         step,
         evaluate,
         time_limit=time_limit,

@@ -25,6 +25,7 @@ from hvpkit._utils.validation import check_count, check_non_negative, check_numb
 from hvpkit.estimators import quadrature
 from hvpkit.estimators.spectral_density import check_precision, density_of, make_goal, num_vectors
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.sharded import sharded
 from hvpkit.results.estimate import Estimate
 from hvpkit.solvers.common.vector_memory import check_room
 from hvpkit.solvers.driver import Monitor, full_precision
@@ -48,8 +49,9 @@ def trace_of_function(
     if time_limit is not None:
         check_positive("time_limit", time_limit)
     goal = make_goal(op, "lanczos", num_steps, num_probes, None, resolve_seed(seed))
-    check_room(op, num_vectors(op.n, "lanczos", goal), "take fewer num_steps, or fewer parameters (wrt=)")
-    found = quadrature.solve(op, goal, time_limit=time_limit, monitor=monitor, checkpoint=checkpoint)
+    split = sharded(op) if checkpoint is None else op
+    check_room(split, num_vectors(op.n, "lanczos", goal), "take fewer num_steps, or fewer parameters (wrt=)")
+    found = quadrature.solve(split, goal, time_limit=time_limit, monitor=monitor, checkpoint=checkpoint)
     mean = density_of(op, "lanczos", found).expectation(f)
     bias = math.inf
     if mean.stderr == 0:

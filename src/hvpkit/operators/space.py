@@ -70,6 +70,11 @@ class Space:
         here = entries.abs().max() if entries.numel() else entries.new_zeros(())
         return torch.stack(list(ranks.concatenate(here[None]))).max()  # a reduction by max may lose NaN
 
+    def finite(self, rows: Tensor) -> Tensor:
+        """Return, for each of the rows ``[m, n]``, whether all entries are finite."""
+        found = torch.isfinite(rows).all(dim=1)
+        return found if self._shards is None else self._shards.sum((~found).int()) == 0
+
     def random(self, n: int, *, like: Tensor, seed: int, stream: int = 0) -> Tensor:
         """Draw a standard normal vector of n entries, and return those that are here: the same whatever the ranks."""
         return self.local(normal_vector(n, dtype=like.dtype, device=like.device, seed=seed, stream=stream))

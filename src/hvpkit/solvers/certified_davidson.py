@@ -216,7 +216,7 @@ class CertifiedDavidson:
         k, which = (most, "LA") if asked.which == "LA" else (min(2 * most, self.op.n), "BE")
         num_steps = min(MAX_START_STEPS, self.ncv, int(affordable), self.op.n)
         sample = sample_space(level, k, which, v0=asked.start, num_steps=num_steps, seed=asked.seed)
-        finite = len(sample.ends) == k and bool(torch.isfinite(sample.ends).all())
+        finite = len(sample.ends) == k and math.isfinite(float(self.op.space.peak(sample.ends)))
         places = [place % k for place in self._known_places(k) if which == "BE" or place < 0]
         new = sample.ends[places if finite else []]  # a random one takes their place
         num_matvecs = self.spent + sample.num_matvecs
@@ -251,7 +251,7 @@ class CertifiedDavidson:
     def assess(self, state: CertifiedDavidsonState) -> Assessment[CertifiedDavidsonState]:
         """Update the ends, hear the certificate, test convergence, and decide what comes next."""
         if state.num_fresh:
-            state = self._update(block_subspace.drop_non_finite(state))
+            state = self._update(block_subspace.drop_non_finite(self.op, state))
         if state.certificate is not None and state.certificate.krylov.num_multiplied:
             state = self._judge(state)
         status, last = self._status(state), len(self.levels) - 1

@@ -41,6 +41,7 @@ from torch import Tensor
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.sharded import sharded
 from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.solvers.common import block_subspace
 from hvpkit.solvers.common.block_subspace import BlockSubspace
@@ -55,7 +56,7 @@ from hvpkit.solvers.common.convergence import (
 from hvpkit.solvers.common.orthogonalize import residuals_of, row_norms
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, num_at_low_end, select
 from hvpkit.solvers.common.request import Request, Start, check_arguments
-from hvpkit.solvers.driver import Assessment, Limits, Monitor, full_precision, run
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, full_precision, run, with_whole_vectors
 
 WHICH = ("LA", "SA", "BE")
 
@@ -245,7 +246,7 @@ class Chebyshev:
         if state.filter is not None:
             state, status = self._end_filter(state, state.filter)
         elif state.num_fresh:
-            state, status = self._test(block_subspace.drop_non_finite(state))
+            state, status = self._test(block_subspace.drop_non_finite(self.op, state))
         num_steps = math.ceil(state.num_new / self.width)
         if state.filter is not None:
             num_steps = min(state.filter.num_left, TERMS_PER_ASSESSMENT)
@@ -253,7 +254,7 @@ class Chebyshev:
 
     def _end_filter(self, state: ChebyshevState, moved: Filter) -> tuple[ChebyshevState, Status | None]:
         """Take over the filtered vectors as new rows after the filter completes."""
-        if not bool(torch.isfinite(moved.current).all()):
+        if not bool(torch.isfinite(self.op.space.peak(moved.current))):
             suspect = state.rows[len(moved.plan.locked)].unsqueeze(1).clone()
             return replace(state, filter=None, suspect=suspect), Status.NON_FINITE
         if moved.num_left:
@@ -389,5 +390,6 @@ def chebyshev(
     guards = sum(NUM_GUARDS for wanted in (num_low, k - num_low) if wanted > 1)
     width = k + guards if block_size is None else check_count("block_size", block_size, k, op.n)
     width = min(width, op.n, int(request.limits.remaining(0.0) / op.cost))
-    solver = Chebyshev(op, request, width, max_rows=max(MAX_ROWS, ROWS_PER_VECTOR * width))
-    return run(solver, monitor=monitor)
+    split = sharded(op)
+    solver = Chebyshev(split, request, width, max_rows=max(MAX_ROWS, ROWS_PER_VECTOR * width))
+    return with_whole_vectors(run(solver, monitor=monitor), split, op)

@@ -20,6 +20,7 @@ from hvpkit._utils.random import generator
 from hvpkit._utils.ranks import Ranks, agreed
 from hvpkit.errors import UnsavedWarning
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.space import Space
 from hvpkit.results.eigen import Progress
 
 SAVE_INTERVAL = 60.0
@@ -182,14 +183,14 @@ class Witness:
     @classmethod
     def empty(cls, op: LinearOperator) -> Witness:
         """Return the combination of no vectors."""
-        zero = torch.zeros(op.n, dtype=op.dtype, device=op.device)
+        zero = torch.zeros(op.space.size(op.n), dtype=op.dtype, device=op.device)
         return cls(zero, zero)
 
-    def including(self, rows: Tensor, images: Tensor) -> Witness:
+    def including(self, space: Space, rows: Tensor, images: Tensor) -> Witness:
         """Return the combination with further vectors ``[k, n]``, unless one of their matvecs is not finite."""
         weights = coefficients(len(rows), self.count).to(rows)
         vector, image = self.vector + rows.mT @ weights, self.image + images.mT @ weights
-        good = torch.isfinite(image).all()
+        good = torch.isfinite(space.peak(image))
         return Witness(
             torch.where(good, vector, self.vector),
             torch.where(good, image, self.image),

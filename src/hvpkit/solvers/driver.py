@@ -24,7 +24,7 @@ from hvpkit._utils.validation import check_monitor, check_positive
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
 from hvpkit.results.cost_plan import time_in_words
-from hvpkit.results.eigen import Progress, Status
+from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.solvers.checkpoint import Checkpoint, Counted, Saved
 
 OVERSHOOT_CPU, OVERSHOOT_GPU = 32, 8
@@ -245,6 +245,12 @@ def assessment_interval(op: LinearOperator, num_steps: int) -> int:
     return max(1, num_steps // (OVERSHOOT_CPU if op.device.type == "cpu" else OVERSHOOT_GPU))
 
 
+def with_whole_vectors(found: EigenResult, solved: LinearOperator, asked: LinearOperator) -> EigenResult:
+    """Return the result of a solve on ``solved``, which may be split, with vectors as ``asked`` has them."""
+    vectors = found.vectors if asked.space.sharded else solved.space.whole(found.vectors, asked.n)
+    return replace(found, vectors=vectors.to(asked.device))
+
+
 def run(
     solver: Solver[S, R_co],
     *,
@@ -283,6 +289,7 @@ def iterate(
 ) -> Ended[S]:
     """Step and assess until the solver says that it is over, or another step would exceed a limit."""
     state, limits, ranks = solver.init(), solver.limits, solver.op.space.ranks
+    sharded = solver.op.space.sharded
     saved, now = Saved(state, 0, (), 0.0), time.perf_counter()
     seconds = math.inf if limits.time_limit is None else limits.time_limit
     end, last_end = now + seconds, now + GRACE * seconds
@@ -318,7 +325,8 @@ def iterate(
                 if limit is not None:
                     break
                 try:
-                    with deadline(end):
+                    # parts of vectors are of no use if one rank leaves amid a step: signals wait for its matvec
+                    with deadline(end), signals_deferred() if sharded else nullcontext():
                         # together, whenever a signal comes
                         state, num_steps = solver.step(state), num_steps - 1
                 except DeadlineReached:  # the state before the step is the last one
@@ -328,7 +336,7 @@ def iterate(
             if limit is not None or (checkpoint is not None and checkpoint.due()):
                 save()
             is_new = False
-            with nullcontext() if checkpoint is None else signals_deferred():
+            with signals_deferred() if sharded or checkpoint is not None else nullcontext():
                 assessing = True  # an assessment may change buffers: nothing to save in the midst of it
                 found = solver.assess(state)
                 num_left = 0 if found.status else found.num_steps  # a solve that is over takes no step more

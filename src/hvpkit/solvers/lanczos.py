@@ -54,6 +54,7 @@ from hvpkit.solvers.driver import (
     assessment_interval,
     full_precision,
     run,
+    with_whole_vectors,
 )
 from hvpkit.solvers.krylov import KrylovState
 
@@ -482,7 +483,7 @@ def lanczos(
     check_certainty(confidence, certify)
     check_flag("check_copies", check_copies)
     check_flag("offload", offload)
-    device, least = op.device, least_ncv(k, block_size)
+    asked, least = op, least_ncv(k, block_size)
     if offload:
         op, request = on_host(op), request.on_host()
     op = sharded(op)
@@ -508,4 +509,4 @@ def lanczos(
             ranks=op.space.ranks,
         )
     found = run(solver, monitor=monitor, checkpoint=file)
-    return replace(found, vectors=op.space.whole(found.vectors, op.n).to(device))
+    return with_whole_vectors(found, op, asked)

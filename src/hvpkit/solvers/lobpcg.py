@@ -34,6 +34,7 @@ from torch import Tensor
 
 from hvpkit._utils.typing import Seed
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.sharded import sharded
 from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.solvers.common import block_subspace
 from hvpkit.solvers.common.block_subspace import BlockSubspace, Projection
@@ -41,7 +42,7 @@ from hvpkit.solvers.common.convergence import is_converged, rounding
 from hvpkit.solvers.common.orthogonalize import residuals_of, row_norms
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, num_at_low_end, select
 from hvpkit.solvers.common.request import Request, Start, check_arguments
-from hvpkit.solvers.driver import Assessment, Limits, Monitor, full_precision, run
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, full_precision, run, with_whole_vectors
 
 WHICH = ("LA", "SA", "BE")
 
@@ -103,7 +104,7 @@ class Lobpcg:
         """Find the best X in the span of X, P and W, test convergence, and choose the next P and W."""
         if not state.num_fresh:
             return Assessment(state, Progress(), 1)
-        op, asked, state = self.op, self.request, block_subspace.drop_non_finite(state)
+        op, asked, state = self.op, self.request, block_subspace.drop_non_finite(self.op, state)
         m = state.num_rows
         if not m:
             return Assessment(state, Progress(), 1, Status.NON_FINITE, state.suspect)
@@ -121,7 +122,7 @@ class Lobpcg:
         if status is None:
             directions = residuals[~done.to(op.device)]
             if self.preconditioner is not None and len(directions):
-                directions = _preconditioned(self.preconditioner, directions)
+                directions = _preconditioned(self.op, self.preconditioner, directions)
             state = block_subspace.extend(op, asked, state, directions)
         scale = float(state.scale)
         progress = Progress(
@@ -165,9 +166,10 @@ class Lobpcg:
         return block_subspace.finalize(self.op, self.request, state, status)
 
 
-def _preconditioned(preconditioner: Preconditioner, residuals: Tensor) -> Tensor:
-    """Apply the caller's preconditioner to rows ``[m, n]`` and check what it returns."""
-    result, shape = preconditioner(residuals.mT.contiguous()), residuals.shape[::-1]
+def _preconditioned(op: LinearOperator, preconditioner: Preconditioner, residuals: Tensor) -> Tensor:
+    """Apply the caller's preconditioner to rows ``[m, n]``, whole, and check what it returns."""
+    whole = op.space.whole(residuals.mT.contiguous(), op.n)
+    result, shape = preconditioner(whole), whole.shape
     if not isinstance(result, Tensor) or result.shape != shape or result.dtype != residuals.dtype:
         found = (
             f"{list(result.shape)} {result.dtype}" if isinstance(result, Tensor) else type(result).__name__
@@ -175,7 +177,7 @@ def _preconditioned(preconditioner: Preconditioner, residuals: Tensor) -> Tensor
         raise ValueError(f"preconditioner must return a tensor {list(shape)} {residuals.dtype}, got {found}")
     if not bool(torch.isfinite(result).all()):
         raise ValueError("preconditioner returned NaN or infinity")
-    return result.detach().mT
+    return op.space.local(result.detach()).mT
 
 
 @full_precision
@@ -253,4 +255,6 @@ def lobpcg(
         raise TypeError(f"preconditioner must be a function or None, got {type(preconditioner).__name__}")
     num_ends = 1 if num_at_low_end(k, request.which) in (0, k) else 2
     width = min(k + num_ends * NUM_GUARDS, op.n, int(request.limits.remaining(0.0) / op.cost))
-    return run(Lobpcg(op, request, width, preconditioner), monitor=monitor)
+    split = sharded(op)
+    found = run(Lobpcg(split, request, width, preconditioner), monitor=monitor)
+    return with_whole_vectors(found, split, op)

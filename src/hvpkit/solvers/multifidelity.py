@@ -19,13 +19,14 @@ from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count, check_flag
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.offload import HOST, on_host
+from hvpkit.operators.sharded import sharded
 from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.solvers import saved_certificates
 from hvpkit.solvers.certified_davidson import CertifiedDavidson, CertifiedDavidsonState
 from hvpkit.solvers.checkpoint import Checkpoint, Saved, argument_of
 from hvpkit.solvers.common.request import Start, check_arguments, check_certainty
 from hvpkit.solvers.common.vector_memory import check_room, vectors_that_fit
-from hvpkit.solvers.driver import Monitor, conclude, full_precision, iterate
+from hvpkit.solvers.driver import Monitor, conclude, full_precision, iterate, with_whole_vectors
 from hvpkit.solvers.lanczos import lanczos
 
 NCV, MIN_NCV = 60, 8
@@ -202,6 +203,8 @@ def solve_levels(
     if offload:
         levels = tuple(on_host(level) for level in levels)
         request = request.on_host()
+    if checkpoint is None:
+        levels = tuple(sharded(level) for level in levels)
     ranks = levels[-1].space.ranks
     saved = None if checkpoint is None else argument_of(checkpoint, "ncv", ranks)  # of a solve that continues
     kept = ncv or max(least, saved or default_ncv(vectors_that_fit(levels[-1])))
@@ -211,8 +214,7 @@ def solve_levels(
         levels[-1], num_vectors(min(kept, op.n)), remedy + "hvpkit.lanczos, which keeps fewer, or wrt="
     )
     solver = CertifiedDavidson(request, levels, kept, num_inner, confidence, certify, spent)
-    found = _solve(op, solver, ncv, offload, monitor, checkpoint)
-    return replace(found, vectors=found.vectors.to(op.device))
+    return _solve(op, solver, ncv, offload, monitor, checkpoint)
 
 
 def default_ncv(fitting: float) -> int:
@@ -275,7 +277,7 @@ def _solve(
     with nullcontext() if file is None else ending_after_cleanup():
         ended = iterate(solver, monitor=monitor, checkpoint=file)
     if ended.status is not None:
-        found = conclude(solver, ended)
+        found = with_whole_vectors(conclude(solver, ended), solver.op, op)
         if file is not None and found.converged:
             file.clear()
         return found
@@ -287,9 +289,9 @@ def _solve(
     if limits.time_limit is not None:
         time_left = agreed(op.space.ranks, limits.time_limit - (time.perf_counter() - ended.began))
     if remaining < (2 * request.k + 1) * op.cost:
-        return conclude(solver, ended, Status.MAX_MATVECS)
+        return with_whole_vectors(conclude(solver, ended, Status.MAX_MATVECS), solver.op, op)
     if time_left is not None and time_left <= 0:
-        return conclude(solver, ended, Status.TIME_LIMIT)
+        return with_whole_vectors(conclude(solver, ended, Status.TIME_LIMIT), solver.op, op)
     cheap, level = conclude(solver, ended, Status.MAX_MATVECS), ended.state.level
     del ended  # its vectors make room for the basis
 

@@ -82,7 +82,7 @@ def verify(solver: CertifiedDavidson, state: CertifiedDavidsonState) -> Certifie
         ValueError: it belongs to others.
     """
     m = state.num_rows
-    known = Witness.empty(solver.op).including(state.rows[:m], state.images[:m])
+    known = Witness.empty(solver.op).including(solver.op.space, state.rows[:m], state.images[:m])
     cost = known.check(solver.op, state.scale, state.norm)
     if state.certificate is not None:
         cost += krylov.witness(state.certificate.krylov).check(

@@ -74,7 +74,7 @@ def start(op: LinearOperator, request: Request, width: int, capacity: int) -> Bl
     """
     capacity = op.n if op.n <= MAX_WHOLE_SPACE else min(capacity, op.n)
     check_room(op, 2 * capacity + 4 * width, FEWER)  # rows, images, and work on a block
-    rows = torch.empty(capacity, op.n, dtype=op.dtype, device=op.device)
+    rows = torch.empty(capacity, op.space.size(op.n), dtype=op.dtype, device=op.device)
     num_random = start_(op, rows, width, request.start, request.seed)
     images, scale = torch.empty_like(rows), rows.new_ones(())
     return BlockSubspace(rows, images, no_pairs(rows.mT), scale, num_new=width, num_random=num_random)
@@ -86,7 +86,7 @@ def multiply(op: LinearOperator, state: S, width: int) -> S:
     new = slice(state.num_rows, state.num_rows + width)
     images = op.product(state.rows[new].mT.contiguous()).mT
     if state.num_matvecs == 0:
-        state = replace(state, scale=power_of_two(images.abs().max()))
+        state = replace(state, scale=power_of_two(op.space.peak(images)))
     torch.div(images, state.scale, out=state.images[new])
     return replace(
         state,
@@ -111,10 +111,10 @@ def extend(op: LinearOperator, request: Request, state: S, vectors: Tensor) -> S
     return replace(state, num_new=end - m, num_random=num_random)
 
 
-def drop_non_finite(state: S) -> S:
+def drop_non_finite(op: LinearOperator, state: S) -> S:
     """Drop rows whose matvecs are not finite, and keep the first of them as suspect; no row stays fresh or new."""
     first, end = state.num_rows - state.num_fresh, state.num_rows
-    finite = torch.isfinite(state.images[first:end]).all(dim=1).tolist()
+    finite = op.space.finite(state.images[first:end]).tolist()
     state = replace(state, num_fresh=0, num_new=0)
     if all(finite):
         return state
