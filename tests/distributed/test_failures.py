@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 
 import hvpkit as hk
 from distributed.ranks import run
+from hvpkit._utils import ranks
+from hvpkit.operators.sharded import sharded
 
 X = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 P = torch.linspace(-1, 1, 12, dtype=torch.float64)
@@ -286,6 +289,37 @@ def test_a_rank_that_is_gone_is_an_error_within_the_timeout(number: int, least: 
     text, seconds = found
     assert text.startswith("RemoteError: another rank does not answer")
     assert least < seconds < most
+
+
+def counted(mesh: DeviceMesh) -> Any:
+    """Return the bytes that a rank sends and receives for a matvec, of whole vectors and of split ones."""
+    H, numbers = hessian(mesh), {}
+    for name, op in (("whole", H), ("split", sharded(H))):
+        sent: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, function, passes, place in (
+                (torch.distributed, "all_reduce", 2, 0),
+                (ranks, "_all_gather", 1, 0),
+                (ranks, "_reduce_scatter", 1, 1),
+            ):
+                call = partial(count, getattr(owner, function), H.space.ranks, sent, passes, place)
+                patch.setattr(owner, function, call)
+            op.product(op.space.local(P)[:, None])
+        numbers[name] = sum(sent)
+    return numbers
+
+
+def count(call: Any, of: Any, sent: list[int], passes: int, place: int, *args: Any, **options: Any) -> Any:
+    if options.get("group") is of.group:
+        sent.append(passes * (of.size - 1) * args[place].nbytes // of.size)
+    return call(*args, **options)
+
+
+def test_split_vectors_cost_no_more_bytes_than_whole_ones() -> None:
+    for size in (2, 4):
+        for numbers in run(size, counted)[0]:
+            assert numbers["whole"] == 2 * (size - 1) * len(P) * 8 // size
+            assert numbers["split"] == numbers["whole"]
 
 
 def saved(mesh: DeviceMesh | None, path: Path, max_matvecs: int = 1000) -> Any:

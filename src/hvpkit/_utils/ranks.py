@@ -24,9 +24,9 @@ from hvpkit.errors import RemoteError
 
 T = TypeVar("T")
 
-_all_gather = (
-    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-)  # the name until torch 2.12
+# by their names since torch 2.13, or those before
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _State(IntEnum):
@@ -158,6 +158,16 @@ class Ranks:
             total = share.contiguous()
             dist.all_reduce(total, group=self.group)
             return total
+
+    def sum_part(self, rows: Tensor, size: int) -> Tensor:
+        """Return this rank's ``size`` columns, counted from its rank times ``size``, of the sum of ``[k, n]``."""
+        padded = rows.new_zeros(len(rows), self.size * size)
+        padded[:, : rows.shape[1]] = rows
+        parts = padded.view(len(rows), self.size, size).transpose(0, 1).contiguous()
+        part = rows.new_empty(len(rows), size)
+        with _answering():
+            _reduce_scatter(part.view(-1), parts.view(-1), group=self.group)
+        return part
 
     def concatenate(self, part: Tensor) -> Tensor:
         """Return the ranks' tensors, of one shape, one after the other along the first dimension."""

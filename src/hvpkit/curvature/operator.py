@@ -34,7 +34,7 @@ from hvpkit.curvature.mode_selection import Recipe, lower_precision
 from hvpkit.data import Data, as_data, digest_of
 from hvpkit.objective import Objective, goes_by_batches
 from hvpkit.operators.algebra import combined_product
-from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.base import LinearOperator, Product
 from hvpkit.operators.space import Space
 
 T = TypeVar("T")
@@ -83,12 +83,21 @@ class Curvature:
         ranks = self.problem.data.ranks
         if ranks is None:
             return self._share(vectors).mT
-        with ranks.together(("matvec", self.name, vectors.shape, fingerprint(vectors))):
+        with ranks.together(self.question(vectors)):
             rows = self._share(vectors)
         return ranks.sum(rows).mT
 
-    def _share(self, vectors: Tensor) -> Tensor:
+    def question(self, vectors: Tensor) -> object:
+        """Return what all ranks must be at to multiply these columns together."""
+        return "matvec", self.name, vectors.shape, fingerprint(vectors)
+
+    def share(self, vectors: Tensor) -> Tensor:
         """Return the images ``[k, n]`` of columns ``[n, k]`` by this rank's batches."""
+        if self.scale is None:
+            return self._share(vectors)
+        return self.scale * self._share(self.scale[:, None] * vectors)
+
+    def _share(self, vectors: Tensor) -> Tensor:
         split = self.problem.layout.split
         columns = [split(vector) for vector in vectors.mT.contiguous()]
         with self.settings():
@@ -260,6 +269,22 @@ class CurvatureOperator(LinearOperator):
         }
         scales = [term.scale for _, term in self.terms]
         return known if all(scale is None for scale in scales) else {**known, "scale": digest(scales)}
+
+    def split_product(self, space: Space) -> Product:
+        """Return the matvec on columns of which each rank holds its part: a rank's share is summed part by part."""
+        sigma = space.local(self.sigma)[:, None] if isinstance(self.sigma, Tensor) else self.sigma
+        ranks = space.ranks
+        assert ranks is not None
+
+        def product(vectors: Tensor) -> Tensor:
+            whole = space.whole(vectors, self.n)
+            with ranks.together(self.terms[0][1].question(whole)):
+                shares = sum(coefficient * term.share(whole) for coefficient, term in self.terms)
+            assert isinstance(shares, Tensor)
+            images = space.local_sum(shares)
+            return images + sigma * vectors if self.is_shifted else images
+
+        return product
 
     def blame(self, vectors: Tensor) -> str:
         """Return a message that names the first batch whose matvec with ``vectors [n, k]`` is not finite."""

@@ -86,6 +86,14 @@ class LinearOperator:
         """
         return None
 
+    def split_product(self, space: Space) -> Product:
+        """Return the matvec on columns of which each rank holds its part by ``space``."""
+
+        def product(vectors: Tensor) -> Tensor:
+            return space.local(self.product(space.whole(vectors, self.n)))
+
+        return product
+
     def identity(self) -> dict[str, Any]:
         """Return what is known of the operator without a matvec, part by part; large parts as digests.
 

@@ -29,17 +29,20 @@ class ShardedOperator(Wrapped):
 def sharded(op: LinearOperator) -> LinearOperator:
     """Return the operator with vectors that are split over its ranks; itself where a process is alone.
 
-    A matvec gathers its vectors from all ranks, which is half as many bytes again as its sum over the ranks.
+    A matvec of a curvature gathers its vectors from all ranks and leaves each its part of the sum: as many bytes as a
+    sum of whole vectors on every rank.
     """
     ranks = op.space.ranks
     if ranks is None or op.space.sharded:
         return op
     space = Space(ranks, sharded=True)
 
-    def product(vectors: Tensor) -> Tensor:
+    product = op.split_product(space)
+
+    def met(vectors: Tensor) -> Tensor:
         ranks.meet(("parts of vectors", vectors.shape[1]))
-        return space.local(op.product(space.whole(vectors, op.n)))
+        return product(vectors)
 
     return ShardedOperator(
-        product, op.n, op.dtype, op.device, op.name, cost=op.cost, layout=op.layout, space=space, inner=op
+        met, op.n, op.dtype, op.device, op.name, cost=op.cost, layout=op.layout, space=space, inner=op
     )

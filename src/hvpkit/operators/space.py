@@ -51,6 +51,13 @@ class Space:
         padded[: len(local)] = local
         return ranks.concatenate(padded)[:n]
 
+    def local_sum(self, shares: Tensor) -> Tensor:
+        """Return the columns ``[n, k]``, as far as they are here, of the sum of what ranks have as rows ``[k, n]``."""
+        ranks, n = self._shards, shares.shape[1]
+        if ranks is None:
+            return shares.mT
+        return ranks.sum_part(shares, -(-n // ranks.size))[:, : self.size(n)].mT
+
     def _part(self, n: int) -> slice:
         ranks = self._shards
         if ranks is None:
