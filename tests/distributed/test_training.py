@@ -51,3 +51,14 @@ def test_all_ranks_share_a_measurement_and_have_its_numbers(library: str, tmp_pa
         assert (tmp_path / "epoch=0.ckpt").exists()
     else:
         assert first["logged"] == [largest for _, largest, *_ in first["numbers"]]
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/distributed.md").read_text()
+    (script := tmp_path / "two_ranks.py").write_text(page.split("```python\n")[1].split("```")[0])
+    done = torchrun(str(script))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = done.stdout.splitlines()
+    objective, params = hk.from_module(hk.zoo.digits_cnn(seed=0), torch.nn.CrossEntropyLoss())
+    ex = hk.extreme_eigenvalues(hk.hessian(objective, params, hk.zoo.digits()))
+    assert line == f"{ex.smallest.value:.3f} {ex.largest.value:.3f} in {ex.num_matvecs:g} passes"

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import bench_distributed as bench
+import hvpkit as hk
+
+
+def tiny() -> tuple[Any, Any, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    x, y = torch.randn(20, 3), torch.arange(20) % 2
+    return *hk.from_module(model, torch.nn.CrossEntropyLoss()), (x, y)
+
+
+def test_one_process_answers_all_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.PROBLEMS, "tiny", tiny)
+    monkeypatch.setitem(bench.BATCH_SIZES, "tiny", 8)
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", torch.distributed.all_reduce
+    )  # it is counted, and put back
+    found = bench.answer(None, "tiny")
+    H = hk.hessian(*tiny())
+    values = torch.linalg.eigvalsh(H.to_dense())
+    assert found["both ends"]["values"][0] == pytest.approx(float(values[-1]), rel=1e-2)
+    assert found["trace"]["values"][0] == pytest.approx(float(values.sum()), rel=1.0)
+    assert {one["bytes"] for one in found.values()} == {0}
+
+
+def test_ratios_are_of_the_slowest_rank() -> None:
+    one = {"values": [2.0, 0.0], "seconds": 4.0, "cpu_seconds": 4.0, "bytes": 0, "peak_mib": 10.0}
+    ranks = [{**one, "values": [2.1, 0.0], "seconds": s, "cpu_seconds": 2.0, "bytes": 8} for s in (2.0, 2.5)]
+    found = bench.compare([(one, ranks), ({**one, "seconds": 5.0}, ranks)])
+    assert found["ratios"] == [1.6, 2.0]
+    assert found["cpu_ratios"] == [2.0, 2.0]
+    assert found["error"] == pytest.approx(0.05)
+    assert found["bytes"] == 8
+
+
+def test_the_table_is_made_from_the_file() -> None:
+    record = json.loads((bench.harness.RESULTS / "distributed.json").read_text())
+    table = bench.table(record)
+    assert set(record["problems"]) == set(bench.PROBLEMS)
+    assert all(set(found) == set(bench.QUESTIONS) for found in record["problems"].values())
+    assert table.count("\n") == 1 + len(bench.PROBLEMS) * len(bench.QUESTIONS)
+    for questions in record["problems"].values():
+        assert all(one["error"] < 1e-3 for one in questions.values())
