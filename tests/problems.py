@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvpkit as hk
+from hvpkit.operators.space import Space
 
 cross_entropy = partial(F.cross_entropy, reduction="none")
 
@@ -154,3 +155,8 @@ def matrix(values: list[float], *, dtype: torch.dtype = torch.float64, seed: int
     basis, _ = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))
     dense = (basis * torch.tensor(values, dtype=torch.float64)) @ basis.mT
     return ((dense + dense.mT) / 2).to(dtype)
+
+
+def reducing(function: Callable[[Tensor], Tensor]) -> Space:
+    """Return a space in which a function is applied to each sum over the entries, as ranks add theirs up."""
+    return type("Reducing", (Space,), {"reduce": lambda _, share: function(share)})()

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hvpkit.operators.space import CHUNK, LOCAL, Space
+from hvpkit.operators.space import CHUNK, LOCAL
+from problems import reducing
 
 
 @pytest.mark.parametrize("n", [1, 100, CHUNK, CHUNK + 1, 3 * CHUNK + 17, 1_500_000])
@@ -23,7 +24,7 @@ def test_inner_products_and_norms_keep_their_digits(n: int, kind: str) -> None:
 
 
 def test_every_sum_is_reduced() -> None:
-    doubled = Space(lambda total: 4 * total)
+    doubled = reducing(lambda total: 4 * total)
     rows = torch.ones(2, 2 * CHUNK)
     assert doubled.dots(rows, rows[0]).tolist() == [8 * CHUNK, 8 * CHUNK]
     assert float(doubled.norm(rows[0])) == pytest.approx((8 * CHUNK) ** 0.5)

@@ -12,12 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hvpkit as hk
 from hvpkit._utils.memory import Allocations
-from hvpkit.operators.space import Space
 from hvpkit.solvers.common.request import check_arguments
 from hvpkit.solvers.driver import Assessment
 from hvpkit.solvers.krylov import start, step
 from hvpkit.solvers.lanczos import Lanczos, LanczosState
-from problems import SPECTRA, matrix
+from problems import SPECTRA, matrix, reducing
 
 
 def solver_of(
@@ -155,7 +154,7 @@ def test_steps_work_where_no_number_can_be_read(block_size: int) -> None:
 
 def test_a_step_reads_its_basis_once_for_each_row_and_twice_for_the_last_two() -> None:
     num_dots = []
-    space = Space(lambda partial: num_dots.append(partial.numel()) or partial)
+    space = reducing(lambda partial: num_dots.append(partial.numel()) or partial)
     op = replace(hk.aslinearoperator(matrix(SPECTRA["indefinite"])), space=space)
     state = start(op, 20, 1, seed=0)
     for row in range(1, 12):

@@ -129,7 +129,7 @@ def test_rows_whose_products_are_not_finite_go_and_the_first_is_kept_as_suspect(
     state = replace(state, num_fresh=3)
     rows, images = state.rows.clone(), state.images.clone()
     state.images[2, 0], state.images[4, 1] = torch.nan, torch.inf
-    state = drop_non_finite(state)
+    state = drop_non_finite(OP, state)
     assert state.num_rows == 3
     assert state.num_fresh == 0
     assert torch.equal(state.rows[:3], rows[[0, 1, 3]])

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import hvpkit as hk
-from hvpkit.operators.space import Space
 from hvpkit.solvers.common.convergence import (
     attainable_accuracy,
     check_pairs,
@@ -18,7 +17,7 @@ from hvpkit.solvers.common.convergence import (
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
 from hvpkit.solvers.common.request import check_arguments
 from hvpkit.solvers.driver import completed
-from problems import matrix
+from problems import matrix, reducing
 from variants import explained
 
 EPS = torch.finfo(torch.float64).eps
@@ -120,7 +119,7 @@ def test_sums_go_through_the_space() -> None:
         calls.append(partial.shape)
         return 2 * partial
 
-    found = checked([5], op=replace(OP, space=Space(doubled)))  # as if two ranks held the same half
+    found = checked([5], op=replace(OP, space=reducing(doubled)))  # as if two ranks held the same half
     assert len(calls) == 3
     assert found.values.tolist() == pytest.approx([7.0], rel=1e-14)
     assert float(torch.linalg.vector_norm(found.vectors)) == pytest.approx(0.5**0.5)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
-from hvpkit.operators.space import LOCAL, Space
+from hvpkit.operators.space import LOCAL
 from hvpkit.solvers.common.orthogonalize import (
     BREAKDOWN,
     complete_,
@@ -17,7 +17,7 @@ from hvpkit.solvers.common.orthogonalize import (
     row_norms,
     start_,
 )
-from problems import matrix
+from problems import matrix, reducing
 
 DTYPES = [torch.float32, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -149,7 +149,7 @@ def test_inner_products_are_those_of_the_space() -> None:
     basis = torch.zeros(2, 3, dtype=torch.float64)
     basis[0, 0] = 0.5  # unit length where inner products count four times
     vector = torch.tensor([3.0, 4.0, 0.0], dtype=torch.float64)
-    coefficients, length, _ = orthonormalise_(Space(reduce), basis, 1, vector, ONE.double())
+    coefficients, length, _ = orthonormalise_(reducing(reduce), basis, 1, vector, ONE.double())
     assert coefficients.tolist() == [6.0]
     assert length.item() == 8.0
     assert basis[1].tolist() == [0.0, 0.5, 0.0]
