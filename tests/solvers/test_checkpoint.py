@@ -432,3 +432,25 @@ def test_file_holds_only_the_rows_in_use(tmp_path: Path) -> None:
     op = hk.aslinearoperator((lambda v: v * torch.arange(float(n)), n, torch.float32))
     hk.lanczos(op, tol=1e-6, max_matvecs=6, checkpoint=file)
     assert 6 * 4 * n < file.stat().st_size < 8 * 4 * n
+
+
+def test_two_processes_with_one_file_are_told_and_the_first_one_keeps_it(tmp_path) -> None:
+    """As ranks without a mesh: both begin, then both save."""
+    path, op = (
+        tmp_path / "both.ckpt",
+        hk.aslinearoperator(torch.diag(torch.linspace(-1, 2, 60, dtype=torch.float64))),
+    )
+
+    def solve(number: int, **options: object) -> hk.EigenResult:
+        return hk.lanczos(op, 2, which="BE", tol=1e-12, atol=0.0, seed=number, checkpoint=path, **options)
+
+    def second(entry: hk.Progress) -> None:
+        if entry.num_matvecs >= 5 and not path.exists():
+            solve(1, max_matvecs=9)  # another one begins and saves while the first one is under way
+
+    with pytest.warns(hk.UnsavedWarning, match=r"another process writes .*both.ckpt too.*mesh=mesh"):
+        solve(0, max_matvecs=12, monitor=second)
+    assert str(solve(1).status) == "converged"  # the one whose file it is goes on, and deletes it
+    assert not path.exists()
+    assert solve(0, max_matvecs=12).num_matvecs == 12
+    assert path.exists()

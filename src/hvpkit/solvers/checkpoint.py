@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -100,17 +101,34 @@ class Checkpoint(Generic[S]):
         self.solve, self.trim, self.verify = solve, trim, verify
         self.entry, self.unpack = entry, unpack
         self._next = time.monotonic() + SAVE_INTERVAL
+        self._seen = self._stamp()
 
     @property
     def _is_writer(self) -> bool:
         return self.ranks is None or self.ranks.is_first
+
+    def _stamp(self) -> tuple[int, int] | None:
+        """Return what changes whenever the file is replaced; None if there is none."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    @property
+    def _is_of_another(self) -> bool:
+        """True if another process has written the file since this solve began, or wrote it last."""
+        return self._stamp() not in (None, self._seen)
 
     def due(self) -> bool:
         """Return True if it is time to save."""
         return agreed(self.ranks, time.monotonic() >= self._next)
 
     def save(self, saved: Saved[S]) -> None:
-        """Replace the file. A failure is a warning, and leaves the old file as it was: the solve goes on."""
+        """Replace the file. A failure is a warning, and leaves the old file as it was: the solve goes on.
+
+        So is a file that another process has written meanwhile, as ranks without a mesh and jobs that ran twice do.
+        """
         begin = time.monotonic()
         state = self.trim(saved.state)  # which may take all ranks
         if not self._is_writer:
@@ -122,8 +140,19 @@ class Checkpoint(Generic[S]):
             "seconds": saved.seconds,
             "verified": saved.verified,
         }
+        if self._is_of_another:
+            warnings.warn(
+                f"checkpoint: another process writes {self.path} too, and its work is kept; give each process a file "
+                "of its own, or, where ranks of torch.distributed ask one question, pass data as "
+                "hvpkit.as_data(data, mesh=mesh). This solve goes on without being saved",
+                UnsavedWarning,
+                stacklevel=2,
+            )
+            self._next = math.inf
+            return
         try:
             checkpoints.write(self.path, self.solve, content)
+            self._seen = self._stamp()
         except (OSError, RuntimeError) as error:  # torch raises the second where a disk is full
             warnings.warn(
                 f"checkpoint: {self.path} could not be written ({reason(error)}); the solve goes on, and can be "
@@ -140,6 +169,7 @@ class Checkpoint(Generic[S]):
         Raises:
             ValueError: the file is damaged, of another version, or of another solve.
         """
+        self._seen = self._stamp()
         return agreed(self.ranks, checkpoints.read(self.path, self.solve) if self._is_writer else None)
 
     def load(self, like: S) -> Saved[S] | None:
@@ -161,7 +191,7 @@ class Checkpoint(Generic[S]):
 
     def clear(self) -> None:
         """Delete the file, if there is one, after convergence; of a link, the file that it leads to."""
-        if self._is_writer:
+        if self._is_writer and not self._is_of_another:
             self.path.resolve().unlink(missing_ok=True)
 
 
