@@ -260,7 +260,9 @@ def attention_solve(seed: int, problem: Problem | None = None) -> list[Tensor]:
 
 
 def test_concurrent_solves_have_the_bits_of_solves_one_after_another() -> None:
-    problems = [network("attention") for _ in range(4)]  # made here: each seeds the global generator for its weights
+    problems = [
+        network("attention") for _ in range(4)
+    ]  # made here: each seeds the global generator for its weights
     before = settings()
     expected = [attention_solve(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:

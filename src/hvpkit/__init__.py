@@ -56,9 +56,9 @@ from hvpkit.solvers.baselines.power import accelerated_power, power
 from hvpkit.solvers.baselines.scipy_eigs import eigsh, scipy_lobpcg
 from hvpkit.solvers.baselines.stochastic_power import stochastic_power
 from hvpkit.solvers.chebyshev import chebyshev
-from hvpkit.solvers.driver import progress_bar
 from hvpkit.solvers.lanczos import lanczos
 from hvpkit.solvers.lobpcg import lobpcg
+from hvpkit.solvers.monitors import progress_bar
 from hvpkit.solvers.multifidelity import multifidelity
 
 if TYPE_CHECKING:

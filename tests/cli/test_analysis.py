@@ -471,7 +471,7 @@ def test_report_goes_to_the_working_folder(file: Path, monkeypatch: pytest.Monke
         ("{folder}/none.py:make", "there is no file"),
         ("{file}:none", "has no function none; it has make"),
         ("{file}:number", "has no function number"),
-        ("{file}:two", "must return (loss_fn, params, data), got 2 values"),
+        ("{file}:two", "must return (loss_fn, params, data) or (model, criterion, data), got 2 values"),
         ("{file}:raises", "KeyError: 'lost' ({file}:"),
         ("{file}:misfit", "in loss_fn: return b @ p"),
         (
@@ -479,7 +479,10 @@ def test_report_goes_to_the_working_folder(file: Path, monkeypatch: pytest.Monke
             "loss_fn failed on batch 0 of data (counted from 0), examples 0 to 2: float32 [3, 2]",
         ),
         ("{file}:mislabelled", "loss_fn failed on batch 1 of data (counted from 0), examples 256 to 299"),
-        ("{file}:with_argument", "with_argument must take no arguments and return (loss_fn, params, data)"),
+        (
+            "{file}:with_argument",
+            "with_argument must take no arguments and return (loss_fn, params, data) or",
+        ),
         ("{file}:no_params", "params must be a tree of tensors"),
         ("{folder}/ending.py:make", "ended by SystemExit(0) ({folder}/ending.py:1"),
         ("no_such_package.module:make", "there is no module no_such_package.module"),
@@ -506,7 +509,7 @@ def test_a_bad_target_is_one_clear_line_and_exit_code_2(file: Path, target: str,
         (["--method", "newton"], "'newton' is not one of 'auto', 'lanczos', 'multifidelity'"),
         (["--dtype", "int8"], "'int8' is not one of 'float32', 'float64'"),
         (["--curvature", "kfac"], "'kfac' is not one of 'hessian', 'ggn', 'fisher'"),
-        (["--batchnorm", "batch"], "--batchnorm: only for digits and cifar10"),
+        (["--batchnorm", "batch"], "--batchnorm: only for a network; "),
         (
             ["--device", "nowhere"],
             "--device must be a device that torch can use here, as 'cpu'; got 'nowhere'",
@@ -519,7 +522,8 @@ def test_a_bad_target_is_one_clear_line_and_exit_code_2(file: Path, target: str,
         (["--mode", "exact"], "'exact' is not one of 'auto', "),
         (["--arithmetic", "int8"], "'int8' is not one of 'native', "),
         (["--memory-limit", "-1"], "memory_limit must be"),
-        (["--resume", "model.pt"], "--resume: only for digits and cifar10"),
+        (["--resume", "model.pt"], "checkpoint: there is no file model.pt"),
+        (["--data-dir", "data"], "--data-dir: only for digits, cifar10, cifar100"),
         (["--nonsense"], "nonsense"),
     ],
 )
@@ -634,6 +638,7 @@ def test_a_checkpoint_that_does_not_fit_names_what_is_wrong(tmp_path: Path) -> N
 def test_cifar_needs_its_folder_and_an_architecture(tmp_path: Path, cifar: Path) -> None:
     assert "--data-dir" in call("extremes", "cifar10", code=2).stderr
     assert "cifar-10" in call("extremes", "cifar10", "--data-dir", tmp_path, code=2).stderr
+    assert "cifar-100" in call("extremes", "cifar100", "--data-dir", tmp_path, code=2).stderr
     args = ["extremes", "cifar10", "--data-dir", cifar]
     assert "arch must be one" in call(*args, "--arch", "vgg", code=2).stderr
     assert "depth must be" in call(*args, "--arch", "resnet21", code=2).stderr

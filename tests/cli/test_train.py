@@ -205,7 +205,7 @@ def test_bad_options_are_named(tmp_path: Path, options: list[object], said: str)
 
 
 def test_a_function_is_no_network_to_train(tmp_path: Path) -> None:
-    assert "digits or cifar10" in call("train", "problem.py:make", "--out", tmp_path, code=2).stderr
+    assert "digits, cifar10, cifar100" in call("train", "problem.py:make", "--out", tmp_path, code=2).stderr
 
 
 def test_a_diverging_training_exits_with_1_and_keeps_its_checkpoint(tmp_path: Path) -> None:

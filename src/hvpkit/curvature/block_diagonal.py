@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.deadline import check_deadline
+from hvpkit._utils.monitoring import advance
 from hvpkit.autodiff.pytree import Layout, flatten
 from hvpkit.curvature.batches import (
     BatchHessian,
@@ -212,6 +213,7 @@ class BlockDiagonal:
                 check_deadline()
                 for total, share in zip(sums, linear(stacks, retain_graph=kept), strict=True):
                     torch._foreach_add_(total, share)
+                advance(1 / curvature.num_batches, curvature.stage)
         return [
             torch.cat(
                 [stack.reshape(len(stack), m) for stack, m in zip(leaves, layout.numels, strict=True)], 1

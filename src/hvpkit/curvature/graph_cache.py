@@ -66,7 +66,7 @@ class GraphCache:
         self.num_bytes = 0
         self._linear_maps: list[LinearMap] = []
         self._used = self._full = False
-        self._num_batches: int | None = None
+        self.num_batches: int | None = None
 
     def linearized(self, batches: Batches, mode: str) -> Generator[tuple[LinearMap, bool], None, None]:
         """Iterate over the linearized batches, and whether each is kept for another matvec.
@@ -75,13 +75,13 @@ class GraphCache:
         """
         num_kept = len(self._linear_maps)
         yield from ((linear, True) for linear in self._linear_maps)
-        if num_kept != self._num_batches:
+        if num_kept != self.num_batches:
             total = 0
             for batch in batches():
                 total += 1
                 if total > num_kept:
                     yield self._linearize(batch, mode)
-            self._num_batches, self._used = total, True
+            self.num_batches, self._used = total, True
 
     def _linearize(self, batch: BatchCurvature, mode: str) -> tuple[LinearMap, bool]:
         # An operator that is used once keeps nothing; by finite or forward differences nothing can be kept.

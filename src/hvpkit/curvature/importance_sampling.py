@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from hvpkit._utils.deadline import check_deadline
+from hvpkit._utils.monitoring import advance
 from hvpkit._utils.random import generator, resolve_seed
 from hvpkit._utils.typing import Batch, LossFn, Seed
 from hvpkit._utils.validation import check_like
@@ -132,6 +133,7 @@ def scores(problem: Problem, importance: Importance) -> Tensor:
                 raise ValueError(f"importance must give one score for each example, [{size}]; got {shape}")
             values = values.detach().to("cpu", torch.float64)
             found.append(values.mean().reshape(1) if data.whole else values)
+            advance(0.0, "sampling")
     result = torch.cat(found)
     if not bool(torch.isfinite(result).all()) or bool((result < 0).any()):
         raise ValueError("importance gave a score that is negative, NaN or infinite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from hvpkit._utils.checkpoints import digest
 from hvpkit._utils.deadline import check_deadline
+from hvpkit._utils.monitoring import advance
 from hvpkit._utils.random import generator, resolve_seed
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count
@@ -70,6 +72,16 @@ class Curvature:
         name = NAMES[self.kind] + (" of fixed batches" if goes_by_batches(self.problem.loss_fn) else "")
         return name if self.recipe.arithmetic == "native" else f"{name} in {self.recipe.arithmetic}"
 
+    @property
+    def num_batches(self) -> float:
+        """Batches of a pass; infinite where that is not known before the first one has ended."""
+        return self.problem.data.num_batches or self.cache.num_batches or math.inf
+
+    @property
+    def stage(self) -> str:
+        """What a matvec passes over, in words."""
+        return "sample" if self.data_share < 1 else "full data"
+
     def product(self, vectors: Tensor) -> Tensor:
         """Multiply columns ``[n, k]`` in one pass over the data.
 
@@ -83,11 +95,13 @@ class Curvature:
         with self.settings():
             rows = vectors.new_zeros(len(columns), self.problem.layout.n)
             sums = [split(row) for row in rows]
+            share = len(columns) * self.data_share / self.num_batches
             # closed at once if a batch is interrupted, so that what reading data sets is reset before anything else
             with closing(self.cache.linearized(self._batches, self.recipe.mode)) as linear_maps:
                 for linear, kept in _with_bar(linear_maps) if self.progress else linear_maps:
                     check_deadline()
                     _add_(sums, linear(columns, retain_graph=kept))
+                    advance(share, self.stage)
         return rows.mT
 
     def blame(self, vector: Tensor) -> str:

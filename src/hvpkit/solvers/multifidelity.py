@@ -209,7 +209,7 @@ def solve_levels(
         levels[-1], num_vectors(min(kept, op.n)), remedy + "hvpkit.lanczos, which keeps fewer, or wrt="
     )
     solver = CertifiedDavidson(request, levels, kept, num_inner, confidence, certify, spent)
-    found = _solve(op, solver, ncv, offload, monitor, checkpoint)
+    found = _solve(op, solver, ncv, offload, checkpoint, monitor=monitor)
     return replace(found, vectors=found.vectors.to(op.device))
 
 
@@ -252,8 +252,9 @@ def _solve(
     solver: CertifiedDavidson,
     ncv: int | None,
     offload: bool,
-    monitor: Monitor | None,
     path: str | os.PathLike[str] | None,
+    *,
+    monitor: Monitor | None,
 ) -> EigenResult:
     """Run the solver on the cheap levels, and Lanczos, on ``op`` with ``ncv`` and ``offload``, if it hands over.
 
