@@ -113,6 +113,12 @@ def objective():
         p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64)
     return *hk.from_module(model, torch.nn.CrossEntropyLoss()), (x.double(), y)
 
+def network():
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Tanh(), torch.nn.Linear(5, 4)
+    x = torch.linspace(-1, 1, 60).reshape(20, 3).sin()
+    return torch.nn.Sequential(*layers).double(), torch.nn.CrossEntropyLoss(), (x.double(), torch.arange(20) % 4)
+
 number = 3
 """
 
@@ -633,6 +639,48 @@ def test_a_checkpoint_that_does_not_fit_names_what_is_wrong(tmp_path: Path) -> N
     said = call(*args, code=2).stderr
     for part in ("is missing: 0.weight", "is unexpected: extra", "9.bias [3] for [10]", "--arch"):
         assert part in said
+
+
+@pytest.mark.parametrize("batchnorm", ["eval", "batch"])
+def test_a_function_may_return_a_network(file: Path, tmp_path: Path, batchnorm: str) -> None:
+    model, criterion, data = made(file, "network")
+    with torch.no_grad():
+        model[3].weight.mul_(3)
+        model[1].running_var.mul_(4)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    args = ["--resume", tmp_path / "model.pt", "--batchnorm", batchnorm, "--tol", 1e-6, "--json"]
+    found = strict(call("extremes", f"{file}:network", *args).stdout)
+    H = hk.hessian(*hk.from_module(model, criterion, batchnorm=batchnorm), data)
+    truth = torch.linalg.eigvalsh(H @ torch.eye(H.n, dtype=H.dtype))
+    assert found["largest"]["value"] == pytest.approx(float(truth[-1]), rel=1e-5)
+    assert found["smallest"]["value"] == pytest.approx(float(truth[0]), rel=1e-5)
+    assert found["problem"]["title"] == f"{file}:network, model.pt"
+
+
+def test_params_of_a_function_are_resumed(file: Path, tmp_path: Path) -> None:
+    loss_fn, params, data = made(file)
+    params = {name: 2 * p for name, p in params.items()}
+    torch.save({"params": params}, tmp_path / "params.pt")
+    args = ["extremes", f"{file}:make", "--tol", 1e-6, "--json", "--resume"]
+    found = strict(call(*args, tmp_path / "params.pt").stdout)
+    H = hk.hessian(loss_fn, params, data)
+    truth = torch.linalg.eigvalsh(H @ torch.eye(H.n, dtype=H.dtype))
+    assert found["largest"]["value"] == pytest.approx(float(truth[-1]), rel=1e-5)
+    for other in ({"w": params["w"]}, {**params, "v": params["v"][:2]}, 3):
+        torch.save(other, tmp_path / "params.pt")
+        assert (
+            "let TARGET return (model, criterion, data)" in call(*args, tmp_path / "params.pt", code=2).stderr
+        )
+
+
+def test_cifar_100_has_100_classes(tmp_path: Path) -> None:
+    rows = torch.randint(0, 256, (4, 3074), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    rows[:, 1] %= 100
+    (tmp_path / "train.bin").write_bytes(rows.numpy().tobytes())
+    target = Problem("cifar100", arch="c1", data_dir=tmp_path).load()
+    assert list(target.params.values())[-1].shape == (100,)
+    assert target.data[1].tolist() == rows[:, 1].tolist()
+    assert "CIFAR-100" in target.title
 
 
 def test_cifar_needs_its_folder_and_an_architecture(tmp_path: Path, cifar: Path) -> None:

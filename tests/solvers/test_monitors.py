@@ -157,13 +157,22 @@ def test_a_bar_for_each_solve_shows_stage_passes_values_and_closes() -> None:
     found = hk.trace(H, num_matvecs=12, monitor=bar)
     first, second = shown(screen)
     passes = ex.num_matvecs
-    assert first.startswith("H: 100%|")
-    assert f"full data, {passes:.1f}/{passes:.0f} passes" in first
+    assert first.startswith("H: |##########| ")
+    assert f"0, {passes:.1f}/{passes:.0f} passes, " in first
     assert f"{ex.smallest.value:.3g} ± " in first
     assert f" … {ex.largest.value:.3g} ± " in first
     assert f"{found.num_matvecs:.1f}/12 passes, {found.history[-1]}" in second
     states = screen.getvalue().split("\r")
     assert any("0.3/" in state for state in states), "news after the first of three batches"
+
+
+def test_a_bar_says_which_stage_a_solve_with_a_sample_is_in() -> None:
+    screen, H = io.StringIO(), hessian()
+    hk.multifidelity(
+        [H.coarsen(30), H], monitor=hk.progress_bar(file=screen, mininterval=0, ncols=100, ascii=True)
+    )
+    for stage in ("sample, ", "full data, "):
+        assert f"0, {stage}" in screen.getvalue()
 
 
 def test_a_bar_works_for_a_tracker() -> None:

@@ -8,7 +8,10 @@ from typing import Any, cast
 from hvpkit.results.eigen import Progress
 from hvpkit.solvers.driver import Entry
 
-BAR = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+BAR = "{desc}|{bar}| {elapsed}<{remaining}{postfix}"
+
+WHOLE = "full data"
+"""The stage that is not said where it is the only one, so that both ends fit on a line of 80 characters."""
 
 
 class ProgressBar:
@@ -19,15 +22,20 @@ class ProgressBar:
 
     def __init__(self, **options: Any) -> None:
         self._options, self._bar = options, cast(Any, None)
-        self._passes, self._left, self._stage, self._values = 0.0, math.inf, "", ""
+        self._reset()
+
+    def _reset(self) -> None:
+        self._passes, self._left, self._values = 0.0, math.inf, ""
+        self._stage, self._has_stages = WHOLE, False
 
     def begin(self) -> None:
         """Open a bar. It is over the share of the work that is done, as the number of passes is only estimated."""
         from tqdm.auto import tqdm
 
-        self._passes, self._left, self._stage, self._values = 0.0, math.inf, "", ""
+        self._reset()
         known = {"total": 1, "bar_format": BAR, "miniters": 0, "smoothing": 0, "dynamic_ncols": True}
-        self._bar = tqdm(**{**known, **self._options})
+        desc = self._options.get("desc")
+        self._bar = tqdm(**{**known, **self._options, "desc": f"{desc}: " if desc else None})
 
     def expect(self, num_passes: float) -> None:
         """Take an estimate of the passes that are left."""
@@ -37,6 +45,7 @@ class ProgressBar:
     def advance(self, num_passes: float, stage: str) -> None:
         """Count a batch."""
         self._passes, self._stage = self._passes + num_passes, stage
+        self._has_stages |= stage != WHOLE
         self._left = max(self._left - num_passes, 0.0)
         self._show()
 
@@ -64,7 +73,8 @@ class ProgressBar:
         passes = (
             f"{self._passes:.1f}/{total:.0f} passes" if math.isfinite(total) else f"{self._passes:.1f} passes"
         )
-        text = ", ".join(part for part in (self._stage, passes, self._values) if part)
+        stage = self._stage if self._has_stages else ""
+        text = ", ".join(part for part in (stage, passes, self._values) if part)
         self._bar.set_postfix_str(text, refresh=False)
         share = self._passes / total if math.isfinite(total) and total else 0.0
         self._bar.update(share - self._bar.n)
@@ -73,9 +83,9 @@ class ProgressBar:
 def progress_bar(**options: Any) -> ProgressBar:
     """Return a monitor that shows a bar for each solve, in a terminal or a notebook.
 
-    On the bar are the time so far and an estimate of the time left, whether a sample or the full data is worked on,
-    passes and those expected, and the values so far. It moves with each batch. One monitor serves any number of solves,
-    as those of a :class:`hvpkit.train.SpectrumTracker`, one after the other.
+    On the bar are the time so far and an estimate of the time left, whether a sample or the full data is worked on (if
+    there is a sample), passes and those expected, and the values so far. It moves with each batch. One monitor serves
+    any number of solves, one after the other, as those of a :class:`hvpkit.train.SpectrumTracker`.
 
     Args:
         options: for ``tqdm``, as ``desc="epoch 3"``, ``leave=False`` or ``disable=None``, which shows bars on
