@@ -16,7 +16,7 @@ from hvpkit.cli.options import ModeOption, Solve, Source
 from hvpkit.cli.output import Output, as_json, one_line, write_json, write_picture
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.cli.targets import Network
-from hvpkit.cli.train import SPECTRUM, plot_ends
+from hvpkit.cli.train import SPECTRUM
 from hvpkit.train import SpectrumTracker
 
 
@@ -77,7 +77,7 @@ def track(
         all_converged &= ex.converged
     if output.out is not None:
         tracker.save()
-        write_picture(output.out / "spectrum.png", lambda: plot_ends(tracker, "checkpoint"))
+        write_picture(output.out / "spectrum.png", lambda: tracker.plot(unit="checkpoint"))
         output.print_written("track.json", SPECTRUM, "spectrum.png")
     return all_converged
 

@@ -139,7 +139,7 @@ def train(
         measure(state)
     _save(out / MODEL, state["model"])
     tracker.save()
-    write_picture(out / "spectrum.png", lambda: plot_ends(tracker, "epoch"))
+    write_picture(out / "spectrum.png", lambda: tracker.plot(unit="epoch"))
     output.print_written(CHECKPOINT, MODEL, SPECTRUM, "spectrum.png", *kept)
     return all(ex.converged for _, ex in tracker.results)
 
@@ -184,11 +184,3 @@ def _save_or_warn(save: Callable[[], object], path: Path) -> None:
 def _save(path: Path, content: Any) -> None:
     with atomic_write(path) as draft:
         torch.save(content, draft)
-
-
-def plot_ends(tracker: SpectrumTracker, xlabel: str) -> Any:
-    """Draw both ends over training, against whole numbers of ``xlabel``."""
-    axes = tracker.plot()
-    axes.set_xlabel(xlabel)
-    axes.locator_params(axis="x", integer=True)
-    return axes

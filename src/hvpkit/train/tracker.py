@@ -332,11 +332,14 @@ class SpectrumTracker:
             ) from error
         return DataFrame(self.records)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the eigenvalues over training, with their intervals; needs ``hvpkit[plots]``."""
+    def plot(self, ax: Axes | None = None, *, unit: str = "training step") -> Axes:
+        """Draw the eigenvalues over training, with their intervals; needs ``hvpkit[plots]``.
+
+        ``unit`` is what steps count, as ``"epoch"``.
+        """
         from hvpkit import plots  # matplotlib is an extra
 
-        return plots.training(self.results, ax=ax)
+        return plots.training(self.results, unit=unit, ax=ax)
 
     def _keep(self, path: Path) -> None:
         """Add measurements that are replaced to the file beside."""
