@@ -94,6 +94,29 @@ def test_page_is_well_formed_and_says_its_kind(full, page):
     assert len(ids) == len(set(ids)) > 100
 
 
+def test_cells_say_what_they_hold_where_rows_are_stacked(found, page):
+    header = ("end", "eigenvalue", "interval", "rests on", "error bound", "residual norm")
+    labels = page.values("data-label")
+    assert tuple(labels[:6]) == tuple(labels[6:12]) == header
+    assert labels[12:].count("largest") == len(found["layers"])
+
+
+@pytest.mark.skipif(not BROWSERS, reason="no Chromium on the PATH")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_nothing_sticks_out_of_a_narrow_window(full, tmp_path, width):
+    page = full.read_text(encoding="utf-8")
+    script = (
+        "<script>document.title = `${innerWidth} ${document.documentElement.scrollWidth}`</script></body>"
+    )
+    (tmp_path / "page.html").write_text(page.replace("</body>", script), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+    command = [BROWSERS[0], *options, f"--user-data-dir={tmp_path}", (tmp_path / "page.html").as_uri()]
+    dom = subprocess.run(command, check=True, capture_output=True, timeout=60, text=True).stdout
+    inner, whole = map(int, Page(dom).texts["title"][0].split())
+    assert inner == width
+    assert whole <= inner
+
+
 def test_page_needs_nothing_from_elsewhere(full, page):
     text = full.read_text(encoding="utf-8")
     assert not re.search(r"https?:|//[a-z]|@import|file:", text)
