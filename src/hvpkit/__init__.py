@@ -7,6 +7,7 @@ From a pure loss function, parameters and data, :func:`hessian` makes a symmetri
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hvpkit import hf
 from hvpkit.block_spectra import blocks
 from hvpkit.curvature.constructors import empirical_fisher, fisher, ggn, hessian
 from hvpkit.curvature.fisher import fisher_vp
@@ -122,6 +123,7 @@ __all__ = [
     "ggnvp",
     "grad",
     "hessian",
+    "hf",
     "hvp",
     "inverse",
     "lanczos",

@@ -11,9 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader
-from markupsafe import Markup, escape
-
 from hvpkit._utils.files import atomic_write, check_file
 from hvpkit._utils.validation import check_type
 from hvpkit.curvature.operator import CurvatureOperator
@@ -37,10 +34,10 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture of the page, as inline SVG."""
+    """A picture of the page, as inline SVG without ``<svg``, to which the page adds the caption as a label."""
 
     caption: str
-    svg: Markup
+    svg: str
 
 
 def report(
@@ -100,11 +97,16 @@ def report(
     if layers:
         tables.append(Table("Layers", *_layers(layers)))
     pictures = _pictures(H, ex, density, layers, training, landscape)
-    pages = Environment(loader=PackageLoader("hvpkit", "diagnostics"), autoescape=True)
-    page = pages.get_template("report.html.jinja").render(title=title, tables=tables, pictures=pictures)
     with atomic_write(target) as draft:
-        draft.write_text(page, encoding="utf-8")
+        draft.write_text(_page(title, tables, pictures), encoding="utf-8")
     return target
+
+
+def _page(title: str, tables: Sequence[Table], pictures: Sequence[Picture]) -> str:
+    from jinja2 import Environment, PackageLoader  # slow to import
+
+    pages = Environment(loader=PackageLoader("hvpkit", "diagnostics"), autoescape=True)
+    return pages.get_template("report.html.jinja").render(title=title, tables=tables, pictures=pictures)
 
 
 def _ends(ex: ExtremeResult) -> tuple[Row, list[Row]]:
@@ -214,5 +216,4 @@ def _figure(prefix: str, caption: str, draw: Callable[..., Axes], height: float)
     svg = buffer.getvalue()
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg).replace("#000000", "currentColor")
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
-    return Picture(caption, Markup(svg))
+    return Picture(caption, svg.removeprefix("<svg"))

@@ -15,9 +15,10 @@ from hvpkit.train.tracker import SpectrumTracker
 class SpectrumCallback(Callback):
     """A callback that calls a tracker before the first step and then every few epochs or steps.
 
-    The measurement goes to all loggers of the trainer, under ``spectrum/...``, and into ``callback_metrics``, so that
-    ``EarlyStopping`` and ``ModelCheckpoint`` can watch it. With several processes, only the first one measures, and
-    the others wait for it at their next synchronisation. So each process has to hold the whole module, as with DDP,
+    The measurement goes to all loggers of the trainer, under ``spectrum/...``: files in CSV, TensorBoard, Weights &
+    Biases (``WandbLogger(offline=True)`` without a network), MLflow and others. It also goes into ``callback_metrics``,
+    so that ``EarlyStopping`` and ``ModelCheckpoint`` can watch it. With several processes, only the first one measures,
+    and the others wait for it at their next synchronisation. So each process has to hold the whole module, as with DDP,
     and not a shard.
 
     A resumed run continues with the next measurement; with a ``path``, so does the tracker's record.
