@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import torch
 import typer
+from typer.models import ArgumentInfo
 
 import hvpkit
 from hvpkit._utils.signals import terminating_signals_raised
@@ -113,7 +115,8 @@ def _with_flat_options(function: Callable[..., bool]) -> Callable[..., bool]:
             continue
         inner = get_type_hints(groups[name], include_extras=True)
         for own in inspect.signature(groups[name]).parameters.values():
-            parameters.append(own.replace(kind=own.KEYWORD_ONLY, annotation=inner[own.name]))
+            hint = _in_panel(inner[own.name], _panel_of(groups[name], own.name))
+            parameters.append(own.replace(kind=own.KEYWORD_ONLY, annotation=hint))
 
     def flat(**values: Any) -> bool:
         options: dict[str, Any] = {
@@ -124,6 +127,22 @@ def _with_flat_options(function: Callable[..., bool]) -> Callable[..., bool]:
 
     _set_signature(flat, inspect.Signature(parameters))
     return flat
+
+
+def _panel_of(group: type[Any], name: str) -> str | None:
+    """Return the heading in a command's help for an option of a group: of the class that names the option."""
+    owner = next(kind for kind in group.__mro__ if name in inspect.get_annotations(kind))
+    return getattr(owner, "PANEL", None)
+
+
+def _in_panel(hint: Any, panel: str | None) -> Any:
+    """Return the annotation of an option that is shown under a heading."""
+    kind, option = get_args(hint)
+    if panel is None or isinstance(option, ArgumentInfo):
+        return hint
+    option = copy.copy(option)
+    option.rich_help_panel = panel
+    return Annotated[kind, option]
 
 
 def _with_exit_code(function: Callable[..., bool]) -> Callable[..., None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
@@ -100,6 +100,8 @@ def _starting_with(names: tuple[str, ...]) -> Callable[[str], list[str]]:
 class Source:
     """Options for a problem, built-in or of a function."""
 
+    PANEL: ClassVar = "Problem"
+
     target: Annotated[
         str,
         typer.Argument(
@@ -170,6 +172,8 @@ class Model(Source):
 class Problem(Source):
     """Options for a loss, its parameters and its data."""
 
+    PANEL: ClassVar = "Problem"
+
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -193,6 +197,8 @@ class Problem(Source):
 @dataclass(frozen=True)
 class CurvatureProblem(Problem):
     """Options for a curvature matrix and its matvecs."""
+
+    PANEL: ClassVar = "Matrix and matvecs"
 
     curvature: Annotated[
         Curvature,
@@ -268,6 +274,8 @@ class CurvatureProblem(Problem):
 @dataclass(frozen=True)
 class Solve:
     """Options of the solver for both ends."""
+
+    PANEL: ClassVar = "Solver"
 
     tol: Tol = 1e-2
     atol: Atol = None

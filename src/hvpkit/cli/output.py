@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, ClassVar, TextIO
 
 import typer
 from rich import box
@@ -144,6 +144,8 @@ def write_picture(path: Path, draw: Callable[[], Any]) -> None:
 @dataclass(frozen=True)
 class Output:
     """Options for where results go."""
+
+    PANEL: ClassVar = "Output"
 
     json: Annotated[
         bool, typer.Option("--json", help="Print strict JSON on standard output and nothing else.")

@@ -11,7 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from hvpkit._utils.validation import check_choice, check_type
+from hvpkit._utils.validation import check_choice, check_flag, check_type
 from hvpkit.plots.style import BELOW, COLORS, ENDS, HEIGHT, WIDTH, in_words, styled
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult
@@ -154,6 +154,7 @@ def layers(
         raise TypeError(
             "results must be estimates of a number, as of a trace, not of a tensor, as of a diagonal"
         )
+    check_flag("log", log)
     ax = ax or plt.subplots(figsize=(WIDTH, layers_height(len(results))))[1]
     bars: dict[str, list[tuple[float, float, float]]] = {}
     for result in results.values():
@@ -276,6 +277,8 @@ def training(
         raise TypeError("results must be a list of pairs (step, result), as SpectrumTracker.results")
     if not results:
         raise ValueError("results is empty; pass pairs of a step and its result")
+    check_flag("log", log)
+    check_type("unit", unit, str)
     several = isinstance(results[0][1], EigenResult)
     for _, result in results:
         check_type("each result of results", result, EigenResult if several else ExtremeResult, SOURCE)

@@ -41,7 +41,8 @@ ROUNDED_UP = 1 + 1e-12
 """Factor of a budget, so that rounding in sums of costs does not forbid the last matvec."""
 
 Monitor = Callable[[Progress], object]
-"""Called with each entry of the history; its return value is ignored, an exception from it ends the solve."""
+"""Called with each entry of the history; its return value is ignored, an exception from it ends the solve. It may have
+more methods: see :mod:`hvpkit._utils.monitoring`."""
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -87,6 +87,10 @@ def progress_bar(**options: Any) -> ProgressBar:
     there is a sample), passes and those expected, and the values so far. It moves with each batch. One monitor serves
     any number of solves, one after the other, as those of a :class:`hvpkit.train.SpectrumTracker`.
 
+    A monitor of your own is a function of entries of the history. It may have more methods, as this one does:
+    ``begin()`` and ``end()`` of a solve, ``advance(num_passes, stage)`` after each batch, with its share of a pass, and
+    ``expect(num_passes)``, an estimate of the passes that are left.
+
     Args:
         options: for ``tqdm``, as ``desc="epoch 3"``, ``leave=False`` or ``disable=None``, which shows bars on
             terminals alone.
