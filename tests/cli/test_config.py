@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,11 @@ def test_verbosity_lasts_as_long_as_a_command() -> None:
     assert not is_quiet()
     assert not is_verbose()
     assert ProgressLine("text")._options["disable"] is None
+
+
+def test_the_example_of_the_documentation_is_accepted(folder: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", document, re.DOTALL)
+    (folder / "options.toml").write_text(example)
+    stderr = call("density", "--config", folder / "options.toml", code=2).stderr
+    assert "cifar-10-python.tar.gz" in stderr  # its data are not there
