@@ -29,8 +29,10 @@ def monitored(monitor: object) -> Iterator[None]:
         _tell("begin")
         yield
     finally:
-        _tell("end")
-        _MONITOR.reset(token)
+        try:
+            _tell("end")
+        finally:
+            _MONITOR.reset(token)
 
 
 def advance(num_passes: float, stage: str) -> None:

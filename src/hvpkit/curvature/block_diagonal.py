@@ -213,7 +213,7 @@ class BlockDiagonal:
                 check_deadline()
                 for total, share in zip(sums, linear(stacks, retain_graph=kept), strict=True):
                     torch._foreach_add_(total, share)
-                advance(1 / curvature.num_batches, curvature.stage)
+                advance(1 / self.cache.count_batches(curvature.problem.data), curvature.stage)
         return [
             torch.cat(
                 [stack.reshape(len(stack), m) for stack, m in zip(leaves, layout.numels, strict=True)], 1

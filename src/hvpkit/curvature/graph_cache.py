@@ -6,6 +6,7 @@ it, about 6. At fixed parameters the graph is the same in all matvecs.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import TypeAlias
@@ -14,6 +15,7 @@ import torch
 
 from hvpkit._utils.memory import Allocations, free_memory
 from hvpkit.curvature.batches import BatchCurvature, LinearMap
+from hvpkit.data import Data
 
 FREE_SHARE = 0.25
 """Share of the free memory that an operator may hold between matvecs by default; chosen by feel."""
@@ -66,7 +68,7 @@ class GraphCache:
         self.num_bytes = 0
         self._linear_maps: list[LinearMap] = []
         self._used = self._full = False
-        self.num_batches: int | None = None
+        self._num_batches: int | None = None
 
     def linearized(self, batches: Batches, mode: str) -> Generator[tuple[LinearMap, bool], None, None]:
         """Iterate over the linearized batches, and whether each is kept for another matvec.
@@ -75,13 +77,17 @@ class GraphCache:
         """
         num_kept = len(self._linear_maps)
         yield from ((linear, True) for linear in self._linear_maps)
-        if num_kept != self.num_batches:
+        if num_kept != self._num_batches:
             total = 0
             for batch in batches():
                 total += 1
                 if total > num_kept:
                     yield self._linearize(batch, mode)
-            self.num_batches, self._used = total, True
+            self._num_batches, self._used = total, True
+
+    def count_batches(self, data: Data) -> float:
+        """Return the number of batches in a pass; infinite where that is not known before the first one has ended."""
+        return data.num_batches or self._num_batches or math.inf
 
     def _linearize(self, batch: BatchCurvature, mode: str) -> tuple[LinearMap, bool]:
         # An operator that is used once keeps nothing; by finite or forward differences nothing can be kept.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -73,11 +72,6 @@ class Curvature:
         return name if self.recipe.arithmetic == "native" else f"{name} in {self.recipe.arithmetic}"
 
     @property
-    def num_batches(self) -> float:
-        """Batches of a pass; infinite where that is not known before the first one has ended."""
-        return self.problem.data.num_batches or self.cache.num_batches or math.inf
-
-    @property
     def stage(self) -> str:
         """What a matvec passes over, in words."""
         return "sample" if self.data_share < 1 else "full data"
@@ -95,7 +89,7 @@ class Curvature:
         with self.settings():
             rows = vectors.new_zeros(len(columns), self.problem.layout.n)
             sums = [split(row) for row in rows]
-            share = len(columns) * self.data_share / self.num_batches
+            share = len(columns) * self.data_share / self.cache.count_batches(self.problem.data)
             # closed at once if a batch is interrupted, so that what reading data sets is reset before anything else
             with closing(self.cache.linearized(self._batches, self.recipe.mode)) as linear_maps:
                 for linear, kept in _with_bar(linear_maps) if self.progress else linear_maps:
