@@ -93,6 +93,11 @@ def test_density_of_close_eigenvalues_is_one_curve_and_not_a_comb():
     x, y = ax.get_lines()[0].get_data()
     assert d.resolved().width == pytest.approx(0.5)
     assert np.trapezoid(y, x) == pytest.approx(1, abs=0.01)
+    part = plt.subplots()[1]
+    part.set_xlim(0, 10)
+    (spikes,) = (drawn for drawn in plots.density(d, ax=part).collections if hasattr(drawn, "get_segments"))
+    assert len(spikes.get_segments()) == 18, "a picture of a part of the spectrum tells them apart"
+    assert part.get_xlim() == (0, 10)
     assert y[(x > 1.5) & (x < 6)].min() > 0.9 * d.resolved().peak, "no gaps that a picture cannot show"
 
 

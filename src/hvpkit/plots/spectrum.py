@@ -310,6 +310,7 @@ def _set_symmetric_log(ax: Axes, axis: str, sizes: Sequence[float]) -> None:
     if known:
         least = max(min(known), DECADES * max(known))
         getattr(ax, f"set_{axis}scale")("symlog", linthresh=10 ** math.floor(math.log10(least)))
+        getattr(ax, f"{axis}axis").get_major_locator().set_params(numticks=9)
 
 
 def _curves(results: Sequence[tuple[float, Any]]) -> list[tuple[str, list[tuple[float, Eigenpair]]]]:

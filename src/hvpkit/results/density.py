@@ -216,9 +216,10 @@ class Density(Result):
             return 0.0
         return 0.1 * min(self.peak, float(self.values.max())) if len(self.values) else self.peak
 
-    def resolved(self) -> Density:
-        """Return the density as a picture shows it: no narrower smoothing than the picture resolves."""
-        span = float(self.nodes[-1] - self.nodes[0]) if len(self.nodes) else 0.0
+    def resolved(self, span: float | None = None) -> Density:
+        """Return the density as a picture of this span shows it, by default the whole: no finer than it resolves."""
+        if span is None:
+            span = float(self.nodes[-1] - self.nodes[0]) if len(self.nodes) else 0.0
         width = span / RESOLUTION
         if width <= self.width:
             return self
@@ -236,7 +237,7 @@ class Density(Result):
         ``values``, and eigenvalues that are isolated at that resolution are spikes.
 
         Args:
-            ax: where to draw.
+            ax: where to draw. Limits that its x-axis has been given are kept, and then the resolution is theirs.
             log: draw the density's axis logarithmic, from a tenth of what one eigenvalue contributes.
             extremes: both ends with their intervals, in place of the density's own ends.
 
@@ -249,7 +250,8 @@ class Density(Result):
         from matplotlib import pyplot as plt
 
         ax = ax or plt.subplots()[1]
-        drawn = self.resolved()
+        left, right = ax.get_xlim()
+        drawn = self.resolved(None if ax.get_autoscalex_on() else abs(right - left))
         values, outliers, one, bottom = drawn.values, drawn.outliers()[0], drawn.peak, drawn.floor(log)
         if bool(torch.isfinite(drawn.stderr).all()):
             low, high = (values - drawn.stderr).clamp(min=bottom), values + drawn.stderr
