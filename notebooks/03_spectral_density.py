@@ -93,8 +93,9 @@ ax = plots.density(density)
 # The same around zero:
 
 # %%
-ax = plots.density(density)
-limits = ax.set_xlim(-1, 6)
+ax = plt.subplots(figsize=(6.4, 4))[1]
+ax.set_xlim(-1, 6)
+ax = plots.density(density, ax=ax)
 
 # %% [markdown]
 # `outliers` returns the spikes as numbers. They agree with the exact eigenvalues.

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -258,16 +257,6 @@ def test_what_a_monitor_raises_comes_through() -> None:
 
     with pytest.raises(TimeoutError, match="1"):
         hk.extreme_eigenvalues(hk.aslinearoperator(matrix(SPECTRA["indefinite"])), monitor=stop)
-
-
-def test_progress_bar_shows_passes_and_both_ends() -> None:
-    screen = io.StringIO()
-    op = hk.aslinearoperator(matrix(SPECTRA["indefinite"]))
-    found = hk.extreme_eigenvalues(op, tol=1e-6, monitor=hk.progress_bar(file=screen, mininterval=0))
-    last = screen.getvalue().split("\r")[-1]
-    assert f"{found.history[-1].num_matvecs:g} passes" in last
-    assert "smallest -5 " in last
-    assert "largest 20 " in last
 
 
 def failing(A: Tensor, good: int) -> hk.LinearOperator:

@@ -7,6 +7,7 @@ From a pure loss function, parameters and data, :func:`hessian` makes a symmetri
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hvpkit import hf
 from hvpkit.block_spectra import blocks
 from hvpkit.curvature.constructors import empirical_fisher, fisher, ggn, hessian
 from hvpkit.curvature.fisher import fisher_vp
@@ -57,9 +58,9 @@ from hvpkit.solvers.baselines.power import accelerated_power, power
 from hvpkit.solvers.baselines.scipy_eigs import eigsh, scipy_lobpcg
 from hvpkit.solvers.baselines.stochastic_power import stochastic_power
 from hvpkit.solvers.chebyshev import chebyshev
-from hvpkit.solvers.driver import progress_bar
 from hvpkit.solvers.lanczos import lanczos
 from hvpkit.solvers.lobpcg import lobpcg
+from hvpkit.solvers.monitors import progress_bar
 from hvpkit.solvers.multifidelity import multifidelity
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ __all__ = [
     "ggnvp",
     "grad",
     "hessian",
+    "hf",
     "hvp",
     "inverse",
     "lanczos",

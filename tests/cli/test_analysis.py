@@ -113,6 +113,12 @@ def objective():
         p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64)
     return *hk.from_module(model, torch.nn.CrossEntropyLoss()), (x.double(), y)
 
+def network():
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Tanh(), torch.nn.Linear(5, 4)
+    x = torch.linspace(-1, 1, 60).reshape(20, 3).sin()
+    return torch.nn.Sequential(*layers).double(), torch.nn.CrossEntropyLoss(), (x.double(), torch.arange(20) % 4)
+
 number = 3
 """
 
@@ -471,7 +477,7 @@ def test_report_goes_to_the_working_folder(file: Path, monkeypatch: pytest.Monke
         ("{folder}/none.py:make", "there is no file"),
         ("{file}:none", "has no function none; it has make"),
         ("{file}:number", "has no function number"),
-        ("{file}:two", "must return (loss_fn, params, data), got 2 values"),
+        ("{file}:two", "must return (loss_fn, params, data) or (model, criterion, data), got 2 values"),
         ("{file}:raises", "KeyError: 'lost' ({file}:"),
         ("{file}:misfit", "in loss_fn: return b @ p"),
         (
@@ -479,7 +485,10 @@ def test_report_goes_to_the_working_folder(file: Path, monkeypatch: pytest.Monke
             "loss_fn failed on batch 0 of data (counted from 0), examples 0 to 2: float32 [3, 2]",
         ),
         ("{file}:mislabelled", "loss_fn failed on batch 1 of data (counted from 0), examples 256 to 299"),
-        ("{file}:with_argument", "with_argument must take no arguments and return (loss_fn, params, data)"),
+        (
+            "{file}:with_argument",
+            "with_argument must take no arguments and return (loss_fn, params, data) or",
+        ),
         ("{file}:no_params", "params must be a tree of tensors"),
         ("{folder}/ending.py:make", "ended by SystemExit(0) ({folder}/ending.py:1"),
         ("no_such_package.module:make", "there is no module no_such_package.module"),
@@ -506,7 +515,7 @@ def test_a_bad_target_is_one_clear_line_and_exit_code_2(file: Path, target: str,
         (["--method", "newton"], "'newton' is not one of 'auto', 'lanczos', 'multifidelity'"),
         (["--dtype", "int8"], "'int8' is not one of 'float32', 'float64'"),
         (["--curvature", "kfac"], "'kfac' is not one of 'hessian', 'ggn', 'fisher'"),
-        (["--batchnorm", "batch"], "--batchnorm: only for digits and cifar10"),
+        (["--batchnorm", "batch"], "--batchnorm: only for a network; "),
         (
             ["--device", "nowhere"],
             "--device must be a device that torch can use here, as 'cpu'; got 'nowhere'",
@@ -519,7 +528,8 @@ def test_a_bad_target_is_one_clear_line_and_exit_code_2(file: Path, target: str,
         (["--mode", "exact"], "'exact' is not one of 'auto', "),
         (["--arithmetic", "int8"], "'int8' is not one of 'native', "),
         (["--memory-limit", "-1"], "memory_limit must be"),
-        (["--resume", "model.pt"], "--resume: only for digits and cifar10"),
+        (["--resume", "model.pt"], "checkpoint: there is no file model.pt"),
+        (["--data-dir", "data"], "--data-dir: only for digits, cifar10, cifar100"),
         (["--nonsense"], "nonsense"),
     ],
 )
@@ -631,9 +641,52 @@ def test_a_checkpoint_that_does_not_fit_names_what_is_wrong(tmp_path: Path) -> N
         assert part in said
 
 
+@pytest.mark.parametrize("batchnorm", ["eval", "batch"])
+def test_a_function_may_return_a_network(file: Path, tmp_path: Path, batchnorm: str) -> None:
+    model, criterion, data = made(file, "network")
+    with torch.no_grad():
+        model[3].weight.mul_(3)
+        model[1].running_var.mul_(4)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    args = ["--resume", tmp_path / "model.pt", "--batchnorm", batchnorm, "--tol", 1e-6, "--json"]
+    found = strict(call("extremes", f"{file}:network", *args).stdout)
+    H = hk.hessian(*hk.from_module(model, criterion, batchnorm=batchnorm), data)
+    truth = torch.linalg.eigvalsh(H @ torch.eye(H.n, dtype=H.dtype))
+    assert found["largest"]["value"] == pytest.approx(float(truth[-1]), rel=1e-5)
+    assert found["smallest"]["value"] == pytest.approx(float(truth[0]), rel=1e-5)
+    assert found["problem"]["title"] == f"{file}:network, model.pt"
+
+
+def test_params_of_a_function_are_resumed(file: Path, tmp_path: Path) -> None:
+    loss_fn, params, data = made(file)
+    params = {name: 2 * p for name, p in params.items()}
+    torch.save({"params": params}, tmp_path / "params.pt")
+    args = ["extremes", f"{file}:make", "--tol", 1e-6, "--json", "--resume"]
+    found = strict(call(*args, tmp_path / "params.pt").stdout)
+    H = hk.hessian(loss_fn, params, data)
+    truth = torch.linalg.eigvalsh(H @ torch.eye(H.n, dtype=H.dtype))
+    assert found["largest"]["value"] == pytest.approx(float(truth[-1]), rel=1e-5)
+    for other in ({"w": params["w"]}, {**params, "v": params["v"][:2]}, 3):
+        torch.save(other, tmp_path / "params.pt")
+        assert (
+            "let TARGET return (model, criterion, data)" in call(*args, tmp_path / "params.pt", code=2).stderr
+        )
+
+
+def test_cifar_100_has_100_classes(tmp_path: Path) -> None:
+    rows = torch.randint(0, 256, (4, 3074), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    rows[:, 1] %= 100
+    (tmp_path / "train.bin").write_bytes(rows.numpy().tobytes())
+    target = Problem("cifar100", arch="c1", data_dir=tmp_path).load()
+    assert list(target.params.values())[-1].shape == (100,)
+    assert target.data[1].tolist() == rows[:, 1].tolist()
+    assert "CIFAR-100" in target.title
+
+
 def test_cifar_needs_its_folder_and_an_architecture(tmp_path: Path, cifar: Path) -> None:
     assert "--data-dir" in call("extremes", "cifar10", code=2).stderr
     assert "cifar-10" in call("extremes", "cifar10", "--data-dir", tmp_path, code=2).stderr
+    assert "cifar-100" in call("extremes", "cifar100", "--data-dir", tmp_path, code=2).stderr
     args = ["extremes", "cifar10", "--data-dir", cifar]
     assert "arch must be one" in call(*args, "--arch", "vgg", code=2).stderr
     assert "depth must be" in call(*args, "--arch", "resnet21", code=2).stderr

@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+import termios
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,11 +66,13 @@ from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.eigen import Progress
 watch, output = ProgressLine("Both ends"), Output()
 for number in range(2):
-    with watch:
-        watch(Progress(7, 0.1, -1.25, 8.5, 0.1, 0.2))
+    watch.begin()
+    watch(Progress(7, 0.1, -1.25, 8.5, 0.1, 0.2))
+    watch.end()
     output.print(None, f"line {number}")
 """
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     with subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=theirs,
@@ -85,9 +88,10 @@ for number in range(2):
             pass
     os.close(ours)
     text = found.decode()
-    assert "smallest -1.25 ± 0.1, largest 8.5 ± 0.2, 7 passes" in text
+    assert "7.0 passes, -1.25 ± 0.1 … 8.5 ± 0.2" in text
     begin = text.index("line 0\r\n") + len("line 0\r\n")
-    assert "\x1b[1A" not in text[begin : text.index("Both ends", begin)]  # not up into the printed line
+    assert "\x1b[" not in text[begin : text.index("Both ends", begin)]  # not up into the printed line
+    assert text.rstrip().endswith("line 1")
 
 
 def test_a_progress_line_keeps_the_last_entry() -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import hvpkit as hk
 from hvpkit._utils.random import generator
 from hvpkit.cli import app, training_methods
-from hvpkit.cli.training_methods import Plan, estimate_statistics, train_epochs
+from hvpkit.cli.training_methods import Plan, accuracy, estimate_statistics, shifted, train_epochs
 from hvpkit.train import SpectrumTracker, knee_lr
 from hvpkit.zoo import digits, digits_cnn
 
@@ -205,7 +205,7 @@ def test_bad_options_are_named(tmp_path: Path, options: list[object], said: str)
 
 
 def test_a_function_is_no_network_to_train(tmp_path: Path) -> None:
-    assert "digits or cifar10" in call("train", "problem.py:make", "--out", tmp_path, code=2).stderr
+    assert "digits, cifar10, cifar100" in call("train", "problem.py:make", "--out", tmp_path, code=2).stderr
 
 
 def test_a_diverging_training_exits_with_1_and_keeps_its_checkpoint(tmp_path: Path) -> None:
@@ -318,6 +318,87 @@ def test_track_refuses_what_it_cannot_use(tmp_path: Path) -> None:
     assert "is unexpected: a" in call(*args, code=2).stderr
     (tmp_path / "spectrum.jsonl").write_text("")
     assert "of something else" in call(*args, "--out", tmp_path, code=2).stderr
+
+
+def test_track_takes_problems_of_the_users(tmp_path: Path) -> None:
+    (tmp_path / "problem.py").write_text("""
+import torch
+
+def network():
+    x = torch.linspace(-1, 1, 60).reshape(20, 3).sin()
+    return torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss(), (x, torch.arange(20) % 2)
+
+def loss():
+    return lambda p, b: (b @ p["w"]) ** 4, {"w": torch.ones(3)}, torch.linspace(-1, 1, 60).reshape(20, 3).sin()
+""")
+    for number in (1, 2):
+        torch.save({"w": number * torch.ones(3)}, tmp_path / f"loss-{number}.pt")
+        model = torch.nn.Linear(3, 2)
+        torch.nn.init.constant_(model.weight, number)
+        torch.save(model.state_dict(), tmp_path / f"network-{number}.pt")
+    for name in ("loss", "network"):
+        args = [
+            "track",
+            tmp_path / f"problem.py:{name}",
+            "--checkpoints",
+            tmp_path / f"{name}-*.pt",
+            "--tol",
+            1e-3,
+        ]
+        lines = strict(call(*args, "--json", "--out", tmp_path / f"{name}-out").stdout)
+        largest = [line["largest"]["value"] for line in lines]
+        # of a loss of degree four the curvature grows with the square; equal weights of all classes cancel
+        assert largest[1] == pytest.approx((4 if name == "loss" else 1) * largest[0], rel=1e-2)
+        assert (tmp_path / f"{name}-out" / "spectrum.png").exists()
+
+
+def test_images_are_shifted_and_mirrored() -> None:
+    images = torch.zeros(400, 1, 8, 8)
+    images[:, 0, 3, 2] = 1
+    found = {
+        tuple(place) for place in shifted(images, generator(0), mirror=False)[:, 0].nonzero()[:, 1:].tolist()
+    }
+    assert found == {(down, across) for down in (2, 3, 4) for across in (1, 2, 3)}
+    found = {
+        tuple(place) for place in shifted(images, generator(0), mirror=True)[:, 0].nonzero()[:, 1:].tolist()
+    }
+    assert found == {(down, across) for down in (2, 3, 4) for across in (1, 2, 3, 4, 5, 6)}
+
+
+def test_accuracy_is_the_share_of_right_classes_by_running_statistics() -> None:
+    model = digits_cnn(seed=1)
+    x, y = (part[:70] for part in digits())
+    with torch.no_grad():
+        y = torch.where(torch.arange(70) < 21, model.eval()(x).argmax(1), 10)
+    model.train()
+    assert accuracy(model, (x, y), batch_size=32) == 0.3
+    assert model.training
+
+
+def test_a_run_with_augmentation_says_the_accuracy_on_the_rest(tmp_path: Path) -> None:
+    args = [
+        "train",
+        "digits",
+        "--epochs",
+        2,
+        *SMALL,
+        "--track-every",
+        9,
+        "--augment",
+        "--json",
+        "--out",
+        tmp_path,
+    ]
+    lines = strict(call(*args).stdout)
+    model = digits_cnn()
+    model.load_state_dict(loaded(tmp_path / "model.pt"))
+    x, y = (part[90:] for part in digits())
+    with torch.no_grad():
+        truth = float((model.eval()(x).argmax(1) == y).double().mean())
+    assert lines[-1]["test_accuracy"] == pytest.approx(truth, abs=2e-3)
+    assert "augmentation" in call(*[arg for arg in args if arg != "--augment"], code=2).stderr
+    said = call(*args, "--method", "absa", code=2).stderr
+    assert "leave --augment out" in said
 
 
 def test_track_without_a_folder_prints_a_line_for_each(run: Path) -> None:

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 
 import matplotlib
@@ -92,6 +93,29 @@ def test_page_is_well_formed_and_says_its_kind(full, page):
     assert page.texts["h1"] == page.texts["title"] == ['a < b & "c"']
     ids = page.values("id")
     assert len(ids) == len(set(ids)) > 100
+
+
+def test_cells_say_what_they_hold_where_rows_are_stacked(found, page):
+    header = ("end", "eigenvalue", "interval", "rests on", "error bound", "residual norm")
+    labels = page.values("data-label")
+    assert tuple(labels[:6]) == tuple(labels[6:12]) == header
+    assert labels[12:].count("largest") == len(found["layers"])
+
+
+@pytest.mark.skipif(not BROWSERS, reason="no Chromium on the PATH")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_nothing_sticks_out_of_a_narrow_window(full, tmp_path, width):
+    page = escape(full.read_text(encoding="utf-8"))
+    wrapper = f"""<title></title><iframe style="width: {width}px; border: 0" srcdoc="{page}"></iframe><script>
+onload = () => {{ const root = frames[0].document.documentElement;
+document.title = `${{root.clientWidth}} ${{root.scrollWidth}}` }}</script>"""
+    (tmp_path / "page.html").write_text(wrapper, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,900", "--dump-dom"]
+    command = [BROWSERS[0], *options, f"--user-data-dir={tmp_path}", (tmp_path / "page.html").as_uri()]
+    dom = subprocess.run(command, check=True, capture_output=True, timeout=60, text=True).stdout
+    inner, whole = map(int, re.search("<title>(.*?) (.*?)</title>", dom).groups())
+    assert width - 20 <= inner <= width  # less a scroll bar
+    assert whole <= inner
 
 
 def test_page_needs_nothing_from_elsewhere(full, page):

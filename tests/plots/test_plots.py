@@ -82,6 +82,25 @@ def test_density_leaves_out_a_band_without_ends_and_an_end_that_was_not_found(ex
     assert [line.get_xdata()[0] for line in ax.get_lines()[1:]] == [ex.largest.value]
 
 
+def test_density_of_close_eigenvalues_is_one_curve_and_not_a_comb():
+    bulk, comb = (torch.linspace(*ends, dtype=torch.float64) for ends in ((0, 1, 300), (1.5, 6, 16)))
+    far = torch.tensor([60.0, 100.0], dtype=torch.float64)
+    d = hk.spectral_density(hk.aslinearoperator(torch.diag(torch.cat([bulk, comb, far]))), num_steps=60)
+    assert len(d.outliers()[0]) == 18, "at the resolution of the density each is single"
+    ax = plots.density(d)
+    (spikes,) = (drawn for drawn in ax.collections if hasattr(drawn, "get_segments"))
+    assert [segment[0][0] for segment in spikes.get_segments()] == pytest.approx([60, 100])
+    x, y = ax.get_lines()[0].get_data()
+    assert d.resolved().width == pytest.approx(0.5)
+    assert np.trapezoid(y, x) == pytest.approx(1, abs=0.01)
+    part = plt.subplots()[1]
+    part.set_xlim(0, 10)
+    (spikes,) = (drawn for drawn in plots.density(d, ax=part).collections if hasattr(drawn, "get_segments"))
+    assert len(spikes.get_segments()) == 18, "a picture of a part of the spectrum tells them apart"
+    assert part.get_xlim() == (0, 10)
+    assert y[(x > 1.5) & (x < 6)].min() > 0.9 * d.resolved().peak, "no gaps that a picture cannot show"
+
+
 @pytest.mark.parametrize(
     ("lower", "upper", "confidence", "words"),
     [
@@ -187,12 +206,26 @@ def test_landscape_puts_the_smallest_across_and_the_largest_up(saddle):
             assert abs(-(s**2) + 3 * t**2 - level) < cell / 4
             checked += 1
     assert checked > 20
-    assert filled.norm.vmin == -filled.norm.vmax
-    assert filled.norm.vmax > 4  # the corners' colours are not the darkest
+    # a fall of 4 and a rise of 0.75, each on its own scale, and not in the darkest colours
+    assert filled.levels[[0, 5, -1]].tolist() == pytest.approx([-4, 0, 0.75])
+    assert (filled.norm.vmin, filled.norm.vmax) == pytest.approx((-1.4 * 4, 1.4 * 0.75))
+    assert len(ax.texts) >= 4
+    for label in ax.texts:
+        s, t = label.get_position()
+        assert abs(s) < 0.95 * 2
+        assert abs(t) < 0.95 * 0.5
     assert [line.get_marker() for line in ax.get_lines()] == ["+"]
     assert "smallest, -2" in ax.get_xlabel()
     assert "largest, 6" in ax.get_ylabel()
     assert [other.get_ylabel() for other in ax.figure.axes if other is not ax] == ["change of the mean loss"]
+
+
+def test_landscape_of_a_minimum_has_no_levels_below_zero(saddle):
+    bowl = lambda p, batch: (p * p * CURVATURES.abs()).sum() / 2 + 0 * batch.sum(-1)  # noqa: E731
+    ax = plots.loss_landscape(bowl, POINT, DATA, saddle, distances=(2.0, 0.5), num_points=9)
+    assert ax.collections[0].levels.min() == 0
+    flat = lambda p, batch: 0 * p.sum() + 0 * batch.sum(-1)  # noqa: E731
+    plots.loss_landscape(flat, POINT, DATA, saddle, distances=(2.0, 0.5), num_points=3)
 
 
 def test_landscape_refuses_a_plane_that_is_none(saddle):
@@ -218,6 +251,10 @@ def test_layers_draw_both_ends_with_intervals_and_values(ex, saddle):
     values = [f"{getattr(r, name).value:.3g}" for name in ("smallest", "largest") for r in results.values()]
     assert [text.get_text() for text in ax.texts] == values
     assert labels(ax) == ["smallest", "largest"]
+    least = min(abs(getattr(r, name).value) for name in ("smallest", "largest") for r in results.values())
+    assert ax.get_xscale() == "symlog"
+    assert ax.xaxis.get_transform().linthresh <= least
+    assert plots.layers(results, log=False).get_xscale() == "linear"
 
 
 def test_layers_draw_traces_with_standard_errors_and_grow_with_their_number():
@@ -272,6 +309,10 @@ def test_training_draws_both_ends_with_intervals(ex, saddle, log):
         threshold = ax.yaxis.get_transform().linthresh
         assert threshold <= abs(ex.smallest.value) < 10 * threshold
     assert labels(ax) == ["largest", "smallest"]
+    assert ax.get_xlabel() == "training step"
+    ax = plots.training([(0, saddle), (1, ex)], log=log, unit="epoch")
+    assert ax.get_xlabel() == "epoch"
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
     with pytest.raises(ValueError, match="results is empty"):
         plots.training([])
 

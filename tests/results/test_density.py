@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -105,11 +107,14 @@ def test_picture_shows_the_curve_outliers_and_both_ends(density: Density, log: b
 
     ax = density.plot(log=log)
     curve, low, high = ax.get_lines()
-    assert torch.equal(torch.from_numpy(curve.get_xdata()), density.grid)
-    assert torch.equal(torch.from_numpy(curve.get_ydata()), density.values)
+    drawn = density.resolved()
+    assert drawn.width == pytest.approx(max(density.width, (80 + 0.05) / 200), rel=1e-3)
+    assert torch.equal(torch.from_numpy(curve.get_xdata()), drawn.grid)
+    assert torch.equal(torch.from_numpy(curve.get_ydata()), drawn.values)
+    assert torch.equal(replace(density, width=1.0).resolved().values, density.values)
     assert [line.get_xdata()[0] for line in (low, high)] == density.nodes[[0, -1]].tolist()
     spikes = ax.collections[-1].get_segments()
-    assert [segment[0][0] for segment in spikes] == pytest.approx(density.outliers()[0].tolist())
+    assert [segment[0][0] for segment in spikes] == pytest.approx(drawn.outliers()[0].tolist())
     assert ax.get_yscale() == ("log" if log else "linear")
     assert density.plot(ax, log=log) is ax
     ax.figure.canvas.draw()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import csv
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,3 +187,16 @@ def test_bad_argument_is_named() -> None:
         SpectrumCallback(F.cross_entropy)
     with pytest.raises(ValueError, match=r"^per must be one of 'epoch', 'step'"):
         SpectrumCallback(tracker(), per="batch")
+
+
+def test_files_in_csv_hold_the_measurements(tmp_path) -> None:
+    logger = lightning.loggers.CSVLogger(tmp_path)
+    own = tracker(every=2, max_matvecs=8)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet |= {"enable_checkpointing": False, "log_every_n_steps": 2}
+    trainer = lightning.Trainer(max_epochs=2, callbacks=[SpectrumCallback(own)], logger=logger, **quiet)
+    with torch.random.fork_rng(devices=[]):
+        trainer.fit(Net(), DataLoader(TensorDataset(*data()), batch_size=10))
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        found = [float(row["spectrum/largest"]) for row in csv.DictReader(file) if row["spectrum/largest"]]
+    assert found == [ex.largest.value for _, ex in own.results]

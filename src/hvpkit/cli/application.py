@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import torch
 import typer
+from typer.models import ArgumentInfo
 
 import hvpkit
 from hvpkit._utils.signals import terminating_signals_raised
+from hvpkit.cli.config import read_config
 from hvpkit.cli.interruption import signal_of
 from hvpkit.cli.output import diverted_stdout, print_message
+from hvpkit.cli.verbosity import is_verbose, verbosity
 from hvpkit.errors import NonFiniteError
 
 EXIT_CODES = (
@@ -37,6 +41,24 @@ INPUT_ERRORS = (
 
 LIBRARY_FOLDERS = tuple(Path(module.__file__ or "").parent for module in (torch, hvpkit, typer))
 """Where the code is that is not the user's, beside site-packages and the standard library."""
+
+COMMON = {
+    "config": Annotated[
+        Path | None,
+        typer.Option(
+            help="File in TOML with options, as tol = 1e-3, or in a table with the name of a command. Those on the "
+            "command line come first.",
+            dir_okay=False,
+            callback=read_config,
+            is_eager=True,
+        ),
+    ],
+    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")],
+    "verbose": Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say how matvecs are made; show tracebacks of errors.")
+    ],
+}
+"""Options of all commands."""
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -71,8 +93,10 @@ def command(*examples: str) -> Callable[[Callable[..., bool]], Callable[..., boo
 
     def register(function: Callable[..., bool]) -> Callable[..., bool]:
         shown = "\n".join(f"  {example}" for example in examples)
-        text = f"{inspect.getdoc(function)}\n\n\b\nExamples:\n{shown}\n\n{EXIT_CODES}"
-        app.command(name=function.__name__, help=text)(_with_exit_code(_with_flat_options(function)))
+        paragraphs = (" ".join(text.split()) for text in (inspect.getdoc(function) or "").split("\n\n"))
+        text = "\n\n".join([*paragraphs, f"Examples:\n{shown}", EXIT_CODES])
+        made = _with_common_options(_with_exit_code(_with_flat_options(function)))
+        app.command(name=function.__name__, help=text)(made)
         return function
 
     return register
@@ -91,7 +115,8 @@ def _with_flat_options(function: Callable[..., bool]) -> Callable[..., bool]:
             continue
         inner = get_type_hints(groups[name], include_extras=True)
         for own in inspect.signature(groups[name]).parameters.values():
-            parameters.append(own.replace(kind=own.KEYWORD_ONLY, annotation=inner[own.name]))
+            hint = _in_panel(inner[own.name], _panel_of(groups[name], own.name))
+            parameters.append(own.replace(kind=own.KEYWORD_ONLY, annotation=hint))
 
     def flat(**values: Any) -> bool:
         options: dict[str, Any] = {
@@ -102,6 +127,22 @@ def _with_flat_options(function: Callable[..., bool]) -> Callable[..., bool]:
 
     _set_signature(flat, inspect.Signature(parameters))
     return flat
+
+
+def _panel_of(group: type[Any], name: str) -> str | None:
+    """Return the heading in a command's help for an option of a group: of the class that names the option."""
+    owner = next(kind for kind in group.__mro__ if name in inspect.get_annotations(kind))
+    return getattr(owner, "PANEL", None)
+
+
+def _in_panel(hint: Any, panel: str | None) -> Any:
+    """Return the annotation of an option that is shown under a heading."""
+    kind, option = get_args(hint)
+    if panel is None or isinstance(option, ArgumentInfo):
+        return hint
+    option = copy.copy(option)
+    option.rich_help_panel = panel
+    return Annotated[kind, option]
 
 
 def _with_exit_code(function: Callable[..., bool]) -> Callable[..., None]:
@@ -122,19 +163,43 @@ def _with_exit_code(function: Callable[..., bool]) -> Callable[..., None]:
             place = user_code_location(error) or " (in the target)"
             print_message(f"the program was ended by SystemExit({error.code!r}){place}: a target must return")
             raise typer.Exit(2) from None
-        except NonFiniteError as error:
-            print_message(str(error))
-            raise typer.Exit(1) from None
         except Exception as error:
-            place = user_code_location(error)
-            if not (place or isinstance(error, INPUT_ERRORS) or _notes(error)):
-                raise
-            print_message(f"{_one_line(error)}{place}")
-            raise typer.Exit(2) from None
+            if is_verbose():
+                traceback.print_exc()
+            _end_for(error)
         raise typer.Exit(0 if done else 1)
 
     _set_signature(ending, inspect.signature(function))
     return ending
+
+
+def _end_for(error: Exception) -> NoReturn:
+    """End in the exit code for an error, with a line on standard error; raise it again if it is a defect."""
+    if isinstance(error, NonFiniteError):
+        print_message(str(error))
+        raise typer.Exit(1) from None
+    place = user_code_location(error)
+    if not (place or isinstance(error, INPUT_ERRORS) or _notes(error)):
+        raise error
+    print_message(f"{_one_line(error)}{place}")
+    raise typer.Exit(2) from None
+
+
+def _with_common_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of all commands, whose values the function need not know."""
+    signature = inspect.signature(function)
+    defaults = {"config": None, "quiet": False, "verbose": False}
+    common = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint)
+        for name, hint in COMMON.items()
+    ]
+
+    def spoken(*, config: Path | None, quiet: bool, verbose: bool, **values: Any) -> None:  # noqa: ARG001
+        with verbosity(quiet=quiet, verbose=verbose):
+            function(**values)
+
+    _set_signature(spoken, signature.replace(parameters=[*signature.parameters.values(), *common]))
+    return spoken
 
 
 def _set_signature(function: Callable[..., Any], signature: inspect.Signature) -> None:

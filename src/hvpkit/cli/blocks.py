@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 
 import hvpkit as hk
+from hvpkit._utils.monitoring import monitored
 from hvpkit.cli.application import command
 from hvpkit.cli.choices import Mode
 from hvpkit.cli.options import ModeOption, Problem
 from hvpkit.cli.output import Output, table
+from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.estimate import plus_minus
 
 
@@ -44,19 +46,20 @@ def blocks(
     """
     output.prepare("blocks.json", "blocks.png")
     target = problem.load()
-    found = hk.blocks(
-        target.loss_fn,
-        target.params,
-        target.data,
-        "module" if not by else by[0] if by in (["module"], ["parameter"]) else by,
-        density=density,
-        tol=tol,
-        num_steps=num_steps,
-        max_matvecs=max_matvecs,
-        time_limit=time_limit,
-        mode=mode.value,
-        seed=problem.seed,
-    )
+    with monitored(ProgressLine("Blocks")):
+        found = hk.blocks(
+            target.loss_fn,
+            target.params,
+            target.data,
+            "module" if not by else by[0] if by in (["module"], ["parameter"]) else by,
+            density=density,
+            tol=tol,
+            num_steps=num_steps,
+            max_matvecs=max_matvecs,
+            time_limit=time_limit,
+            mode=mode.value,
+            seed=problem.seed,
+        )
     rows = [_row(block) for block in found.blocks]
     header = ("block", "n", "smallest", "largest", "trace", "status")
     record = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hvpkit as hk
+from hvpkit._utils.monitoring import monitored
 from hvpkit.cli.application import command
 from hvpkit.cli.options import CurvatureProblem
 from hvpkit.cli.output import Output
+from hvpkit.cli.progress_line import ProgressLine
 
 
 @command(
@@ -18,7 +20,8 @@ def check(problem: CurvatureProblem, output: Output) -> bool:
     target, H = problem.operator()
     findings: list[hk.Finding] = []
     try:
-        found = hk.check(H, seed=problem.seed, monitor=findings.append)
+        with monitored(ProgressLine("Check")):
+            found = hk.check(H, seed=problem.seed, monitor=findings.append)
     except KeyboardInterrupt:
         if findings:
             so_far = hk.Report(f"{repr(H)[1:-1]}, interrupted", tuple(findings))

@@ -15,6 +15,8 @@ import hvpkit as hk
 from hvpkit._utils.files import check_file, check_folder
 from hvpkit.cli.application import command
 from hvpkit.cli.output import results_stream, table, write_json, write_picture
+from hvpkit.cli.progress_line import ProgressLine
+from hvpkit.cli.verbosity import is_quiet
 from hvpkit.zoo import digits, digits_cnn, train_classifier
 
 TRAINING = "Training a convolutional network on 1,797 digits"
@@ -38,33 +40,20 @@ def demo(
     if missing:
         raise ImportError(f"{', '.join(missing)} missing: pip install 'hvpkit[demo]'")
     check_outputs(out)
-    console, entries = Console(file=results_stream()), list[hk.Progress]()
-    with console.status(TRAINING) as status:
+    console, watch = Console(file=results_stream()), ProgressLine("Both ends")
 
-        def show(text: str, number: float) -> None:
-            status.update(text)
-            if not console.is_terminal and number % 10 == 0:
-                console.print(text)
+    def trained(epoch: int, loss: float) -> None:
+        if epoch % 10 == 0 and not is_quiet():
+            console.print(f"{TRAINING}: epoch {epoch}, loss {loss:.4f}")
 
-        def trained(epoch: int, loss: float) -> None:
-            show(f"{TRAINING}: epoch {epoch}, loss {loss:.4f}", epoch)
-
-        def assessed(entry: hk.Progress) -> None:
-            entries.append(entry)
-            ends = f"smallest {entry.smallest:.4g} ± {entry.smallest_bound:.1g}, largest {entry.largest:.4g}"
-            show(
-                f"{entry.num_matvecs:g} passes over the data: {ends} ± {entry.largest_bound:.1g}",
-                entry.num_matvecs,
-            )
-
-        try:
-            ex, problem, draw = train_and_solve(
-                tol=tol, seed=seed, training_monitor=trained, solver_monitor=assessed
-            )
-        except KeyboardInterrupt:
-            if entries:
-                console.print(f"So far, not verified: {entries[-1]}, {entries[-1].num_matvecs:g} passes.")
-            raise
+    try:
+        ex, problem, draw = train_and_solve(
+            tol=tol, seed=seed, training_monitor=trained, solver_monitor=watch
+        )
+    except KeyboardInterrupt:
+        if watch.last is not None:
+            console.print(f"So far, not verified: {watch.last}, {watch.last.num_matvecs:g} passes.")
+        raise
     _print_result(console, ex, problem)
     write_files(out, ex, problem, draw)
     console.print(f"Wrote {out / 'extremes.json'} and {out / 'extremes.png'}.")

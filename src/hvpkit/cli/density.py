@@ -44,7 +44,7 @@ def density(
     target, H = problem.operator()
     about, watch = problem.describe(target, H), ProgressLine("Density")
     try:
-        with watch, saving_to(checkpoint):
+        with saving_to(checkpoint):
             found = hk.spectral_density(
                 H,
                 method=method,

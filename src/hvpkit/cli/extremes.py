@@ -58,7 +58,7 @@ def find_both_ends(
     """Find both ends; if interrupted, write the last assessment: a record and what to print of it."""
     watch = ProgressLine("Both ends")
     try:
-        with watch, saving_to(checkpoint):
+        with saving_to(checkpoint):
             return hk.extreme_eigenvalues(H, **vars(solve), seed=seed, monitor=watch, checkpoint=checkpoint)
     except KeyboardInterrupt:
         if isinstance(watch.last, hk.Progress):

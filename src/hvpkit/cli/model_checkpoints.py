@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WRAPPERS = ("content", "state_dict", "model")
+from hvpkit.autodiff.pytree import flatten, unflatten
+
+WRAPPERS = ("content", "state_dict", "model", "params")
 PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -48,10 +50,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: names or shapes differ from the model's; the message lists them. Also as :func:`load`.
     """
-    content = load(path)
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    content = _unwrapped(load(path))
     if not isinstance(content, Mapping) or not all(isinstance(item, Tensor) for item in content.values()):
         raise ValueError(
             f"checkpoint: {path} holds no state_dict: want tensors by name, or these under 'state_dict' or 'model'"
@@ -76,6 +75,34 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if found:
         raise ValueError(f"checkpoint: {path} is not of this model; {'; '.join(found)}. Is --arch right?")
     model.load_state_dict(content)
+
+
+def load_like(params: Any, path: str | os.PathLike[str]) -> Any:
+    """Return the tree of tensors in a checkpoint, on the devices and in the dtypes of ``params``.
+
+    Raises:
+        ValueError: its structure or its shapes are not those of ``params``. Also as :func:`load`.
+    """
+    content = _unwrapped(load(path))
+    leaves, spec = flatten(params, name="params")
+    try:
+        found, other = flatten(content, name="checkpoint")
+    except (TypeError, ValueError):
+        found, other = [], None
+    if other != spec or any(new.shape != old.shape for new, old in zip(found, leaves, strict=True)):
+        raise ValueError(
+            f"checkpoint: {path} holds other tensors than the params of TARGET; it must hold a tree like them, as "
+            "torch.save(params) writes it. For the state_dict() of a module let TARGET return (model, criterion, data)"
+        )
+    return unflatten([new.to(old) for new, old in zip(found, leaves, strict=True)], spec)
+
+
+def _unwrapped(content: Any) -> Any:
+    """Return what lies under the keys that training scripts save models under."""
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    return content
 
 
 def _more(count: int) -> str:

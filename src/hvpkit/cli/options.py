@@ -6,18 +6,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
-from torch.nn import functional as F
 
 import hvpkit as hk
 from hvpkit._utils import validation
-from hvpkit.cli.builtin_problems import ARCHITECTURES, NAMES, Classification, builtin
+from hvpkit.cli.builtin_problems import ARCHITECTURES, CIFAR, NAMES, builtin
 from hvpkit.cli.choices import Arithmetic, BatchNorm, Curvature, Dtype, ExtremesMethod, Mode
-from hvpkit.cli.model_checkpoints import load_into
-from hvpkit.cli.user_problems import FORMS, Target, load_target
+from hvpkit.cli.output import print_message
+from hvpkit.cli.targets import Network, Target
+from hvpkit.cli.user_problems import FORMS, RETURNED, load_target
+from hvpkit.cli.verbosity import is_verbose
 
 CONSTRUCTORS: dict[Curvature, Callable[..., hk.CurvatureOperator]] = {
     Curvature.HESSIAN: hk.hessian,
@@ -25,12 +26,12 @@ CONSTRUCTORS: dict[Curvature, Callable[..., hk.CurvatureOperator]] = {
     Curvature.FISHER: hk.fisher,
 }
 
-DataDir = Annotated[Path | None, typer.Option(help="Folder that holds CIFAR-10.")]
-Arch = Annotated[str, typer.Option(help=f"Network for cifar10: {ARCHITECTURES}.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder that holds CIFAR-10 or CIFAR-100 as published.")]
+Arch = Annotated[str, typer.Option(help=f"Network for {' and '.join(CIFAR)}: {ARCHITECTURES}.")]
 Device = Annotated[
     str | None,
     typer.Option(
-        help="Device, as cpu, cuda or cuda:1. By default cpu for built-in problems; the tensors of a function stay."
+        help="Device, as cpu, cuda or cuda:1. By default cpu for built-in problems; those of a function stay."
     ),
 ]
 DtypeOption = Annotated[
@@ -42,9 +43,7 @@ NumExamples = Annotated[
 ]
 BatchNormOption = Annotated[
     BatchNorm,
-    typer.Option(
-        help="BatchNorm of a built-in network: by its running statistics (eval) or those of each batch."
-    ),
+    typer.Option(help="BatchNorm of a network: by its running statistics (eval) or those of each batch."),
 ]
 Checkpoint = Annotated[
     Path | None,
@@ -55,6 +54,15 @@ Checkpoint = Annotated[
     ),
 ]
 Tol = Annotated[float, typer.Option(help="Relative error of each eigenvalue.")]
+Atol = Annotated[
+    float | None,
+    typer.Option(
+        help="Size up to which a value counts as zero, in units of the norm. By default min(1e-5, tol / 1000)."
+    ),
+]
+Certify = Annotated[
+    bool, typer.Option("--certify", help="Continue until each interval is as narrow as the error allowed.")
+]
 Method = Annotated[ExtremesMethod, typer.Option(help="Solver.")]
 Ncv = Annotated[
     int | None,
@@ -83,11 +91,25 @@ def torch_dtype(dtype: Dtype | None) -> torch.dtype | None:
     return {None: None, Dtype.FLOAT32: torch.float32, Dtype.FLOAT64: torch.float64}[dtype]
 
 
-@dataclass(frozen=True)
-class Model:
-    """Options for a built-in problem."""
+def _starting_with(names: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """Return a completion of names, for shells."""
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
-    target: Annotated[str, typer.Argument(metavar="TARGET", help=f"{' or '.join(NAMES)}.")]
+
+@dataclass(frozen=True)
+class Source:
+    """Options for a problem, built-in or of a function."""
+
+    PANEL: ClassVar = "Problem"
+
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help=f"{FORMS}; functions return {RETURNED}.",
+            autocompletion=_starting_with(NAMES),
+        ),
+    ]
     arch: Arch = "resnet20"
     data_dir: DataDir = None
     num_examples: NumExamples = None
@@ -96,44 +118,69 @@ class Model:
     seed: Seed = 0
     batchnorm: BatchNormOption = BatchNorm.EVAL
 
-    def load(self) -> Classification:
-        """Return the network, not trained, and its data.
+    def find(self, *, with_test: bool = False) -> Target | Network:
+        """Return a loss or a network, and its data.
+
+        Raises:
+            ValueError: an option that is wrong or missing, named.
+        """
+        device, dtype = check_device(self.device), torch_dtype(self.dtype)
+        if self.target in NAMES:
+            return builtin(
+                self.target,
+                arch=self.arch,
+                data_dir=self.data_dir,
+                num_examples=self.num_examples,
+                seed=self.seed,
+                device=device or "cpu",
+                dtype=dtype or torch.float32,
+                with_test=with_test,
+            )
+        only = {"--data-dir": self.data_dir, "--num-examples": self.num_examples}
+        given = [name for name, value in only.items() if value is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)}: only for {', '.join(NAMES)}; {self.target} is a function")
+        found = load_target(self.target, device=device, dtype=dtype)
+        if isinstance(found, Target) and self.batchnorm is not BatchNorm.EVAL:
+            raise ValueError(f"--batchnorm: only for a network; {self.target} returns a loss function")
+        return found
+
+
+@dataclass(frozen=True)
+class Model(Source):
+    """Options for a built-in problem."""
+
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help=f"{', '.join(NAMES)}.", autocompletion=_starting_with(NAMES)),
+    ]
+
+    def load(self) -> Network:
+        """Return the network, not trained, with data for training and for testing.
 
         Raises:
             ValueError: an option that is wrong or missing, named.
         """
         if self.target not in NAMES:
-            raise ValueError(f"TARGET must be {' or '.join(NAMES)} here, got {self.target}")
-        return builtin(
-            self.target,
-            arch=self.arch,
-            data_dir=self.data_dir,
-            num_examples=self.num_examples,
-            seed=self.seed,
-            device=check_device(self.device) or "cpu",
-            dtype=torch_dtype(self.dtype) or torch.float32,
-        )
+            raise ValueError(f"TARGET must be one of {', '.join(NAMES)} here, got {self.target}")
+        found = self.find(with_test=True)
+        assert isinstance(found, Network)
+        return found
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Source):
     """Options for a loss, its parameters and its data."""
 
-    target: Annotated[
-        str,
-        typer.Argument(metavar="TARGET", help=f"{FORMS}; functions return (loss_fn, params, data)."),
-    ]
-    arch: Arch = "resnet20"
-    data_dir: DataDir = None
+    PANEL: ClassVar = "Problem"
+
     resume: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint of a built-in network; by default the network is not trained."),
+        typer.Option(
+            help="Checkpoint of the network, or of params where a function returns a loss; without it, built-in "
+            "networks are not trained."
+        ),
     ] = None
-    num_examples: NumExamples = None
-    device: Device = None
-    dtype: DtypeOption = None
-    seed: Seed = 0
-    batchnorm: BatchNormOption = BatchNorm.EVAL
 
     def load(self) -> Target:
         """Return loss, parameters and data.
@@ -141,29 +188,17 @@ class Problem:
         Raises:
             ValueError: an option that is wrong, named.
         """
-        if self.target not in NAMES:
-            only = {"--resume": self.resume, "--data-dir": self.data_dir, "--num-examples": self.num_examples}
-            given = [name for name, value in only.items() if value is not None]
-            given += ["--batchnorm"] if self.batchnorm is not BatchNorm.EVAL else []
-            if given:
-                raise ValueError(
-                    f"{', '.join(given)}: only for {' and '.join(NAMES)}; {self.target} is a function"
-                )
-            return load_target(self.target, device=check_device(self.device), dtype=torch_dtype(self.dtype))
-        model = Model(
-            self.target, self.arch, self.data_dir, self.num_examples, self.device, self.dtype, self.seed
-        )
-        found = model.load()
+        found = self.find()
         if self.resume is not None:
-            load_into(found.model, self.resume)
-        objective, params = hk.from_module(found.model, F.cross_entropy, batchnorm=self.batchnorm.value)
-        title = found.title + (f", {self.resume.name}" if self.resume else ", not trained")
-        return Target(title, objective, params, found.data)
+            found = found.load(self.resume)
+        return found.target(self.batchnorm.value) if isinstance(found, Network) else found
 
 
 @dataclass(frozen=True)
 class CurvatureProblem(Problem):
     """Options for a curvature matrix and its matvecs."""
+
+    PANEL: ClassVar = "Matrix and matvecs"
 
     curvature: Annotated[
         Curvature,
@@ -214,6 +249,10 @@ class CurvatureProblem(Problem):
             memory_limit=self.memory_limit,
             **({"compile": True} if self.compile else {}),
         )
+        if is_verbose():
+            size = "as they come" if H.batch_size is None else f"of {H.batch_size}"
+            print_message(f"{repr(H)[1:-1]}; batches {size}; on {H.device}")
+            print_message(f"mode of matvecs: {H.mode_reason or H.mode}")
         return target, H
 
     def describe(self, target: Target, H: hk.CurvatureOperator) -> dict[str, Any]:
@@ -236,15 +275,13 @@ class CurvatureProblem(Problem):
 class Solve:
     """Options of the solver for both ends."""
 
+    PANEL: ClassVar = "Solver"
+
     tol: Tol = 1e-2
-    atol: Annotated[
-        float | None,
-        typer.Option(
-            help="Size up to which a value counts as zero, in units of the norm. By default min(1e-5, tol / 1000)."
-        ),
-    ] = None
+    atol: Atol = None
     method: Method = ExtremesMethod.AUTO
     ncv: Ncv = None
     offload: Offload = False
+    certify: Certify = False
     max_matvecs: Annotated[float | None, typer.Option(help="The most passes over the data.")] = None
     time_limit: Annotated[float | None, typer.Option(help="Time limit in seconds.")] = None

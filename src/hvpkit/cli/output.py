@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, ClassVar, TextIO
 
 import typer
 from rich import box
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hvpkit._utils.files import atomic_write, beside, check_file, check_folder, reason
 from hvpkit.cli.progress_line import ProgressLine
+from hvpkit.cli.verbosity import is_quiet
 from hvpkit.results.eigen import ExtremeResult
 
 MAX_UNBROKEN = 28
@@ -144,6 +145,8 @@ def write_picture(path: Path, draw: Callable[[], Any]) -> None:
 class Output:
     """Options for where results go."""
 
+    PANEL: ClassVar = "Output"
+
     json: Annotated[
         bool, typer.Option("--json", help="Print strict JSON on standard output and nothing else.")
     ] = False
@@ -216,6 +219,8 @@ class Output:
         """Print which files were written into the folder; on standard error if standard output is for JSON."""
         *first, last = [str((self.out or Path()) / name) for name in names]
         text = f"Wrote {', '.join(first)} and {last}." if first else f"Wrote {last}."
+        if is_quiet():
+            return
         if self.json:
             print_message(text)
         else:
@@ -236,7 +241,6 @@ class Output:
     @contextmanager
     def measuring(self, place: dict[str, Any], name: str, watch: ProgressLine) -> Iterator[None]:
         """Print, if interrupted, the values so far of one measurement of several; ``place`` says which it is."""
-        watch.last = None
         try:
             yield
         except KeyboardInterrupt:

@@ -1,39 +1,30 @@
-"""A line on standard error that shows a solve's progress."""
+"""The progress bar of commands."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.status import Status
+from typing import Any
 
-from hvpkit.results.eigen import Progress
-from hvpkit.results.estimate import EstimateProgress
-from hvpkit.solvers.driver import time_left
+from hvpkit.cli.verbosity import is_quiet
+from hvpkit.solvers.monitors import ProgressBar
 
 
-class ProgressLine:
-    """A monitor that shows the last entry of a solve's history on a terminal's standard error, inside ``with``.
+class ProgressLine(ProgressBar):
+    """The library's progress bar, on terminals only, and gone at the end.
 
     Attributes:
-        last: the last entry, or None.
+        last: the last entry of the last solve, or None.
     """
 
     def __init__(self, text: str) -> None:
-        self.text = text
-        self.status: Status | None = None
-        self.last: Progress | EstimateProgress | None = None
+        super().__init__(desc=text, leave=False, disable=True if is_quiet() else None)
+        self.last: Any = None
 
-    def __enter__(self) -> ProgressLine:
-        # a new one for each solve: rich's Status, started again, erases lines that were printed since
-        self.status = Console(stderr=True).status(self.text)
-        self.status.start()
-        return self
+    def begin(self) -> None:
+        """Open the bar, and forget the solve before."""
+        self.last = None
+        super().begin()
 
-    def __exit__(self, *_: object) -> None:
-        if self.status is not None:
-            self.status.stop()
-
-    def __call__(self, entry: Progress | EstimateProgress) -> None:
+    def __call__(self, entry: Any) -> None:
         """Keep an entry of a solve, and show it."""
+        super().__call__(entry)
         self.last = entry
-        if self.status is not None:
-            self.status.update(f"{self.text}: {entry}, {entry.num_matvecs:g} passes{time_left(entry)}")

@@ -63,13 +63,13 @@ def report(
         ),
     )
     try:
-        with ProgressLine("Density") as watch, saving_to(of_density):
+        with saving_to(of_density):
             density = hk.spectral_density(
                 H,
                 num_steps=num_steps,
                 num_probes=num_probes,
                 seed=problem.seed,
-                monitor=watch,
+                monitor=ProgressLine("Density"),
                 checkpoint=of_density,
             )
     except KeyboardInterrupt:

@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 import hvpkit as hk
+from hvpkit._utils.monitoring import monitored
 from hvpkit.cli.application import command
 from hvpkit.cli.choices import AscentOptimizer
 from hvpkit.cli.options import Problem
 from hvpkit.cli.output import Output, table
+from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.train import Sharpness, keskar_sharpness
 
 
@@ -49,18 +51,19 @@ def sharpness(
     }
     last: deque[Sharpness] = deque(maxlen=1)
     try:
-        found = keskar_sharpness(
-            target.loss_fn,
-            target.params,
-            data,
-            epsilon=epsilon,
-            lr=epsilon / 10 if lr is None else lr,
-            max_steps=max_steps,
-            optimizer=optimizer,
-            tol=tol,
-            seed=problem.seed,
-            monitor=last.append,
-        )
+        with monitored(ProgressLine("Sharpness")):
+            found = keskar_sharpness(
+                target.loss_fn,
+                target.params,
+                data,
+                epsilon=epsilon,
+                lr=epsilon / 10 if lr is None else lr,
+                max_steps=max_steps,
+                optimizer=optimizer,
+                tol=tol,
+                seed=problem.seed,
+                monitor=last.append,
+            )
     except KeyboardInterrupt:
         output.write_partial("sharpness", last[0] if last else None, about)
         raise

@@ -35,7 +35,7 @@ def top(
     target, H = problem.operator()
     about, watch = problem.describe(target, H), ProgressLine("Eigenvalues")
     try:
-        with watch, saving_to(checkpoint):
+        with saving_to(checkpoint):
             found = hk.top_eigenvalues(
                 H,
                 k,

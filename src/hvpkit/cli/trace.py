@@ -45,7 +45,7 @@ def trace(
     target, H = problem.operator()
     about, watch = problem.describe(target, H), ProgressLine("Trace")
     try:
-        with watch, saving_to(checkpoint):
+        with saving_to(checkpoint):
             found = hk.trace(
                 H,
                 method=method,

@@ -6,27 +6,27 @@ import glob
 import json as json_format
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from torch.nn import functional as F
 
 from hvpkit.cli.application import command
 from hvpkit.cli.choices import Mode
-from hvpkit.cli.model_checkpoints import load_into
-from hvpkit.cli.options import Model, ModeOption, Solve
+from hvpkit.cli.options import ModeOption, Solve, Source
 from hvpkit.cli.output import Output, as_json, one_line, write_json, write_picture
 from hvpkit.cli.progress_line import ProgressLine
-from hvpkit.cli.train import SPECTRUM, plot_ends
+from hvpkit.cli.targets import Network
+from hvpkit.cli.train import SPECTRUM
 from hvpkit.train import SpectrumTracker
 
 
 @command(
     "hvpkit track digits --checkpoints 'run/epoch-*.pt' --out tracked",
     "hvpkit track cifar10 --arch c1 --data-dir data --checkpoints run/epoch-*.pt",
+    "hvpkit track problem.py:make --checkpoints 'step-*.pt' --out tracked",
 )
 def track(
-    model: Model,
+    source: Source,
     solve: Solve,
     output: Output,
     checkpoints: Annotated[
@@ -37,7 +37,7 @@ def track(
     ] = None,
     mode: ModeOption = Mode.AUTO,
 ) -> bool:
-    """Find both ends at each checkpoint of a built-in problem's network.
+    """Find both ends of the Hessian at each of several checkpoints.
 
     Checkpoints are ordered by the numbers in their names: epoch-2.pt before epoch-10.pt. With --out, each result is
     added to spectrum.jsonl at once, and the same command, also with further checkpoints, continues after the last one;
@@ -45,29 +45,31 @@ def track(
     """
     output.prepare("track.json", SPECTRUM, "spectrum.png")
     paths = _sorted([*checkpoints, *(more or [])])
-    problem = model.load()
+    target = source.find()
     if output.out is not None:
         _claim(
-            output.out, {"paths": [str(path) for path in paths], **vars(model), **vars(solve), "mode": mode}
+            output.out, {"paths": [str(path) for path in paths], **vars(source), **vars(solve), "mode": mode}
         )
     watch, all_converged = ProgressLine("Both ends"), True
-    tracker = SpectrumTracker.for_module(
-        F.cross_entropy,
-        problem.data,
-        batchnorm=model.batchnorm,
-        mode=mode,
+    options: dict[str, Any] = {
+        "mode": mode,
         **vars(solve),
-        seed=model.seed,
-        path=output.out / SPECTRUM if output.out else None,
-        monitor=watch,
+        "seed": source.seed,
+        "path": output.out / SPECTRUM if output.out else None,
+        "monitor": watch,
+    }
+    tracker = (
+        SpectrumTracker.for_module(target.criterion, target.data, batchnorm=source.batchnorm, **options)
+        if isinstance(target, Network)
+        else SpectrumTracker(target.loss_fn, target.data, **options)
     )
     known = dict(tracker.results)
     for step, path in enumerate(paths):
         ex = known.get(step)
         if ex is None:
-            load_into(problem.model, path)
-            with watch, output.measuring({"step": step, "checkpoint": str(path)}, path.name, watch):
-                ex = tracker(problem.model, step=step)
+            at = target.load(path)
+            with output.measuring({"step": step, "checkpoint": str(path)}, path.name, watch):
+                ex = tracker(at.model if isinstance(at, Network) else at.params, step=step)
         assert ex is not None
         output.print(
             {"step": step, "checkpoint": str(path), **ex.to_dict()}, f"{path.name:<16}  {one_line(ex)}"
@@ -75,7 +77,7 @@ def track(
         all_converged &= ex.converged
     if output.out is not None:
         tracker.save()
-        write_picture(output.out / "spectrum.png", lambda: plot_ends(tracker, "checkpoint"))
+        write_picture(output.out / "spectrum.png", lambda: tracker.plot(unit="checkpoint"))
         output.print_written("track.json", SPECTRUM, "spectrum.png")
     return all_converged
 

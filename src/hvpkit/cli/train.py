@@ -16,10 +16,10 @@ from hvpkit._utils import checkpoints
 from hvpkit._utils.files import atomic_write, reason
 from hvpkit.cli.application import command
 from hvpkit.cli.choices import Mode, TrainingMethod
-from hvpkit.cli.options import Model, ModeOption
+from hvpkit.cli.options import Atol, Model, ModeOption, Tol
 from hvpkit.cli.output import Output, one_line, print_message, to_plain, write_picture
 from hvpkit.cli.progress_line import ProgressLine
-from hvpkit.cli.training_methods import LR, Plan, State, train_epochs
+from hvpkit.cli.training_methods import LR, Plan, State, accuracy, train_epochs
 from hvpkit.train import SpectrumTracker
 
 CHECKPOINT, MODEL, SPECTRUM = "checkpoint.pt", "model.pt", "spectrum.jsonl"
@@ -56,14 +56,16 @@ def train(
         list[int] | None,
         typer.Option(help="Epoch after which the learning rate decays. May be repeated. Not for knee."),
     ] = None,
-    track_every: Annotated[int, typer.Option(help="Find both ends every so many epochs.")] = 1,
-    tol: Annotated[float, typer.Option(help="Relative error of each eigenvalue.")] = 1e-2,
-    atol: Annotated[
-        float | None,
+    augment: Annotated[
+        bool,
         typer.Option(
-            help="Size up to which a value counts as zero, in units of the norm. By default min(1e-5, tol / 1000)."
+            "--augment",
+            help="Shift training images at random by up to an eighth, and mirror half of those of CIFAR. Not for absa.",
         ),
-    ] = None,
+    ] = False,
+    track_every: Annotated[int, typer.Option(help="Find both ends every so many epochs.")] = 1,
+    tol: Tol = 1e-2,
+    atol: Atol = None,
     mode: ModeOption = Mode.AUTO,
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the model of each epoch, as epoch-0001.pt.")
@@ -76,7 +78,8 @@ def train(
 
     The folder of the run holds checkpoint.pt, replaced after each epoch: after an interruption the same command
     continues from it, to the same numbers. It also holds spectrum.jsonl, and at the end model.pt and spectrum.png.
-    Images are not augmented, so that the Hessian is that of the loss that was trained.
+    The accuracy is that on the test images of CIFAR, or on the digits that --num-examples leaves. The Hessian is that
+    of the loss over the training images as they are, also with --augment.
     """
     output = Output(json, out)
     output.prepare(CHECKPOINT, MODEL, SPECTRUM, "spectrum.png")
@@ -90,10 +93,13 @@ def train(
         lr_decay,
         tuple(lr_decay_epoch or ()),
         model.seed,
+        ("shift" if model.target == "digits" else "shift and mirror") if augment else None,
     )
     problem = model.load()
     run = {**asdict(plan), "lr_decay_epochs": list(plan.lr_decay_epochs), **_identity(model)}
     run = to_plain(run | {"track_every": track_every, "tol": tol, "atol": atol, "mode": mode})
+    if not augment:  # as in the checkpoints of runs before there was a choice
+        del run["augmentation"]
     saved = _saved(out, run)
     watch = ProgressLine("Both ends")
     tracker = SpectrumTracker.for_module(
@@ -113,23 +119,28 @@ def train(
         epoch: int = state["epoch"]
         ex = dict(tracker.results).get(epoch)  # known if the run was interrupted after it
         if ex is None:
-            with watch, output.measuring({"epoch": epoch}, f"epoch {epoch:>4}", watch):
+            with output.measuring({"epoch": epoch}, f"epoch {epoch:>4}", watch):
                 ex = tracker(problem.model, step=epoch)
         loss = state["losses"][-1] if epoch else None
-        record = {"epoch": epoch, "loss": loss, "spectrum": None if ex is None else ex.to_dict()}
-        text = "" if loss is None else f"loss {loss:.5g}"
-        output.print(record, f"epoch {epoch:>4}  {text:<14}{'' if ex is None else one_line(ex)}")
+        right = None if problem.test is None else accuracy(problem.model, problem.test)
+        record = {"epoch": epoch, "loss": loss, "test_accuracy": right}
+        record["spectrum"] = None if ex is None else ex.to_dict()
+        text = f"{'' if loss is None else f'loss {loss:.5g}':<14}"
+        text += "" if right is None else f"test {100 * right:.1f} %  "
+        output.print(record, f"epoch {epoch:>4}  {text}{'' if ex is None else one_line(ex)}")
 
+    kept: list[str] = []
     for state in train_epochs(problem.model, problem.data, plan, saved):
         _save_or_warn(partial(checkpoints.write, out / CHECKPOINT, run, state), out / CHECKPOINT)
         if keep:
             path = out / f"epoch-{state['epoch']:04d}.pt"
             _save_or_warn(partial(_save, path, state["model"]), path)
+            kept.append(path.name)
         measure(state)
     _save(out / MODEL, state["model"])
     tracker.save()
-    write_picture(out / "spectrum.png", lambda: plot_ends(tracker, "epoch"))
-    output.print_written(CHECKPOINT, MODEL, SPECTRUM, "spectrum.png")
+    write_picture(out / "spectrum.png", lambda: tracker.plot(unit="epoch"))
+    output.print_written(CHECKPOINT, MODEL, SPECTRUM, "spectrum.png", *kept)
     return all(ex.converged for _, ex in tracker.results)
 
 
@@ -173,11 +184,3 @@ def _save_or_warn(save: Callable[[], object], path: Path) -> None:
 def _save(path: Path, content: Any) -> None:
     with atomic_write(path) as draft:
         torch.save(content, draft)
-
-
-def plot_ends(tracker: SpectrumTracker, xlabel: str) -> Any:
-    """Draw both ends over training, against whole numbers of ``xlabel``."""
-    axes = tracker.plot()
-    axes.set_xlabel(xlabel)
-    axes.locator_params(axis="x", integer=True)
-    return axes

@@ -40,6 +40,7 @@ class Plan:
         lr_decay: factor on the learning rate after each of ``lr_decay_epochs``.
         lr_decay_epochs: counted from 1; none for the Knee schedule.
         seed: of the order of examples, and of the method's random numbers.
+        augmentation: of training images: ``"shift"``, ``"shift and mirror"``, or None; not for ABSA.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Plan:
     lr_decay: float
     lr_decay_epochs: tuple[int, ...]
     seed: int
+    augmentation: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, tuple(LR))
@@ -61,6 +63,8 @@ class Plan:
             raise ValueError(
                 "lr_decay_epochs: the Knee schedule has its own decay; leave --lr-decay-epoch out"
             )
+        if self.method == "absa" and self.augmentation:
+            raise ValueError("augment: absa trains on images and adversarial ones; leave --augment out")
 
 
 State = dict[str, Any]
@@ -97,10 +101,14 @@ def _with_optimizer(
         model.train()
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         # batches of nearly equal size: none is too small for BatchNorm
-        for indices in torch.randperm(len(x), generator=generator(plan.seed, epoch)).tensor_split(num_steps):
+        random = generator(plan.seed, epoch)
+        for indices in torch.randperm(len(x), generator=random).tensor_split(num_steps):
             indices = indices.to(x.device)
+            images = x[indices]
+            if plan.augmentation:
+                images = shifted(images, random, mirror="mirror" in plan.augmentation)
             optimizer.zero_grad()
-            value = F.cross_entropy(model(x[indices]), y[indices])
+            value = F.cross_entropy(model(images), y[indices])
             with warnings.catch_warnings():
                 # torch warns of a reference cycle, which AdaHessian's step breaks
                 warnings.filterwarnings("ignore", "Using backward", UserWarning)
@@ -120,6 +128,29 @@ def _with_optimizer(
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
         }
+
+
+def shifted(images: Tensor, random: torch.Generator, *, mirror: bool) -> Tensor:
+    """Return images shifted by up to an eighth of their size, with zeros at the border; half of them mirrored."""
+    size, pad = images.shape[-1], images.shape[-1] // 8
+    down, across = torch.randint(2 * pad + 1, (2, len(images)), generator=random).to(images.device)
+    windows = F.pad(images, (pad,) * 4).unfold(2, size, 1).unfold(3, size, 1)
+    images = windows[torch.arange(len(images), device=images.device), :, down, across]
+    if not mirror:
+        return images
+    chosen = torch.rand(len(images), generator=random).to(images.device) < 0.5
+    return torch.where(chosen[:, None, None, None], images.flip(3), images)
+
+
+def accuracy(model: nn.Module, data: tuple[Tensor, Tensor], batch_size: int = 1000) -> float:
+    """Return the share of examples whose class the model gives, by running statistics; its mode is left as it was."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        pairs = zip(*(part.split(batch_size) for part in data), strict=True)
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs)
+    model.train(was_training)
+    return right / len(data[0])
 
 
 def _optimizer(model: nn.Module, plan: Plan, num_steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:

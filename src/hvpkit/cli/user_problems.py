@@ -6,34 +6,26 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvpkit.autodiff.pytree import flatten, unflatten
 from hvpkit.cli.builtin_problems import NAMES
+from hvpkit.cli.targets import Network, Target
 
-FORMS = f"{' or '.join(NAMES)}, file.py:function, or package.module:function"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A loss, the parameters and the data, and a title for them."""
-
-    title: str
-    loss_fn: Callable[..., Any]
-    params: Any
-    data: Any
+FORMS = f"{', '.join(NAMES)}, file.py:function, or package.module:function"
+RETURNED = "(loss_fn, params, data) or (model, criterion, data)"
 
 
-def load_target(text: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> Target:
-    """Call a function of the user's, which returns ``(loss_fn, params, data)``.
+def load_target(
+    text: str, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> Target | Network:
+    """Call a function of the user's, which returns a loss, parameters and data, or a module, a criterion and data.
 
     Args:
         text: ``file.py:function`` or ``package.module:function``; modules are also searched for in the working folder.
@@ -54,14 +46,17 @@ def load_target(text: str, *, device: str | None = None, dtype: torch.dtype | No
     try:
         inspect.signature(function).bind()
     except TypeError:
-        raise ValueError(
-            f"TARGET: {text} must take no arguments and return (loss_fn, params, data)"
-        ) from None
+        raise ValueError(f"TARGET: {text} must take no arguments and return {RETURNED}") from None
     found = function()
     if not isinstance(found, tuple) or len(found) != 3 or not callable(found[0]):
         shape = f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
-        raise ValueError(f"TARGET: {text} must return (loss_fn, params, data), got {shape}")
+        raise ValueError(f"TARGET: {text} must return {RETURNED}, got {shape}")
     loss_fn, params, data = found
+    if isinstance(data, Tensor | tuple | Mapping):
+        leaves, spec = flatten(data, name="data")
+        data = unflatten([_converted(leaf, device, dtype) for leaf in leaves], spec)
+    if isinstance(loss_fn, nn.Module) and (params is None or callable(params)):
+        return Network(text, loss_fn.to(device, dtype), params, data)
     if isinstance(loss_fn, type):
         raise ValueError(
             f"TARGET: {text} returns the class {loss_fn.__name__} as its loss; return a function of (params, batch), "
@@ -69,9 +64,6 @@ def load_target(text: str, *, device: str | None = None, dtype: torch.dtype | No
         )
     leaves, spec = flatten(params, name="params")
     params = unflatten([_converted(leaf, device, dtype) for leaf in leaves], spec)
-    if isinstance(data, Tensor | tuple | Mapping):
-        leaves, spec = flatten(data, name="data")
-        data = unflatten([_converted(leaf, device, dtype) for leaf in leaves], spec)
     return Target(text, loss_fn, params, data)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.deadline import check_deadline
+from hvpkit._utils.monitoring import advance
 from hvpkit._utils.ranks import fingerprint
 from hvpkit.autodiff.pytree import Layout, flatten
 from hvpkit.curvature.batches import (
@@ -223,6 +224,7 @@ class BlockDiagonal:
                 check_deadline()
                 for total, share in zip(sums, linear(stacks, retain_graph=kept), strict=True):
                     torch._foreach_add_(total, share)
+                advance(1 / self.cache.count_batches(curvature.problem.data), curvature.stage)
         if ranks is not None:
             sums = [[ranks.sum(stack) if len(stack) else stack for stack in leaves] for leaves in sums]
         return [

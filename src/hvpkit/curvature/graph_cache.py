@@ -6,6 +6,7 @@ it, about 6. At fixed parameters the graph is the same in all matvecs.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import TypeAlias
@@ -14,6 +15,7 @@ import torch
 
 from hvpkit._utils.memory import Allocations, free_memory
 from hvpkit.curvature.batches import BatchCurvature, LinearMap
+from hvpkit.data import Data
 
 FREE_SHARE = 0.25
 """Share of the free memory that an operator may hold between matvecs by default; chosen by feel."""
@@ -82,6 +84,14 @@ class GraphCache:
                 if total > num_kept:
                     yield self._linearize(batch, mode)
             self._num_batches, self._used = total, True
+
+    def count_batches(self, data: Data) -> float:
+        """Return the number of batches in a pass; infinite where that is not known before the first one has ended.
+
+        Of several ranks, of its own: all have about as many.
+        """
+        shared = 1 if data.ranks is None or data.units_of_ranks is not None else data.ranks.size
+        return (data.num_batches or 0) / shared or self._num_batches or math.inf
 
     def _linearize(self, batch: BatchCurvature, mode: str) -> tuple[LinearMap, bool]:
         # An operator that is used once keeps nothing; by finite or forward differences nothing can be kept.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from hvpkit._utils.deadline import check_deadline
+from hvpkit._utils.monitoring import advance
 from hvpkit._utils.random import generator, resolve_seed
 from hvpkit._utils.typing import Batch, LossFn, Seed
 from hvpkit._utils.validation import check_like
@@ -135,6 +136,7 @@ def scores(problem: Problem, importance: Importance) -> Tensor:
             values = values.detach().to("cpu", torch.float64)
             first = data.own_units.start + (number if data.whole else start)
             found[first : first + (1 if data.whole else size)] = values.mean() if data.whole else values
+            advance(0.0, "sampling")
     if ranks is not None:
         found = torch.stack(ranks.gather(found)).sum(
             dim=0

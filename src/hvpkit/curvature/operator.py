@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hvpkit._utils.checkpoints import digest
 from hvpkit._utils.deadline import check_deadline
+from hvpkit._utils.monitoring import advance
 from hvpkit._utils.random import generator, resolve_seed
 from hvpkit._utils.ranks import fingerprint
 from hvpkit._utils.signals import handle_waiting_signals
@@ -72,6 +73,11 @@ class Curvature:
         name = NAMES[self.kind] + (" of fixed batches" if goes_by_batches(self.problem.loss_fn) else "")
         return name if self.recipe.arithmetic == "native" else f"{name} in {self.recipe.arithmetic}"
 
+    @property
+    def stage(self) -> str:
+        """What a matvec passes over, in words."""
+        return "sample" if self.data_share < 1 else "full data"
+
     def product(self, vectors: Tensor) -> Tensor:
         """Multiply columns ``[n, k]`` in one pass over the data.
 
@@ -103,12 +109,14 @@ class Curvature:
         with self.settings():
             rows = vectors.new_zeros(len(columns), self.problem.layout.n)
             sums = [split(row) for row in rows]
+            share = len(columns) * self.data_share / self.cache.count_batches(self.problem.data)
             # closed at once if a batch is interrupted, so that what reading data sets is reset before anything else
             with closing(self.cache.linearized(self._batches, self.recipe.mode)) as linear_maps:
                 for linear, kept in _with_bar(linear_maps) if self.progress else linear_maps:
                     check_deadline()
                     handle_waiting_signals()
                     _add_(sums, linear(columns, retain_graph=kept))
+                    advance(share, self.stage)
         return rows
 
     def blame(self, vector: Tensor) -> str:

@@ -6,6 +6,7 @@ state unchanged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -126,6 +127,13 @@ class Data:
     def batch_size(self) -> int | None:
         """Return the maximum number of examples in a batch; None if the source decides."""
         return self.source.batch_size
+
+    @property
+    def num_batches(self) -> int | None:
+        """Return the number of batches in a pass; None if only a pass could tell."""
+        if isinstance(self.source, IterableBatches):
+            return None
+        return math.ceil(self.num_units / (self.batch_size or 1))
 
     @property
     def longest_batch(self) -> int:

@@ -6,11 +6,10 @@ import io
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hvpkit._utils.files import atomic_write, check_file
 from hvpkit._utils.validation import check_type
@@ -23,37 +22,22 @@ from hvpkit.results.estimate import Estimate, plus_minus
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1c1c1c; --ground: #ffffff; --line: #c8c8c8; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e8e8e8; --ground: #16181b; --line: #4a4d52; }} }}
-body {{ color: var(--ink); background: var(--ground); font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto;
-  max-width: 76rem; padding: 0 1rem; }}
-h1 {{ font-size: 1.5rem; overflow-wrap: anywhere; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ border-bottom: 1px solid var(--line); padding: 0.3rem 1.2rem 0.3rem 0; text-align: left;
-  vertical-align: top; }}
-.pictures {{ display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(32rem, 100%), 1fr)); }}
-figure {{ margin: 0; }}
-figure svg {{ height: auto; max-width: 100%; }}
-svg text {{ fill: currentColor; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
-
 Row = Sequence[str]
+
+
+class Table(NamedTuple):
+    """A table of the page; without a header row, the first cell of each row is a header."""
+
+    caption: str
+    header: Row | None
+    rows: Sequence[Row]
+
+
+class Picture(NamedTuple):
+    """A picture of the page, as inline SVG without ``<svg``, to which the page adds the caption as a label."""
+
+    caption: str
+    svg: str
 
 
 def report(
@@ -107,16 +91,22 @@ def report(
         raise ValueError(f"ex is of an operator with n = {len(ex.smallest.vector)}, H has n = {H.n}")
     if density is not None and density.n != H.n:
         raise ValueError(f"density is of an operator with n = {density.n}, H has n = {H.n}")
-    parts = [_table("Both ends", *_ends(ex)), _table("How it went", None, _run(H, ex))]
+    tables = [Table("Both ends", *_ends(ex)), Table("How it went", None, _run(H, ex))]
     if density is not None:
-        parts.append(_table("Spectral density", None, _spectrum(density)))
+        tables.append(Table("Spectral density", None, _spectrum(density)))
     if layers:
-        parts.append(_table("Layers", *_layers(layers)))
+        tables.append(Table("Layers", *_layers(layers)))
     pictures = _pictures(H, ex, density, layers, training, landscape)
-    parts.append(f'<h2>Pictures</h2>\n<div class="pictures">\n{"".join(pictures)}</div>')
     with atomic_write(target) as draft:
-        draft.write_text(PAGE.format(title=escape(title), body="\n".join(parts)), encoding="utf-8")
+        draft.write_text(_page(title, tables, pictures), encoding="utf-8")
     return target
+
+
+def _page(title: str, tables: Sequence[Table], pictures: Sequence[Picture]) -> str:
+    from jinja2 import Environment, PackageLoader  # slow to import
+
+    pages = Environment(loader=PackageLoader("hvpkit", "diagnostics"), autoescape=True)
+    return pages.get_template("report.html.jinja").render(title=title, tables=tables, pictures=pictures)
 
 
 def _ends(ex: ExtremeResult) -> tuple[Row, list[Row]]:
@@ -172,18 +162,6 @@ def _layers(layers: Mapping[str, ExtremeResult | Estimate[float]]) -> tuple[Row,
     return ("layer", *(("trace", "standard error") if estimated else ("smallest", "largest")), "status"), rows
 
 
-def _table(caption: str, header: Row | None, rows: Iterable[Row]) -> str:
-    """Return a table; without a header row, the first cell of each row is a header."""
-    first = "td" if header else "th"
-    head = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in header)}</tr>\n" if header else ""
-    lines = [
-        f"<tr><{first}>{escape(cells[0])}</{first}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells[1:])}</tr>"
-        for cells in rows
-    ]
-    content = head + "\n".join(lines)
-    return f'<h2>{escape(caption)}</h2>\n<div class="scroll"><table>\n{content}\n</table></div>'
-
-
 def _pictures(
     H: LinearOperator,
     ex: ExtremeResult,
@@ -191,11 +169,11 @@ def _pictures(
     layers: Mapping[str, ExtremeResult | Estimate[float]] | None,
     training: Sequence[tuple[float, ExtremeResult]] | None,
     landscape: bool,
-) -> list[str]:
+) -> list[Picture]:
     """Draw all pictures that the results allow."""
     from hvpkit import plots  # matplotlib is an extra
 
-    figures: list[str] = []
+    figures: list[Picture] = []
 
     def add(caption: str, draw: Callable[..., Axes], height: float = plots.HEIGHT) -> None:
         figures.append(_figure(f"p{len(figures)}", caption, draw, height))
@@ -219,7 +197,7 @@ def _pictures(
     return figures
 
 
-def _figure(prefix: str, caption: str, draw: Callable[..., Axes], height: float) -> str:
+def _figure(prefix: str, caption: str, draw: Callable[..., Axes], height: float) -> Picture:
     """Return a picture as inline SVG in the page's text colour; its ids begin with ``prefix``."""
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -238,6 +216,4 @@ def _figure(prefix: str, caption: str, draw: Callable[..., Axes], height: float)
     svg = buffer.getvalue()
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg).replace("#000000", "currentColor")
-    label = escape(caption)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    return f"<figure>\n<figcaption>{label}</figcaption>\n{svg}</figure>\n"
+    return Picture(caption, svg.removeprefix("<svg"))

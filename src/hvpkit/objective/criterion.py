@@ -26,7 +26,7 @@ class Criterion:
         original: as it was given.
         unreduced: the same, without reduction where it has one.
         reduction: ``"mean"``, ``"sum"`` or ``"batchmean"``, undone in ``unreduced``; None: there was none to undo.
-        is_torch: it is one of torch's own, which take tensors and whose reductions are known.
+        is_torch: it is one of torch's own, or of :mod:`hvpkit.hf`, which take tensors and whose reductions are known.
     """
 
     original: Callable[..., Tensor]
@@ -49,11 +49,21 @@ class Criterion:
     @property
     def is_weighted(self) -> bool:
         """True if its mean is weighted by targets: its losses are weighted sums."""
+        if hasattr(self.original, "example_weight"):
+            return True
         return self.reduction == "mean" and _function(self.original) in _MEANS_BY_WEIGHT
+
+    @property
+    def keeps_targets(self) -> bool:
+        """True if the model gets the targets of a batch that is a dict too, to make its own inputs of them."""
+        return getattr(self.original, "keeps_targets", False)
 
     def weights(self, targets: Sequence[Any]) -> Tensor:
         """Return the sum of the weights of each example's targets, ``[B]``, as torch's weighted means have them."""
         target = torch.as_tensor(targets[0])
+        if hasattr(self.original, "example_weight"):
+            weights: Tensor = self.original.example_weight(target)
+            return weights
         if target.is_floating_point():  # probabilities: each prediction weighs the same
             predictions = target[:, 0] if target.ndim > 1 else target
             return torch.ones_like(predictions, dtype=torch.float64).reshape(len(target), -1).sum(1)
@@ -105,7 +115,7 @@ def as_criterion(criterion: Callable[..., Tensor]) -> Criterion:
             "by criterion.requires_grad_(False)"
         )
     function = _function(criterion)
-    is_torch = getattr(function, "__module__", "").startswith("torch.nn.")
+    is_torch = getattr(function, "__module__", "").startswith(("torch.nn.", "hvpkit.hf"))
     if isinstance(criterion, nn.Module):
         if isinstance(reduction := vars(criterion).get("reduction"), str):
             unreduced: Any = copy.copy(criterion)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -69,16 +68,18 @@ def from_module(
     Args:
         model: the module; it and modules in it are taken out of ``DistributedDataParallel``, ``torch.compile`` and
             the wrappers of Accelerate, Fabric and DeepSpeed.
-        criterion: ``criterion(outputs, targets)``. Losses ``[B]`` are taken as they are. A criterion with an
-            attribute or argument ``reduction``, as torch's ``nn.CrossEntropyLoss()`` or ``F.cross_entropy``, is
-            switched to its per-example form; what is left beyond the first dimension is averaged. With
-            ``reduction="sum"`` it is summed, and **the objective is the mean over examples, 1/N of the sum** that
-            was asked for: multiply by the number of examples for the Hessian of a sum. An ignored target counts as
-            an example of loss zero. Any other criterion that returns a 0-d tensor is taken for the mean over its
-            batch: single examples are not known then, which excludes Fisher matrices and importance sampling, and
-            a loss that is no mean over its examples has a Hessian only for a fixed batch (``batch_size=len(data)``).
-            None: the loss that the model returns: the tensor, its field ``loss``, or the first of a tuple. A GGN
-            needs a criterion.
+        criterion: ``criterion(outputs, targets)``, as those of :mod:`hvpkit.hf` for models of transformers. Losses
+            ``[B]`` are taken as they are. A criterion with an attribute or argument ``reduction``, as torch's
+            ``nn.CrossEntropyLoss()`` or ``F.cross_entropy``, is switched to its per-example form; what is left beyond
+            the first dimension is averaged. With ``reduction="sum"`` it is summed, and **the objective is the mean over
+            examples, 1/N of the sum** that was asked for: multiply by the number of examples for the Hessian of a sum.
+            An ignored target counts as an example of loss zero. A criterion with an attribute
+            ``example_weight(targets)``, weights ``[B]``, returns weighted sums ``[B]``: the objective is their sum over
+            the sum of the weights **of the data**. Any other criterion that returns a 0-d tensor is taken for the mean
+            over its batch: single examples are not known then, which excludes Fisher matrices and importance sampling,
+            and a loss that is no mean over its examples has a Hessian only for a fixed batch
+            (``batch_size=len(data)``). None: the loss that the model returns: the tensor, its field ``loss``, or the
+            first of a tuple. A GGN needs a criterion.
         batchnorm: ``"eval"``: by running statistics, so that the loss is a mean over examples;
             ``"batch"``: by the statistics of each batch, so that it depends on the batches.
         dropout: off by default. A seed: on, with masks that are functions of the seed and of each example's
@@ -165,7 +166,11 @@ def _with_criterion(
     trained: NamedTensors,
     original: Callable[..., Any] | None,
 ) -> Objective:
-    split = partial(split_batch, targets=where, inputs_as_targets=not criterion.takes_classes)
+    def split(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:
+        args, kwargs, targets = split_batch(batch, where, inputs_as_targets=not criterion.takes_classes)
+        if criterion.keeps_targets and isinstance(batch, Mapping):
+            kwargs = dict(batch)
+        return args, kwargs, targets
 
     def outputs_of(outputs: Any, targets: list[Any]) -> Any:
         single = criterion.is_torch and not criterion.takes_more_than(targets)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import CenteredNorm
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 
 from hvpkit._utils.typing import LossFn, Tree
@@ -19,6 +20,9 @@ from hvpkit.plots.landscape import loss_along, loss_on_plane
 from hvpkit.plots.spectrum import SOURCE, convergence
 from hvpkit.plots.style import COLORS, ENDS, INK, styled
 from hvpkit.results.eigen import Eigenpair, ExtremeResult
+
+LABELLED = 0.9
+"""Share of the frame within which contours are labelled, so that no label is cut."""
 
 
 @styled
@@ -46,6 +50,15 @@ def loss_along_eigenvector(
 
     Cost:
         41 forward passes over the data and a gradient, and up to 24 passes to find the distance.
+
+    Example:
+        >>> import torch, hvpkit as hk
+        >>> loss_fn = lambda p, batch: (batch @ p) ** 2
+        >>> params, data = torch.ones(2), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> ex = hk.extreme_eigenvalues(hk.hessian(loss_fn, params, data))
+        >>> ax = hk.plots.loss_along_eigenvector(loss_fn, params, data, ex.largest, distance=0.5)
+        >>> ax.get_legend().get_texts()[1].get_text()
+        'parabola of 9'
     """
     check_type("pair", pair, Eigenpair, "ex.largest")
     if distance is not None:
@@ -109,6 +122,8 @@ def loss_landscape(
 ) -> Axes:
     """Draw the loss on the plane of both extreme eigenvectors, as contours of its change; a cross marks the params.
 
+    Rises and falls have each a scale of their own, so that a small fall shows beside a large rise.
+
     Args:
         loss_fn: as for the operator that the result belongs to.
         params: of that operator.
@@ -126,6 +141,14 @@ def loss_landscape(
 
     Cost:
         ``num_points ** 2`` forward passes over the data, and up to 50 to find the distances.
+
+    Example:
+        >>> import torch, hvpkit as hk
+        >>> loss_fn = lambda p, batch: (batch @ p) ** 2
+        >>> params, data = torch.ones(2), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> ex = hk.extreme_eigenvalues(hk.hessian(loss_fn, params, data))
+        >>> hk.plots.loss_landscape(loss_fn, params, data, ex, num_points=5).get_ylabel()
+        'along that of the largest, 9'
     """
     check_type("ex", ex, ExtremeResult, SOURCE)
     check_count("num_points", num_points, 3)
@@ -144,23 +167,70 @@ def loss_landscape(
     s, t = (torch.linspace(-r, r, num_points, dtype=torch.float64) for r in reach)
     here = float(loss(loss_fn, params, data))
     change = loss_on_plane(loss_fn, params, data, directions, s, t).double().cpu().T - here
-    norm = CenteredNorm(halfrange=1.4 * float(change.abs().max()) or 1.0)  # without its darkest colours
-    filled = ax.contourf(s, t, change, levels=14, cmap="RdBu_r", norm=norm)
-    every_other = list(filled.levels)[::2]
-    lines = ax.contour(s, t, change, levels=every_other, colors=INK, linewidths=0.7, alpha=0.7)
-    ax.clabel(lines, fontsize=8)
+    levels = _levels(float(change.min()), float(change.max()))
+    low, high = levels[0], levels[-1]
+    # rises and falls each on a scale of its own, without its darkest colours
+    norm = TwoSlopeNorm(0.0, 1.4 * (low or -high), 1.4 * (high or -low))
+    filled = ax.contourf(s, t, change, levels=levels, cmap="RdBu_r", norm=norm)
+    lines = ax.contour(s, t, change, levels=levels, colors=INK, linewidths=0.7, alpha=0.7)
+    ax.clabel(lines, fontsize=8, fmt="%.2g", manual=_label_places(lines, reach))
     ax.plot(0, 0, color=INK, marker="+", markersize=10)
-    ax.figure.colorbar(filled, ax=ax, label="change of the mean loss")
+    ax.figure.colorbar(filled, ax=ax, label="change of the mean loss", format="%.2g", ticks=levels)
+    ax.locator_params(nbins=5)
     ax.set_xlabel(f"along the eigenvector of the smallest, {ex.smallest.value:.4g}")
     ax.set_ylabel(f"along that of the largest, {ex.largest.value:.4g}")
     return ax
+
+
+def _levels(low: float, high: float) -> list[float]:
+    """Return levels from the lowest to the highest change, half of them below zero if there is anything below."""
+    high, num_below = max(high, 0.0), 5 if low < 0 < high else 10
+    below = [low * k / num_below for k in range(num_below, 0, -1)] if low < 0 else []
+    num_above = 10 - len(below)
+    above = [high * k / num_above for k in range(1, num_above + 1)] if high else []
+    levels = [*below, 0.0, *above]
+    return levels if len(levels) > 1 else [-1.0, 0.0, 1.0]
+
+
+def _label_places(lines: ContourSet, reach: Sequence[float]) -> list[tuple[float, float]]:
+    """Return the point of each contour line that is nearest to the middle; none that is near the frame."""
+    size, places = torch.tensor(reach, dtype=torch.float64), []
+    for path in lines.get_paths():
+        points = torch.as_tensor(path.vertices, dtype=torch.float64) / size
+        if len(points):
+            point = points[points.square().sum(1).argmin()]
+            if float(point.abs().max()) < LABELLED:
+                places.append((float(point[0] * size[0]), float(point[1] * size[1])))
+    return places
 
 
 @styled
 def extremes(
     ex: ExtremeResult, loss_fn: LossFn, params: Tree, data: object, *, title: str | None = None
 ) -> Figure:
-    """Draw for each end, on one page, the loss along its eigenvector, and its Ritz value against passes."""
+    """Draw for each end, on one page, the loss along its eigenvector, and its Ritz value against passes.
+
+    Args:
+        ex: both ends.
+        loss_fn: as for the operator that the result belongs to.
+        params: of that operator.
+        data: of that operator.
+        title: of the page.
+
+    Returns:
+        The figure, with four axes.
+
+    Cost:
+        That of two :func:`loss_along_eigenvector`.
+
+    Example:
+        >>> import torch, hvpkit as hk
+        >>> loss_fn = lambda p, batch: (batch @ p) ** 2
+        >>> params, data = torch.ones(2), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> ex = hk.extreme_eigenvalues(hk.hessian(loss_fn, params, data))
+        >>> len(hk.plots.extremes(ex, loss_fn, params, data, title="A quadratic").axes)
+        4
+    """
     check_type("ex", ex, ExtremeResult, SOURCE)
     figure, axes = plt.subplots(2, 2, figsize=(10, 7))
     for column, name in enumerate(ENDS):

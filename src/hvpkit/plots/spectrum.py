@@ -9,8 +9,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
-from hvpkit._utils.validation import check_choice, check_type
+from hvpkit._utils.validation import check_choice, check_flag, check_type
 from hvpkit.plots.style import BELOW, COLORS, ENDS, HEIGHT, WIDTH, in_words, styled
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult
@@ -18,11 +19,31 @@ from hvpkit.results.estimate import Estimate
 
 SOURCE = "hvpkit.extreme_eigenvalues"
 
+DECADES = 1e-4
+"""The least size on a logarithmic axis, over the largest one: what is smaller counts as zero. Chosen by feel."""
+
 
 def density(
     d: Density, *, extremes: ExtremeResult | None = None, ax: Axes | None = None, log: bool = True
 ) -> Axes:
-    """Draw a spectral density: see :meth:`hvpkit.Density.plot`."""
+    """Draw a spectral density: see :meth:`hvpkit.Density.plot`.
+
+    Args:
+        d: a density.
+        extremes: both ends with their intervals, in place of the density's own ends.
+        ax: where to draw.
+        log: draw the density's axis logarithmic.
+
+    Returns:
+        The axes, with eigenvalues against their density.
+
+    Example:
+        >>> import torch, hvpkit as hk
+        >>> H = hk.aslinearoperator(torch.diag(torch.linspace(-1, 2, 300, dtype=torch.float64)))
+        >>> d = hk.spectral_density(H, num_steps=20)
+        >>> hk.plots.density(d, extremes=hk.extreme_eigenvalues(H)).get_ylabel()
+        'density'
+    """
     check_type("d", d, Density, "hvpkit.spectral_density")
     if extremes is not None:
         check_type("extremes", extremes, ExtremeResult, SOURCE)
@@ -44,6 +65,12 @@ def convergence(ex: ExtremeResult, end: str = "both", *, ax: Axes | None = None)
 
     Raises:
         ValueError: another ``end``; a result without a history or without a finite value.
+
+    Example:
+        >>> import torch, hvpkit as hk
+        >>> H = hk.aslinearoperator(torch.diag(torch.linspace(-1, 2, 300, dtype=torch.float64)))
+        >>> hk.plots.convergence(hk.extreme_eigenvalues(H), "largest").get_xlabel()
+        'passes over the data'
     """
     check_type("ex", ex, ExtremeResult, SOURCE)
     ends = ENDS if check_choice("end", end, ("both", *ENDS)) == "both" else (end,)
@@ -73,6 +100,7 @@ def convergence(ex: ExtremeResult, end: str = "both", *, ax: Axes | None = None)
     margin = 0.35 * max(max(shown) - min(shown), *sizes, 1e-30)
     ax.set_ylim(min(shown) - margin, max(shown) + margin)
     ax.set_xlabel("passes over the data")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel(f"{end} eigenvalue" if end != "both" else "Ritz value over the size of the result")
     ax.legend(loc="best")
     return ax
@@ -83,6 +111,7 @@ def layers(
     results: Mapping[str, ExtremeResult | Estimate[float]],
     *,
     quantity: str = "trace",
+    log: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw both ends, or an estimate, of each layer: bars with intervals or standard errors, and their values.
@@ -90,6 +119,7 @@ def layers(
     Args:
         results: by name of the layer, all of one type.
         quantity: name of the estimated quantity.
+        log: draw the axis of values logarithmic, to both sides of zero, so that small ends show beside large ones.
         ax: where to draw; by default of :func:`layers_height`.
 
     Returns:
@@ -98,6 +128,15 @@ def layers(
     Raises:
         ValueError: no results.
         TypeError: results of several types, or of another one.
+
+    Example:
+        >>> import torch, hvpkit as hk
+        >>> params = {"w": torch.ones(2), "b": torch.ones(1)}
+        >>> loss_fn = lambda p, batch: (batch @ p["w"] + p["b"]) ** 2
+        >>> found = hk.blocks(loss_fn, params, torch.tensor([[1.0, 0.0], [0.0, 3.0]]), by="parameter")
+        >>> ax = hk.plots.layers({block.name: block.extremes for block in found})
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['w', 'b']
     """
     if not isinstance(results, Mapping):
         raise TypeError(
@@ -115,6 +154,7 @@ def layers(
         raise TypeError(
             "results must be estimates of a number, as of a trace, not of a tensor, as of a diagonal"
         )
+    check_flag("log", log)
     ax = ax or plt.subplots(figsize=(WIDTH, layers_height(len(results))))[1]
     bars: dict[str, list[tuple[float, float, float]]] = {}
     for result in results.values():
@@ -137,6 +177,9 @@ def layers(
     ax.set_yticks(range(len(results)), list(results))
     ax.invert_yaxis()
     ax.margins(x=0.18)
+    sizes = [abs(value) for rows in bars.values() for value, *_ in rows]
+    if log:
+        _set_symmetric_log(ax, "x", sizes)
     ax.set_xlabel("eigenvalue" if len(bars) > 1 else quantity)
     if len(bars) > 1:
         ax.legend(**BELOW)
@@ -144,7 +187,13 @@ def layers(
 
 
 def layers_height(num_layers: int) -> float:
-    """Return the height of a picture of so many layers, in inches."""
+    """Return the height of a picture of so many layers, in inches.
+
+    Example:
+        >>> import hvpkit as hk
+        >>> hk.plots.layers_height(3), hk.plots.layers_height(20)
+        (4.0, 9.4)
+    """
     return max(HEIGHT, 1.0 + 0.42 * num_layers)
 
 
@@ -193,13 +242,18 @@ def eigenvalues(found: EigenResult, *, ax: Axes | None = None) -> Axes:
 
 @styled
 def training(
-    results: Sequence[tuple[float, ExtremeResult | EigenResult]], *, log: bool = True, ax: Axes | None = None
+    results: Sequence[tuple[float, ExtremeResult | EigenResult]],
+    *,
+    log: bool = True,
+    unit: str = "training step",
+    ax: Axes | None = None,
 ) -> Axes:
     """Draw both ends over training, or several eigenvalues, with their intervals as bands.
 
     Args:
         results: pairs of a step and the result there.
         log: draw the axis of eigenvalues logarithmic, to both sides of zero.
+        unit: what the steps count, as ``"epoch"``.
         ax: where to draw.
 
     Returns:
@@ -207,6 +261,15 @@ def training(
 
     Raises:
         ValueError: no results.
+
+    Example:
+        >>> import torch, hvpkit as hk
+        >>> loss_fn = lambda p, batch: (batch @ p) ** 4
+        >>> tracker = hk.train.SpectrumTracker(loss_fn, torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        >>> for epoch in range(3):
+        ...     _ = tracker(torch.full((2,), 1.0 - 0.1 * epoch), step=epoch)
+        >>> hk.plots.training(tracker.results, unit="epoch").get_xlabel()
+        'epoch'
     """
     if not isinstance(results, Sequence) or not all(
         isinstance(pair, tuple) and len(pair) == 2 for pair in results
@@ -214,6 +277,8 @@ def training(
         raise TypeError("results must be a list of pairs (step, result), as SpectrumTracker.results")
     if not results:
         raise ValueError("results is empty; pass pairs of a step and its result")
+    check_flag("log", log)
+    check_type("unit", unit, str)
     several = isinstance(results[0][1], EigenResult)
     for _, result in results:
         check_type("each result of results", result, EigenResult if several else ExtremeResult, SOURCE)
@@ -227,14 +292,25 @@ def training(
         known = [math.isfinite(low) and math.isfinite(high) for low, high in zip(lower, upper, strict=True)]
         ax.fill_between(steps, lower, upper, where=known, color=COLORS[color], alpha=0.3, linewidth=0)
         ax.plot(steps, values, color=COLORS[color], marker="o", markersize=3, label=name)
-        sizes += [abs(value) for value in values if value and math.isfinite(value)]
-    if log and sizes:
-        ax.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(max(min(sizes), 1e-4 * max(sizes)))))
+        sizes += [abs(value) for value in values]
+    if log:
+        _set_symmetric_log(ax, "y", sizes)
+    if all(float(step).is_integer() for step, _ in results):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.axhline(0, color=COLORS["predicted"], linewidth=1)
-    ax.set_xlabel("training step")
+    ax.set_xlabel(unit)
     ax.set_ylabel("eigenvalue")
     ax.legend(loc="best")
     return ax
+
+
+def _set_symmetric_log(ax: Axes, axis: str, sizes: Sequence[float]) -> None:
+    """Make an axis logarithmic to both sides of zero, linear below the power of ten of the smallest size."""
+    known = [size for size in sizes if size and math.isfinite(size)]
+    if known:
+        least = max(min(known), DECADES * max(known))
+        getattr(ax, f"set_{axis}scale")("symlog", linthresh=10 ** math.floor(math.log10(least)))
+        getattr(ax, f"{axis}axis").get_major_locator().set_params(numticks=9)
 
 
 def _curves(results: Sequence[tuple[float, Any]]) -> list[tuple[str, list[tuple[float, Eigenpair]]]]:

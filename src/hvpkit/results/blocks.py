@@ -164,10 +164,8 @@ class BlockSpectra:
 
 def _panel(ax: Axes, name: str, density: Density, log: bool) -> None:
     """Draw one density without a legend."""
-    values, single = density.values, density.outliers()[0]
-    one = 1 / (density.n * density.width * math.sqrt(2 * math.pi)) if density.width else 1.0
-    floor = 0.1 * min(one, float(values.max())) if len(values) else one
-    bottom = floor if log else 0.0
+    density = density.resolved()
+    values, single, one, bottom = density.values, density.outliers()[0], density.peak, density.floor(log)
     style: Any = {"color": COLORS["measured"], "linewidth": 0}
     ax.fill_between(density.grid, bottom, values.clamp(min=bottom), alpha=0.5, **style)
     ax.plot(density.grid, values, color=COLORS["measured"], linewidth=1.0)

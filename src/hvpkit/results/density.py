@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from hvpkit.results.drawing import BELOW, COLORS, ENDS, in_words, styled
 from hvpkit.results.eigen import Eigenpair, ExtremeResult, Progress, Status
 from hvpkit.results.estimate import Estimate, as_floats, mean_of
 from hvpkit.results.saving import Result
-from hvpkit.results.spectral_measure import smoothed
+from hvpkit.results.spectral_measure import grid_around, smoothed
 from hvpkit.results.tables import Columns
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 OUTLIER_GAP, OUTLIER_MASS = 3.0, 0.1
 """An outlier's cluster is this many widths from the next node at least, and has less than this share of the mass.
 Chosen by feel."""
+
+RESOLUTION = 200
+"""Widths that a picture resolves, at least: eigenvalues that are nearer than that are drawn as one curve, and not as a
+comb. Chosen by feel."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -201,14 +205,39 @@ class Density(Result):
         up, down = smoothed(logs, both, width, grid)
         return 10**grid, up, down
 
+    @property
+    def peak(self) -> float:
+        """Height of the curve of one eigenvalue."""
+        return 1 / (self.n * self.width * math.sqrt(2 * math.pi)) if self.width else 1.0
+
+    def floor(self, log: bool) -> float:
+        """Return where a picture's axis of densities begins: a tenth of what one eigenvalue contributes, or zero."""
+        if not log:
+            return 0.0
+        return 0.1 * min(self.peak, float(self.values.max())) if len(self.values) else self.peak
+
+    def resolved(self, span: float | None = None) -> Density:
+        """Return the density as a picture of this span shows it, by default the whole: no finer than it resolves."""
+        if span is None:
+            span = float(self.nodes[-1] - self.nodes[0]) if len(self.nodes) else 0.0
+        width = span / RESOLUTION
+        if width <= self.width:
+            return self
+        grid = grid_around(self.nodes, width)
+        curve = mean_of(smoothed(self.nodes, self.probe_masses, width, grid), self.share)
+        return replace(self, grid=grid, values=curve.value, stderr=curve.stderr, width=width)
+
     @styled
     def plot(
         self, ax: Axes | None = None, log: bool = True, *, extremes: ExtremeResult | None = None
     ) -> Axes:
         """Draw the curve with a band of one standard error, outliers as spikes, and both ends; needs ``hvpkit[plots]``.
 
+        Where the smoothing is narrower than a picture of the whole spectrum resolves, the curve is a smoother one than
+        ``values``, and eigenvalues that are isolated at that resolution are spikes.
+
         Args:
-            ax: where to draw.
+            ax: where to draw. Limits that its x-axis has been given are kept, and then the resolution is theirs.
             log: draw the density's axis logarithmic, from a tenth of what one eigenvalue contributes.
             extremes: both ends with their intervals, in place of the density's own ends.
 
@@ -221,15 +250,14 @@ class Density(Result):
         from matplotlib import pyplot as plt
 
         ax = ax or plt.subplots()[1]
-        values, outliers = self.values, self.outliers()[0]
-        one = 1 / (self.n * self.width * (2 * torch.pi) ** 0.5) if self.width else 1.0
-        floor = 0.1 * min(one, float(values.max())) if len(values) else one
-        bottom = floor if log else 0.0
-        if bool(torch.isfinite(self.stderr).all()):
-            low, high = (values - self.stderr).clamp(min=bottom), values + self.stderr
+        left, right = ax.get_xlim()
+        drawn = self.resolved(None if ax.get_autoscalex_on() else abs(right - left))
+        values, outliers, one, bottom = drawn.values, drawn.outliers()[0], drawn.peak, drawn.floor(log)
+        if bool(torch.isfinite(drawn.stderr).all()):
+            low, high = (values - drawn.stderr).clamp(min=bottom), values + drawn.stderr
             style: Any = {"color": COLORS["measured"], "alpha": 0.3, "linewidth": 0}
-            ax.fill_between(self.grid, low, high, label="standard error", **style)
-        ax.plot(self.grid, values, color=COLORS["measured"], label="density")
+            ax.fill_between(drawn.grid, low, high, label="standard error", **style)
+        ax.plot(drawn.grid, values, color=COLORS["measured"], label="density")
         if len(outliers):
             ax.vlines(outliers, bottom, one, color=COLORS["single"], label="single eigenvalues")
         known = self.nodes[torch.isfinite(self.residual_norms)]
@@ -241,7 +269,7 @@ class Density(Result):
                 ax.axvline(end, color=COLORS[name], linestyle=":", linewidth=1.2, label=f"{name} {end:.4g}")
         if log:
             ax.set_yscale("log")
-            ax.set_ylim(bottom=floor)
+            ax.set_ylim(bottom=bottom)
         ax.set_xlabel("eigenvalue")
         ax.set_ylabel("density")
         ax.legend(**BELOW)

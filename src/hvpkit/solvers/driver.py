@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.deadline import DeadlineReached, deadline
+from hvpkit._utils.monitoring import expect, monitored
 from hvpkit._utils.ranks import Ranks, agreed, watching
 from hvpkit._utils.signals import ending_after_cleanup, signals_deferred
 from hvpkit._utils.validation import check_monitor, check_positive
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
-from hvpkit.results.cost_plan import time_in_words
 from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.solvers.checkpoint import Checkpoint, Counted, Saved
 
@@ -42,7 +42,8 @@ ROUNDED_UP = 1 + 1e-12
 """Factor of a budget, so that rounding in sums of costs does not forbid the last matvec."""
 
 Monitor = Callable[[Progress], object]
-"""Called with each entry of the history; its return value is ignored, an exception from it ends the solve."""
+"""Called with each entry of the history; its return value is ignored, an exception from it ends the solve. It may have
+more methods: see :mod:`hvpkit._utils.monitoring`."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -132,9 +133,13 @@ class Limits:
         """Return the full-data matvecs that are left for steps after ``num_matvecs``."""
         return self.max_matvecs * ROUNDED_UP - self.reserve - num_matvecs
 
+    def within(self, num_left: float, num_matvecs: float) -> float:
+        """Return ``num_left``, or the full-data matvecs until the limit if that is less; infinite if not known."""
+        return min(num_left, self.max_matvecs - num_matvecs) if math.isfinite(num_left) else num_left
+
     def seconds_left(self, num_left: float, num_matvecs: float, seconds: float) -> float:
         """Return the time for ``num_left`` more full-data matvecs, or until a limit if that is less."""
-        num_left = min(num_left, self.max_matvecs - num_matvecs) if math.isfinite(num_left) else num_left
+        num_left = self.within(num_left, num_matvecs)
         until = math.inf if self.time_limit is None else self.time_limit - seconds
         return max(0.0, min(num_left * seconds / num_matvecs, until))
 
@@ -223,6 +228,8 @@ def full_precision(
 ) -> Callable[Concatenate[Any, P], T]:
     """Convert the first argument to an operator; keep the caller's autocast and inference mode away from the solver.
 
+    The solver's ``monitor`` is told of its begin and end.
+
     Raises:
         TypeError, ValueError: on call, as of :func:`hvpkit.aslinearoperator`.
     """
@@ -231,10 +238,16 @@ def full_precision(
     def solve(op: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
         op = aslinearoperator(op)
         check_monitor(kwargs.get("monitor"))  # type: ignore[arg-type]
-        autocast = torch.autocast(op.device.type, enabled=False)
-        if op.space.ranks is not None:
-            op.space.ranks.meet(solver.__name__)
-        with watching(op.space.ranks), torch.inference_mode(False), torch.no_grad(), autocast:
+        ranks = op.space.ranks
+        if ranks is not None:
+            ranks.meet(solver.__name__)
+        with (
+            watching(ranks),
+            monitored(kwargs.get("monitor") if ranks is None or ranks.is_first else None),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(op.device.type, enabled=False),
+        ):
             return solver(op, *args, **kwargs)
 
     return solve
@@ -347,6 +360,7 @@ def iterate(
                     counts = {"num_matvecs": state.num_matvecs, "seconds": seconds}
                     counts["seconds_left"] = 0.0 if found.status else left
                     history.append(replace(found.progress, **counts))
+            expect(0.0 if found.status else limits.within(found.num_left, state.num_matvecs))
             if is_new and monitor is not None:
                 _show(monitor, history[-1], ranks)
             status = found.status or (None if found.handover else limit)
@@ -393,35 +407,3 @@ def completed(
     """
     message = found.message if suspect is None else f"{found.message}; {op.blame(suspect)}"
     return replace(found, history=history, message=message, seconds=time.perf_counter() - began)
-
-
-def time_left(entry: Entry) -> str:
-    """Return the estimate of the time left as text that follows the values; nothing if it is not known."""
-    known = math.isfinite(entry.seconds_left) and entry.seconds_left > 0
-    return f", about {time_in_words(entry.seconds_left)} left" if known else ""
-
-
-def progress_bar(**options: Any) -> Callable[[Entry], object]:
-    """Return a monitor that shows passes, values so far and an estimate of the time left on a line of standard error.
-
-    Args:
-        options: for ``tqdm``, as ``disable=True``.
-
-    Example:
-        >>> import torch, hvpkit as hk
-        >>> op = hk.aslinearoperator(torch.eye(3))
-        >>> ex = hk.extreme_eigenvalues(op, monitor=hk.progress_bar(disable=True))
-        >>> round(ex.largest.value, 6)
-        1.0
-    """
-    from tqdm.auto import tqdm
-
-    bars: list[Any] = []  # made at the first entry, so that its clock starts with the solve
-
-    def show(entry: Entry) -> None:
-        if not bars:
-            bars.append(tqdm(bar_format="{n:g} passes, {elapsed}{postfix}", **options))
-        bars[0].n = entry.num_matvecs
-        bars[0].set_postfix_str(f"{entry}{time_left(entry)}")
-
-    return show

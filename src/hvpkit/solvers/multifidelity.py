@@ -214,7 +214,7 @@ def solve_levels(
         levels[-1], num_vectors(min(kept, op.n)), remedy + "hvpkit.lanczos, which keeps fewer, or wrt="
     )
     solver = CertifiedDavidson(request, levels, kept, num_inner, confidence, certify, spent)
-    return _solve(op, solver, ncv, offload, monitor, checkpoint)
+    return _solve(op, solver, ncv, offload, checkpoint, monitor=monitor)
 
 
 def default_ncv(fitting: float) -> int:
@@ -256,8 +256,9 @@ def _solve(
     solver: CertifiedDavidson,
     ncv: int | None,
     offload: bool,
-    monitor: Monitor | None,
     path: str | os.PathLike[str] | None,
+    *,
+    monitor: Monitor | None,
 ) -> EigenResult:
     """Run the solver on the cheap levels, and Lanczos, on ``op`` with ``ncv`` and ``offload``, if it hands over.
 

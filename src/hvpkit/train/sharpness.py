@@ -15,6 +15,7 @@ Departures from the papers:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hvpkit._utils.monitoring import advance
 from hvpkit._utils.random import generator, normal_vector, resolve_seed
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count, check_monitor, check_positive, check_tolerance
@@ -120,11 +122,17 @@ class Box:
 
     def at(self, z: Tensor) -> Point:
         """Evaluate the loss and its gradient by the coordinates, over all data in one pass."""
+        batch_share = 1 / (self.data.num_batches or math.inf)
         with exact_derivatives(z.device):
             displacement = self.displacement(z)
-            term = partial(_gradient_and_loss, leaves=self.layout.split(self.origin + displacement))
-            leaves, ranks = self.layout.split(self.origin), self.data.ranks
-            like = [*leaves, leaves[0].new_zeros(())]
+            leaves = self.layout.split(self.origin + displacement)
+
+            def term(share: LossShare) -> Leaves:
+                found = _gradient_and_loss(share, leaves)
+                advance(batch_share, "full data")
+                return found
+
+            ranks, like = self.data.ranks, [*leaves, leaves[0].new_zeros(())]
             total = sum_over(loss_shares(self.loss_fn, self.layout, self.data), term, like, ranks)
             if not all_finite(total):
                 where = loss_shares(self.loss_fn, self.layout, self.data)

@@ -143,6 +143,7 @@ class SpectrumTracker:
         method: str = "auto",
         ncv: int | None = None,
         offload: bool = False,
+        certify: bool = False,
         max_matvecs: float | None = None,
         time_limit: float | None = None,
         batch_size: int | None = None,
@@ -167,7 +168,8 @@ class SpectrumTracker:
             check_atol(atol)
         if ncv is not None:
             check_count("ncv", ncv, 1)
-        check_flag("offload", offload)
+        for name, flag in (("offload", offload), ("certify", certify)):
+            check_flag(name, flag)
         for name, limit in (("max_matvecs", max_matvecs), ("time_limit", time_limit)):
             if limit is not None:
                 check_positive(name, limit)
@@ -181,7 +183,13 @@ class SpectrumTracker:
         self._every, self._seed, self._num_calls = every, resolve_seed(seed), 0
         self._hessian: dict[str, Any] = {"wrt": wrt, "mode": mode}
         self._solve: dict[str, Any] = {"tol": tol, "atol": atol, "method": method, "monitor": monitor}
-        self._solve |= {"ncv": ncv, "offload": offload, "max_matvecs": max_matvecs, "time_limit": time_limit}
+        self._solve |= {
+            "ncv": ncv,
+            "offload": offload,
+            "certify": certify,
+            "max_matvecs": max_matvecs,
+            "time_limit": time_limit,
+        }
         self._path = None if path is None else check_file("path", path).absolute()
         self._identity: dict[str, Any] = {}
         self._replaced: list[tuple[int, Result]] = []
@@ -217,7 +225,7 @@ class SpectrumTracker:
 
     @classmethod
     def for_module(
-        cls, criterion: Callable[..., Tensor], data: object, *, batchnorm: str = "eval", **options: Any
+        cls, criterion: Callable[..., Tensor] | None, data: object, *, batchnorm: str = "eval", **options: Any
     ) -> SpectrumTracker:
         """Make a tracker that is called with a module, whose parameters and buffers it takes at each call.
 
@@ -339,11 +347,14 @@ class SpectrumTracker:
             ) from error
         return DataFrame(self.records)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the eigenvalues over training, with their intervals; needs ``hvpkit[plots]``."""
+    def plot(self, ax: Axes | None = None, *, unit: str = "training step") -> Axes:
+        """Draw the eigenvalues over training, with their intervals; needs ``hvpkit[plots]``.
+
+        ``unit`` is what steps count, as ``"epoch"``.
+        """
         from hvpkit import plots  # matplotlib is an extra
 
-        return plots.training(self.results, ax=ax)
+        return plots.training(self.results, unit=unit, ax=ax)
 
     def _keep(self, path: Path) -> None:
         """Add measurements that are replaced to the file beside."""

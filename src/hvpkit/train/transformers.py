@@ -17,16 +17,19 @@ from hvpkit.train.tracker import SpectrumTracker
 class SpectrumCallback(TrainerCallback):
     """A callback that calls a tracker before the first step and then every few epochs or steps.
 
-    The measurement goes to ``trainer.log``, under ``spectrum/...``: into the log history, which checkpoints hold,
-    and to every service that the trainer reports to. With several processes, all share the work of a measurement and
-    have its result: each has all the data of the tracker, and holds the whole model, as with DDP, and not a shard.
-    Under ``bf16`` or ``fp16`` the Hessian is that of the weights as they are kept, in float32.
+    The measurement goes to ``trainer.log``, under ``spectrum/...``: into the log history, which checkpoints hold, and
+    to every service that the trainer reports to: TensorBoard, Weights & Biases, MLflow and others, by ``report_to`` of
+    its arguments. Offline, ``WANDB_MODE=offline`` or a folder in ``MLFLOW_TRACKING_URI`` keep it there. With several
+    processes, all share the work of a measurement and have its result: each has all the data of the tracker, and holds
+    the whole model, as with DDP, and not a shard. Under ``bf16`` or ``fp16`` the Hessian is that of the
+    weights as they are kept, in float32.
 
     A resumed run continues with the next measurement; with a ``path``, so does the tracker's record.
 
     Args:
-        tracker: made by :meth:`~hvpkit.train.SpectrumTracker.for_module`. Its criterion gets the model's output
-            for a batch without labels, usually an object with ``logits``. It measures every ``every`` epochs or steps.
+        tracker: made by :meth:`~hvpkit.train.SpectrumTracker.for_module`. Its criterion is one of :mod:`hvpkit.hf`, or
+            a function of the model's output for a batch without labels, usually an object with ``logits``. It measures
+            every ``every`` epochs or steps.
         trainer: the trainer; pass the callback to its ``add_callback``.
         per: ``"epoch"`` or ``"step"``: the unit of ``every`` and of the records. An epoch that was cut short counts.
             Steps are those of the optimizer, as ``trainer.state.global_step`` counts them.
@@ -39,11 +42,9 @@ class SpectrumCallback(TrainerCallback):
 
     Example:
         >>> import torch
-        >>> from torch.nn import functional as F
-        >>> def of_logits(outputs, labels):
-        ...     return F.cross_entropy(outputs.logits, labels, reduction="none")
+        >>> import hvpkit as hk
         >>> tokens = {"input_ids": torch.ones(8, 6, dtype=torch.int64), "labels": torch.arange(8) % 2}
-        >>> tracker = SpectrumTracker.for_module(of_logits, tokens, every=50)
+        >>> tracker = SpectrumTracker.for_module(hk.hf.classification_loss, tokens, every=50)
         >>> trainer = Trainer(model, args, train_dataset=dataset)  # doctest: +SKIP
         >>> trainer.add_callback(SpectrumCallback(tracker, trainer, per="step"))  # doctest: +SKIP
     """
