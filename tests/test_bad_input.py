@@ -1029,7 +1029,82 @@ def zoos() -> Iterator[Row]:
     )
 
 
-AREAS = (over_data, losses, late, options, modules, solvers, estimators, operators, training, drawings, zoos)
+def variables() -> Iterator[Row]:
+    objective, params = problem()
+    maps: list[tuple[str, Any, Any, str]] = [
+        ("a number", 5, None, "map must be a function map.z."),
+        ("a matrix of other rows", torch.ones(3, 2), None, "map must be a matrix .n, m.*43 parameters"),
+        ("a vector", torch.ones(43), None, "map must be a matrix"),
+        ("float64", torch.ones(43, 2).double(), None, "map has dtype"),
+        ("z0 of other columns", torch.ones(43, 2), torch.ones(3), "z0 must be a vector .m. with m = 2"),
+        ("z0 in float64", torch.ones(43, 2), torch.ones(2).double(), "z0 has dtype"),
+        ("a function without z0", lambda z: z, None, "z0 must be given"),
+        ("of another name", lambda z: {"other": z}, W, "map.z. must be a tree shaped like the parameters"),
+        ("of another shape", lambda z: {"0.bias": z}, W, "'0.bias' has shape .4,., expected .5,."),
+        ("of another dtype", lambda z: {"0.bias": z.new_zeros(5).double()}, W, "map.z0.*0.bias.*dtype"),
+        ("of no tensor", lambda z: {"0.bias": 1.0}, W, "map.z. must be a tree of tensors"),
+        ("of no arguments", lambda: 0, W, "map must take the arguments"),
+    ]
+    for name, changed, z0, words in maps:
+        yield f"map: {name}", lambda m=changed, z=z0: hk.reparametrize(objective, params, m, z), words
+    yield (
+        "map: no function of z",
+        lambda: hk.hessian(*hk.reparametrize(objective, params, lambda z: params, W), (X, Y)),
+        "does not depend on",
+    )
+    yield (
+        "inputs: loader",
+        lambda: hk.perturb_inputs(objective, params, [(X, Y)]),
+        "data must be tensors.*shared",
+    )
+    yield (
+        "inputs: weighted",
+        lambda: hk.perturb_inputs(objective, params, hk.as_data((X, Y)).subset([0, 1], torch.ones(2))),
+        "data must be tensors",
+    )
+    yield (
+        "inputs: name",
+        lambda: hk.perturb_inputs(objective, params, (X, Y), "x"),
+        "inputs must name.*'0', '1'",
+    )
+    yield "inputs: a dict", lambda: hk.perturb_inputs(quadratic, W, {"x": X}), "inputs must name.*'x'"
+    yield (
+        "inputs: targets",
+        lambda: hk.perturb_inputs(objective, params, (X, Y), 1),
+        "inputs must be a floating",
+    )
+    yield (
+        "inputs: shared",
+        lambda: hk.perturb_inputs(quadratic, W, X, shared=1),
+        "shared must be True or False",
+    )
+    yield "activations: a function", lambda: hk.perturb_activations(quadratic, W, X, "0"), "objective must be"
+    yield (
+        "activations: module",
+        lambda: hk.perturb_activations(objective, params, (X, Y), "3"),
+        "module must be the name of a module.*0, 1, 2",
+    )
+    yield (
+        "activations: sampled",
+        lambda: hk.hessian(*hk.perturb_activations(objective, params, (X, Y), "1")).coarsen(5),
+        "not over examples that may be left out",
+    )
+
+
+AREAS = (
+    over_data,
+    losses,
+    variables,
+    late,
+    options,
+    modules,
+    solvers,
+    estimators,
+    operators,
+    training,
+    drawings,
+    zoos,
+)
 ERRORS = (TypeError, ValueError, ArithmeticError, hk.UnstableDataError)
 FAULTS: tuple[type[Exception], ...] = (*ERRORS, RuntimeError, OSError, LookupError)
 """Errors of the user's own code and of torch's in it, to which notes are added."""

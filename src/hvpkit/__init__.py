@@ -39,7 +39,7 @@ from hvpkit.estimators.trace_functions import count_eigenvalues, effective_dimen
 from hvpkit.extreme import extreme_eigenvalues, top_eigenvalues
 from hvpkit.linear_systems import inverse, solve
 from hvpkit.matrix_functions import matrix_function
-from hvpkit.objective import Objective, from_module
+from hvpkit.objective import Objective, from_module, perturb_activations, perturb_inputs, reparametrize
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
 from hvpkit.planning import plan
@@ -133,11 +133,14 @@ __all__ = [
     "moments",
     "multifidelity",
     "oja",
+    "perturb_activations",
+    "perturb_inputs",
     "plan",
     "power",
     "precondition",
     "progress_bar",
     "quadratic_form",
+    "reparametrize",
     "report",
     "sampling_error",
     "scipy_lobpcg",

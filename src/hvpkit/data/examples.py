@@ -40,12 +40,14 @@ class Data:
         num_examples: number of examples in a pass.
         weights: one weight for each unit ``[num_units]``; None: each example weighs ``1 / num_examples``.
         device: the device that batches are moved to; None: they stay where they are.
+        has_own_variables: each example has variables of its own, as a perturbation, so that none can be left out.
     """
 
     source: Source
     num_examples: int
     weights: Tensor | None = None
     device: torch.device | None = None
+    has_own_variables: bool = False
 
     def __repr__(self) -> str:
         size, batches = self.batch_size, ""
