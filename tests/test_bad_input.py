@@ -590,6 +590,19 @@ def solvers() -> Iterator[Row]:
     yield "ncv: a float", lambda: hk.lanczos(H(), ncv=4.0), "ncv must be an int"
     yield "block_size", lambda: hk.lanczos(H(), block_size=0), "block_size must be"
     yield "block_size: a float", lambda: hk.lanczos(H(), block_size=1.5), "block_size must be an int"
+    for name, solve in {"lanczos": hk.lanczos, "top": hk.top_eigenvalues}.items():
+        yield f"{name}: no sigma", lambda s=solve: s(H(), 1, which="CLOSEST"), "needs sigma"
+        yield f"{name}: sigma of an end", lambda s=solve: s(H(), 1, sigma=1.0), "sigma goes with which="
+        yield (
+            f"{name}: sigma NaN",
+            lambda s=solve: s(H(), 1, which="CLOSEST", sigma=NAN),
+            "sigma must be a finite",
+        )
+    yield (
+        "top: samples inside",
+        lambda: hk.top_eigenvalues(H(), 1, which="CLOSEST", sigma=1.0, method="multifidelity"),
+        "is by Lanczos",
+    )
     yield "check_copies", lambda: hk.lanczos(H(), check_copies="no"), "check_copies must be True or False"
     yield "preconditioner", lambda: hk.lobpcg(H(), preconditioner=5), "preconditioner must be a function"
     yield (

@@ -96,6 +96,27 @@ def test_top_finds_the_eigenvalues_of_the_dense_hessian(
     assert text.index(f"{found['values'][-1]:.6g}") < text.index(f"{found['values'][0]:.6g}")
 
 
+def test_top_inside_the_spectrum(file: Path) -> None:
+    values = torch.linalg.eigvalsh(dense(file))
+    args = [
+        "top",
+        f"{file}:make",
+        "--k",
+        2,
+        "--which",
+        "CLOSEST",
+        "--sigma",
+        float(values[-3]),
+        "--tol",
+        1e-6,
+    ]
+    found = json.loads(call(*args, "--json").stdout)
+    wanted = values[(values - values[-3]).abs().argsort()[:2]].sort().values
+    assert found["values"] == pytest.approx(wanted.tolist(), rel=1e-5)
+    assert found["sigma"] == float(values[-3])
+    assert "needs sigma" in call("top", f"{file}:make", "--which", "CLOSEST", code=2).stderr
+
+
 def test_top_at_a_limit_and_with_wrong_options(file: Path) -> None:
     found = json.loads(
         call("top", f"{file}:make", "--max-matvecs", 9, "--tol", 1e-9, "--json", code=1).stdout

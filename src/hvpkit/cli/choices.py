@@ -45,11 +45,12 @@ class Dtype(StrEnum):
 
 
 class Which(StrEnum):
-    """The end of a spectrum."""
+    """The part of a spectrum."""
 
     LARGEST = "LA"
     SMALLEST = "SA"
     BOTH = "BE"
+    CLOSEST = "CLOSEST"
 
 
 class ExtremesMethod(StrEnum):
