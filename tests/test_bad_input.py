@@ -954,6 +954,12 @@ def drawings() -> Iterator[Row]:
     )
     yield "convergence: density", lambda: plots.convergence(density()), "ex must be.*ExtremeResult"
     yield "convergence: end", lambda: plots.convergence(extremes(), "top"), "end must be one of"
+    yield "residuals: extremes", lambda: plots.residuals(extremes()), "found must be.*SolveResult"
+    yield (
+        "residuals: of nothing",
+        lambda: plots.residuals(hk.solve(torch.eye(3), torch.zeros(3))),
+        "found has no history",
+    )
     yield "layers: a list", lambda: plots.layers([extremes()]), "results must be.*by name"
     yield "layers: empty", lambda: plots.layers({}), "results"
     yield "layers: numbers", lambda: plots.layers({"a": 1.0}), "results"

@@ -61,6 +61,20 @@ class ExtremesMethod(StrEnum):
     MULTIFIDELITY = "multifidelity"
 
 
+class SolveMethod(StrEnum):
+    """A solver for linear systems."""
+
+    AUTO = "auto"
+    CG = "cg"
+    MINRES = "minres"
+
+
+class Preconditioner(StrEnum):
+    """A preconditioner of linear systems."""
+
+    SAMPLE = "sample"
+
+
 class DensityMethod(StrEnum):
     """An estimator of the density."""
 

@@ -7,6 +7,7 @@ from rich.status import Status
 
 from hvpkit.results.eigen import Progress
 from hvpkit.results.estimate import EstimateProgress
+from hvpkit.results.linear import SolveProgress
 from hvpkit.solvers.driver import time_left
 
 
@@ -20,7 +21,7 @@ class ProgressLine:
     def __init__(self, text: str) -> None:
         self.text = text
         self.status: Status | None = None
-        self.last: Progress | EstimateProgress | None = None
+        self.last: Progress | EstimateProgress | SolveProgress | None = None
 
     def __enter__(self) -> ProgressLine:
         # a new one for each solve: rich's Status, started again, erases lines that were printed since
@@ -32,7 +33,7 @@ class ProgressLine:
         if self.status is not None:
             self.status.stop()
 
-    def __call__(self, entry: Progress | EstimateProgress) -> None:
+    def __call__(self, entry: Progress | EstimateProgress | SolveProgress) -> None:
         """Keep an entry of a solve, and show it."""
         self.last = entry
         if self.status is not None:
