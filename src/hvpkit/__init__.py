@@ -43,7 +43,7 @@ from hvpkit.objective import Objective, from_module, perturb_activations, pertur
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
 from hvpkit.planning import plan
-from hvpkit.results.blocks import BlockSpectra, BlockSpectrum
+from hvpkit.results.blocks import BlockSpectra, BlockSpectrum, BlocksProgress
 from hvpkit.results.cost_plan import Plan, PlannedTask, Range
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
@@ -71,6 +71,7 @@ __all__ = [
     "AsymmetryWarning",
     "BlockSpectra",
     "BlockSpectrum",
+    "BlocksProgress",
     "CapturedParameterWarning",
     "CompileWarning",
     "CurvatureOperator",

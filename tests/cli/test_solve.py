@@ -97,7 +97,7 @@ def test_the_newton_step_is_that_of_the_dense_hessian(file: Path, tmp_path: Path
 
 
 def test_a_block_and_right_hand_sides_from_files(file: Path, tmp_path: Path) -> None:
-    H, _, params = dense(file)
+    H = dense(file)[0]
     block = H[20:40, 20:40] + torch.eye(20, dtype=H.dtype)
     columns = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))  # float32: it is converted
     torch.save(columns, tmp_path / "columns.pt")

@@ -170,3 +170,25 @@ def test_blocks_by_globs(file: Path) -> None:
         ("*.weight", 35),
         ("*.bias", 9),
     ]
+
+
+def test_blocks_interrupted_prints_what_it_has(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args: list[object] = ["blocks", f"{file}:interrupting", "--tol", 1e-8, "--mode", "forward-over-reverse"]
+    monkeypatch.setenv("TEST_CALL", "40")
+    part = json.loads(call(*args, "--json", "--out", tmp_path, code=128 + signal.SIGTERM).stdout)
+    assert (part["status"], part["converged"]) == ("interrupted", False)
+    (block,) = part["blocks"]
+    assert part["num_passes"] >= block["num_matvecs"] > 2
+    assert -1 <= block["smallest"] < 0 < 2 < block["largest"] <= 3
+    assert json.loads((tmp_path / "blocks.json").read_text()) == part
+    calls_again = call(*args, code=128 + signal.SIGTERM)
+    assert "so far" in calls_again.stdout
+
+
+def test_blocks_interrupted_before_the_first_pass_prints_nothing(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_CALL", "1")
+    assert not call("blocks", f"{file}:interrupting", "--json", code=128 + signal.SIGTERM).stdout

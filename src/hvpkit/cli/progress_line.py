@@ -5,10 +5,14 @@ from __future__ import annotations
 from rich.console import Console
 from rich.status import Status
 
+from hvpkit.results.blocks import BlocksProgress
 from hvpkit.results.eigen import Progress
 from hvpkit.results.estimate import EstimateProgress
 from hvpkit.results.linear import SolveProgress
 from hvpkit.solvers.driver import time_left
+
+Entry = Progress | EstimateProgress | SolveProgress | BlocksProgress
+"""What monitors are called with."""
 
 
 class ProgressLine:
@@ -21,7 +25,7 @@ class ProgressLine:
     def __init__(self, text: str) -> None:
         self.text = text
         self.status: Status | None = None
-        self.last: Progress | EstimateProgress | SolveProgress | None = None
+        self.last: Entry | None = None
 
     def __enter__(self) -> ProgressLine:
         # a new one for each solve: rich's Status, started again, erases lines that were printed since
@@ -33,7 +37,7 @@ class ProgressLine:
         if self.status is not None:
             self.status.stop()
 
-    def __call__(self, entry: Progress | EstimateProgress | SolveProgress) -> None:
+    def __call__(self, entry: Entry) -> None:
         """Keep an entry of a solve, and show it."""
         self.last = entry
         if self.status is not None:
