@@ -1,25 +1,31 @@
-"""Linear systems: accuracy, matvecs and seconds beside SciPy's cg and minres, and passes saved by a sample.
+"""Linear systems: accuracy, matvecs and seconds beside SciPy's cg and minres and curvlinops's inverse by cg.
 
     python benchmarks/bench_solve.py [--problems NAME ...] [--cache DIR] [--cifar10 DIR]
 
 Each answer is first compared with a direct one in float64, or by its residual from a matvec of its own where the matrix
-is too large. ``spectra`` are dense matrices of 400 with a damping of a thousandth of their norm; the trained networks
-are those with 20,000 examples, with their Gauss-Newton matrices and the same damping: plain conjugate gradients, and
-both methods with the preconditioner from a sample, whose matvecs count by their share of the data.
+is too large. ``spectra`` are dense matrices of 400 with a damping of a thousandth of their norm, whose matvecs cost
+next to nothing; the networks are trained ones, with their Gauss-Newton matrices and the same damping: also with the
+preconditioner from a sample, whose matvecs count by their share of the data. All methods take turns in rounds; ratios
+of seconds, those of the processor, are to hvpkit's default, ``minres``, in the same round. SciPy's solvers are given
+the number of steps that is enough, as their own tests differ; curvlinops's has its thresholds for small numbers off,
+with which it stops early.
 """
 
 from __future__ import annotations
 
 import contextlib
 import statistics
+import time
+import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse.linalg
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import _harness as harness
@@ -28,7 +34,7 @@ from _harness import Record
 from _problems import MODE, available, load
 
 TOL, DAMPING = 1e-6, 1e-3
-NETWORKS = ("transformer, characters", "CIFAR-10 ResNet")
+NETWORKS = ("digits CNN, late", "transformer, characters", "CIFAR-10 ResNet")
 SPECTRA: dict[str, Callable[[int], np.ndarray]] = {
     "evenly spread": lambda n: np.linspace(0, 1, n),
     "few outliers": lambda n: np.r_[np.linspace(0, 0.02, n - 6), np.linspace(0.3, 1, 6)],
@@ -42,6 +48,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "minres, sample": {"method": "minres", "preconditioner": "sample"},
 }
 SCIPY = {"scipy cg": scipy.sparse.linalg.cg, "scipy minres": scipy.sparse.linalg.minres}
+PEERS = (*SCIPY, "curvlinops cg")
+MOST_STEPS = 2000
+SHARP = {"eps": 1e-30, "stop_updating_after": 1e-30}
+
+Solver = Callable[[], tuple[Tensor, float, str]]
+"""Solve, and return the solution, the matvecs and the status."""
 
 
 def dense(name: str, n: int) -> Tensor:
@@ -58,46 +70,133 @@ def right_hand_side(n: int, seed: int, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def by_scipy(solver: Callable[..., Any], A: Tensor, b: Tensor) -> tuple[Tensor, int]:
-    """Return SciPy's solution and its matvecs, to the first residual within tol: its own tests differ by method."""
-    count, found = 0, torch.zeros_like(b)
+class Counted:
+    """A symmetric matrix for other libraries, that counts its matvecs."""
+
+    def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor) -> None:
+        self.product, self.like, self.count = product, like, 0
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        self.count += 1
+        return self.product(vectors)
+
+    def numpy(self) -> scipy.sparse.linalg.LinearOperator:
+        def matvec(v: np.ndarray) -> np.ndarray:
+            return (self @ torch.from_numpy(v).reshape(-1).to(self.like)).numpy()
+
+        dtype = torch.empty(0, dtype=self.like.dtype).numpy().dtype
+        return scipy.sparse.linalg.LinearOperator((len(self.like),) * 2, matvec=matvec, dtype=dtype)
+
+
+def steps_of_scipy(solver: Callable[..., Any], A: Counted, b: Tensor) -> int:
+    """Return the steps to the first residual within tol, which SciPy's own tests say in different ways."""
 
     class Reached(Exception):
         pass
 
-    def matvec(v: np.ndarray) -> np.ndarray:
-        nonlocal count
-        count += 1
-        return (A @ torch.from_numpy(v).reshape(-1)).numpy()
+    steps = 0
 
     def note(x: np.ndarray) -> None:
-        nonlocal found
-        found = torch.from_numpy(x.copy())
-        if float((b - A @ found).norm()) <= TOL * float(b.norm()):
+        nonlocal steps
+        steps += 1
+        if float((b - A.product(torch.from_numpy(x).to(b))).norm()) <= TOL * float(b.norm()):
             raise Reached
 
-    op = scipy.sparse.linalg.LinearOperator(A.shape, matvec=matvec, dtype=np.float64)
     with contextlib.suppress(Reached):
-        solver(op, b.numpy(), rtol=1e-14, maxiter=2000, callback=note)
-    return found, count
+        solver(A.numpy(), b.numpy(), rtol=torch.finfo(b.dtype).eps, maxiter=MOST_STEPS, callback=note)
+    return steps
 
 
-def on_spectrum(name: str, n: int, seeds: int) -> Record:
+def by_scipy(name: str, A: Counted, b: Tensor) -> Solver:
+    """Return SciPy's solver with the number of steps that is enough."""
+    solver, steps = SCIPY[name], steps_of_scipy(SCIPY[name], A, b)
+
+    def solve() -> tuple[Tensor, float, str]:
+        A.count = 0
+        x, _ = solver(A.numpy(), b.numpy(), rtol=torch.finfo(b.dtype).eps, maxiter=steps)
+        return torch.from_numpy(x).to(b), A.count, "-"
+
+    return solve
+
+
+def by_curvlinops(A: Any, b: Tensor, products: Counted) -> Solver | None:
+    """Return curvlinops's inverse by conjugate gradients to the same residual; None: it is not installed.
+
+    Args:
+        A: an operator of its own.
+        b: right-hand side.
+        products: counts its matvecs.
+    """
+    if find_spec("curvlinops") is None:
+        return None
+    import curvlinops
+
+    inverse = curvlinops.CGInverseLinearOperator(
+        A, tolerance=TOL, max_iter=MOST_STEPS, max_tridiag_iter=0, **SHARP
+    )
+
+    def solve() -> tuple[Tensor, float, str]:
+        products.count = 0
+        with warnings.catch_warnings(action="ignore"):
+            x = inverse @ b
+        return x, products.count, "-"
+
+    return solve
+
+
+def in_rounds(solvers: dict[str, Solver | None], measure: Callable[[Tensor], Record], rounds: int) -> Record:
+    """Return the runs of each solver, which take turns."""
+    runs: Record = {name: [] for name, solver in solvers.items() if solver is not None}
+    for _ in range(rounds):
+        for name in runs:
+            began = time.process_time()
+            x, count, status = solvers[name]()
+            seconds = time.process_time() - began
+            runs[name].append({"matvecs": count, "seconds": seconds, "status": status, **measure(x)})
+    return runs
+
+
+def by_hvpkit(op: hk.LinearOperator, b: Tensor, **options: Any) -> Solver:
+    def solve() -> tuple[Tensor, float, str]:
+        found = hk.solve(op, b, tol=TOL, **options)
+        return found.x, found.num_matvecs, str(found.status)
+
+    return solve
+
+
+def joined(parts: Sequence[Record]) -> Record:
+    """Return the runs of several right-hand sides together."""
+    return {name: [run for part in parts for run in part[name]] for name in parts[0]}
+
+
+def on_spectrum(name: str, n: int, seeds: int, rounds: int) -> Record:
     """Return the runs of each method on a dense matrix; errors are relative to a direct solution."""
-    A, runs = dense(name, n), {}
+    A, parts = dense(name, n), []
     op = hk.aslinearoperator(A)
-    for method in ("cg", "minres", *SCIPY):
-        runs[method] = []
-        for seed in range(seeds):
-            b = right_hand_side(n, seed)
-            if method in SCIPY:
-                (x, count), seconds = harness.timed(lambda m=method, b=b: by_scipy(SCIPY[m], A, b))
-                status = "-"
-            else:
-                found, seconds = harness.timed(lambda m=method, b=b: hk.solve(op, b, method=m, tol=TOL))
-                x, count, status = found.x, found.num_matvecs, str(found.status)
-            runs[method].append({"matvecs": count, "seconds": seconds, "status": status, **accuracy(A, b, x)})
-    return {"n": n, "runs": runs}
+    for seed in range(seeds):
+        b = right_hand_side(n, seed)
+        products = Counted(lambda v: A @ v, b)
+        solvers: dict[str, Solver | None] = {
+            method: by_hvpkit(op, b, method=method) for method in ("cg", "minres")
+        }
+        solvers |= {peer: by_scipy(peer, products, b) for peer in SCIPY}
+        solvers["curvlinops cg"] = by_curvlinops(_tensor_operator(A, products), b, products)
+        parts.append(in_rounds(solvers, lambda x, b=b: accuracy(A, b, x), rounds))
+    return {"n": n, "runs": joined(parts)}
+
+
+def _tensor_operator(A: Tensor, products: Counted) -> Any:
+    """Return curvlinops's operator of a matrix, or None where it is not installed."""
+    if find_spec("curvlinops") is None:
+        return None
+    from curvlinops.examples import TensorLinearOperator
+
+    class Operator(TensorLinearOperator):  # type: ignore[misc]
+        def _matmat(self, X: Any) -> Any:
+            products.count += 1
+            return super()._matmat(X)
+
+    return Operator(A)
 
 
 def accuracy(A: Tensor, b: Tensor, x: Tensor) -> Record:
@@ -109,48 +208,84 @@ def accuracy(A: Tensor, b: Tensor, x: Tensor) -> Record:
     }
 
 
-def on_network(name: str, cache: Path, seeds: int) -> Record:
+def on_network(name: str, cache: Path, seeds: int, rounds: int) -> Record:
     """Return the runs of each method on the Gauss-Newton matrix of a trained network."""
     problem = load(name, cache)
     objective, params = hk.from_module(problem.model, F.cross_entropy)
     data = (problem.x, problem.y)
     H = hk.ggn(objective, params, data, batch_size=problem.batch_size, mode=MODE)
     damping = DAMPING * float(hk.lanczos(H, 1, which="LA", tol=1e-2).values[-1])
-    runs: Record = {method: [] for method in METHODS}
+    damped, parts = H.shift(damping), []
     for seed in range(seeds):
         b = right_hand_side(H.n, seed, H.dtype)
-        for method, options in METHODS.items():
-            found = hk.solve(H, b, damping=damping, tol=TOL, seed=seed, **options)
-            residual = b - (H @ found.x + damping * found.x)
-            run = {
-                "matvecs": found.num_matvecs,
-                "seconds": found.seconds,
-                "status": str(found.status),
-                "residual": float(residual.norm() / b.norm()),
-            }
-            runs[method].append(run)
-            print(f"{name}, {method}: {run}", flush=True)
-    return {"n": H.n, "num_examples": H.num_examples, "damping": damping, "runs": runs}
+        products = Counted(lambda v: damped @ v, b)
+        solvers: dict[str, Solver | None] = {
+            method: by_hvpkit(H, b, damping=damping, seed=seed, **options)
+            for method, options in METHODS.items()
+        }
+        solvers |= {peer: by_scipy(peer, products, b) for peer in SCIPY}
+        solvers["curvlinops cg"] = by_curvlinops(_network_operator(problem, damping, products), b, products)
+        found = in_rounds(
+            solvers, lambda x, b=b: {"residual": float((b - damped @ x).norm() / b.norm())}, rounds
+        )
+        parts.append(found)
+        print(
+            f"{name}, right-hand side {seed}: {harness.median([run['seconds'] for run in found['minres']])} s"
+        )
+    return {"n": H.n, "num_examples": H.num_examples, "damping": damping, "runs": joined(parts)}
+
+
+def _network_operator(problem: Any, damping: float, products: Counted) -> Any:
+    """Return curvlinops's Gauss-Newton matrix with damping, or None where it is not installed."""
+    if find_spec("curvlinops") is None:
+        return None
+    import curvlinops
+    from curvlinops.examples import IdentityLinearOperator
+
+    class Operator(curvlinops.GGNLinearOperator):  # type: ignore[misc]
+        def _matmat(self, X: Any) -> Any:
+            products.count += 1
+            return super()._matmat(X)
+
+    params = [p for p in problem.model.parameters() if p.requires_grad]
+    size = problem.batch_size or len(problem.x)
+    batches = [(problem.x[i : i + size], problem.y[i : i + size]) for i in range(0, len(problem.x), size)]
+    G = Operator(
+        problem.model,
+        nn.CrossEntropyLoss(),
+        params,
+        batches,
+        check_deterministic=False,
+        num_data=len(problem.x),
+    )
+    shapes = [p.shape for p in params]
+    return G + damping * IdentityLinearOperator(shapes, params[0].device, params[0].dtype)
 
 
 def table(record: Record) -> str:
-    """Return matvecs, worst residuals and seconds of each method, as Markdown."""
-    columns = [*METHODS, *SCIPY]
+    """Return matvecs, worst residuals, seconds and their ratios to the default, as Markdown."""
+    columns = [*METHODS, *PEERS]
     rows = []
     for name, entry in record["problems"].items():
-        for what in ("matvecs", "residual", "seconds"):
-            cells = []
-            for method in columns:
-                values = [run[what] for run in entry["runs"].get(method, [])]
-                cells.append(
-                    "-"
-                    if not values
-                    else f"{max(values):.1e}"
-                    if what == "residual"
-                    else harness.median(values)
-                )
+        for what in ("matvecs", "residual", "seconds", "over minres"):
+            cells = [_cell(entry["runs"], method, what) for method in columns]
             rows.append([name if what == "matvecs" else "", what, *cells])
     return harness.markdown(["problem", "", *columns], rows)
+
+
+def _cell(runs: Record, method: str, what: str) -> str:
+    if method not in runs:
+        return "-"
+    if what == "over minres":
+        return f"{ratio(runs, method):.2g} x"
+    values = [run[what] for run in runs[method]]
+    return f"{max(values):.1e}" if what == "residual" else harness.median(values)
+
+
+def ratio(runs: Record, method: str) -> float:
+    """Return the median, over rounds, of a method's seconds over those of the default."""
+    pairs = zip(runs[method], runs["minres"], strict=True)
+    return statistics.median(run["seconds"] / own["seconds"] for run, own in pairs)
 
 
 def saved(entry: Record) -> float:
@@ -167,6 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     harness.add_names(parser)
     parser.add_argument("--size", type=int, default=400, help="n of the spectra; default %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="right-hand sides; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="of all methods, each; default %(default)s")
     given = harness.parse(parser, argv)
     if not given.report:
         header = {"tol": TOL, "damping_over_largest": DAMPING, "machine": harness.machine()}
@@ -175,9 +311,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in harness.pending(given, names, record["problems"]):
             spectrum = name in SPECTRA
             found = (
-                on_spectrum(name, given.size, given.seeds)
+                on_spectrum(name, given.size, given.seeds, given.rounds)
                 if spectrum
-                else on_network(name, given.cache, given.seeds)
+                else on_network(name, given.cache, given.seeds, given.rounds)
             )
             record["problems"][name] = found
             harness.write(given.out, record)

@@ -590,6 +590,19 @@ def solvers() -> Iterator[Row]:
     yield "ncv: a float", lambda: hk.lanczos(H(), ncv=4.0), "ncv must be an int"
     yield "block_size", lambda: hk.lanczos(H(), block_size=0), "block_size must be"
     yield "block_size: a float", lambda: hk.lanczos(H(), block_size=1.5), "block_size must be an int"
+    for name, solve in {"lanczos": hk.lanczos, "top": hk.top_eigenvalues}.items():
+        yield f"{name}: no sigma", lambda s=solve: s(H(), 1, which="CLOSEST"), "needs sigma"
+        yield f"{name}: sigma of an end", lambda s=solve: s(H(), 1, sigma=1.0), "sigma goes with which="
+        yield (
+            f"{name}: sigma NaN",
+            lambda s=solve: s(H(), 1, which="CLOSEST", sigma=NAN),
+            "sigma must be a finite",
+        )
+    yield (
+        "top: samples inside",
+        lambda: hk.top_eigenvalues(H(), 1, which="CLOSEST", sigma=1.0, method="multifidelity"),
+        "is by Lanczos",
+    )
     yield "check_copies", lambda: hk.lanczos(H(), check_copies="no"), "check_copies must be True or False"
     yield "preconditioner", lambda: hk.lobpcg(H(), preconditioner=5), "preconditioner must be a function"
     yield (
@@ -942,6 +955,12 @@ def drawings() -> Iterator[Row]:
     )
     yield "convergence: density", lambda: plots.convergence(density()), "ex must be.*ExtremeResult"
     yield "convergence: end", lambda: plots.convergence(extremes(), "top"), "end must be one of"
+    yield "residuals: extremes", lambda: plots.residuals(extremes()), "found must be.*SolveResult"
+    yield (
+        "residuals: of nothing",
+        lambda: plots.residuals(hk.solve(torch.eye(3), torch.zeros(3))),
+        "found has no history",
+    )
     yield "layers: a list", lambda: plots.layers([extremes()]), "results must be.*by name"
     yield "layers: empty", lambda: plots.layers({}), "results"
     yield "layers: numbers", lambda: plots.layers({"a": 1.0}), "results"
@@ -1033,7 +1052,82 @@ def zoos() -> Iterator[Row]:
     )
 
 
-AREAS = (over_data, losses, late, options, modules, solvers, estimators, operators, training, drawings, zoos)
+def variables() -> Iterator[Row]:
+    objective, params = problem()
+    maps: list[tuple[str, Any, Any, str]] = [
+        ("a number", 5, None, "map must be a function map.z."),
+        ("a matrix of other rows", torch.ones(3, 2), None, "map must be a matrix .n, m.*43 parameters"),
+        ("a vector", torch.ones(43), None, "map must be a matrix"),
+        ("float64", torch.ones(43, 2).double(), None, "map has dtype"),
+        ("z0 of other columns", torch.ones(43, 2), torch.ones(3), "z0 must be a vector .m. with m = 2"),
+        ("z0 in float64", torch.ones(43, 2), torch.ones(2).double(), "z0 has dtype"),
+        ("a function without z0", lambda z: z, None, "z0 must be given"),
+        ("of another name", lambda z: {"other": z}, W, "map.z. must be a tree shaped like the parameters"),
+        ("of another shape", lambda z: {"0.bias": z}, W, "'0.bias' has shape .4,., expected .5,."),
+        ("of another dtype", lambda z: {"0.bias": z.new_zeros(5).double()}, W, "map.z0.*0.bias.*dtype"),
+        ("of no tensor", lambda z: {"0.bias": 1.0}, W, "map.z. must be a tree of tensors"),
+        ("of no arguments", lambda: 0, W, "map must take the arguments"),
+    ]
+    for name, changed, z0, words in maps:
+        yield f"map: {name}", lambda m=changed, z=z0: hk.reparametrize(objective, params, m, z), words
+    yield (
+        "map: no function of z",
+        lambda: hk.hessian(*hk.reparametrize(objective, params, lambda z: params, W), (X, Y)),
+        "does not depend on",
+    )
+    yield (
+        "inputs: loader",
+        lambda: hk.perturb_inputs(objective, params, [(X, Y)]),
+        "data must be tensors.*shared",
+    )
+    yield (
+        "inputs: weighted",
+        lambda: hk.perturb_inputs(objective, params, hk.as_data((X, Y)).subset([0, 1], torch.ones(2))),
+        "data must be tensors",
+    )
+    yield (
+        "inputs: name",
+        lambda: hk.perturb_inputs(objective, params, (X, Y), "x"),
+        "inputs must name.*'0', '1'",
+    )
+    yield "inputs: a dict", lambda: hk.perturb_inputs(quadratic, W, {"x": X}), "inputs must name.*'x'"
+    yield (
+        "inputs: targets",
+        lambda: hk.perturb_inputs(objective, params, (X, Y), 1),
+        "inputs must be a floating",
+    )
+    yield (
+        "inputs: shared",
+        lambda: hk.perturb_inputs(quadratic, W, X, shared=1),
+        "shared must be True or False",
+    )
+    yield "activations: a function", lambda: hk.perturb_activations(quadratic, W, X, "0"), "objective must be"
+    yield (
+        "activations: module",
+        lambda: hk.perturb_activations(objective, params, (X, Y), "3"),
+        "module must be the name of a module.*0, 1, 2",
+    )
+    yield (
+        "activations: sampled",
+        lambda: hk.hessian(*hk.perturb_activations(objective, params, (X, Y), "1")).coarsen(5),
+        "not over examples that may be left out",
+    )
+
+
+AREAS = (
+    over_data,
+    losses,
+    variables,
+    late,
+    options,
+    modules,
+    solvers,
+    estimators,
+    operators,
+    training,
+    drawings,
+    zoos,
+)
 ERRORS = (TypeError, ValueError, ArithmeticError, hk.UnstableDataError)
 FAULTS: tuple[type[Exception], ...] = (*ERRORS, RuntimeError, OSError, LookupError)
 """Errors of the user's own code and of torch's in it, to which notes are added."""

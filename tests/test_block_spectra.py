@@ -329,3 +329,21 @@ def test_picture_has_a_panel_for_each_block(found, args):
     plt.close("all")
     with pytest.raises(ValueError, match="density=True"):
         hk.blocks(*args, by=["4.*"]).plot()
+
+
+def test_monitor_sees_every_pass_and_may_end_it() -> None:
+    problem = network()
+    seen: list[hk.BlocksProgress] = []
+    found = hk.blocks(*problem, by="parameter", monitor=seen.append)
+    assert [entry.num_matvecs for entry in seen] == [*range(1, found.num_passes + 1)]
+    assert list(seen[-1].ends) == list(found.names)
+    assert seen[-1].num_done == len(found)
+    for name, ends in seen[-1].ends.items():
+        assert ends.largest == pytest.approx(found[name].extremes.largest.value, rel=1e-3)
+
+    def end(entry: hk.BlocksProgress) -> None:
+        if entry.num_matvecs == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hk.blocks(*problem, monitor=end)

@@ -41,11 +41,11 @@ from hvpkit.estimators.trace_functions import count_eigenvalues, effective_dimen
 from hvpkit.extreme import extreme_eigenvalues, top_eigenvalues
 from hvpkit.linear_systems import inverse, solve
 from hvpkit.matrix_functions import matrix_function
-from hvpkit.objective import Objective, from_module
+from hvpkit.objective import Objective, from_module, perturb_activations, perturb_inputs, reparametrize
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
 from hvpkit.planning import plan
-from hvpkit.results.blocks import BlockSpectra, BlockSpectrum
+from hvpkit.results.blocks import BlockSpectra, BlockSpectrum, BlocksProgress
 from hvpkit.results.cost_plan import Plan, PlannedTask, Range
 from hvpkit.results.density import Density
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval, Progress, Status
@@ -73,6 +73,7 @@ __all__ = [
     "AsymmetryWarning",
     "BlockSpectra",
     "BlockSpectrum",
+    "BlocksProgress",
     "CapturedParameterWarning",
     "CompileWarning",
     "CurvatureOperator",
@@ -137,11 +138,14 @@ __all__ = [
     "moments",
     "multifidelity",
     "oja",
+    "perturb_activations",
+    "perturb_inputs",
     "plan",
     "power",
     "precondition",
     "progress_bar",
     "quadratic_form",
+    "reparametrize",
     "report",
     "sampling_error",
     "scipy_lobpcg",

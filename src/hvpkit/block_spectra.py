@@ -27,8 +27,9 @@ from torch import Tensor
 
 from hvpkit._utils.deadline import DeadlineReached, deadline
 from hvpkit._utils.random import generator, resolve_seed
+from hvpkit._utils.ranks import call_on_first
 from hvpkit._utils.typing import LossFn, Seed, Tree
-from hvpkit._utils.validation import check_count, check_flag, check_positive
+from hvpkit._utils.validation import check_count, check_flag, check_monitor, check_positive
 from hvpkit.autodiff.pytree import check_params
 from hvpkit.curvature.block_diagonal import BlockDiagonal, BlockOperator
 from hvpkit.curvature.constructors import hessian
@@ -38,7 +39,7 @@ from hvpkit.estimators.quadrature import Measured
 from hvpkit.estimators.spectral_density import check_precision, density_of
 from hvpkit.extreme import extreme_result
 from hvpkit.operators.base import LinearOperator
-from hvpkit.results.blocks import BlockSpectra, BlockSpectrum
+from hvpkit.results.blocks import BlockSpectra, BlockSpectrum, BlocksProgress
 from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.results.estimate import Estimate, mean_of
 from hvpkit.solvers import krylov
@@ -123,6 +124,7 @@ def blocks(
     mode: str = "auto",
     memory_limit: float | None = None,
     seed: Seed = 0,
+    monitor: Callable[[BlocksProgress], object] | None = None,
 ) -> BlockSpectra:
     r"""Compute both ends, the trace and the density of each diagonal block of the Hessian, in shared passes.
 
@@ -156,6 +158,7 @@ def blocks(
             as long as the whole Hessian: name ``"reverse-over-reverse"`` there.
         memory_limit: bytes of gradient graphs to hold between passes.
         seed: of random vectors; the same seed gives the same bits.
+        monitor: called with a :class:`hvpkit.BlocksProgress` after each pass.
 
     Returns:
         A spectrum for each block, by name. A block that is not done at a limit says so in its status, with the
@@ -193,6 +196,7 @@ def blocks(
     check_count("num_steps", num_steps, 1)
     check_count("num_probes", num_probes, 2)
     check_certainty(confidence, False)
+    check_monitor(monitor)
     if max_matvecs is not None:
         check_positive("max_matvecs", max_matvecs)
     if time_limit is not None:
@@ -210,7 +214,9 @@ def blocks(
         for name, places in grouped(layout.names, by).items()
         if any(layout.numels[place] for place in places)  # a block without a row has no spectrum
     }
-    return solve(H, BlockDiagonal(H, tuple(groups), tuple(groups.values())), question, time_limit)
+    return solve(
+        H, BlockDiagonal(H, tuple(groups), tuple(groups.values())), question, time_limit, monitor=monitor
+    )
 
 
 def check_by(by: str | Sequence[str]) -> list[str] | None:
@@ -263,7 +269,12 @@ def grouped(names: Sequence[str], by: str | Sequence[str]) -> dict[str, tuple[in
 
 @full_precision
 def solve(
-    H: LinearOperator, diagonal: BlockDiagonal, question: Question, time_limit: float | None
+    H: LinearOperator,
+    diagonal: BlockDiagonal,
+    question: Question,
+    time_limit: float | None,
+    *,
+    monitor: Callable[[BlocksProgress], object] | None,
 ) -> BlockSpectra:
     """Answer the question for all blocks in lockstep."""
     began = time.perf_counter()
@@ -279,23 +290,37 @@ def solve(
         num_vectors(min(ncv, max(layout.n for layout in diagonal.layouts)), 2, 1) + 3 * question.num_probes,
         "take fewer num_steps and num_probes, fewer blocks (by=[...]), or a machine with more memory",
     )
-    passes = 0
+    operators, passes = diagonal.operators(), 0
+    ends = {op.block_name: Progress() for op in operators}
+
+    def report(num_working: int) -> None:
+        if monitor is not None and passes:
+            seconds = time.perf_counter() - began
+            entry = BlocksProgress(passes, seconds, len(operators) - num_working, dict(ends))
+            call_on_first(H.space.ranks, monitor, entry)
 
     def products(asked: dict[int, Tensor]) -> dict[int, Tensor]:
         nonlocal passes
+        report(len(asked))
         nothing = [torch.zeros(layout.n, 0, dtype=H.dtype, device=H.device) for layout in diagonal.layouts]
         with deadline(end):
             images = diagonal.products([asked.get(i, none) for i, none in enumerate(nothing)])
         passes += 1
         return {number: images[number] for number in asked}
 
-    studies = [study(op, number, ncv, question) for number, op in enumerate(diagonal.operators())]
+    studies = [study(op, number, ncv, question, ends) for number, op in enumerate(operators)]
     found = in_lockstep(studies, products)
+    report(0)
     return BlockSpectra(tuple(found), passes, time.perf_counter() - began, repr(H)[1:-1])
 
 
-def study(op: BlockOperator, number: int, ncv: int, question: Question) -> Asking[BlockSpectrum]:
-    """Expand the Krylov space of a block until both ends have converged and the density has its steps."""
+def study(
+    op: BlockOperator, number: int, ncv: int, question: Question, ends: dict[str, Progress]
+) -> Asking[BlockSpectrum]:
+    """Expand the Krylov space of a block until both ends have converged and the density has its steps.
+
+    The ends so far are noted in ``ends``, by the block's name.
+    """
     began, solver = time.perf_counter(), question.solver(op, number, ncv)
     steps = math.ceil(question.num_steps / solver.block_size) if question.density else 0
     state, history, limit, measured = solver.init(), list[Progress](), None, None
@@ -304,7 +329,8 @@ def study(op: BlockOperator, number: int, ncv: int, question: Question) -> Askin
         state, status = found.state, found.status or limit
         if state.num_matvecs:
             progress, seconds = cast(Progress, found.progress), time.perf_counter() - began
-            history.append(replace(progress, num_matvecs=state.num_matvecs, seconds=seconds))
+            ends[op.block_name] = replace(progress, num_matvecs=state.num_matvecs, seconds=seconds)
+            history.append(ends[op.block_name])
         over = status is Status.NON_FINITE or limit is not None or not state.num_frontier
         done = state.num_products // solver.block_size
         if steps and measured is None and (over or done >= steps):

@@ -9,6 +9,7 @@ import _harness as harness
 import bench_blocks
 import bench_fidelity
 import bench_products
+import bench_solve
 import bench_solvers
 import bench_top
 import bench_tracking
@@ -30,6 +31,7 @@ def result(name):
         (bench_fidelity, "fidelity", "docs/multifidelity.md"),
         (bench_top, "top", "docs/multifidelity.md"),
         (bench_blocks, "blocks", "docs/performance.md"),
+        (bench_solve, "solve", "docs/performance.md"),
         (bench_products, "products", "docs/performance.md"),
         (profile_solve, "profile", "docs/performance.md"),
         (soak, "soak", "docs/long_work.md"),

@@ -96,6 +96,27 @@ def test_top_finds_the_eigenvalues_of_the_dense_hessian(
     assert text.index(f"{found['values'][-1]:.6g}") < text.index(f"{found['values'][0]:.6g}")
 
 
+def test_top_inside_the_spectrum(file: Path) -> None:
+    values = torch.linalg.eigvalsh(dense(file))
+    args = [
+        "top",
+        f"{file}:make",
+        "--k",
+        2,
+        "--which",
+        "CLOSEST",
+        "--sigma",
+        float(values[-3]),
+        "--tol",
+        1e-6,
+    ]
+    found = json.loads(call(*args, "--json").stdout)
+    wanted = values[(values - values[-3]).abs().argsort()[:2]].sort().values
+    assert found["values"] == pytest.approx(wanted.tolist(), rel=1e-5)
+    assert found["sigma"] == float(values[-3])
+    assert "needs sigma" in call("top", f"{file}:make", "--which", "CLOSEST", code=2).stderr
+
+
 def test_top_at_a_limit_and_with_wrong_options(file: Path) -> None:
     found = json.loads(
         call("top", f"{file}:make", "--max-matvecs", 9, "--tol", 1e-9, "--json", code=1).stdout
@@ -149,3 +170,25 @@ def test_blocks_by_globs(file: Path) -> None:
         ("*.weight", 35),
         ("*.bias", 9),
     ]
+
+
+def test_blocks_interrupted_prints_what_it_has(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args: list[object] = ["blocks", f"{file}:interrupting", "--tol", 1e-8, "--mode", "forward-over-reverse"]
+    monkeypatch.setenv("TEST_CALL", "40")
+    part = json.loads(call(*args, "--json", "--out", tmp_path, code=128 + signal.SIGTERM).stdout)
+    assert (part["status"], part["converged"]) == ("interrupted", False)
+    (block,) = part["blocks"]
+    assert part["num_passes"] >= block["num_matvecs"] > 2
+    assert -1 <= block["smallest"] < 0 < 2 < block["largest"] <= 3
+    assert json.loads((tmp_path / "blocks.json").read_text()) == part
+    calls_again = call(*args, code=128 + signal.SIGTERM)
+    assert "so far" in calls_again.stdout
+
+
+def test_blocks_interrupted_before_the_first_pass_prints_nothing(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_CALL", "1")
+    assert not call("blocks", f"{file}:interrupting", "--json", code=128 + signal.SIGTERM).stdout

@@ -8,7 +8,7 @@ reaches all of them, and sums of different questions cannot happen. torch.distri
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import IntEnum
 from typing import Any, TypeVar, cast
@@ -211,6 +211,16 @@ class Ranks:
 def watching(ranks: Ranks | None) -> AbstractContextManager[None]:
     """Return :meth:`Ranks.watching`, or nothing where a process is alone."""
     return nullcontext() if ranks is None else ranks.watching()
+
+
+def call_on_first(ranks: Ranks | None, monitor: Callable[[Any], object], entry: object) -> None:
+    """Call a monitor on the first rank; an error there reaches all."""
+    if ranks is None:
+        monitor(entry)
+        return
+    with ranks.together("a monitor"):
+        if ranks.is_first:
+            monitor(entry)
 
 
 def agreed(ranks: Ranks | None, value: T) -> T:

@@ -10,6 +10,7 @@ from hvpkit.cli import (  # noqa: F401
     plan,
     report,
     sharpness,
+    solve,
     top,
     trace,
     track,

@@ -8,11 +8,10 @@ from typing import Annotated, Any
 import typer
 
 import hvpkit as hk
-from hvpkit._utils.monitoring import monitored
 from hvpkit.cli.application import command
 from hvpkit.cli.choices import Mode
 from hvpkit.cli.options import ModeOption, Problem
-from hvpkit.cli.output import Output, table
+from hvpkit.cli.output import INTERRUPTED, Output, so_far, table
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.results.estimate import plus_minus
 
@@ -40,13 +39,11 @@ def blocks(
     time_limit: Annotated[float | None, typer.Option(help="Time limit in seconds.")] = None,
     mode: ModeOption = Mode.AUTO,
 ) -> bool:
-    """Find both ends and the trace of each diagonal block of the Hessian, in passes that all blocks share.
-
-    An interruption prints nothing; --time-limit ends with the values so far.
-    """
+    """Find both ends and the trace of each diagonal block of the Hessian, in passes that all blocks share."""
     output.prepare("blocks.json", "blocks.png")
-    target = problem.load()
-    with monitored(ProgressLine("Blocks")):
+    target, watch = problem.load(), ProgressLine("Blocks")
+    about = {"target": problem.target, "title": target.title, "seed": problem.seed}
+    try:
         found = hk.blocks(
             target.loss_fn,
             target.params,
@@ -59,7 +56,12 @@ def blocks(
             time_limit=time_limit,
             mode=mode.value,
             seed=problem.seed,
+            monitor=watch,
         )
+    except KeyboardInterrupt:
+        if isinstance(watch.last, hk.BlocksProgress):
+            _write_so_far(output, watch.last, about)
+        raise
     rows = [_row(block) for block in found.blocks]
     header = ("block", "n", "smallest", "largest", "trace", "status")
     record = {
@@ -67,12 +69,36 @@ def blocks(
         "num_passes": found.num_passes,
         "seconds": found.seconds,
         "converged": found.converged,
-        "problem": {"target": problem.target, "title": target.title, "seed": problem.seed},
+        "problem": about,
     }
     close = f"{found.num_passes:g} passes, {found.seconds:.3g} s for all blocks."
     shown = [table(target.title, header, rows), close]
     output.write("blocks", record, shown, partial(_draw, found, density))
     return found.converged
+
+
+def _write_so_far(output: Output, entry: hk.BlocksProgress, about: dict[str, Any]) -> None:
+    """Print and write both ends of each block at the last pass of an interrupted command."""
+    rows = [
+        (
+            name,
+            f"{ends.smallest:.4g}",
+            f"{ends.smallest_bound:.1g}",
+            f"{ends.largest:.4g}",
+            f"{ends.largest_bound:.1g}",
+        )
+        for name, ends in entry.ends.items()
+    ]
+    header = ("block", "smallest", "error bound", "largest", "error bound")
+    record = {
+        "blocks": [{"name": name, **so_far(ends)} for name, ends in entry.ends.items()],
+        "num_passes": entry.num_matvecs,
+        "seconds": entry.seconds,
+        **INTERRUPTED,
+        "problem": about,
+    }
+    close = f"{entry.num_matvecs:g} passes, {entry.seconds:.3g} s; {INTERRUPTED['message']}."
+    output.write_so_far("blocks", record, [table(f"{about['title']}, so far", header, rows), close])
 
 
 def _row(block: hk.BlockSpectrum) -> tuple[str, ...]:

@@ -45,11 +45,12 @@ class Dtype(StrEnum):
 
 
 class Which(StrEnum):
-    """The end of a spectrum."""
+    """The part of a spectrum."""
 
     LARGEST = "LA"
     SMALLEST = "SA"
     BOTH = "BE"
+    CLOSEST = "CLOSEST"
 
 
 class ExtremesMethod(StrEnum):
@@ -58,6 +59,20 @@ class ExtremesMethod(StrEnum):
     AUTO = "auto"
     LANCZOS = "lanczos"
     MULTIFIDELITY = "multifidelity"
+
+
+class SolveMethod(StrEnum):
+    """A solver for linear systems."""
+
+    AUTO = "auto"
+    CG = "cg"
+    MINRES = "minres"
+
+
+class Preconditioner(StrEnum):
+    """A preconditioner of linear systems."""
+
+    SAMPLE = "sample"
 
 
 class DensityMethod(StrEnum):

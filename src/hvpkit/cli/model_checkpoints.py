@@ -18,27 +18,27 @@ WRAPPERS = ("content", "state_dict", "model", "params")
 PREFIXES = ("module.", "_orig_mod.")
 
 
-def load(path: str | os.PathLike[str]) -> Any:
-    """Return the content of a file written by ``torch.save``, on the CPU.
+def load(path: str | os.PathLike[str], *, name: str = "checkpoint") -> Any:
+    """Return the content of a file written by ``torch.save``, on the CPU; errors call it by ``name``.
 
     Raises:
         ValueError: the file cannot be read, or would run code.
         OSError: there is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint: there is no file {path}")
+        raise FileNotFoundError(f"{name}: there is no file {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)|'(\S+)' (?:is|was) blocked", str(error))
         if asked:
             raise ValueError(
-                f"checkpoint: {path} asks for {asked[1] or asked[2]}, which is code and not tensors: refused, and not "
-                "run. Save model.state_dict() instead"
+                f"{name}: {path} asks for {asked[1] or asked[2]}, which is code and not tensors: refused, and not "
+                "run. Save tensors instead, as model.state_dict()"
             ) from error
-        raise ValueError(f"checkpoint: {path} cannot be read as tensors alone: refused") from error
+        raise ValueError(f"{name}: {path} cannot be read as tensors alone: refused") from error
     except Exception as error:  # a corrupt file can raise anything
-        raise ValueError(f"checkpoint: {path} cannot be read ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{name}: {path} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:

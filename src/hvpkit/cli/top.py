@@ -1,4 +1,4 @@
-"""``hvpkit top``: several eigenvalues of an end of a Hessian's spectrum."""
+"""``hvpkit top``: several eigenvalues at an end of a Hessian's spectrum, or closest to a point in it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hvpkit.cli.progress_line import ProgressLine
 @command(
     "hvpkit top digits --k 5",
     "hvpkit top problem.py:make --k 3 --which SA --tol 1e-3 --json",
+    "hvpkit top digits --k 2 --which CLOSEST --sigma 10",
     "hvpkit top cifar10 --data-dir data --resume model.pt --out results",
 )
 def top(
@@ -26,11 +27,15 @@ def top(
     output: Output,
     k: Annotated[int, typer.Option(help="Number of eigenvalues.")] = 5,
     which: Annotated[
-        Which, typer.Option(help="LA the largest, SA the smallest, BE half from each end.")
+        Which,
+        typer.Option(
+            help="LA the largest, SA the smallest, BE half from each end, CLOSEST those closest to --sigma."
+        ),
     ] = Which.LARGEST,
+    sigma: Annotated[float | None, typer.Option(help="The point for CLOSEST.")] = None,
     checkpoint: Checkpoint = None,
 ) -> bool:
-    """Find several eigenvalues at an end of the spectrum, with error intervals."""
+    """Find several eigenvalues at an end of the spectrum, or closest to a point, with error intervals."""
     output.prepare("top.json", "top.png", checkpoint=checkpoint)
     target, H = problem.operator()
     about, watch = problem.describe(target, H), ProgressLine("Eigenvalues")
@@ -40,6 +45,7 @@ def top(
                 H,
                 k,
                 which=which.value,
+                sigma=sigma,
                 **vars(solve),
                 seed=problem.seed,
                 monitor=watch,
@@ -59,7 +65,7 @@ def top(
     ]
     close = f"{found.status}: {found.num_matvecs:g} passes, {found.seconds:.3g} s; {found.message}."
     header = ("eigenvalue", "interval", "rests on", "residual norm")
-    record = {**found.to_dict(), "k": k, "which": which.value, "problem": about}
+    record = {**found.to_dict(), "k": k, "which": which.value, "sigma": sigma, "problem": about}
     output.write("top", record, [table(target.title, header, rows), close], partial(_draw, found))
     return found.converged
 

@@ -342,7 +342,8 @@ class CurvatureOperator(LinearOperator):
     def sample(self) -> Callable[[int, int], CurvatureOperator] | None:
         """``sample(num_examples, seed)``: the operator over a uniform random subset without replacement, unbiased.
 
-        None where examples cannot be left out: losses depend on the batch that an example is in.
+        None where examples cannot be left out: losses depend on the batch that an example is in, or examples have
+        variables of their own.
         """
         return self._sample if self._is_separable else None
 
@@ -353,7 +354,8 @@ class CurvatureOperator(LinearOperator):
 
     @property
     def _is_separable(self) -> bool:
-        return not any(goes_by_batches(term.problem.loss_fn) for _, term in self.terms)
+        mixed = any(goes_by_batches(term.problem.loss_fn) for _, term in self.terms)
+        return not (mixed or self.data.has_own_variables)
 
     def _sample(self, num_examples: int, seed: int) -> CurvatureOperator:
         return self._map(
@@ -388,7 +390,7 @@ class CurvatureOperator(LinearOperator):
             seed: of the sample.
 
         Raises:
-            TypeError: examples may not be left out: ``batchnorm="batch"``.
+            TypeError: examples may not be left out: ``batchnorm="batch"``, or a perturbation for each of them.
             ValueError: ``num_examples`` out of range; scores that are negative or not finite.
 
         Cost:

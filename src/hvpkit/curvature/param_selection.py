@@ -5,14 +5,12 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 
-from hvpkit._utils.typing import Batch, LossFn, Tree
+from hvpkit._utils.typing import LossFn, Tree
 from hvpkit.autodiff.pytree import Layout, flatten, snapshot, unflatten
-from hvpkit.objective import Objective
+from hvpkit.objective import composed
 
 Selection = str | Sequence[str] | Callable[[str], bool] | None
 """Names or globs over dotted parameter names, or a predicate of a name; None: all parameters."""
@@ -34,16 +32,11 @@ def restrict(loss_fn: LossFn, params: Tree, wrt: Selection) -> tuple[LossFn, Tre
     selected = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name in chosen}
     constants = [snapshot(leaf) for leaf in leaves]
 
-    def restricted(function: Callable[[Tree, Batch], Any]) -> Callable[[dict[str, Tensor], Batch], Any]:
-        def of_selected(variables: dict[str, Tensor], batch: Batch) -> Any:
-            whole = [variables.get(name, leaf) for name, leaf in zip(names, constants, strict=True)]
-            return function(unflatten(whole, spec), batch)
+    def whole(variables: dict[str, Tensor]) -> Tree:
+        leaves = [variables.get(name, leaf) for name, leaf in zip(names, constants, strict=True)]
+        return unflatten(leaves, spec)
 
-        return of_selected
-
-    if isinstance(loss_fn, Objective):
-        return replace(loss_fn, forward=restricted(loss_fn.forward)), selected
-    return restricted(loss_fn), selected
+    return composed(loss_fn, whole), selected
 
 
 def check_selection(wrt: object) -> None:

@@ -64,6 +64,7 @@ class Data:
         device: the device that batches are moved to; None: they stay where they are.
         ranks: that share the batches; None: this process has all of them.
         units_of_ranks: how many units each rank brought; None: every rank could read all of them.
+        has_own_variables: each example has variables of its own, as a perturbation, so that none can be left out.
     """
 
     source: Source
@@ -72,6 +73,7 @@ class Data:
     device: torch.device | None = None
     ranks: Ranks | None = None
     units_of_ranks: tuple[int, ...] | None = None
+    has_own_variables: bool = False
 
     def __repr__(self) -> str:
         size, batches = self.batch_size, ""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from hvpkit._utils.random import normal_vector, resolve_seed
+from hvpkit._utils.ranks import call_on_first
 from hvpkit._utils.typing import Batch, Seed
 from hvpkit.autodiff.captured import captured_parameters
 from hvpkit.autodiff.exact import exact_derivatives
@@ -173,7 +174,7 @@ def check(H: LinearOperator, *, seed: Seed = 0, monitor: Callable[[Finding], obj
         if finding.verdict == FAILED:
             findings[-1] = _with_causes(finding, H)
         if monitor is not None:
-            monitor(findings[-1])
+            call_on_first(H.space.ranks, monitor, findings[-1])
         if finding.verdict == FAILED and finding.check in PREREQUISITES:
             break
     why = f"{findings[-1].check} failed"

@@ -155,7 +155,7 @@ def _with_own_loss(network: Network, where: int | tuple[str, ...]) -> Objective:
     def output_loss(outputs: OwnLoss, batch: Batch) -> Tensor:  # noqa: ARG001
         return outputs.loss
 
-    return Objective(forward, output_loss, batchnorm=network.batchnorm)
+    return Objective(forward, output_loss, batchnorm=network.batchnorm, network=network.module)
 
 
 def _with_criterion(
@@ -220,7 +220,7 @@ def _with_criterion(
         return criterion.weights(split(batch)[2])
 
     weight = example_weight if criterion.is_weighted else None
-    return Objective(forward, output_loss, weight, network.batchnorm)
+    return Objective(forward, output_loss, weight, network.batchnorm, network.module)
 
 
 def _check_order(model: object, criterion: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Objective:
             mean, the sum of all losses over the sum of all weights **of the data**: of tokens, the number that is not
             ignored. By default the loss is the mean over examples.
         batchnorm: ``"eval"``, or ``"batch"`` where losses depend on the batch that an example is in.
+        network: the copy of the module that ``forward`` calls, without values, as :func:`hvpkit.from_module` makes it.
 
     Example:
         >>> import torch
@@ -49,6 +50,7 @@ class Objective:
     output_loss: Callable[[Any, Batch], Tensor]
     example_weight: Callable[[Batch], Tensor] | None = None
     batchnorm: str = "eval"
+    network: nn.Module | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.forward, nn.Module):

@@ -281,7 +281,7 @@ class LinearOperator:
         """Raise TypeError: only a :class:`hvpkit.CurvatureOperator` is over examples that may be left out."""
         raise TypeError(
             f"{self!r} is not over examples that may be left out: coarsen an operator of hk.hessian or its kin, "
-            'with batchnorm="eval", and combine it with other operators after that'
+            'with batchnorm="eval" and without variables for each example, and combine it with others after that'
         )
 
     def to_scipy(self, dtype: Any = None) -> scipy.sparse.linalg.LinearOperator:

@@ -11,6 +11,7 @@ try:
 except ImportError as error:
     raise ImportError(NO_MATPLOTLIB) from error
 
+from hvpkit.plots.linear import residuals
 from hvpkit.plots.loss import extremes, loss_along_eigenvector, loss_landscape
 from hvpkit.plots.spectrum import convergence, density, eigenvalues, layers, layers_height, training
 from hvpkit.plots.style import HEIGHT
@@ -25,5 +26,6 @@ __all__ = [
     "layers_height",
     "loss_along_eigenvector",
     "loss_landscape",
+    "residuals",
     "training",
 ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hvpkit._utils.validation import check_flag
 from hvpkit.results.density import Density
 from hvpkit.results.drawing import COLORS, WIDTH, styled
-from hvpkit.results.eigen import ExtremeResult
+from hvpkit.results.eigen import ExtremeResult, Progress
 from hvpkit.results.estimate import Estimate, plus_minus
 
 if TYPE_CHECKING:
@@ -18,6 +18,28 @@ if TYPE_CHECKING:
 
 PANELS, PANEL_HEIGHT = 4, 1.7
 """Panels in a row of a picture, at most, and the height of one in inches. Chosen by feel."""
+
+
+@dataclass(frozen=True)
+class BlocksProgress:
+    """Progress of :func:`hvpkit.blocks`: the argument of ``monitor``.
+
+    Attributes:
+        num_matvecs: passes over the data so far, which all blocks share.
+        seconds: since the first one began.
+        num_done: blocks that are done.
+        ends: both ends of each block so far, by its name; its ``num_matvecs`` are those of the block.
+        seconds_left: infinite: not known.
+    """
+
+    num_matvecs: float
+    seconds: float
+    num_done: int
+    ends: dict[str, Progress]
+    seconds_left: float = math.inf
+
+    def __str__(self) -> str:
+        return f"{self.num_done} of {len(self.ends)} blocks done"
 
 
 @dataclass(frozen=True, repr=False)

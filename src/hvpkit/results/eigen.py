@@ -99,7 +99,7 @@ class Interval:
         kind: what the outer end rests on; the inner one is the value itself, with rounding, as a Ritz value
             never lies outside the spectrum. ``"random-start"``: by the polynomial that Lanczos applied to a
             random start, no eigenvalue lies further out; ``"random-block"``: the same by the number of steps alone;
-            ``"residual"``: an eigenvalue lies inside, which may not be the extreme one;
+            ``"residual"``: an eigenvalue lies inside, which may not be the one that was asked for;
             ``"exact"``: the Krylov space was invariant; ``"none"``: nothing is known.
         confidence: the probability, over random starts, with which the extreme eigenvalue lies inside; None
             where no such claim is made.
@@ -145,7 +145,8 @@ class Progress:
     Attributes:
         num_matvecs: full-data matvecs so far.
         seconds: since the start.
-        smallest, largest: both ends so far, as Ritz values; NaN before there are any.
+        smallest, largest: both ends so far, as Ritz values; NaN before there are any. Of eigenvalues closest to a
+            point, the lowest and the highest of them.
         smallest_bound, largest_bound: their error bounds: residual norms, from the recurrence, or better.
         level: of several operators, the index of the one that is worked on: see :func:`hvpkit.multifidelity`.
         seconds_left: an estimate, at most up to the limits; infinite if it is not known.
@@ -210,6 +211,17 @@ class EigenResult(Result):
             self.intervals[index],
         )
 
+    def summary(self) -> str:
+        """Return a small table of the values, the largest first, and a line with status, passes and seconds."""
+        pairs = [self.pair(index) for index in reversed(range(len(self.values)))]
+        lines = [f"{HEADER}  rests on", *(f"{_row(pair)}  {pair.interval.kind}" for pair in pairs)]
+        lines.append(f"{self.status}: {self.num_matvecs:g} passes, {self.seconds:.3g} s; {self.message}")
+        if any(pair.interval.kind == "residual" for pair in pairs):
+            lines.append(
+                "by a residual an eigenvalue lies inside; that no other one is missed is not claimed"
+            )
+        return "\n".join(lines)
+
     def _columns(self) -> Columns:
         return _columns([self.pair(index) for index in range(len(self.values))])
 
@@ -257,12 +269,9 @@ class ExtremeResult(Result):
 
     def summary(self) -> str:
         """Return a small table of both ends, a line with status, passes and seconds, and one on the confidence."""
-        header = f"{'end':<9}{'value':>13}  {'interval':<29}{'residual norm':>14}"
-        rows = [
-            f"{name:<9}{pair.value:>13.6g}  "
-            f"{f'[{pair.interval.lower:.6g}, {pair.interval.upper:.6g}]':<29}{pair.residual_norm:>14.3g}"
-            for name, pair in (("smallest", self.smallest), ("largest", self.largest))
-        ]
+        header = f"{'end':<9}{HEADER}"
+        ends = (("smallest", self.smallest), ("largest", self.largest))
+        rows = [f"{name:<9}{_row(pair)}" for name, pair in ends]
         close = f"{self.status}: {self.num_matvecs:g} passes, {self.seconds:.3g} s; {self.message}"
         return "\n".join([header, *rows, close, *self._claim()])
 
@@ -284,6 +293,15 @@ class ExtremeResult(Result):
             f"<ExtremeResult: smallest {self.smallest!r}, largest {self.largest!r}, {self.status}, "
             f"{self.num_matvecs:g} matvecs>"
         )
+
+
+HEADER = f"{'value':>13}  {'interval':<29}{'residual norm':>14}"
+
+
+def _row(pair: Eigenpair) -> str:
+    """Return the columns of ``HEADER`` for a pair."""
+    interval = f"[{pair.interval.lower:.6g}, {pair.interval.upper:.6g}]"
+    return f"{pair.value:>13.6g}  {interval:<29}{pair.residual_norm:>14.3g}"
 
 
 def _columns(pairs: Sequence[Eigenpair]) -> Columns:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hvpkit._utils.deadline import DeadlineReached, deadline
 from hvpkit._utils.monitoring import expect, monitored
-from hvpkit._utils.ranks import Ranks, agreed, watching
+from hvpkit._utils.ranks import Ranks, agreed, call_on_first, watching
 from hvpkit._utils.signals import ending_after_cleanup, signals_deferred
 from hvpkit._utils.validation import check_monitor, check_positive
 from hvpkit.operators.base import LinearOperator
@@ -362,7 +362,7 @@ def iterate(
                     history.append(replace(found.progress, **counts))
             expect(0.0 if found.status else limits.within(found.num_left, state.num_matvecs))
             if is_new and monitor is not None:
-                _show(monitor, history[-1], ranks)
+                call_on_first(ranks, monitor, history[-1])
             status = found.status or (None if found.handover else limit)
             if status is not None or found.handover:
                 return Ended(state, status, tuple(history), began, found.suspect, verified, last_end)
@@ -377,16 +377,6 @@ def _reraise_before(end: float, ranks: Ranks | None) -> None:
     passed = time.perf_counter() >= end
     if not (passed if ranks is None else ranks.any(passed)):
         raise
-
-
-def _show(monitor: Callable[[Any], object], entry: Entry, ranks: Ranks | None) -> None:
-    """Call the monitor, on the first rank."""
-    if ranks is None:
-        monitor(entry)
-        return
-    with ranks.together("a monitor"):
-        if ranks.is_first:
-            monitor(entry)
 
 
 def conclude(solver: Solver[S, R_co], ended: Ended[S], status: Status | None = None) -> R_co:

@@ -44,8 +44,8 @@ from hvpkit.solvers.common.bounds import kato_temple, uniform_distance
 from hvpkit.solvers.common.convergence import MIN_STEPS
 from hvpkit.solvers.common.expected import expected_passes, matvecs_left
 from hvpkit.solvers.common.orthogonalize import row_norms
-from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, most_at_one_end, num_at_low_end, select
-from hvpkit.solvers.common.request import Request, Start, check_arguments, check_certainty
+from hvpkit.solvers.common.rayleigh_ritz import WHICH, RitzPairs, most_at_one_end, num_at_low_end, select
+from hvpkit.solvers.common.request import Request, Start, check_arguments, check_certainty, check_sigma
 from hvpkit.solvers.common.vector_memory import check_room, vectors_that_fit
 from hvpkit.solvers.driver import (
     Assessment,
@@ -76,6 +76,19 @@ hidden eigenvalue takes their place."""
 
 HIDDEN_BEYOND = 2.0
 """In units of the error allowed: an eigenvalue hides if it lies further out than this from its Ritz value."""
+
+INSIDE = {
+    Status.CONVERGED: "every residual norm is at most tol * |value|, so that an eigenvalue is as close to each value",
+    Status.MAX_MATVECS: (
+        "the matvec budget is used up; each interval holds an eigenvalue, but there may be some closer to sigma; raise "
+        "max_matvecs or tol"
+    ),
+    Status.TIME_LIMIT: (
+        "the time limit is reached; each interval holds an eigenvalue, but there may be some closer to sigma; raise "
+        "time_limit or tol"
+    ),
+}
+"""Messages for eigenvalues inside of the spectrum, where they are not those of the status."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +155,9 @@ class Lanczos:
         op, (state, non_finite) = self.op, krylov.compact(state)
         pairs, norms = krylov.project(op, state)
         m, noise = state.num_multiplied, self._noise(state, pairs)
-        progress = convergence.progress_of(pairs.values, pairs.residual_norms + noise, state.scale)
+        shown = self._wanted(state, pairs) if self.request.which == "CLOSEST" else [*range(m)]
+        values, bounds = pairs.values[shown], pairs.residual_norms[shown] + noise
+        progress = convergence.progress_of(values, bounds, state.scale)
         status, needs_random, suspect = None, False, None
         if non_finite:
             status, suspect = Status.NON_FINITE, state.basis[m].unsqueeze(1)
@@ -171,7 +186,12 @@ class Lanczos:
     def _kept(self, state: LanczosState, pairs: RitzPairs) -> list[int]:
         """Return the Ritz vectors that a restart keeps: the wanted ones and half of the others, from the same ends."""
         room, k = len(state.basis) - state.num_frontier - self.block_size - 1, self.request.k
-        return select(pairs.values, min(k + (state.num_multiplied - k) // 2, room), self.request.which)
+        return self._wanted(state, pairs, min(k + (state.num_multiplied - k) // 2, room))
+
+    def _wanted(self, state: LanczosState, pairs: RitzPairs, k: int | None = None) -> list[int]:
+        """Return the indices of the ``k`` wanted pairs, by default as many as are asked for."""
+        asked = self.request
+        return select(pairs.values, k or asked.k, asked.which, asked.sigma / float(state.scale))
 
     def _test(
         self, state: LanczosState, pairs: RitzPairs, norms: Tensor
@@ -182,7 +202,7 @@ class Lanczos:
         early = state.num_products < self.min_products and not (self._uses_gap(state) and op.n > SMALL_SPACE)
         if m < asked.k or (early and not exhausted):
             return None, exhausted, state
-        wanted, attainable = select(pairs.values, asked.k, asked.which), self._attainable(state, pairs)
+        wanted, attainable = self._wanted(state, pairs), self._attainable(state, pairs)
         values = pairs.values[wanted]
         bounds = self._error_bounds(state, pairs)[wanted] + self._noise(state, pairs)
         if not exhausted:
@@ -199,7 +219,8 @@ class Lanczos:
 
     def _uses_gap(self, state: LanczosState) -> bool:
         """Return True if error bounds use gaps: the polynomial of the start says how likely an eigenvalue hides."""
-        return bool(state.polynomial.share) and most_at_one_end(self.request.k, self.request.which) == 1
+        k, which = self.request.k, self.request.which
+        return bool(state.polynomial.share) and which != "CLOSEST" and most_at_one_end(k, which) == 1
 
     def _error_bounds(self, state: LanczosState, pairs: RitzPairs) -> Tensor:
         """Return error bounds ``[m]``; they use the gap only where it is known how likely an eigenvalue hides in it."""
@@ -212,23 +233,36 @@ class Lanczos:
 
         If one does, the start's component along its vector is one of the smallest that it can be, with probability
         ``1 - confidence``. This is an event of the start alone, so that testing at every step costs no confidence.
+        Inside of the spectrum the event is that of any of k vectors: those of the eigenvalues closest to sigma.
         """
-        asked, polynomial = self.request, state.polynomial
+        polynomial = state.polynomial
         if not polynomial.share:
             return False
-        values = pairs.values[select(pairs.values, asked.k, asked.which)]
+        failure, residual_norms = 1 - self.confidence, pairs.residual_norms
+        if self.request.which == "CLOSEST":
+            failure, residual_norms = failure / self.request.k, torch.zeros_like(residual_norms)
+        for at in self._hiding_places(state, pairs, attainable):
+            component = polynomial.log_component(at, pairs.values, residual_norms, norms)
+            if polynomial.probability(component) > failure:
+                return True
+        return False
+
+    def _hiding_places(self, state: LanczosState, pairs: RitzPairs, attainable: float) -> list[float]:
+        """Return where a wanted eigenvalue hides most easily, if it is missed, at least."""
+        asked, norm = self.request, self._norm(state, pairs)
+        values = pairs.values[self._wanted(state, pairs)]
+        multiple = 1.0 if self.certify else HIDDEN_BEYOND
+        beyond = (multiple * asked.allowed(values, norm)).clamp(min=attainable)
+        if asked.which == "CLOSEST":
+            return _gaps_around(values, beyond, asked.sigma / float(state.scale), state.polynomial.roots)
         num_low, size = num_at_low_end(asked.k, asked.which), values.abs().max()
         ends = [(-1.0, values[0])] * (num_low > 0) + [(1.0, values[-1])] * (num_low < asked.k)
         if asked.which == "LM":  # it may hide at the other end
             ends = [(-1.0, -size), (1.0, size)]
-        multiple, norm = 1.0 if self.certify else HIDDEN_BEYOND, self._norm(state, pairs)
-        for outward, value in ends:
-            beyond = (multiple * asked.allowed(value, norm)).clamp(min=attainable)
-            at = float(value + outward * beyond)
-            component = polynomial.log_component(at, pairs.values, pairs.residual_norms, norms)
-            if polynomial.probability(component) > 1 - self.confidence:
-                return True
-        return False
+        return [
+            float(value + outward * (multiple * asked.allowed(value, norm)).clamp(min=attainable))
+            for outward, value in ends
+        ]
 
     def _search_copies(
         self, state: LanczosState, values: Tensor, bounds: Tensor
@@ -279,7 +313,7 @@ class Lanczos:
         norm = self._norm(state, pairs)
         convergence.warn_asymmetric(op, pairs.asymmetry, norm)
         wanted, m, noise = (
-            select(pairs.values, asked.k, asked.which),
+            self._wanted(state, pairs),
             state.num_multiplied,
             self._noise(state, pairs),
         )
@@ -309,7 +343,9 @@ class Lanczos:
         scale = float(state.scale)
         found = replace(found, vectors=vectors / row_norms(op.space, vectors.mT)).scaled(scale)
         kind = "exact" if status is Status.INVARIANT_SUBSPACE else "residual"
-        outer = None if kind == "exact" else self._outer(state, pairs, lanczos_norms)
+        inside = asked.which == "CLOSEST"
+        message = message or (INSIDE.get(status) if inside else None)
+        outer = None if kind == "exact" or inside else self._outer(state, pairs, lanczos_norms)
         # a statement wants more slack than a stop
         slack = max(noise, convergence.attainable_accuracy(op, pairs.norm)) * scale
         where = convergence.intervals(found, asked, slack, kind, outer)
@@ -355,7 +391,23 @@ class Lanczos:
         own = {name: getattr(self, name) for name in ("ncv", "block_size", "check_copies", "certify")}
         start = self.request.start
         v0 = None if start is None else digest(start)
-        return {"solver": "lanczos", **self.op.identity(), **asked, "v0": v0, **own}
+        sigma = {"sigma": self.request.sigma} if self.request.which == "CLOSEST" else {}
+        return {"solver": "lanczos", **self.op.identity(), **asked, **sigma, "v0": v0, **own}
+
+
+def _gaps_around(values: Tensor, beyond: Tensor, sigma: float, roots: Tensor) -> list[float]:
+    """Return the ends of the gaps between values ``[k]``, out to the distance of the farthest from sigma.
+
+    Between two roots the logarithm of the start's polynomial is concave, so that it is smallest at the ends of a gap.
+    An eigenvalue nearer than ``beyond`` to a value is not missed. Roots that restarts left in a gap count as its ends.
+    """
+    farthest = (values - sigma).abs().argmax()
+    radius = float((values[farthest] - sigma).abs() - beyond[farthest])
+    inner = torch.cat([values - beyond, values + beyond, roots])
+    inner = inner[(inner - sigma).abs() < radius]
+    places = torch.cat([inner, torch.tensor([sigma - radius, sigma + radius][: 2 * (radius > 0)]).to(inner)])
+    near = ((places[:, None] - values).abs() < beyond * (1 - 1e-9)).any(dim=1)
+    return places[~near].tolist()
 
 
 def least_ncv(k: int, block_size: int) -> int:
@@ -382,6 +434,7 @@ def lanczos(
     k: int = 1,
     *,
     which: str = "LA",
+    sigma: float | None = None,
     v0: Start | None = None,
     tol: float = 1e-3,
     atol: float | None = None,
@@ -397,7 +450,7 @@ def lanczos(
     monitor: Monitor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> EigenResult:
-    r"""Compute a few eigenpairs at the ends of the spectrum, by thick-restart Lanczos.
+    r"""Compute a few eigenpairs at the ends of the spectrum, or closest to a point in it, by thick-restart Lanczos.
 
     For one pair at an end, from one start vector: **with probability** ``confidence`` **over random starts, a converged
     value** :math:`\theta` **is off by at most twice the error allowed** (once with ``certify``),
@@ -412,11 +465,18 @@ def lanczos(
     For more pairs at an end the bound is the residual norm, and the probability holds for the outermost value; for the
     others there is none, but the search for copies. For blocks there is none at all: see the intervals.
 
+    Inside of the spectrum, ``which="CLOSEST"``, the bound is the residual norm: an eigenvalue lies within it of each
+    value. From one start vector the solve goes on while it is too likely, by the start, that another one is closer to
+    sigma by more than ``2 tol |value|``; intervals, of kind ``"residual"``, do not claim that none is.
+    :func:`hvpkit.count_eigenvalues` counts those of an interval.
+
     Args:
         op: symmetric operator.
         k: number of pairs.
         which: ``"LA"`` the largest, ``"SA"`` the smallest, ``"LM"`` the largest in magnitude, ``"BE"`` half
-            from each end (the odd one from the high end), all from one Krylov space.
+            from each end (the odd one from the high end), all from one Krylov space; ``"CLOSEST"`` those closest to
+            ``sigma``.
+        sigma: the point for ``"CLOSEST"``.
         v0: start ``[n]`` or ``[n, p]``, or an earlier result. The columns are assigned round-robin to the vectors of
             the block and summed, each sum with a tenth of a random vector, so that no direction is missing.
         tol: relative error of the eigenvalues.
@@ -477,9 +537,11 @@ def lanczos(
         max_matvecs=max_matvecs,
         time_limit=time_limit,
         seed=seed,
+        offered=(*WHICH, "CLOSEST"),
         block_size=block_size,
         num_checks=1 if op.exact is None else k,
     )
+    request = replace(request, sigma=check_sigma(which, sigma))
     check_certainty(confidence, certify)
     check_flag("check_copies", check_copies)
     check_flag("offload", offload)

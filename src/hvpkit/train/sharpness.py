@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from hvpkit._utils.monitoring import advance
 from hvpkit._utils.random import generator, normal_vector, resolve_seed
+from hvpkit._utils.ranks import call_on_first
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count, check_monitor, check_positive, check_tolerance
 from hvpkit.autodiff.exact import exact_derivatives
@@ -266,7 +267,8 @@ def keskar_sharpness(
             if point.loss > best.loss - (_rounding(best, point) if over else 0.0):
                 best = point
             if monitor is not None:
-                monitor(_sharpness(base, best, tol, num_steps, num_passes))
+                so_far = _sharpness(base, best, tol, num_steps, num_passes)
+                call_on_first(examples.ranks, monitor, so_far)
             if over:
                 break
     return _sharpness(base, best, tol, num_steps, num_passes)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.deadline import DeadlineReached, deadline
-from hvpkit._utils.ranks import agreed
+from hvpkit._utils.ranks import agreed, call_on_first
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
 from hvpkit.solvers.common.convergence import attainable_accuracy, check_symmetric, is_converged, rounding
@@ -180,7 +180,7 @@ class Recorder:
         seconds = time.perf_counter() - self.begin
         self.history.append(Progress(self.num_matvecs, seconds, *ends.tolist()))
         if self.monitor is not None:
-            self.monitor(self.history[-1])
+            call_on_first(self.op.space.ranks, self.monitor, self.history[-1])
         allowed = replace(self.goal, tol=self.tol).allowed(found.values[2:], self.norm)
         done = is_converged(self.op, allowed, self.norm, found.residual_norms[2:])
         if self.num_products >= self.depth and len(done) == self.goal.k and bool(done.all()):

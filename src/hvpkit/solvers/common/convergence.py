@@ -128,10 +128,13 @@ def intervals(
     """Return the interval of each eigenvalue: inwards to the value, outwards by residual or ``outer``.
 
     ``slack`` is added at both sides. ``outer`` replaces the residual for the outermost value of an end where one value
-    was asked for. Where fewer than ``k`` were found, it is not known which ones they are, and the residual counts both
-    ways.
+    was asked for. Inside of the spectrum, and where fewer than ``k`` were found, so that it is not known which ones
+    they are, the residual counts both ways.
     """
     found, which = len(pairs.values), request.which
+    if which == "CLOSEST":
+        radii = zip(pairs.values.tolist(), (pairs.residual_norms + slack).tolist(), strict=True)
+        return tuple(Interval(value - radius, value + radius, kind) for value, radius in radii)
     num_low = int((pairs.values < 0).sum()) if which == "LM" else num_at_low_end(found, which)
     result = []
     for place, (value, radius) in enumerate(

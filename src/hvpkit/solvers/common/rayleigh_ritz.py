@@ -61,11 +61,11 @@ def ritz(projected: Tensor, coupling: Tensor) -> RitzPairs:
     return RitzPairs(values, coefficients, residual_norms, asymmetry)
 
 
-def select(values: Tensor, k: int, which: str) -> list[int]:
+def select(values: Tensor, k: int, which: str, sigma: float = 0.0) -> list[int]:
     """Return the ascending indices of the ``k`` wanted among ascending ``values``, for ``which`` as in SciPy.
 
     ``"LA"``: the largest; ``"SA"``: the smallest; ``"LM"``: the largest in magnitude; ``"BE"``: half from
-    each end, the odd one from the high end.
+    each end, the odd one from the high end; ``"CLOSEST"``: those closest to ``sigma``.
 
     Example:
         >>> import torch
@@ -75,6 +75,8 @@ def select(values: Tensor, k: int, which: str) -> list[int]:
     """
     m = len(values)
     k = min(k, m)
+    if which == "CLOSEST":
+        return sorted(torch.argsort((values - sigma).abs(), stable=True)[:k].tolist())
     if which == "LM":
         return sorted(torch.argsort(values.abs(), descending=True, stable=True)[:k].tolist())
     num_low = num_at_low_end(k, which)

@@ -13,6 +13,7 @@ from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import (
     check_choice,
     check_count,
+    check_finite,
     check_flag,
     check_like,
     check_non_negative,
@@ -41,12 +42,13 @@ class Request:
 
     Attributes:
         k: number of pairs.
-        which: at which ends. Both ends of one pair are the high end.
+        which: at which ends, or ``"CLOSEST"``. Both ends of one pair are the high end.
         tol: relative error of the values; at least eps.
         atol: size, in units of the operator's norm, up to which a value cannot be told from zero; its error, then.
         start: columns ``[n, p]``, or None.
         limits: budget and time limit.
         seed: of random vectors.
+        sigma: the point that ``"CLOSEST"`` means.
     """
 
     k: int
@@ -56,6 +58,7 @@ class Request:
     start: Tensor | None
     limits: Limits
     seed: int
+    sigma: float = 0.0
 
     def allowed(self, values: Tensor, norm: float) -> Tensor:
         """Return the errors allowed of values ``[k]``: ``tol * |value|``, or ``atol * norm`` up to that size."""
@@ -127,6 +130,15 @@ def check_atol(atol: float) -> float:
     if check_non_negative("atol", atol) >= 1:
         raise ValueError(f"atol must be less than 1, in units of the operator's norm, got {atol}")
     return atol
+
+
+def check_sigma(which: str, sigma: float | None) -> float:
+    """Return ``sigma``, or 0 where no point is meant; raise unless it goes with ``which``."""
+    if which == "CLOSEST" and sigma is None:
+        raise ValueError('which="CLOSEST" needs sigma, the point that the eigenvalues are to be closest to')
+    if which != "CLOSEST" and sigma is not None:
+        raise ValueError(f'sigma goes with which="CLOSEST", and which is {which!r}')
+    return 0.0 if sigma is None else check_finite("sigma", sigma)
 
 
 def check_certainty(confidence: float, certify: bool) -> None:

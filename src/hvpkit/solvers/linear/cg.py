@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +24,12 @@ from hvpkit.solvers.linear.recurrence import (
     SINGULAR,
     Iterates,
     Matrix,
+    arrays,
+    mask,
     norm_seen,
     rows_where,
     stop,
+    tensors,
 )
 
 
@@ -55,26 +59,35 @@ class ConjugateGradients:
 
     def advance(self, matrix: Matrix, iterates: Iterates, vectors: Directions) -> tuple[Iterates, Directions]:
         """Take one step."""
-        p, before = vectors.p, iterates.stopped == RUNNING
-        images = matrix.apply(p)
-        size, pAp = matrix.dots(p, p), matrix.dots(p, images)
-        one, finite = torch.ones_like(size), torch.isfinite(pAp)
-        squared = torch.where(size > 0, size, one)
-        curvature = torch.where(before, pAp / squared, vectors.curvature)
-        norm = norm_seen(matrix, iterates, p, images)
-        noise = FLATNESS * torch.finfo(p.dtype).eps * norm
-        reasons = [(~finite, NON_FINITE), (curvature < -noise, NEGATIVE), (curvature <= noise, SINGULAR)]
-        stopped = stop(iterates.stopped, reasons)
-        going = stopped == RUNNING
-        alpha = torch.where(going, vectors.rz / torch.where(going, pAp, one), 0.0)[:, None]
-        x = torch.addcmul(iterates.x, alpha, p)
-        r = rows_where(going, iterates.r - alpha * images, iterates.r)
+        p, images = vectors.p, matrix.apply(vectors.p)
+        xp, (size, square, pAp, rz, curvature, stopped, norm) = arrays(
+            matrix.dots(p, p),
+            matrix.dots(images, images),
+            matrix.dots(p, images),
+            *(vectors.rz, vectors.curvature, iterates.stopped, iterates.norm),
+        )
+        one = xp.ones_like(rz)
+        with np.errstate(all="ignore"):
+            curvature = xp.where(stopped == RUNNING, pAp / xp.where(size > 0, size, one), curvature)
+            norm = norm_seen(xp, stopped, norm, size, square)
+            noise = FLATNESS * torch.finfo(p.dtype).eps * norm
+            reasons = [
+                (~xp.isfinite(pAp), NON_FINITE),
+                (curvature < -noise, NEGATIVE),
+                (curvature <= noise, SINGULAR),
+            ]
+            stopped = stop(xp, stopped, reasons)
+            going = stopped == RUNNING
+            alpha = xp.where(going, rz / xp.where(going, pAp, one), xp.zeros_like(rz))
+        going = mask(going)
+        step, curvature, stopped, norm = tensors(alpha, curvature, stopped, norm)
+        x = torch.addcmul(iterates.x, step[:, None], p)
+        r = rows_where(going, torch.addcmul(iterates.r, step[:, None], images, value=-1.0), iterates.r)
         z = matrix.preconditioned(r)
-        rz = matrix.dots(r, z)
-        beta = rz / torch.where(vectors.rz > 0, vectors.rz, one)
+        rz_next = rows_where(going, matrix.dots(r, z), vectors.rz)
+        beta = rz_next / torch.where(vectors.rz > 0, vectors.rz, 1.0)
         p = rows_where(going, torch.addcmul(z, beta[:, None], p), p)
-        rz = torch.where(going, rz, vectors.rz)
-        return Iterates(x, r, stopped, norm, iterates.least), Directions(p, rz, curvature)
+        return Iterates(x, r, stopped, norm, iterates.least), Directions(p, rz_next, curvature)
 
     def multiplied(self, vectors: Directions) -> Tensor:
         """Return the directions."""

@@ -12,7 +12,9 @@ and Saunders, SIAM J. Sci. Comput. 33 (2011) 1810-1836, doi:10.1137/100787921.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +26,12 @@ from hvpkit.solvers.linear.recurrence import (
     SINGULAR,
     Iterates,
     Matrix,
+    arrays,
+    mask,
     norm_seen,
     rows_where,
     stop,
+    tensors,
 )
 
 NEARLY_LEAST = 0.5
@@ -53,9 +58,51 @@ class LanczosVectors:
     scalars: Tensor
 
 
-def _safe(values: Tensor) -> Tensor:
-    """Return values to divide by: 1 where they are zero or not finite."""
-    return torch.where((values != 0) & torch.isfinite(values), values, torch.ones_like(values))
+def _inverse(xp: Any, values: Any) -> Any:
+    """Return one over values; 1 where they are zero or not finite."""
+    one = xp.ones_like(values)
+    return one / xp.where((values != 0) & xp.isfinite(values), values, one)
+
+
+def _rotation(xp: Any, eps: float, sums: Any, numbers: Any, scalars: Any) -> tuple[Any, Any, Any, Any]:
+    """Compute the next column of the factorisation, for numbers ``[k]`` of each row.
+
+    Args:
+        xp: the module of :func:`hvpkit.solvers.linear.recurrence.arrays`.
+        eps: of the dtype.
+        sums: diagonal entry of the tridiagonal matrix, square of the next off-diagonal one, and squares of the norms of
+            the vector that was multiplied and of its image ``[4, k]``.
+        numbers: stopped, norm and least, of the iterates ``[3, k]``.
+        scalars: of the vectors ``[7, k]``.
+
+    Returns:
+        Rows that take the step ``[k]``; numbers and scalars after it; and the coefficients of the updates ``[7, k]``:
+        -epsilon, -delta, 1 / gamma, phi, 1 / beta, the square of the sine, and minus the factor of v in r.
+    """
+    (alpha, beta_square, square, image_square), (stopped, norm, waiting) = sums, numbers
+    _, phibar, dbar, epsilon, cosine, sine, largest = scalars
+    norm = norm_seen(xp, stopped, norm, square, image_square)
+    beta = xp.sqrt(beta_square.clip(0))
+    finite = xp.isfinite(alpha + beta)
+    largest = xp.maximum(largest, xp.maximum(abs(alpha), beta))
+    flat = FLATNESS * eps * largest
+    broken = beta <= flat
+    beta = xp.where(broken, xp.zeros_like(beta), beta)
+    delta, gbar = cosine * dbar + sine * alpha, sine * dbar - cosine * alpha
+    dbar_next, gamma = -cosine * beta, xp.hypot(gbar, beta)
+    # norm of A r before this step, over those of A and r
+    least = (xp.hypot(gbar, dbar_next) <= eps**NEARLY_LEAST * largest) & (phibar > 0)
+    stopped = stop(xp, stopped, [(~finite, NON_FINITE), (gamma <= flat, SINGULAR)])
+    pausing = (stopped == RUNNING) & least & (waiting < 2)
+    going = (stopped == RUNNING) & ~pausing
+    inverse = _inverse(xp, gamma)
+    cosine_next, sine_next = gbar * inverse, beta * inverse
+    phi, phibar_next = cosine_next * phibar, sine_next * phibar
+    stopped = stop(xp, stopped, [(broken & going, INVARIANT)])
+    waiting = xp.where(pausing, xp.ones_like(waiting), waiting)
+    following = [beta, phibar_next, dbar_next, sine * beta, cosine_next, sine_next, largest]
+    updates = [-epsilon, -delta, inverse, phi, _inverse(xp, beta), sine_next**2, -phibar_next * cosine_next]
+    return going, xp.stack([stopped, norm, waiting]), xp.stack(following), xp.stack(updates)
 
 
 class Minres:
@@ -65,7 +112,7 @@ class Minres:
         """Return the first Lanczos vectors."""
         z = matrix.preconditioned(r)
         beta = matrix.dots(r, z).clamp(min=0).sqrt()
-        unit = 1 / _safe(beta)[:, None]
+        unit = _inverse(torch, beta)[:, None]
         zero = torch.zeros_like(beta)
         scalars = torch.stack([zero, beta, zero, zero, zero - 1, zero, zero], dim=1)
         v_before, d, d_before = (torch.zeros_like(r) for _ in range(3))
@@ -76,46 +123,29 @@ class Minres:
     ) -> tuple[Iterates, LanczosVectors]:
         """Take one step."""
         v, z = vectors.v, vectors.z
-        _, phibar, dbar, epsilon, cosine, sine, largest = vectors.scalars.unbind(1)
-        eps = torch.finfo(v.dtype).eps
         images = matrix.apply(z)
-        norm = norm_seen(matrix, iterates, z, images)
         image = images - vectors.v_before
         alpha = matrix.dots(z, image)
         image = torch.addcmul(image, alpha[:, None], v, value=-1.0)
         z_next = matrix.preconditioned(image)
-        beta = matrix.dots(image, z_next).clamp(min=0).sqrt()
-        finite = torch.isfinite(alpha) & torch.isfinite(beta)
-        largest = torch.maximum(largest, torch.maximum(alpha.abs(), beta))
-        broken = beta <= FLATNESS * eps * largest
-        beta = torch.where(broken, 0.0, beta)
-
-        delta, gbar = cosine * dbar + sine * alpha, sine * dbar - cosine * alpha
-        epsilon_next, dbar_next = sine * beta, -cosine * beta
-        # norm of A r before this step, over those of A and r
-        slope = torch.hypot(gbar, dbar_next)
-        least = (slope <= eps**NEARLY_LEAST * largest) & (phibar > 0)
-        gamma = torch.hypot(gbar, beta)
-        gone = gamma <= FLATNESS * eps * largest
-        stopped = stop(iterates.stopped, [(~finite, NON_FINITE), (gone, SINGULAR)])
-        pausing = (stopped == RUNNING) & least & (iterates.least < 2)
-        going = (stopped == RUNNING) & ~pausing
-        cosine_next, sine_next = gbar / _safe(gamma), beta / _safe(gamma)
-        phi, phibar_next = cosine_next * phibar, sine_next * phibar
-        d = (z - epsilon[:, None] * vectors.d_before - delta[:, None] * vectors.d) / _safe(gamma)[:, None]
-        x = rows_where(going, torch.addcmul(iterates.x, phi[:, None], d), iterates.x)
-        unit = 1 / _safe(beta)[:, None]
-        v_next, z_next = image * unit, z_next * unit
-        r = (sine_next**2)[:, None] * iterates.r - (phibar_next * cosine_next)[:, None] * v_next
-        r = rows_where(going, r, iterates.r)
-        stopped = stop(stopped, [(broken & going, INVARIANT)])
-        scalars = torch.stack(
-            [beta, phibar_next, dbar_next, epsilon_next, cosine_next, sine_next, largest], dim=1
+        sums = torch.stack(
+            [alpha, matrix.dots(image, z_next), matrix.dots(z, z), matrix.dots(images, images)]
         )
-        fresh = LanczosVectors(v_next, z_next, beta[:, None] * v, d, vectors.d, scalars)
+        numbers = torch.stack([iterates.stopped, iterates.norm, iterates.least])
+        xp, known = arrays(sums, numbers, vectors.scalars.mT)
+        with np.errstate(all="ignore"):
+            going, *found = _rotation(xp, torch.finfo(v.dtype).eps, *known)
+        going = mask(going)
+        (stopped, norm, least), scalars, updates = tensors(*found)
+        epsilon, delta, inverse, phi, unit, sine, factor = updates[:, :, None]
+        d = torch.addcmul(torch.addcmul(z, epsilon, vectors.d_before), delta, vectors.d) * inverse
+        x = rows_where(going, torch.addcmul(iterates.x, phi, d), iterates.x)
+        v_next = image * unit
+        z_next = v_next if matrix.precondition is None else z_next * unit
+        r = rows_where(going, torch.addcmul(sine * iterates.r, factor, v_next), iterates.r)
+        fresh = LanczosVectors(v_next, z_next, scalars[0][:, None] * v, d, vectors.d, scalars.mT)
         kept = {name: rows_where(going, value, getattr(vectors, name)) for name, value in vars(fresh).items()}
-        waiting = torch.where(pausing, 1.0, iterates.least)
-        return Iterates(x, r, stopped, norm, waiting), LanczosVectors(**kept)
+        return Iterates(x, r, stopped, norm, least), LanczosVectors(**kept)
 
     def multiplied(self, vectors: LanczosVectors) -> Tensor:
         """Return the preconditioned Lanczos vectors."""

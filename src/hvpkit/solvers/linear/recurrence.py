@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,10 +40,6 @@ class Matrix:
         """Return the inner products ``[k]`` of the rows of two blocks ``[k, n]``."""
         return self.space.reduce((left * right).sum(dim=1))
 
-    def norms(self, rows: Tensor) -> Tensor:
-        """Return the norms ``[k]`` of rows ``[k, n]``."""
-        return self.dots(rows, rows).sqrt()
-
     def preconditioned(self, rows: Tensor) -> Tensor:
         """Apply the inverse of the preconditioner."""
         return rows if self.precondition is None else self.precondition(rows)
@@ -73,11 +70,31 @@ class Iterates:
         return cls(torch.zeros_like(r), r, *(r.new_zeros(len(r)) for _ in range(3)))
 
 
-def norm_seen(matrix: Matrix, iterates: Iterates, vectors: Tensor, images: Tensor) -> Tensor:
-    """Return the norms ``[k]`` seen so far, with those of the images of ``vectors`` where these are finite."""
-    size, norms = matrix.norms(vectors), matrix.norms(images)
-    usable = (iterates.stopped == RUNNING) & torch.isfinite(norms) & (size > 0)
-    return torch.maximum(iterates.norm, torch.where(usable, norms / torch.where(size > 0, size, 1.0), 0.0))
+def arrays(*values: Tensor) -> tuple[Any, list[Any]]:
+    """Return the module to compute with numbers ``[k]`` by, and these: NumPy on a CPU, whose calls cost a third."""
+    if values[0].device.type != "cpu" or values[0].dtype == torch.bfloat16:
+        return torch, list(values)
+    return np, [value.numpy() for value in values]
+
+
+def tensors(*values: Any) -> list[Tensor]:
+    """Return tensors ``[k]`` of what :func:`arrays` gave."""
+    return [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in values]
+
+
+def norm_seen(xp: Any, stopped: Any, norm: Any, square: Any, image_square: Any) -> Any:
+    """Return the norms ``[k]`` seen so far, with that of the last image where it is finite.
+
+    Args:
+        xp: the module of :func:`arrays`.
+        stopped: why rows have stopped.
+        norm: seen before.
+        square: of the norms of the vectors that were multiplied.
+        image_square: of the norms of their images.
+    """
+    usable = (stopped == RUNNING) & xp.isfinite(image_square) & (square > 0)
+    ratio = image_square / xp.where(square > 0, square, xp.ones_like(square))
+    return xp.maximum(norm, xp.sqrt(xp.where(usable, ratio, xp.zeros_like(ratio))))
 
 
 V = TypeVar("V")
@@ -96,13 +113,22 @@ class Recurrence(Protocol[V]):
         """Return the vectors ``[k, n]`` that the next step multiplies: those of the last, where a row has stopped."""
 
 
-def rows_where(going: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Return the rows of ``new`` where ``going`` ``[k]``, else those of ``old``."""
+def mask(going: Any) -> Tensor | None:
+    """Return for :func:`rows_where` which rows go on; None where it costs nothing to see that all do."""
+    if isinstance(going, np.ndarray):
+        return None if going.all() else torch.from_numpy(going)
+    return going  # type: ignore[no-any-return]
+
+
+def rows_where(going: Any, new: Tensor, old: Tensor) -> Tensor:
+    """Return the rows of ``new`` where ``going`` ``[k]``, else those of ``old``; all of ``new`` for None."""
+    if going is None:
+        return new
     return torch.where(going.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
 
-def stop(stopped: Tensor, reasons: list[tuple[Tensor, int]]) -> Tensor:
+def stop(xp: Any, stopped: Any, reasons: list[tuple[Any, int]]) -> Any:
     """Return why rows have stopped: as before, or the first reason whose condition ``[k]`` holds."""
     for condition, reason in reasons:
-        stopped = torch.where((stopped == RUNNING) & condition, reason, stopped)
+        stopped = xp.where((stopped == RUNNING) & condition, xp.full_like(stopped, reason), stopped)
     return stopped

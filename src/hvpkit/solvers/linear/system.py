@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -147,7 +148,7 @@ class LinearSystem:
 
     def init(self) -> SystemState:
         """Return x = 0; rows of b that are zero are finished."""
-        rhs, norms = self.rhs, self._norms(self.rhs)
+        rhs, norms = self.rhs, self._sizes
         places = norms.nonzero().flatten().tolist()
         r = rhs[places]
         spent = self.preconditioner.spent if self.preconditioner else 0.0
@@ -183,7 +184,7 @@ class LinearSystem:
     def assess(self, state: SystemState) -> Assessment[SystemState]:
         """Compare residuals with tol, verify those that are small enough, and finish or begin again."""
         reasons = [int(reason) for reason in state.iterates.stopped.tolist()]
-        norms = self._norms(state.iterates.r) / self._norms(self.rhs)[[*state.places]]
+        norms = self._norms(state.iterates.r) / self._sizes[[*state.places]]
         ready = (norms <= self._goal(state)) | (state.iterates.stopped.cpu() != RUNNING)
         least = state.iterates.least.cpu() == 1
         suspect = None
@@ -202,7 +203,7 @@ class LinearSystem:
 
     def _goal(self, state: SystemState) -> Tensor:
         """Return what a residual by recurrence has to reach ``[a]``: tol, or the rounding of its matvecs."""
-        sizes = self._norms(state.iterates.x) / self._norms(self.rhs)[[*state.places]]
+        sizes = self._norms(state.iterates.x) / self._sizes[[*state.places]]
         rounding = self.op.precision * state.iterates.norm.to("cpu", torch.float64) * sizes
         return rounding.clamp(min=self.tol)
 
@@ -228,7 +229,7 @@ class LinearSystem:
         units = self.units.to("cpu", torch.float64)
         return SolveResult(
             x.mT,
-            residuals * self._norms(self.rhs) * units,
+            residuals * self._sizes * units,
             residuals,
             state.num_matvecs,
             state.num_passes,
@@ -252,6 +253,11 @@ class LinearSystem:
 
         return Matrix(apply, self.preconditioner, self.op.space)
 
+    @cached_property
+    def _sizes(self) -> Tensor:
+        """Norms of the right-hand sides over their units ``[k]``."""
+        return self._norms(self.rhs)
+
     def _norms(self, rows: Tensor) -> Tensor:
         """Return norms ``[k]`` in float64 on the CPU."""
         return row_norms(self.op.space, rows).to("cpu", torch.float64)
@@ -265,7 +271,7 @@ class LinearSystem:
         places = [state.places[row] for row in rows]
         x = state.best[places] + state.iterates.x[rows]
         residuals = self.rhs[places] - self.exact.product(x.mT).mT / state.scale
-        norms = (self._norms(residuals) / self._norms(self.rhs)[places]).nan_to_num(math.inf, posinf=math.inf)
+        norms = (self._norms(residuals) / self._sizes[places]).nan_to_num(math.inf, posinf=math.inf)
         better = norms < state.residuals[places]
         taken = better.to(x.device)
         best = _put(state.best, places, rows_where(taken, x, state.best[places]))
