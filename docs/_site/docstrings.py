@@ -1,0 +1,118 @@
+"""Docstrings as the site shows them: roles of Sphinx become links of Markdown, formulas fences and code of ``mathml``."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import Any
+
+import griffe
+
+ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):`(~?)([^`]+)`")
+INLINE_MATH = re.compile(r":math:`([^`]+)`")
+DISPLAY_MATH = re.compile(r"^( *)\.\. math::(.*(?:\n\1 +\S.*|\n\s*\n(?=\1 {3,}\S))*)", re.MULTILINE)
+
+EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)
+SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
+TABLE = re.compile(r"^( *)(=+)  =+\n((?:.*\n)+?)\1=+  =+\n((?:.*\n)+?)\1=+  =+$", re.MULTILINE)
+
+PUBLIC = ("hvpkit", "hvpkit.train", "hvpkit.zoo", "hvpkit.plots")
+
+
+class Roles(griffe.Extension):
+    """Rewrites every docstring of the package."""
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Rewrite the docstrings once all modules are loaded, so that names can be looked up."""
+        public = public_names(pkg)
+        for member in walk(pkg):
+            if member.docstring:
+                member.docstring.value = markdown(member.docstring.value, member, public)
+
+
+def public_names(pkg: griffe.Module) -> dict[str, str]:
+    """Return the public path of each public object, and of its members, by the path where it is defined."""
+    found: dict[str, str] = {}
+    for namespace in PUBLIC:
+        module = pkg if namespace == "hvpkit" else pkg[namespace.partition(".")[2]]
+        for name in module.exports or ():
+            member = module[str(name)]
+            try:
+                target = member.final_target if member.is_alias else member
+            except griffe.AliasResolutionError:  # a number among several on one line
+                continue
+            if target.is_module:
+                continue
+            found[target.path] = f"{namespace}.{name}"
+            if target.is_class:
+                for inner in target.members:
+                    found[f"{target.path}.{inner}"] = f"{namespace}.{name}.{inner}"
+    return found
+
+
+def walk(member: Any) -> Any:
+    """Yield an object and all that is defined in it."""
+    yield member
+    for inner in member.members.values():
+        if not inner.is_alias:
+            yield from walk(inner)
+
+
+def markdown(text: str, member: Any, public: dict[str, str]) -> str:
+    """Return a docstring as griffe and Markdown read it.
+
+    Roles become links to public objects and code for all others, entries of several names one for each, and tables
+    those of Markdown.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        short, target = match.groups()
+        label = target.rpartition(".")[2] if short else target.removeprefix("hvpkit.")
+        path = resolve(target, member, public)
+        return f"[`{label}`][{path}]" if path else f"`{label}`"
+
+    def display(match: re.Match[str]) -> str:
+        indent, formula = match.groups()
+        body = textwrap.indent(textwrap.dedent(formula).strip(), indent)
+        return f"{indent}```math\n{body}\n{indent}```"
+
+    def one_each(match: re.Match[str]) -> str:
+        indent, names, words = match.groups()
+        return "\n".join(f"{indent}{name}: {words}" for name in names.split(", "))
+
+    def table(match: re.Match[str]) -> str:
+        indent, rule, head, body = match.groups()
+        rows = [*cells(head, len(indent + rule)), ("---", "---"), *cells(body, len(indent + rule))]
+        return "\n".join(f"{indent}| {left} | {right} |" for left, right in rows)
+
+    text = TABLE.sub(table, text)
+    text = EXAMPLE.sub(r"\1Examples:", SEVERAL.sub(one_each, text))
+    text = DISPLAY_MATH.sub(display, text)
+    text = INLINE_MATH.sub(lambda match: f"`#!math {' '.join(match[1].split())}`", text)
+    return ROLE.sub(link, text)
+
+
+def cells(lines: str, width: int) -> list[tuple[str, str]]:
+    """Return the rows of a table of two columns; a line that has one of them only continues the row before."""
+    rows: list[tuple[str, str]] = []
+    for line in lines.splitlines():
+        left, right = line[:width].strip(), line[width:].strip()
+        if rows and not (left and right):
+            left, right = (f"{old} {new}".strip() for old, new in zip(rows.pop(), (left, right), strict=True))
+        rows.append((left, right))
+    return rows
+
+
+def resolve(target: str, member: Any, public: dict[str, str]) -> str | None:
+    """Return the public path of what a role names, from the object whose docstring it is; None for what is internal."""
+    paths = {*public.values()}
+    if target in paths:
+        return target
+    scope = member
+    while scope is not None:
+        inside = scope.members.get(target) if not scope.is_alias else None
+        if inside is not None:
+            found = inside.final_target.path if inside.is_alias else inside.path
+            return public.get(found)
+        scope = scope.parent
+    return next((path for path in (f"{name}.{target}" for name in PUBLIC) if path in paths), None)

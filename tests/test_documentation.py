@@ -1,0 +1,110 @@
+"""The README's and the site's code runs as it stands; the reference names all that is public; the pages are linked."""
+
+import re
+import runpy
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+snippets = runpy.run_path(str(DOCS / "_site" / "snippets.py"))
+
+WITH_CODE = [page for page in PAGES if snippets["blocks"](page.read_text())]
+PEERS = {"PyHessian": "pyhessian", "hessian-eigenthings": "hessian_eigenthings", "curvlinops": "curvlinops"}
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+def run(text, page, tmp_path, monkeypatch):
+    """Run the blocks of a page in an empty folder, and return how many there were, and how many drew."""
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        # of Lightning, in torch's name; and of Hugging Face's own dependencies
+        warnings.filterwarnings("ignore", ".isinstance.treespec, LeafSpec.. is deprecated", FutureWarning)
+        drawn = [picture for _, picture in snippets["run"](text, str(page))]
+    return len(drawn), sum(picture is not None for picture in drawn)
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    for module in ("lightning", "transformers"):
+        if page.stem in (module, "hugging_face") and module in page.read_text():
+            pytest.importorskip(module)
+    num_blocks, _ = run(page.read_text(), page, tmp_path, monkeypatch)
+    assert num_blocks == len(snippets["blocks"](page.read_text())) > 0
+
+
+def test_an_error_in_a_page_names_its_line(tmp_path, monkeypatch):
+    text = "# Title\n\n```python\nx = 1\n```\n\n- in a list:\n\n    ```python\n    assert x == 2\n    ```\n"
+    with pytest.raises(AssertionError) as caught:
+        run(text, "page.md", tmp_path, monkeypatch)
+    assert (caught.traceback[-1].path.name, caught.traceback[-1].lineno + 1) == ("page.md", 10)
+
+
+def test_each_plot_has_a_picture_in_the_gallery():
+    """All functions of hvpkit.plots that draw, and densities, blocks and trackers, which draw themselves."""
+    text = (DOCS / "gallery.md").read_text()
+    draws = set(import_module("hvpkit.plots").__all__) - {"HEIGHT", "layers_height"}
+    drawn = set(re.findall(r"hk\.plots\.(\w+)\(", text))
+    assert draws <= drawn
+    assert "tracker.plot()" in text
+    assert "found.plot()" in text
+
+
+@pytest.mark.parametrize(("library", "module"), PEERS.items())
+def test_calls_of_other_libraries_run(library, module, tmp_path, monkeypatch):
+    """Fences ``py`` are for code that needs another library; each section of the page has one."""
+    pytest.importorskip(module)
+    text = (DOCS / "how_to" / "migrating.md").read_text()
+    first, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    section = next(section for section in sections if section.startswith(library))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        num_blocks, _ = run(first + section.replace("```py\n", "```python\n"), module, tmp_path, monkeypatch)
+    assert num_blocks == 3
+
+
+def test_code_that_is_not_run_is_of_other_libraries():
+    assert [name(page) for page in PAGES if "```py\n" in page.read_text()] == ["docs/how_to/migrating.md"]
+
+
+@pytest.mark.parametrize("namespace", ["hvpkit", "hvpkit.plots", "hvpkit.train", "hvpkit.zoo"])
+def test_the_reference_has_each_public_name_once(namespace):
+    text = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    found = re.findall(rf"^::: {re.escape(namespace)}\.(\w+)$", text, re.MULTILINE)
+    by_hand = {"plots", "train", "zoo", "HEIGHT"}
+    assert sorted(found) == sorted(set(import_module(namespace).__all__) - by_hand)
+
+
+def test_each_page_is_in_the_navigation():
+    """MkDocs warns of others; this says so without a build."""
+    listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} <= listed
+
+
+def test_links_of_the_readme_work_on_an_index_page():
+    """They are absolute, to files that exist."""
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert all(link.startswith("https://") for link in links), links
+    blob, raw = "https://github.com/hvpkit/hvpkit/blob/main/", "https://raw.githubusercontent.com/hvpkit/hvpkit/main/"
+    site = "https://hvpkit.github.io/hvpkit/"
+    for link in links:
+        for start in (blob, raw):
+            if link.startswith(start):
+                assert (ROOT / link.removeprefix(start)).exists(), link
+        if link.startswith(site):
+            page = link.removeprefix(site).partition("#")[0].strip("/")
+            made = {"changelog", "contributing", "architecture", "benchmarks", ""}
+            notebook = ROOT / f"{page}.py"
+            assert page in made or notebook.exists() or (DOCS / f"{page}.md").exists() or (DOCS / page).is_dir(), link
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
