@@ -12,8 +12,8 @@ Seconds include making the library's operator, except for products, gradients an
 operator that exists; the product is the third with the same operator. A run ends at twenty times hvpkit's passes, at
 least 100 and at most 400: "not converged". After ``--seconds`` no further round of a task begins. Trace, density and
 top-5 are measured on the problems with cheap products; ``--tasks`` runs the tasks that it names on any. Results are
-merged into ``--out`` by problem and task; ``--report`` only makes the tables and the picture from it, ``--document FILE``
-puts the tables between the markers in that file.
+merged into ``--out`` by problem and task; ``--report`` only makes the tables and the picture from it, and
+``--document FILE`` puts the tables between the markers in that file.
 """
 
 from __future__ import annotations

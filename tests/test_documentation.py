@@ -5,14 +5,17 @@ import runpy
 import warnings
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 snippets = runpy.run_path(str(DOCS / "_site" / "snippets.py"))
 
+NEEDS = {"lightning": ["lightning"], "hugging_face": ["transformers", "accelerate"]}
 WITH_CODE = [page for page in PAGES if snippets["blocks"](page.read_text())]
 PEERS = {"PyHessian": "pyhessian", "hessian-eigenthings": "hessian_eigenthings", "curvlinops": "curvlinops"}
 
@@ -24,7 +27,8 @@ def name(page):
 def run(text, page, tmp_path, monkeypatch):
     """Run the blocks of a page in an empty folder, and return how many there were, and how many drew."""
     monkeypatch.chdir(tmp_path)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # pages draw networks and data as a reader would
         # of Lightning, in torch's name; and of Hugging Face's own dependencies
         warnings.filterwarnings("ignore", ".isinstance.treespec, LeafSpec.. is deprecated", FutureWarning)
         drawn = [picture for _, picture in snippets["run"](text, str(page))]
@@ -33,9 +37,8 @@ def run(text, page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
-    for module in ("lightning", "transformers"):
-        if page.stem in (module, "hugging_face") and module in page.read_text():
-            pytest.importorskip(module)
+    for module in NEEDS.get(page.stem, ()):
+        pytest.importorskip(module)
     num_blocks, _ = run(page.read_text(), page, tmp_path, monkeypatch)
     assert num_blocks == len(snippets["blocks"](page.read_text())) > 0
 
@@ -44,7 +47,7 @@ def test_an_error_in_a_page_names_its_line(tmp_path, monkeypatch):
     text = "# Title\n\n```python\nx = 1\n```\n\n- in a list:\n\n    ```python\n    assert x == 2\n    ```\n"
     with pytest.raises(AssertionError) as caught:
         run(text, "page.md", tmp_path, monkeypatch)
-    assert (caught.traceback[-1].path.name, caught.traceback[-1].lineno + 1) == ("page.md", 10)
+    assert (str(caught.traceback[-1].path), caught.traceback[-1].lineno + 1) == ("page.md", 10)
 
 
 def test_each_plot_has_a_picture_in_the_gallery():
@@ -93,7 +96,10 @@ def test_links_of_the_readme_work_on_an_index_page():
     text = (ROOT / "README.md").read_text()
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert all(link.startswith("https://") for link in links), links
-    blob, raw = "https://github.com/hvpkit/hvpkit/blob/main/", "https://raw.githubusercontent.com/hvpkit/hvpkit/main/"
+    blob, raw = (
+        "https://github.com/hvpkit/hvpkit/blob/main/",
+        "https://raw.githubusercontent.com/hvpkit/hvpkit/main/",
+    )
     site = "https://hvpkit.github.io/hvpkit/"
     for link in links:
         for start in (blob, raw):
@@ -103,8 +109,63 @@ def test_links_of_the_readme_work_on_an_index_page():
             page = link.removeprefix(site).partition("#")[0].strip("/")
             made = {"changelog", "contributing", "architecture", "benchmarks", ""}
             notebook = ROOT / f"{page}.py"
-            assert page in made or notebook.exists() or (DOCS / f"{page}.md").exists() or (DOCS / page).is_dir(), link
+            assert (
+                page in made or notebook.exists() or (DOCS / f"{page}.md").exists() or (DOCS / page).is_dir()
+            ), link
 
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+@pytest.mark.parametrize(
+    ("tag", "inside"),
+    [
+        ('<script src="../assets/search.js">', True),
+        ('<link rel="canonical" href="https://hvpkit.github.io/hvpkit/">', True),
+        ('<a href="https://arxiv.org/abs/1901.10159">', True),
+        ('<script async src="https://example.org/math.js">', False),
+        ('<link href="//example.org/font.css" rel="stylesheet">', False),
+        ('<img alt="a badge" src="http://example.org/badge.svg">', False),
+    ],
+)
+def test_a_page_that_loads_from_elsewhere_is_refused(tag, inside):
+    pytest.importorskip("mkdocs")
+    hooks = runpy.run_path(str(DOCS / "_site" / "hooks.py"))
+    page = SimpleNamespace(file=SimpleNamespace(src_path="page.md"))
+    if inside:
+        assert hooks["on_post_page"](tag, page=page) == tag
+        return
+    with pytest.raises(Exception, match=r"page\.md loads from elsewhere"):
+        hooks["on_post_page"](tag, page=page)
+
+
+@pytest.fixture(scope="module")
+def markdown():
+    """The conversion of docstrings, of the package's own."""
+    griffe = pytest.importorskip("griffe")
+    docstrings = runpy.run_path(str(DOCS / "_site" / "docstrings.py"))
+    package = griffe.load("hvpkit", search_paths=[ROOT / "src"])
+    public = docstrings["public_names"](package)
+    return lambda text: docstrings["markdown"](text, package, public)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("See :func:`hvpkit.trace`.", "See [`trace`][hvpkit.trace]."),
+        ("See :class:`~hvpkit.train.KneeLR`.", "See [`KneeLR`][hvpkit.train.KneeLR]."),
+        ("See :meth:`~hvpkit.LinearOperator.to_scipy`.", "See [`to_scipy`][hvpkit.LinearOperator.to_scipy]."),
+        ("See :mod:`hvpkit.solvers.certificate`.", "See `solvers.certificate`."),
+        ("Of :math:`a\nb`:", "Of `#!math a b`:"),
+        ("    .. math:: a\n              b\n\nc", "    ```math\n    a\n    b\n    ```\n\nc"),
+        ("Args:\n    a, b: two.", "Args:\n    a: two.\n    b: two."),
+        ("Cost:\n    One pass.\n", "**Cost:**\n\nOne pass."),
+        (
+            "====  ====\nx     y\n====  ====\na     b\n      c\n====  ====",
+            "| x | y |\n| --- | --- |\n| a | b c |",
+        ),
+    ],
+)
+def test_docstrings_become_markdown(text, shown, markdown):
+    assert markdown(text).rstrip() == shown

@@ -1,4 +1,4 @@
-"""Docstrings as the site shows them: roles of Sphinx become links of Markdown, formulas fences and code of ``mathml``."""
+"""Docstrings as the site shows them: roles of Sphinx become links, formulas what ``mathml`` reads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):`(~?)([^`]+)`")
 INLINE_MATH = re.compile(r":math:`([^`]+)`")
 DISPLAY_MATH = re.compile(r"^( *)\.\. math::(.*(?:\n\1 +\S.*|\n\s*\n(?=\1 {3,}\S))*)", re.MULTILINE)
 
+OWN_SECTION = re.compile(r"^( *)((?:Cost|Source|Departures)[a-z ]*):\n((?:\1 +.*\n?|\s*\n)+)", re.MULTILINE)
 EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)
 SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
 TABLE = re.compile(r"^( *)(=+)  =+\n((?:.*\n)+?)\1=+  =+\n((?:.*\n)+?)\1=+  =+$", re.MULTILINE)
@@ -61,8 +62,8 @@ def walk(member: Any) -> Any:
 def markdown(text: str, member: Any, public: dict[str, str]) -> str:
     """Return a docstring as griffe and Markdown read it.
 
-    Roles become links to public objects and code for all others, entries of several names one for each, and tables
-    those of Markdown.
+    Roles become links to public objects and code for all others, entries of several names one for each, tables
+    those of Markdown, and sections that griffe does not know paragraphs.
     """
 
     def link(match: re.Match[str]) -> str:
@@ -73,7 +74,7 @@ def markdown(text: str, member: Any, public: dict[str, str]) -> str:
 
     def display(match: re.Match[str]) -> str:
         indent, formula = match.groups()
-        body = textwrap.indent(textwrap.dedent(formula).strip(), indent)
+        body = "\n".join(f"{indent}{line.strip()}" for line in formula.strip().splitlines())
         return f"{indent}```math\n{body}\n{indent}```"
 
     def one_each(match: re.Match[str]) -> str:
@@ -85,7 +86,11 @@ def markdown(text: str, member: Any, public: dict[str, str]) -> str:
         rows = [*cells(head, len(indent + rule)), ("---", "---"), *cells(body, len(indent + rule))]
         return "\n".join(f"{indent}| {left} | {right} |" for left, right in rows)
 
-    text = TABLE.sub(table, text)
+    def own_section(match: re.Match[str]) -> str:
+        indent, title, body = match.groups()
+        return f"{indent}**{title}:**\n\n{textwrap.indent(textwrap.dedent(body).strip(), indent)}\n\n"
+
+    text = OWN_SECTION.sub(own_section, TABLE.sub(table, text))
     text = EXAMPLE.sub(r"\1Examples:", SEVERAL.sub(one_each, text))
     text = DISPLAY_MATH.sub(display, text)
     text = INLINE_MATH.sub(lambda match: f"`#!math {' '.join(match[1].split())}`", text)

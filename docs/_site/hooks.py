@@ -29,13 +29,20 @@ ELSEWHERE = {
 }
 """Files of the repository, and the pages that they are."""
 
-OUTSIDE = re.compile(r"<(?:script|link|img|iframe)\b(?![^>]*rel=\"?(?:canonical|prev|next))[^>]*(?:src|href)=\"?https?:")
+DISPLAY_MATH, INLINE_MATH = re.compile(r"\$\$([^$]+)\$\$"), re.compile(r"\$([^$]+)\$")
+"""Formulas of notebooks."""
+
+OUTSIDE = re.compile(
+    r"<(?:script|link|img|iframe)\b(?![^>]*rel=\"?(?:canonical|prev|next))[^>]*(?:src|href)=\"?(?:https?:)?//"
+)
 """A tag that makes a browser load something from elsewhere."""
 
 
 def on_config(config: Any) -> Any:
     """Let fences and inline code named ``math`` be formulas."""
-    fences, inline = (config.mdx_configs.setdefault(f"pymdownx.{name}", {}) for name in ("superfences", "inlinehilite"))
+    fences, inline = (
+        config.mdx_configs.setdefault(f"pymdownx.{name}", {}) for name in ("superfences", "inlinehilite")
+    )
     fences["custom_fences"] = [{"name": "math", "class": "math", "format": mathml.fence}]
     inline["custom_inline"] = [{"name": "math", "class": "math", "format": mathml.inline}]
     return config
@@ -45,6 +52,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are made from files elsewhere."""
     for source, target in ELSEWHERE.items():
         text = (ROOT / source).read_text().replace("](docs/", "](")
+        text = re.sub(r"(?<![\[(`/])docs/(\w+(?:/\w+)?)\.md", r"[\1](\1.md)", text)
         files.append(File.generated(config, target, content=text))
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         text, pictures = notebook_page(json.loads(notebook.read_text()), notebook.stem)
@@ -61,7 +69,8 @@ def notebook_page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, b
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source.replace(".ipynb)", ".md)"))
+            text = DISPLAY_MATH.sub(r"```math\n\1\n```", source.replace(".ipynb)", ".md)"))
+            parts.append(INLINE_MATH.sub(lambda match: f"`#!math {' '.join(match[1].split())}`", text))
             continue
         parts.append(f"```py\n{source}\n```")
         for output in cell["outputs"]:
@@ -83,7 +92,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if not page.meta.get("pictures"):
         return markdown
     parts, end = [], 0
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         for number, (block, picture) in enumerate(snippets.run(markdown, page.file.src_path)):
             parts.append(markdown[end : block.end()])
             end = block.end()
@@ -94,7 +107,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return "".join([*parts, markdown[end:]])
 
 
-def on_post_page(output: str, page: Any, config: Any) -> str:
+def on_post_page(output: str, page: Any, **_: Any) -> str:
     """Refuse a page that loads anything from elsewhere: the site works without a network."""
     if found := OUTSIDE.search(output):
         raise PluginError(f"{page.file.src_path} loads from elsewhere: {found[0]}")

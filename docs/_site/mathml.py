@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw without a script: fences ``math``, and inline code that begins with ``#!math``."""
+"""Formulas as MathML, which browsers draw without a script: fences ``math``, and inline code after ``#!math``."""
 
 from __future__ import annotations
 
