@@ -4,9 +4,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 
-# The first that runs and is Python 3.11 or 3.12; or say make PYTHON=/path/to/python.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
-	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$$p" && break; done)
+# The first that runs and is Python 3.11 to 3.14; or say make PYTHON=/path/to/python.
+PYTHON ?= $(shell for p in python3.11 python3.13 python3.12 python3.14 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo "$$p" && break; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -38,7 +38,7 @@ clean:
 	rm -rf .venv build hvpkit-demo
 
 .venv/bin/python:
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found; install one, or: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.14 found; install one, or: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
 # A file for each set of extras that is installed, older than what says what they are: install again.

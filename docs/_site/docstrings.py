@@ -15,7 +15,7 @@ DISPLAY_MATH = re.compile(r"^( *)\.\. math::(.*(?:\n\1 +\S.*|\n\s*\n(?=\1 {3,}\S
 OWN_SECTION = re.compile(r"^( *)((?:Cost|Source|Departures)[a-z ]*):\n((?:\1 +.*\n?|\s*\n)+)", re.MULTILINE)
 EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)
 SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
-TABLE = re.compile(r"^( *)(=+)  =+\n((?:.*\n)+?)\1=+  =+\n((?:.*\n)+?)\1=+  =+$", re.MULTILINE)
+TABLE = re.compile(r"^( *)(=+(?:  =+)+)\n((?:.*\n)+?)\1\2\n((?:.*\n)+?)\1\2$", re.MULTILINE)
 
 PUBLIC = ("hvpkit", "hvpkit.train", "hvpkit.zoo", "hvpkit.plots")
 
@@ -72,40 +72,56 @@ def markdown(text: str, member: Any, public: dict[str, str]) -> str:
         path = resolve(target, member, public)
         return f"[`{label}`][{path}]" if path else f"`{label}`"
 
-    def display(match: re.Match[str]) -> str:
-        indent, formula = match.groups()
-        body = "\n".join(f"{indent}{line.strip()}" for line in formula.strip().splitlines())
-        return f"{indent}```math\n{body}\n{indent}```"
-
-    def one_each(match: re.Match[str]) -> str:
-        indent, names, words = match.groups()
-        return "\n".join(f"{indent}{name}: {words}" for name in names.split(", "))
-
-    def table(match: re.Match[str]) -> str:
-        indent, rule, head, body = match.groups()
-        rows = [*cells(head, len(indent + rule)), ("---", "---"), *cells(body, len(indent + rule))]
-        return "\n".join(f"{indent}| {left} | {right} |" for left, right in rows)
-
-    def own_section(match: re.Match[str]) -> str:
-        indent, title, body = match.groups()
-        return f"{indent}**{title}:**\n\n{textwrap.indent(textwrap.dedent(body).strip(), indent)}\n\n"
-
-    text = OWN_SECTION.sub(own_section, TABLE.sub(table, text))
-    text = EXAMPLE.sub(r"\1Examples:", SEVERAL.sub(one_each, text))
-    text = DISPLAY_MATH.sub(display, text)
-    text = INLINE_MATH.sub(lambda match: f"`#!math {' '.join(match[1].split())}`", text)
-    return ROLE.sub(link, text)
+    for pattern, replacement in (
+        (TABLE, table),
+        (OWN_SECTION, own_section),
+        (SEVERAL, one_each),
+        (EXAMPLE, r"\1Examples:"),
+        (DISPLAY_MATH, display),
+        (INLINE_MATH, lambda match: f"`#!math {' '.join(match[1].split())}`"),
+        (ROLE, link),
+    ):
+        text = pattern.sub(replacement, text)
+    return text
 
 
-def cells(lines: str, width: int) -> list[tuple[str, str]]:
-    """Return the rows of a table of two columns; a line that has one of them only continues the row before."""
-    rows: list[tuple[str, str]] = []
+def display(match: re.Match[str]) -> str:
+    """Return a formula on lines of its own as a fence."""
+    indent, formula = match.groups()
+    body = "\n".join(f"{indent}{line.strip()}" for line in formula.strip().splitlines())
+    return f"{indent}```math\n{body}\n{indent}```"
+
+
+def one_each(match: re.Match[str]) -> str:
+    """Return an entry for each of the names that share one."""
+    indent, names, words = match.groups()
+    return "\n".join(f"{indent}{name}: {words}" for name in names.split(", "))
+
+
+def own_section(match: re.Match[str]) -> str:
+    """Return a section as a bold word and paragraphs."""
+    indent, title, body = match.groups()
+    return f"{indent}**{title}:**\n\n{textwrap.indent(textwrap.dedent(body).strip(), indent)}\n\n"
+
+
+def table(match: re.Match[str]) -> str:
+    """Return a table."""
+    indent, rule, head, body = match.groups()
+    starts = [len(indent) + column.start() for column in re.finditer("=+", rule)]
+    (names,) = rows(head, starts)
+    lines = [names, ["---"] * len(names), *rows(body, starts)]
+    return "\n".join(f"{indent}| {' | '.join(cells)} |" for cells in lines)
+
+
+def rows(lines: str, starts: list[int]) -> list[list[str]]:
+    """Return the cells of each row; a line that lacks one continues the row before."""
+    found: list[list[str]] = []
     for line in lines.splitlines():
-        left, right = line[:width].strip(), line[width:].strip()
-        if rows and not (left and right):
-            left, right = (f"{old} {new}".strip() for old, new in zip(rows.pop(), (left, right), strict=True))
-        rows.append((left, right))
-    return rows
+        cells = [line[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)]
+        if found and not all(cells):
+            cells = [f"{old} {new}".strip() for old, new in zip(found.pop(), cells, strict=True)]
+        found.append(cells)
+    return found
 
 
 def resolve(target: str, member: Any, public: dict[str, str]) -> str | None:
