@@ -24,7 +24,10 @@ TITLES = {
     "memory": "Peak memory of a product",
 }
 
-IN_README = ("extremes", "product", "memory")
+IN_DOCUMENT = ("extremes", "product", "memory")
+
+IN_SUMMARY = {"product": "seconds of one product", "memory": "peak memory of a product"}
+SUMMARISED = ("torch + SciPy", "PyHessian", "hessian-eigenthings", "curvlinops")
 
 
 def libraries(found: Record) -> list[str]:
@@ -131,8 +134,18 @@ def table(found: Record, tasks: Collection[str] = tuple(TITLES)) -> str:
     return "\n\n".join([*(task_table(found, task, names) for task in present), f"{note} {told}"])
 
 
-def write_readme(file: Path, found: Record) -> None:
-    """Replace the text between the markers of a file with the tables of ``IN_README``.
+def summary(found: Record) -> str:
+    """Return a row for each task of ``IN_SUMMARY``: geometric means of the ratios to hvpkit, a column a library."""
+    rows = []
+    for task, words in IN_SUMMARY.items():
+        entries = [entry["tasks"][task] for entry in found["problems"].values() if task in entry["tasks"]]
+        means = [mean_ratio([row[name] for row in entries if name in row]) for name in SUMMARISED]
+        rows.append([words, *means])
+    return markdown([f"over {len(found['problems'])} networks, times hvpkit's", *SUMMARISED], rows)
+
+
+def write_document(file: Path, found: Record) -> None:
+    """Replace the text between the markers of a file with the tables of ``IN_DOCUMENT``.
 
     Raises:
         ValueError: the file lacks the markers.
@@ -143,7 +156,7 @@ def write_readme(file: Path, found: Record) -> None:
         raise ValueError(
             f"{file} lacks the lines {MARKERS[0]} and {MARKERS[1]}; put them where the tables go"
         )
-    text = table(found, IN_README)
+    text = table(found, IN_DOCUMENT)
     file.write_text(f"{whole[: begin + len(MARKERS[0])]}\n{text}\n{whole[end:]}")
 
 

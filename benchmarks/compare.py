@@ -12,8 +12,8 @@ Seconds include making the library's operator, except for products, gradients an
 operator that exists; the product is the third with the same operator. A run ends at twenty times hvpkit's passes, at
 least 100 and at most 400: "not converged". After ``--seconds`` no further round of a task begins. Trace, density and
 top-5 are measured on the problems with cheap products; ``--tasks`` runs the tasks that it names on any. Results are
-merged into ``--out`` by problem and task; ``--report`` only makes the tables and the picture from it, ``--readme FILE``
-puts the tables between the markers in that file.
+merged into ``--out`` by problem and task; ``--report`` only makes the tables and the picture from it, and
+``--document FILE`` puts the tables between the markers in that file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 import _compare_memory as memory
 import _harness as harness
 from _compare_peers import LIBRARIES, Library, OutOfPasses, derivable
-from _compare_report import notes, picture, table, write_readme
+from _compare_report import notes, picture, table, write_document
 from _harness import Record
 from _problems import Problem, available, load
 from _references import NUM_SKETCHES, TOL, error, probe, reference
@@ -172,14 +172,14 @@ def summary(cell: Record, runs: list[Record], own: list[Record]) -> Record:
     }
 
 
-def report(file: Path, readme: Path | None) -> None:
+def report(file: Path, document: Path | None) -> None:
     """Write tables and the picture beside the JSON, and print the tables."""
     found = harness.read(file)
     text = table(found)
     file.with_suffix(".md").write_text(f"{text}\n\n{notes(found)}\n")
     picture(found, file.with_suffix(".png"))
-    if readme is not None:
-        write_readme(readme, found)
+    if document is not None:
+        write_document(document, found)
     print(text)
 
 
@@ -214,12 +214,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=30.0, help="after which no further round begins")
     parser.add_argument("--quick", action="store_true", help="the smallest problem, one round")
-    parser.add_argument("--readme", type=Path, help="put the tables into this file, between the markers")
+    parser.add_argument("--document", type=Path, help="put the tables into this file, between the markers")
     given = harness.parse(parser, argv)
     if not given.report:
         names = given.problems or (CHEAP[:1] if given.quick else available())
         run(given, names, 1 if given.quick else given.repeats)
-    report(given.out, given.readme)
+    report(given.out, given.document)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import sys, warnings
 assert sys.executable == {sys.executable!r}, sys.executable
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", module="ipykernel")
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+warnings.filterwarnings("ignore", "`torch.jit.script` is ")
 """
 """Runs before a notebook's own cells, and is not kept."""
 

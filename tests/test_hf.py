@@ -15,7 +15,7 @@ from oracles import hessian_by_double_backward, relative_error
 
 transformers = pytest.importorskip("transformers")
 
-HOW_TO = Path(__file__).parents[1] / "docs" / "hugging_face.md"
+HOW_TO = Path(__file__).parents[1] / "docs" / "how_to" / "hugging_face.md"
 f64, VOCABULARY = torch.float64, 7
 SMALL = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6}
 

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from hvpkit import plots as plots
     from hvpkit import train, zoo
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AsymmetryWarning",

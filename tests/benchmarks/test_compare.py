@@ -302,7 +302,7 @@ def test_tables_and_picture_come_from_the_file_alone(bench, pictures, tmp_path, 
     (tmp_path / "found.png").unlink()
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- compare -->\nold\n<!-- /compare -->\nafter\n")
-    compare.main(["--report", "--out", str(file), "--readme", str(readme)])
+    compare.main(["--report", "--out", str(file), "--document", str(readme)])
     assert "1.23e+03 s" in capsys.readouterr().out
     assert (tmp_path / "found.md").read_text() != text
     for written in ((tmp_path / "found.md").read_text(), readme.read_text()):
@@ -337,7 +337,7 @@ def test_readme_without_markers_is_refused(bench, tmp_path):
     (tmp_path / "README.md").write_text("nothing here")
     with pytest.raises(ValueError, match="lacks the lines <!-- compare --> and <!-- /compare -->"):
         compare.main(
-            ["--report", "--out", str(tmp_path / "found.json"), "--readme", str(tmp_path / "README.md")]
+            ["--report", "--out", str(tmp_path / "found.json"), "--document", str(tmp_path / "README.md")]
         )
 
 

@@ -27,7 +27,7 @@ def result(name):
 @pytest.mark.parametrize(
     ("script", "name", "document"),
     [
-        (bench_fidelity, "fidelity", "README.md"),
+        (bench_fidelity, "fidelity", "docs/solvers.md"),
         (bench_fidelity, "fidelity", "docs/multifidelity.md"),
         (bench_top, "top", "docs/multifidelity.md"),
         (bench_blocks, "blocks", "docs/performance.md"),
@@ -41,13 +41,20 @@ def test_table_is_in_the_document(script, name, document):
     assert script.table(result(name)) in (ROOT / document).read_text()
 
 
-def test_comparison_is_in_the_readme_and_beside_its_results():
+def test_comparison_is_in_its_document_and_beside_its_results():
     found = result("compare")
-    text = _compare_report.table(found, _compare_report.IN_README)
+    text = _compare_report.table(found, _compare_report.IN_DOCUMENT)
     begin, end = _compare_report.MARKERS
-    assert f"{begin}\n{text}\n{end}" in (ROOT / "README.md").read_text()
+    assert f"{begin}\n{text}\n{end}" in (ROOT / "docs/comparison.md").read_text()
     whole = f"{_compare_report.table(found)}\n\n{_compare_report.notes(found)}\n"
     assert (harness.RESULTS / "compare.md").read_text() == whole
+
+
+def test_summary_of_the_comparison_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert _compare_report.summary(result("compare")) in readme
+    means = bench_fidelity.table(result("fidelity")).splitlines()[-1].split(" | ")
+    assert f"takes {means[7]} times the passes" in readme.replace("\n", " ")
 
 
 def test_figures_of_tracking_are_in_the_document():
@@ -56,18 +63,19 @@ def test_figures_of_tracking_are_in_the_document():
         assert f"| {passes} |" in (ROOT / "docs/multifidelity.md").read_text()
 
 
-def test_figures_of_solvers_are_in_the_readme():
-    record, readme = result("solvers"), (ROOT / "README.md").read_text()
+def test_figures_of_solvers_are_in_their_document():
+    record, document = result("solvers"), (ROOT / "docs/solvers.md").read_text()
     problems = ("late training", "digits CNN, trained", "dense network, 6 epochs")
     for solver in ("floor", "lanczos", "eigsh", "lobpcg", "chebyshev"):
         counts = [bench_solvers.report.medians(record, name, solver, "both")[1] for name in problems]
-        assert " / ".join(f"{count:.0f}" for count in counts) in readme
+        assert " / ".join(f"{count:.0f}" for count in counts) in document
 
 
-def test_figures_of_coverage_are_in_the_readme():
+@pytest.mark.parametrize("document", ["docs/numbers.md", "docs/intervals.md"])
+def test_figures_of_coverage_are_in_their_documents(document):
     found = result("interval_coverage")["all"]
     inside = round(found["inside"] * found["intervals"])
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / document).read_text()
     assert f"{inside:,} of the {found['intervals']:,}" in text.replace("\n", " ")
     assert interval_coverage.ADVERSARIAL in result("interval_coverage")
     assert f"{found['error_above_tol']:.1%}".replace("%", " %") in text

@@ -115,7 +115,7 @@ def test_compiled_products_have_one_mode() -> None:
         hk.hessian(problem.objective, problem.params, problem.data, mode="reverse-over-reverse", compile=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own compiler uses it
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own compiler uses it
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles by g++")
 def test_machine_code_gives_both_ends() -> None:
     problem = network("mlp")

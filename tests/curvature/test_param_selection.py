@@ -61,7 +61,7 @@ def test_a_name_with_wildcards_in_it_is_a_name(one_name: str | list[str]) -> Non
 
 
 def test_each_parameter_of_a_list_in_a_dict_has_its_own_block() -> None:
-    """The loop over layers of the README, of a dict whose keys look like patterns."""
+    """The loop over layers of docs/tour.md, of a dict whose keys look like patterns."""
     params = {f"w[{k}]": ones(1) * (k + 1) for k in range(4)}
     whole = by_double_backward(list(params.values()))
     for k, name in enumerate(params):
