@@ -321,7 +321,7 @@ def test_picture_has_a_panel_for_each_block(found, args):
     assert [ax.get_title() for ax in panels] == ["0", "2", "4"]
     for ax, block in zip(panels, found, strict=True):
         line = ax.get_lines()[0]
-        assert torch.equal(torch.from_numpy(line.get_ydata()), block.density.values)
+        assert torch.equal(torch.from_numpy(line.get_ydata()), block.density.resolved().values)
         assert ax.get_yscale() == "log"
     assert len(panels[0].figure.axes) == 3
     assert found.plot(log=False)[0].get_yscale() == "linear"

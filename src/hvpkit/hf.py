@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from hvpkit.objective.outputs import main_tensor
 
+__all__ = ["causal_lm_loss", "classification_loss", "seq2seq_loss"]
+
 IGNORED = -100
 """The label of what does not count, as of padding: the one that transformers' models and collators use."""
 

@@ -20,6 +20,7 @@ from hvpkit._utils.signals import terminating_signals_raised
 from hvpkit.cli.config import read_config
 from hvpkit.cli.interruption import signal_of
 from hvpkit.cli.output import diverted_stdout, print_message
+from hvpkit.cli.ranks import joined
 from hvpkit.cli.verbosity import is_verbose, verbosity
 from hvpkit.errors import NonFiniteError
 
@@ -151,8 +152,8 @@ def _with_exit_code(function: Callable[..., bool]) -> Callable[..., None]:
     def ending(**values: Any) -> None:
         try:
             # standard output is for results only: whatever a target prints goes to standard error
-            with terminating_signals_raised(), diverted_stdout():
-                done = function(**values)
+            with joined(values) as options, terminating_signals_raised(), diverted_stdout():
+                done = function(**options)
         except BrokenPipeError:
             raise  # nobody reads the output any more: click ends the program quietly
         except KeyboardInterrupt as error:

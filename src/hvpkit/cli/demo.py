@@ -16,6 +16,7 @@ from hvpkit._utils.files import check_file, check_folder
 from hvpkit.cli.application import command
 from hvpkit.cli.output import results_stream, table, write_json, write_picture
 from hvpkit.cli.progress_line import ProgressLine
+from hvpkit.cli.ranks import shared
 from hvpkit.cli.verbosity import is_quiet
 from hvpkit.zoo import digits, digits_cnn, train_classifier
 
@@ -95,6 +96,7 @@ def train_and_solve(
     model = digits_cnn(seed=seed)
     train_classifier(model, data, seed=seed, monitor=training_monitor)
     objective, params = hk.from_module(model, F.cross_entropy, batchnorm="eval")
+    data = shared(data)
     H = hk.hessian(objective, params, data)
     ex = hk.extreme_eigenvalues(H, tol=tol, seed=seed, monitor=solver_monitor)
     problem = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -16,6 +16,7 @@ from hvpkit._utils import validation
 from hvpkit.cli.builtin_problems import ARCHITECTURES, CIFAR, NAMES, builtin
 from hvpkit.cli.choices import Arithmetic, BatchNorm, Curvature, Dtype, ExtremesMethod, Mode
 from hvpkit.cli.output import print_message
+from hvpkit.cli.ranks import shared
 from hvpkit.cli.targets import Network, Target
 from hvpkit.cli.user_problems import FORMS, RETURNED, load_target
 from hvpkit.cli.verbosity import is_verbose
@@ -191,7 +192,8 @@ class Problem(Source):
         found = self.find()
         if self.resume is not None:
             found = found.load(self.resume)
-        return found.target(self.batchnorm.value) if isinstance(found, Network) else found
+        target = found.target(self.batchnorm.value) if isinstance(found, Network) else found
+        return replace(target, data=shared(target.data))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from hvpkit.cli.choices import Mode
 from hvpkit.cli.options import ModeOption, Solve, Source
 from hvpkit.cli.output import Output, as_json, one_line, write_json, write_picture
 from hvpkit.cli.progress_line import ProgressLine
+from hvpkit.cli.ranks import shared
 from hvpkit.cli.targets import Network
 from hvpkit.cli.train import SPECTRUM
 from hvpkit.train import SpectrumTracker
@@ -59,9 +60,11 @@ def track(
         "monitor": watch,
     }
     tracker = (
-        SpectrumTracker.for_module(target.criterion, target.data, batchnorm=source.batchnorm, **options)
+        SpectrumTracker.for_module(
+            target.criterion, shared(target.data), batchnorm=source.batchnorm, **options
+        )
         if isinstance(target, Network)
-        else SpectrumTracker(target.loss_fn, target.data, **options)
+        else SpectrumTracker(target.loss_fn, shared(target.data), **options)
     )
     known = dict(tracker.results)
     for step, path in enumerate(paths):

@@ -19,6 +19,7 @@ from hvpkit.cli.choices import Mode, TrainingMethod
 from hvpkit.cli.options import Atol, Model, ModeOption, Tol
 from hvpkit.cli.output import Output, one_line, print_message, to_plain, write_picture
 from hvpkit.cli.progress_line import ProgressLine
+from hvpkit.cli.ranks import shared
 from hvpkit.cli.training_methods import LR, Plan, State, accuracy, train_epochs
 from hvpkit.train import SpectrumTracker
 
@@ -104,7 +105,7 @@ def train(
     watch = ProgressLine("Both ends")
     tracker = SpectrumTracker.for_module(
         F.cross_entropy,
-        problem.data,
+        shared(problem.data),
         batchnorm=model.batchnorm,
         mode=mode,
         every=track_every,
