@@ -150,28 +150,34 @@ def _with_exit_code(function: Callable[..., bool]) -> Callable[..., None]:
     """End a function in an exit code, with one line on standard error if something went wrong."""
 
     def ending(**values: Any) -> None:
-        try:
-            # standard output is for results only: whatever a target prints goes to standard error
-            with joined(values) as options, terminating_signals_raised(), diverted_stdout():
-                done = function(**options)
-        except BrokenPipeError:
-            raise  # nobody reads the output any more: click ends the program quietly
-        except KeyboardInterrupt as error:
-            number = signal_of(error)
-            print_message("interrupted" if number == signal.SIGINT else f"interrupted by {number.name}")
-            raise typer.Exit(128 + number) from None
-        except SystemExit as error:
-            place = user_code_location(error) or " (in the target)"
-            print_message(f"the program was ended by SystemExit({error.code!r}){place}: a target must return")
-            raise typer.Exit(2) from None
-        except Exception as error:
-            if is_verbose():
-                traceback.print_exc()
-            _end_for(error)
-        raise typer.Exit(0 if done else 1)
+        with joined(values) as options:
+            _run(function, options)
 
     _set_signature(ending, inspect.signature(function))
     return ending
+
+
+def _run(function: Callable[..., bool], options: dict[str, Any]) -> NoReturn:
+    """Run a function, and end in its exit code."""
+    try:
+        # standard output is for results only: whatever a target prints goes to standard error
+        with terminating_signals_raised(), diverted_stdout():
+            done = function(**options)
+    except BrokenPipeError:
+        raise  # nobody reads the output any more: click ends the program quietly
+    except KeyboardInterrupt as error:
+        number = signal_of(error)
+        print_message("interrupted" if number == signal.SIGINT else f"interrupted by {number.name}")
+        raise typer.Exit(128 + number) from None
+    except SystemExit as error:
+        place = user_code_location(error) or " (in the target)"
+        print_message(f"the program was ended by SystemExit({error.code!r}){place}: a target must return")
+        raise typer.Exit(2) from None
+    except Exception as error:
+        if is_verbose():
+            traceback.print_exc()
+        _end_for(error)
+    raise typer.Exit(0 if done else 1)
 
 
 def _end_for(error: Exception) -> NoReturn:

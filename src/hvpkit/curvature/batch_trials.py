@@ -37,6 +37,8 @@ class BatchTrials:
 def time_batches(term: Curvature, max_seconds: float, seed: int) -> BatchTrials:
     """Time the matvecs of at least one batch, and of up to five within ``max_seconds``, with a random vector.
 
+    They are the first of all batches, whatever other ranks share them.
+
     The first batch is multiplied once before, as its first matvec may take longer, unless that takes too long.
     """
     problem, mode = term.problem, term.recipe.mode
@@ -45,7 +47,7 @@ def time_batches(term: Curvature, max_seconds: float, seed: int) -> BatchTrials:
     fresh: list[float] = []
     kept: list[float] = []
     product_bytes = graph_bytes = 0.0
-    with term.settings(), closing(weighted_batches(problem.data)) as batches:
+    with term.settings(), closing(weighted_batches(problem.data.alone)) as batches:
         while len(fresh) < MAX_BATCHES and (not fresh or time.perf_counter() - begin < max_seconds):
             start = time.perf_counter()
             batch = next(batches, None)
