@@ -54,6 +54,9 @@ def _rank(
     folder: str, rank: int, size: int, timeout: float, functions: tuple[Callable[[DeviceMesh], Any], ...]
 ) -> None:
     torch.set_num_threads(1)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a program in the background inherits that it is ignored
     store = f"file://{folder}/store"
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)

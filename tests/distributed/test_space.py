@@ -91,6 +91,7 @@ SMALL = {
     "solvers/linear/preconditioner.py": {"abs"},
     "solvers/linear/recurrence.py": {"isfinite"},
     "solvers/lobpcg.py": {"isfinite"},
+    "solvers/monitors.py": {"isfinite"},
     "solvers/sample_space.py": {"abs"},
     "estimators/kernel_polynomials.py": {"abs", "isfinite"},
     "estimators/leave_one_out.py": {"vector_norm"},

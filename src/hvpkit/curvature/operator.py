@@ -112,12 +112,17 @@ class Curvature:
             share = len(columns) * self.data_share / self.cache.count_batches(self.problem.data)
             # closed at once if a batch is interrupted, so that what reading data sets is reset before anything else
             with closing(self.cache.linearized(self._batches, self.recipe.mode)) as linear_maps:
-                for linear, kept in _with_bar(linear_maps) if self.progress else linear_maps:
+                for linear, kept in _with_bar(linear_maps) if self._shows_bar else linear_maps:
                     check_deadline()
                     handle_waiting_signals()
                     _add_(sums, linear(columns, retain_graph=kept))
                     advance(share, self.stage)
         return rows
+
+    @property
+    def _shows_bar(self) -> bool:
+        ranks = self.problem.data.ranks
+        return self.progress and (ranks is None or ranks.is_first)
 
     def blame(self, vector: Tensor) -> str:
         """Return a message that names the first batch whose matvec with ``vector [n]`` is not finite."""
