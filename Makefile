@@ -15,7 +15,7 @@ demo: .venv/demo
 	$(BIN)/hvpkit demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 MPLBACKEND=agg OMP_NUM_THREADS=1 $(BIN)/mkdocs build --quiet

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvpkit as hk
+from hvpkit.autodiff import references
 from oracles import relative_error
 
 per_example = partial(F.cross_entropy, reduction="none")
@@ -556,3 +557,17 @@ def test_sharded_models_are_refused_by_name() -> None:
         TypeError, match=r"model\.0 is a FullyShardedDataParallel, whose parameters are shards"
     ):
         hk.from_module(nn.Sequential(FullyShardedDataParallel(Net())), per_example)
+
+
+def test_a_module_that_refers_to_a_large_program_is_searched_in_linear_time(monkeypatch) -> None:
+    """As a LightningModule refers to its trainer, and that to everything."""
+    model = nn.Linear(2, 2)
+    world = [object() for _ in range(20)]
+    model.trainer = [lambda number=number: (world, number) for number in range(200)]
+    model.trainer.append(lambda: model)
+    visits = []
+    contents = references._contents
+    monkeypatch.setattr(references, "_contents", lambda thing: visits.append(1) or contents(thing))
+    objective, params = hk.from_module(model, nn.MSELoss())
+    assert len(visits) < 2000  # and not a search from each of 200 functions
+    assert objective(params, (torch.ones(3, 2), torch.ones(3, 2))).shape == (3,)

@@ -106,12 +106,9 @@ def twin_functions(root: object, memo: dict[int, Any]) -> Callable[[], None]:
     Returns:
         A function that makes the twins refer to the copies in ``memo``; call it once these are complete.
     """
-    known = set(memo)
-    originals = [
-        thing
-        for _, thing in references(root)
-        if isinstance(thing, types.FunctionType) and any(id(part) in known for _, part in references(thing))
-    ]
+    things = [thing for _, thing in references(root)]
+    referring = _referring(things, set(memo))
+    originals = [f for f in things if isinstance(f, types.FunctionType) and id(f) in referring]
     cells = {id(cell): (cell, types.CellType()) for f in originals for cell in f.__closure__ or ()}
     twins = [(function, _twin(function, cells)) for function in originals]
     memo.update({id(function): twin for function, twin in twins})
@@ -127,6 +124,20 @@ def twin_functions(root: object, memo: dict[int, Any]) -> Callable[[], None]:
             twin.__kwdefaults__ = redirected(function.__kwdefaults__, memo)
 
     return complete
+
+
+def _referring(things: list[object], known: set[int]) -> set[int]:
+    """Return the ids of those things that refer to a known one, through others of them too."""
+    referrers: dict[int, list[int]] = {}
+    for thing in things:
+        for _, value in _contents(thing):
+            referrers.setdefault(id(value), []).append(id(thing))
+    found, waiting = set(known), list(known)
+    while waiting:
+        new = [key for key in referrers.get(waiting.pop(), ()) if key not in found]
+        found.update(new)
+        waiting += new
+    return found
 
 
 def _twin(
