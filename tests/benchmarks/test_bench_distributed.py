@@ -8,6 +8,7 @@ import torch
 
 import bench_distributed as bench
 import hvpkit as hk
+from hvpkit._utils import ranks
 
 
 def tiny() -> tuple[Any, Any, Any]:
@@ -20,9 +21,12 @@ def tiny() -> tuple[Any, Any, Any]:
 def test_one_process_answers_all_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench.PROBLEMS, "tiny", tiny)
     monkeypatch.setitem(bench.BATCH_SIZES, "tiny", 8)
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", torch.distributed.all_reduce
-    )  # it is counted, and put back
+    for owner, name in (
+        (torch.distributed, "all_reduce"),
+        (ranks, "_all_gather"),
+        (ranks, "_reduce_scatter"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # they are counted, and put back
     found = bench.answer(None, "tiny")
     H = hk.hessian(*tiny())
     values = torch.linalg.eigvalsh(H.to_dense())
@@ -33,8 +37,8 @@ def test_one_process_answers_all_questions(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_ratios_are_of_the_slowest_rank() -> None:
     one = {"values": [2.0, 0.0], "seconds": 4.0, "cpu_seconds": 4.0, "bytes": 0, "peak_mib": 10.0}
-    ranks = [{**one, "values": [2.1, 0.0], "seconds": s, "cpu_seconds": 2.0, "bytes": 8} for s in (2.0, 2.5)]
-    found = bench.compare([(one, ranks), ({**one, "seconds": 5.0}, ranks)])
+    two = [{**one, "values": [2.1, 0.0], "seconds": s, "cpu_seconds": 2.0, "bytes": 8} for s in (2.0, 2.5)]
+    found = bench.compare([(one, two), ({**one, "seconds": 5.0}, two)])
     assert found["ratios"] == [1.6, 2.0]
     assert found["cpu_ratios"] == [2.0, 2.0]
     assert found["error"] == pytest.approx(0.05)

@@ -7,6 +7,7 @@ import pytest
 import _compare_report
 import _harness as harness
 import bench_blocks
+import bench_distributed
 import bench_fidelity
 import bench_products
 import bench_solve
@@ -31,6 +32,7 @@ def result(name):
         (bench_fidelity, "fidelity", "docs/multifidelity.md"),
         (bench_top, "top", "docs/multifidelity.md"),
         (bench_blocks, "blocks", "docs/performance.md"),
+        (bench_distributed, "distributed", "docs/distributed.md"),
         (bench_solve, "solve", "docs/performance.md"),
         (bench_products, "products", "docs/performance.md"),
         (profile_solve, "profile", "docs/performance.md"),
