@@ -62,7 +62,6 @@ class Ranks:
         self.rank, self.size = self.group.rank(), self.group.size()
         self._control = _control_of(self.group)
         self._count = 0
-        self._told: BaseException | None = None
 
     def __repr__(self) -> str:
         return f"<Ranks: {self.rank} of {self.size}>"
@@ -84,28 +83,27 @@ class Ranks:
         if isinstance(error, DeadlineReached):
             state = _State.DEADLINE
         tag = zlib.crc32(repr((self._count, question)).encode())
-        told = torch.tensor([state, tag, -tag])
+        told = torch.tensor([state, tag, -tag], dtype=torch.int64, device="cpu")
         with _answering():
             dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._control)
         worst, highest, lowest = told.tolist()
         if worst == _State.FAILED:
-            self._told = error
             texts = self._gathered(None if state < _State.FAILED else _text(error))
-            if state < _State.FAILED:
+            if error is not None and state == _State.FAILED:
+                _note_told(error)
+            else:
                 failed = [
                     f"rank {rank} failed: {text}" for rank, text in enumerate(texts) if text is not None
                 ]
-                self._told = RemoteError("; ".join(failed))
-                raise self._told
+                raise RemoteError("; ".join(failed))
         elif worst == _State.DEADLINE:
             if error is None:
                 raise DeadlineReached
         elif highest != -lowest:
-            self._told = RemoteError(
+            raise RemoteError(
                 f"ranks ask different questions: this one (rank {self.rank} of {self.size}) is at {question}. All "
                 "ranks must make the same calls in the same order, with the same arguments"
             )
-            raise self._told
 
     @contextmanager
     def together(self, question: object) -> Iterator[None]:
@@ -117,16 +115,15 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            if error is not self._told:
+            if not _is_told(error):
                 self.meet(question, error)
             raise
         self.meet(question)
 
     def fail(self, error: BaseException) -> None:
         """Tell the others, wherever they wait, that an error ends this rank's work; once for each error."""
-        if error is self._told or isinstance(error, RemoteError):
+        if _is_told(error):
             return
-        self._told = error
         try:
             self.meet("failure", error)
         except RemoteError:  # nobody answers: the error itself says more
@@ -254,6 +251,15 @@ def _answering() -> Iterator[None]:
                 "another rank does not answer: it ended, stopped, or took longer than the group's timeout "
                 f"({str(error).splitlines()[0]})"
             ) from error
+
+
+def _note_told(error: BaseException) -> None:
+    """Note on an error that all ranks know of it; a reference to it would keep the memory of its frames."""
+    vars(error)["_is_told"] = True
+
+
+def _is_told(error: BaseException) -> bool:
+    return isinstance(error, RemoteError) or vars(error).get("_is_told", False)
 
 
 def _text(error: BaseException | None) -> str:
