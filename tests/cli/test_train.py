@@ -335,6 +335,7 @@ def loss():
         torch.save({"w": number * torch.ones(3)}, tmp_path / f"loss-{number}.pt")
         model = torch.nn.Linear(3, 2)
         torch.nn.init.constant_(model.weight, number)
+        torch.nn.init.zeros_(model.bias)
         torch.save(model.state_dict(), tmp_path / f"network-{number}.pt")
     for name in ("loss", "network"):
         args = [
