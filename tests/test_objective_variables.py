@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,13 @@ each_mode = pytest.mark.parametrize(
     ("mode", "tol"),
     [("forward-over-reverse", 1e-10), ("reverse-over-reverse", 1e-10), ("finite-difference", 1e-4)],
 )
+
+
+@pytest.fixture(autouse=True)
+def same_weights() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 def random(*shape: int, seed: int = 3) -> Tensor:
