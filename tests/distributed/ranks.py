@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 def run(
-    size: int, *functions: Callable[[DeviceMesh], Any], timeout: float = 10, seconds: float = 300
+    size: int, *functions: Callable[[DeviceMesh], Any], timeout: float = 30, seconds: float = 300
 ) -> list[list[Any]]:
     """Run the functions one after the other on ``size`` ranks; return, of each, what each rank returned.
 

@@ -271,7 +271,7 @@ def test_an_epoch_of_a_sampler_does_not_change_an_operator() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "least", "most"), [(signal.SIGKILL, 0.0, 3.0), (signal.SIGSTOP, 2.0, 8.0)]
+    ("number", "least", "most"), [(signal.SIGKILL, 0.0, 5.0), (signal.SIGSTOP, 4.0, 13.0)]
 )
 def test_a_rank_that_is_gone_is_an_error_within_the_timeout(number: int, least: float, most: float) -> None:
     def call(mesh: DeviceMesh) -> Any:
@@ -279,13 +279,13 @@ def test_a_rank_that_is_gone_is_an_error_within_the_timeout(number: int, least: 
         if mesh.get_local_rank() == 1 and number == signal.SIGSTOP:
             pid = os.getpid()
             if os.fork() == 0:  # ends the stopped process
-                time.sleep(10)
+                time.sleep(15)
                 os.kill(pid, signal.SIGKILL)
                 os._exit(0)
         begin = time.perf_counter()
         return [told(lambda: hk.lanczos(H)), time.perf_counter() - begin]
 
-    ((found, _),) = run(2, call, timeout=3.0)
+    ((found, _),) = run(2, call, timeout=6.0)
     text, seconds = found
     assert text.startswith("RemoteError: another rank does not answer")
     assert least < seconds < most
