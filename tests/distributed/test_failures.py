@@ -213,7 +213,7 @@ def test_all_ranks_are_told_and_can_go_on(
 
 def test_other_data_on_a_rank_is_refused(answers: dict[str, list[Any]]) -> None:
     for values, sizes, after in answers["other_data"]:
-        assert "the digest of the first batch of data must be the same on all ranks" in values
+        assert "the digest of all of data must be the same on all ranks" in values
         assert (
             "the number of examples in data must be the same on all ranks: rank 0 has 40, rank 1 has 39"
             in sizes

@@ -30,7 +30,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class _State(IntEnum):
-    """What a rank tells of its share; the largest one holds for all."""
+    """The state of a rank's share; the largest one holds for all."""
 
     DONE = 0
     DEADLINE = 1
@@ -129,15 +129,6 @@ class Ranks:
         except RemoteError:  # nobody answers: the error itself says more
             return
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Tell the others of an error inside ``with``, wherever it comes from; see :meth:`fail`."""
-        try:
-            yield
-        except BaseException as error:
-            self.fail(error)
-            raise
-
     def check_same(self, **values: object) -> None:
         """Raise ValueError on all ranks if one of these values, of which digests would do, is not that of all ranks."""
         everywhere = self.gather(values)
@@ -205,18 +196,26 @@ class Ranks:
         return held
 
 
-def watching(ranks: Ranks | None) -> AbstractContextManager[None]:
-    """Return :meth:`Ranks.watching`, or nothing where a process is alone."""
-    return nullcontext() if ranks is None else ranks.watching()
+@contextmanager
+def watching(ranks: Ranks | None) -> Iterator[None]:
+    """Tell the other ranks of an error inside ``with``, wherever it comes from; see :meth:`Ranks.fail`."""
+    try:
+        yield
+    except BaseException as error:
+        if ranks is not None:
+            ranks.fail(error)
+        raise
+
+
+def together(ranks: Ranks | None, question: object) -> AbstractContextManager[None]:
+    """Return :meth:`Ranks.together`, or nothing where a process is alone."""
+    return nullcontext() if ranks is None else ranks.together(question)
 
 
 def call_on_first(ranks: Ranks | None, monitor: Callable[[Any], object], entry: object) -> None:
     """Call a monitor on the first rank; an error there reaches all."""
-    if ranks is None:
-        monitor(entry)
-        return
-    with ranks.together("a monitor"):
-        if ranks.is_first:
+    with together(ranks, "a monitor"):
+        if ranks is None or ranks.is_first:
             monitor(entry)
 
 
@@ -227,11 +226,8 @@ def agreed(ranks: Ranks | None, value: T) -> T:
 
 def check_deadline_of(ranks: Ranks | None) -> None:
     """Raise DeadlineReached if the deadline of the context has passed, on any rank."""
-    if ranks is None or not has_deadline():
+    with together(ranks if has_deadline() else None, "a deadline"):
         check_deadline()
-    else:
-        with ranks.together("a deadline"):
-            check_deadline()
 
 
 def fingerprint(tensor: Tensor) -> int:

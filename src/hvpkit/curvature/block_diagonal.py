@@ -8,7 +8,7 @@ matvec. In the other modes a block's matvec is that of the whole Hessian with ze
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hvpkit._utils.deadline import check_deadline
 from hvpkit._utils.monitoring import advance
-from hvpkit._utils.ranks import fingerprint
+from hvpkit._utils.ranks import fingerprint, together
 from hvpkit.autodiff.pytree import Layout, flatten
 from hvpkit.curvature.batches import (
     BatchHessian,
@@ -216,7 +216,7 @@ class BlockDiagonal:
         curvature, ranks = self.curvature, self.curvature.problem.data.ranks
         question = ("matvec of blocks", [(len(v), v.shape[1], fingerprint(v)) for v in columns if v.shape[1]])
         with (
-            nullcontext() if ranks is None else ranks.together(question),
+            together(ranks, question),
             curvature.settings(),
             closing(self.cache.linearized(self._batches, curvature.recipe.mode)) as linear_maps,
         ):

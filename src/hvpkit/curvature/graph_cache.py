@@ -86,12 +86,8 @@ class GraphCache:
             self._num_batches, self._used = total, True
 
     def count_batches(self, data: Data) -> float:
-        """Return the number of batches in a pass; infinite where that is not known before the first one has ended.
-
-        Of several ranks, of its own: all have about as many.
-        """
-        shared = 1 if data.ranks is None or data.units_of_ranks is not None else data.ranks.size
-        return (data.num_batches or 0) / shared or self._num_batches or math.inf
+        """Return the number of batches in a pass; infinite where that is not known before the first one has ended."""
+        return data.num_batches or self._num_batches or math.inf
 
     def _linearize(self, batch: BatchCurvature, mode: str) -> tuple[LinearMap, bool]:
         # An operator that is used once keeps nothing; by finite or forward differences nothing can be kept.

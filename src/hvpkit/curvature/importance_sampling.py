@@ -7,7 +7,6 @@ over all N examples as its expectation, whatever the probabilities are. They onl
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils import _pytree
 from hvpkit._utils.deadline import check_deadline
 from hvpkit._utils.monitoring import advance
 from hvpkit._utils.random import generator, resolve_seed
+from hvpkit._utils.ranks import together
 from hvpkit._utils.typing import Batch, LossFn, Seed
 from hvpkit._utils.validation import check_like
 from hvpkit.autodiff.exact import exact_derivatives
@@ -125,7 +125,7 @@ def scores(problem: Problem, importance: Importance) -> Tensor:
         )
     ranks = data.ranks
     found = torch.zeros(data.num_units, dtype=torch.float64)
-    with nullcontext() if ranks is None else ranks.together("scores"), exact_derivatives(problem.device):
+    with together(ranks, "scores"), exact_derivatives(problem.device):
         for batch, size, _, number, start in data.share():
             check_deadline()
             values = score(loss_fn, params, batch, None if data.whole else size)
@@ -137,10 +137,8 @@ def scores(problem: Problem, importance: Importance) -> Tensor:
             first = data.own_units.start + (number if data.whole else start)
             found[first : first + (1 if data.whole else size)] = values.mean() if data.whole else values
             advance(0.0, "sampling")
-    if ranks is not None:
-        found = torch.stack(ranks.gather(found)).sum(
-            dim=0
-        )  # each has zeros where it has no example: the same bits
+    if ranks is not None:  # each has zeros where it has no example: the bits are those of one process
+        found = torch.stack(ranks.gather(found)).sum(dim=0)
     if not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
         raise ValueError("importance gave a score that is negative, NaN or infinite")
     return found

@@ -75,7 +75,7 @@ class Curvature:
 
     @property
     def stage(self) -> str:
-        """What a matvec passes over, in words."""
+        """Return what a matvec passes over, in words."""
         return "sample" if self.data_share < 1 else "full data"
 
     def product(self, vectors: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, IterableDataset
 
-from hvpkit._utils.ranks import Ranks
+from hvpkit._utils.ranks import Ranks, watching
 from hvpkit._utils.typing import Batch
 from hvpkit._utils.validation import check_count, check_device, check_flag
 from hvpkit.data.examples import Data
@@ -120,7 +120,7 @@ def as_data(
         check_complete(data)
         return _read(data, batch_size, num_examples, target)
     ranks = Ranks(mesh)
-    with ranks.watching():
+    with watching(ranks):
         if split and isinstance(data, DataLoader):
             data = complete(data)
         check_complete(data if is_share(data) else None)

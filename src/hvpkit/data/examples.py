@@ -132,10 +132,11 @@ class Data:
 
     @property
     def num_batches(self) -> int | None:
-        """Return the number of batches in a pass; None if only a pass could tell."""
+        """Return the number of batches of this rank in a pass, about; None if only a pass could tell."""
         if isinstance(self.source, IterableBatches):
             return None
-        return math.ceil(self.num_units / (self.batch_size or 1))
+        num_sharing = 1 if self.ranks is None or self.units_of_ranks is not None else self.ranks.size
+        return math.ceil(len(self.source) / (self.batch_size or 1) / num_sharing)
 
     @property
     def longest_batch(self) -> int:

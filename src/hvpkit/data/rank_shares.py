@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from hvpkit._utils.ranks import Ranks
 from hvpkit.data.digest import digest_of
 from hvpkit.data.examples import Data
-from hvpkit.data.sources import loader_options
+from hvpkit.data.sources import TensorBatches, loader_options
 
 
 def shared(data: Data, ranks: Ranks, *, split: bool) -> Data:
@@ -23,12 +23,15 @@ def shared(data: Data, ranks: Ranks, *, split: bool) -> Data:
         ValueError: the ranks have different data, with ``split``; without, batches that are read whole.
     """
     if split:
+        in_memory = isinstance(data.source, TensorBatches)
+        compared = data if in_memory else data.first()
         ranks.check_same(
             **{
                 "the class of data": data.source.name,
                 "the number of examples in data": data.num_examples,
                 "the batch size of data": data.batch_size,
-                "the digest of the first batch of data": digest_of(data.first()),
+                # of tensors all, which takes little beside a pass; else as much as is read at once
+                f"the digest of {'all' if in_memory else 'the first batch'} of data": digest_of(compared),
             }
         )
         return replace(data, ranks=ranks)

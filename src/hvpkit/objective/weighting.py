@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from hvpkit._utils.ranks import together
 from hvpkit._utils.typing import Batch, LossFn
 from hvpkit.data import Data, whole_batch
 from hvpkit.objective.objective import Objective
@@ -61,23 +62,24 @@ def _scaled(objective: Objective, factor: float) -> Objective:
 def _mean_weight(example_weight: Any, data: Data) -> float:
     """Return the mean of the weights over the data, each example as it counts there."""
     total = torch.zeros((), dtype=torch.float64)
-    for batch, size, shares, _, _ in data.share():
-        weights = example_weight(batch)
-        if not isinstance(weights, Tensor):
-            raise TypeError(f"example_weight must return a tensor, got {type(weights).__name__}")
-        if weights.shape != (size,):
-            raise ValueError(
-                f"example_weight returned shape {list(weights.shape)} for a batch of {size} examples; expected one "
-                f"weight for each, [{size}]"
-            )
-        weights = weights.detach().double()
-        if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-            raise ValueError("example_weight returned a weight that is negative, NaN or infinite")
-        if shares is None:
-            mean = weights.sum() / data.num_examples
-        else:
-            mean = weights.mean() * shares.double() if shares.ndim == 0 else weights @ shares.double()
-        total += mean.cpu()
+    with together(data.ranks, "weights"):
+        for batch, size, shares, _, _ in data.share():
+            weights = example_weight(batch)
+            if not isinstance(weights, Tensor):
+                raise TypeError(f"example_weight must return a tensor, got {type(weights).__name__}")
+            if weights.shape != (size,):
+                raise ValueError(
+                    f"example_weight returned shape {list(weights.shape)} for a batch of {size} examples; expected one "
+                    f"weight for each, [{size}]"
+                )
+            weights = weights.detach().double()
+            if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+                raise ValueError("example_weight returned a weight that is negative, NaN or infinite")
+            if shares is None:
+                mean = weights.sum() / data.num_examples
+            else:
+                mean = weights.mean() * shares.double() if shares.ndim == 0 else weights @ shares.double()
+            total += mean.cpu()
     if data.ranks is not None:
         total = torch.stack(data.ranks.gather(total)).sum()
     if not float(total) > 0:

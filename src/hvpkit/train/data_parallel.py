@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from hvpkit._utils.ranks import Ranks
+from hvpkit._utils.ranks import Ranks, watching
 from hvpkit.data import Data
 from hvpkit.data.rank_shares import shared
 
@@ -26,7 +26,7 @@ def share_among_all(data: Data, model: nn.Module) -> Data:
         return data
     device = next(model.parameters()).device.type
     ranks = Ranks(init_device_mesh(device, (torch.distributed.get_world_size(),)))
-    with ranks.watching():
+    with watching(ranks):
         return shared(data, ranks, split=True)
 
 
