@@ -103,7 +103,8 @@ def other_parameters(mesh: DeviceMesh) -> Any:
 def other_data(mesh: DeviceMesh) -> Any:
     x = X + mesh.get_local_rank()
     sizes = X[: 40 - mesh.get_local_rank()]
-    return [told(lambda: hessian(mesh, x=x)), told(lambda: hessian(mesh, x=sizes)), again(mesh)]
+    late = X + mesh.get_local_rank() * (torch.arange(40) == 39)[:, None]
+    return [told(lambda: hessian(mesh, x=other)) for other in (x, late, sizes)] + [again(mesh)]
 
 
 def other_questions(mesh: DeviceMesh) -> Any:
@@ -212,7 +213,8 @@ def test_all_ranks_are_told_and_can_go_on(
 
 
 def test_other_data_on_a_rank_is_refused(answers: dict[str, list[Any]]) -> None:
-    for values, sizes, after in answers["other_data"]:
+    for values, late, sizes, after in answers["other_data"]:
+        assert late.startswith("ValueError: the digest of all of data must be the same on all ranks")
         assert "the digest of all of data must be the same on all ranks" in values
         assert (
             "the number of examples in data must be the same on all ranks: rank 0 has 40, rank 1 has 39"
@@ -339,3 +341,32 @@ def test_a_solve_of_three_ranks_goes_on_with_two_and_with_one(tmp_path: Path) ->
         torch.testing.assert_close(found[0], whole[0])
         assert found[1] == whole[1]
     assert not path.exists()
+
+
+def interrupted(mesh: DeviceMesh, path: Path, number: int) -> str:
+    """Solve until one rank is interrupted in the midst of its share of a matvec."""
+    calls, begun = [], [False]
+
+    def function(p: Tensor, x: Tensor) -> Tensor:
+        calls.append(begun[0])
+        if sum(calls) == 8 and mesh.get_local_rank() == 1:
+            os.kill(os.getpid(), number)
+        return loss_fn(p, x)
+
+    H = hessian(mesh, function)
+    begun[0] = True
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else it ends the process, after the save
+    return told(lambda: hk.lanczos(H, 2, which="BE", tol=1e-13, atol=0.0, checkpoint=path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_of_one_rank_saves_the_split_basis_of_all(number: int, tmp_path: Path) -> None:
+    path = tmp_path / "solve.ckpt"
+    ((first, second),) = run(2, lambda mesh: interrupted(mesh, path, number))
+    assert first.startswith("RemoteError: rank 1 failed: KeyboardInterrupt")
+    assert second.startswith("KeyboardInterrupt")
+    assert path.exists()
+    whole, (again, _) = saved(None, tmp_path / "whole.ckpt"), run(2, lambda mesh: saved(mesh, path))[0]
+    torch.testing.assert_close(again[0], whole[0])
+    assert again[1] == whole[1]
+    assert again[2] == whole[2] + 1  # the matvec that verifies the operator
