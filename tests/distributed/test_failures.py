@@ -104,7 +104,7 @@ def other_data(mesh: DeviceMesh) -> Any:
     x = X + mesh.get_local_rank()
     sizes = X[: 40 - mesh.get_local_rank()]
     late = X + mesh.get_local_rank() * (torch.arange(40) == 39)[:, None]
-    return [told(lambda: hessian(mesh, x=other)) for other in (x, late, sizes)] + [again(mesh)]
+    return [*(told(partial(hessian, mesh, x=other)) for other in (x, late, sizes)), again(mesh)]
 
 
 def other_questions(mesh: DeviceMesh) -> Any:
