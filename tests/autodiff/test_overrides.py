@@ -51,6 +51,19 @@ CALLS: dict[str, Callable[..., Tensor]] = {
         )
         for dim, shape in {0: (2, 1, 1), 1: (1, 3, 1), 2: (1, 1, 2), -1: ()}.items()
     },
+    **{
+        f"conv2d {shape} {options}": lambda shape=shape, options=options: F.conv2d(
+            reals(2, 4, 7, 6), reals(*shape), reals(shape[0]), **options
+        )
+        for shape, options in (
+            ((3, 4, 1, 1), {"stride": 2}),
+            ((3, 4, 1, 1), {"stride": (1, 3), "padding": "valid"}),
+            ((4, 2, 1, 1), {"stride": [2], "groups": 2, "dilation": 3}),
+            ((3, 4, 1, 1), {"stride": 2, "padding": (1, 0)}),
+            ((3, 4, 1, 1), {"padding": "same"}),
+            ((3, 4, 3, 1), {"stride": 2, "padding": 1}),
+        )
+    },
     "hardsigmoid": lambda: F.hardsigmoid(SCORES),
     "multi_margin of one": lambda: F.multi_margin_loss(SCORES[0], CLASSES[0]),
     "multilabel_margin of one": lambda: F.multilabel_margin_loss(SCORES[0], NAMED[0]),
@@ -80,6 +93,18 @@ def test_overrides_have_the_values_of_torch(name: str) -> None:
         found = CALLS[name]()
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_strided_convolutions_of_few_channels_in_channels_last_layout_keep_to_their_memory() -> None:
+    layers = [nn.Conv2d(4, 8, 1, stride=2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+    model, x = nn.Sequential(*layers), reals(50, 4, 16, 16)
+    y = torch.arange(50) % 3
+    exact = hk.hessian(*hk.from_module(model.double(), F.cross_entropy), (x, y))
+    model, images = model.float(), x.float().contiguous(memory_format=torch.channels_last)
+    H = hk.hessian(*hk.from_module(model, F.cross_entropy), (images, y), mode="reverse-over-reverse")
+    v = reals(H.n)
+    for _ in range(10):  # torch's own gradient ends the process in the first few
+        assert relative_error(H @ v.float(), exact @ v) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")

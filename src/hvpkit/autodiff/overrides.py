@@ -119,6 +119,31 @@ def embedding_bag(
     return total if mode == "sum" else total / kept.sum(dim=1).clamp(min=1)
 
 
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Compute a convolution; one of single pixels with a stride from those pixels alone.
+
+    Its gradient by the weights, of less than eight channels in channels-last layout, writes past its memory on
+    processors with AVX2 and not AVX-512 (oneDNN 3.12): wrong numbers or a crash.
+    """
+    strides = [stride, stride] if isinstance(stride, int) else [*stride] * (2 // len(stride))
+    unpadded = padding == "valid" or (not isinstance(padding, str) and not _any_nonzero(padding))
+    if tuple(weight.shape[2:]) == (1, 1) and max(strides) > 1 and unpadded and not input.is_cuda:
+        input, stride = input[..., :: strides[0], :: strides[1]], 1
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _any_nonzero(sizes: int | Sequence[int]) -> bool:
+    return bool(sizes) if isinstance(sizes, int) else any(sizes)
+
+
 def weight_norm(v: Tensor, g: Tensor, _: int) -> Tensor:
     """Compute ``g v / |v|``, of which torch's second derivative is wrong."""
     return v * (g / v.square().sum_to_size(g.shape).sqrt())
@@ -279,6 +304,7 @@ OVERRIDES: Table = {
         attention,
     ),
     F.multi_head_attention_forward: multi_head_attention,
+    F.conv2d: conv2d,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
     torch._weight_norm: weight_norm,
