@@ -17,6 +17,7 @@ from hvpkit._utils.ranks import Ranks, watching
 from hvpkit._utils.typing import Batch
 from hvpkit._utils.validation import check_count, check_device, check_flag
 from hvpkit.data.examples import Data
+from hvpkit.data.loaders import covers_dataset, own_iteration, with_own_random_numbers
 from hvpkit.data.rank_shares import check_complete, complete, is_share, shared
 from hvpkit.data.sources import (
     DatasetBatches,
@@ -27,10 +28,7 @@ from hvpkit.data.sources import (
     count_by,
     count_examples,
     count_stream,
-    covers_dataset,
     name_batch,
-    own_iteration,
-    with_own_random_numbers,
 )
 
 DEFAULT_BATCH_SIZE = 256

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from hvpkit._utils.ranks import Ranks
 from hvpkit.data.digest import digest_of
 from hvpkit.data.examples import Data
-from hvpkit.data.sources import TensorBatches, loader_options
+from hvpkit.data.loaders import loader_options
+from hvpkit.data.sources import TensorBatches
 
 
 def shared(data: Data, ranks: Ranks, *, split: bool) -> Data:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar
@@ -13,12 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    default_collate,
 )
 
 from hvpkit._utils.typing import Batch
@@ -26,6 +20,7 @@ from hvpkit._utils.validation import check_count
 from hvpkit.autodiff.pytree import batch_size as leading_dimension
 from hvpkit.autodiff.pytree import flatten, unflatten
 from hvpkit.data.augmentation import OTHER_SEED, check_examples, check_stream, summarize
+from hvpkit.data.loaders import draws_in_workers, loader_options
 from hvpkit.data.random_state import (
     Draws,
     SeededExamples,
@@ -142,74 +137,6 @@ class DatasetBatches:
         return replace(self, batch_size=batch_size)
 
 
-def loader_options(like: DataLoader[Any] | None) -> dict[str, Any]:
-    """Return how a loader collates and fetches, without how it chooses and orders examples."""
-    if like is None:
-        return {"collate_fn": default_collate}
-    names = (
-        "collate_fn",
-        "num_workers",
-        "pin_memory",
-        "timeout",
-        "worker_init_fn",
-        "multiprocessing_context",
-    )
-    # without persistent_workers: their random state would carry over from pass to pass
-    return {name: getattr(like, name) for name in (*names, "prefetch_factor")}
-
-
-def with_own_random_numbers(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return a loader that draws from no generator of the caller's, over examples that are fixed by their indices.
-
-    Its samplers are the loader's, those of torch with generators of their own.
-
-    Raises:
-        UnstableDataError: examples or batches are random, and seeds cannot fix them.
-    """
-    generator = torch.Generator()
-    if isinstance(loader.dataset, IterableDataset):
-        own = copy(loader)
-        own.generator, own._iterator = generator, None
-        return own
-    examples, options = SeededExamples(loader.dataset), loader_options(loader)
-    if loader.batch_sampler is None:  # the dataset holds batches
-        size, probed = 1, options | {"collate_fn": None}
-        order: dict[str, Any] = {"batch_size": None, "sampler": _with_own_generator(loader.sampler)}
-    else:
-        size, probed = getattr(loader.batch_sampler, "batch_size", None) or 1, options
-        order = {"batch_sampler": _with_own_generator(loader.batch_sampler)}
-    with suppress(LookupError, TypeError):  # examples 0 and 1 need not exist: keys are the sampler's own
-        check_examples(examples, size, probed)
-    seeded: Any = examples
-    return DataLoader(seeded, generator=generator, **order, **options)
-
-
-def _with_own_generator(sampler: Any) -> Any:
-    """Return a sampler of torch with a generator of its own, and a copy of one that is told of epochs."""
-    if not (_is_of_torch(sampler) or hasattr(sampler, "set_epoch")):
-        return sampler
-    own = copy(sampler)
-    if _is_of_torch(sampler) and hasattr(own, "generator"):
-        own.generator = torch.Generator()
-    if hasattr(own, "sampler"):
-        own.sampler = _with_own_generator(own.sampler)
-    return own
-
-
-def _is_of_torch(sampler: object) -> bool:
-    return type(sampler).__module__ == RandomSampler.__module__
-
-
-def _draws_in_workers(batches: object) -> bool:
-    """Return True if nothing is drawn from this process's generators, by the parts that a loader has."""
-    if not isinstance(batches, DataLoader) or own_iteration(batches) or not batches.num_workers:
-        return False
-    sampler = batches.sampler if batches.batch_sampler is None else batches.batch_sampler
-    return isinstance(batches.dataset, IterableDataset) or (
-        _is_of_torch(sampler) and _is_of_torch(getattr(sampler, "sampler", sampler))
-    )
-
-
 @dataclass(frozen=True)
 class Stream:
     """A re-iterable of batches, read under fixed seeds if reading it draws random numbers.
@@ -273,7 +200,7 @@ def count_stream(
         )
     if isinstance(batches, list):
         return Stream(batches, given), [size_of(batch) for batch in name_batch(batches)]
-    draws = Draws.OWN if _draws_in_workers(batches) else Draws.NONE
+    draws = Draws.OWN if draws_in_workers(batches) else Draws.NONE
     stream = Stream(batches, given, draws, movable=can_fork() and not getattr(batches, "num_workers", 0))
     if stream.movable and not is_alone():
         with suppress(Exception):  # as of tensors on a GPU; a fault of the data comes up again below
@@ -475,23 +402,6 @@ def _remedy(error: Exception) -> str:
             "num_examples= to hvpkit.as_data if its batches have no common first dimension"
         )
     return ""
-
-
-def covers_dataset(loader: DataLoader[Any]) -> bool:
-    """Return True if the loader yields each example of a map-style dataset once, in some order."""
-    if own_iteration(loader) or type(loader.batch_sampler) is not BatchSampler:
-        return False
-    sampler = loader.batch_sampler.sampler  # loader.sampler is another one where batch_sampler was given
-    return type(sampler) is SequentialSampler or (
-        type(sampler) is RandomSampler
-        and not sampler.replacement
-        and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
-    )
-
-
-def own_iteration(loader: DataLoader[Any]) -> bool:
-    """Return True if the loader's class overrides how it is iterated."""
-    return type(loader).__iter__ is not DataLoader.__iter__
 
 
 def take(batch: Batch, index: slice | Tensor) -> Batch:
