@@ -148,6 +148,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_without_tracking_it_only_trains_and_another_run_may_not_track(tmp_path: Path) -> None:
+    args = ["train", "digits", "--epochs", 2, *SMALL]
+    call(*args, "--out", tmp_path / "tracked")
+    lines = strict(call(*args, "--no-track", "--keep", "--out", tmp_path / "run", "--json").stdout)
+    assert [line["spectrum"] for line in lines] == [None] * 3
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"checkpoint.pt", "model.pt", "epoch-0000.pt", "epoch-0001.pt", "epoch-0002.pt"}
+    assert same_bits(loaded(tmp_path / "run" / "model.pt"), loaded(tmp_path / "tracked" / "model.pt"))
+    assert "--out" in call(*args, "--out", tmp_path / "run", code=2).stderr
+
+
 def test_both_ends_are_those_of_the_model_after_the_epochs_asked_for(run: Path) -> None:
     entries = spectrum(run)
     assert [entry["step"] for entry in entries] == [0, 2]

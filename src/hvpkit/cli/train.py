@@ -20,10 +20,12 @@ from hvpkit.cli.options import Atol, Model, ModeOption, Tol
 from hvpkit.cli.output import Output, one_line, print_message, to_plain, write_picture
 from hvpkit.cli.progress_line import ProgressLine
 from hvpkit.cli.ranks import shared
+from hvpkit.cli.targets import Network
 from hvpkit.cli.training_methods import LR, Plan, State, accuracy, train_epochs
+from hvpkit.results.eigen import ExtremeResult
 from hvpkit.train import SpectrumTracker
 
-CHECKPOINT, MODEL, SPECTRUM = "checkpoint.pt", "model.pt", "spectrum.jsonl"
+CHECKPOINT, MODEL, SPECTRUM, PICTURE = "checkpoint.pt", "model.pt", "spectrum.jsonl", "spectrum.png"
 
 
 @command(
@@ -64,6 +66,7 @@ def train(
             help="Shift training images at random by up to an eighth, and mirror half of those of CIFAR. Not for absa.",
         ),
     ] = False,
+    track: Annotated[bool, typer.Option(help="Find both ends; without, the network is only trained.")] = True,
     track_every: Annotated[int, typer.Option(help="Find both ends every so many epochs.")] = 1,
     tol: Tol = 1e-2,
     atol: Atol = None,
@@ -82,8 +85,8 @@ def train(
     The accuracy is that on the test images of CIFAR, or on the digits that --num-examples leaves. The Hessian is that
     of the loss over the training images as they are, also with --augment.
     """
-    output = Output(json, out)
-    output.prepare(CHECKPOINT, MODEL, SPECTRUM, "spectrum.png")
+    output, ends = Output(json, out), (SPECTRUM, PICTURE) if track else ()
+    output.prepare(CHECKPOINT, MODEL, *ends)
     rate = LR[method] if lr is None else lr
     plan = Plan(
         method.value,
@@ -97,38 +100,20 @@ def train(
         ("shift" if model.target == "digits" else "shift and mirror") if augment else None,
     )
     problem = model.load()
-    run = {**asdict(plan), "lr_decay_epochs": list(plan.lr_decay_epochs), **_identity(model)}
-    run = to_plain(run | {"track_every": track_every, "tol": tol, "atol": atol, "mode": mode})
-    if not augment:  # as in the checkpoints of runs before there was a choice
-        del run["augmentation"]
+    options = {"tol": tol, "atol": atol, "mode": mode}
+    run = _run(plan, model, {"track_every": track_every, **options} if track else {})
     saved = _saved(out, run)
     watch = ProgressLine("Both ends")
-    tracker = SpectrumTracker.for_module(
-        F.cross_entropy,
-        shared(problem.data),
-        batchnorm=model.batchnorm,
-        mode=mode,
-        every=track_every,
-        tol=tol,
-        atol=atol,
-        seed=plan.seed,
-        path=out / SPECTRUM,
-        monitor=watch,
-    )
+    tracker = _tracker(problem, model, out, every=track_every, monitor=watch, **options) if track else None
 
-    def measure(state: State) -> None:
-        epoch: int = state["epoch"]
-        ex = dict(tracker.results).get(epoch)  # known if the run was interrupted after it
-        if ex is None:
-            with output.measuring({"epoch": epoch}, f"epoch {epoch:>4}", watch):
-                ex = tracker(problem.model, step=epoch)
-        loss = state["losses"][-1] if epoch else None
-        right = None if problem.test is None else accuracy(problem.model, problem.test)
-        record = {"epoch": epoch, "loss": loss, "test_accuracy": right}
-        record["spectrum"] = None if ex is None else ex.to_dict()
-        text = f"{'' if loss is None else f'loss {loss:.5g}':<14}"
-        text += "" if right is None else f"test {100 * right:.1f} %  "
-        output.print(record, f"epoch {epoch:>4}  {text}{'' if ex is None else one_line(ex)}")
+    def measure(epoch: int) -> Any:
+        if tracker is None:
+            return None
+        known = dict(tracker.results).get(epoch)  # if the run was interrupted after it
+        if known is not None:
+            return known
+        with output.measuring({"epoch": epoch}, f"epoch {epoch:>4}", watch):
+            return tracker(problem.model, step=epoch)
 
     kept: list[str] = []
     for state in train_epochs(problem.model, problem.data, plan, saved):
@@ -137,12 +122,46 @@ def train(
             path = out / f"epoch-{state['epoch']:04d}.pt"
             _save_or_warn(partial(_save, path, state["model"]), path)
             kept.append(path.name)
-        measure(state)
+        _report(output, problem, state, measure(state["epoch"]))
     _save(out / MODEL, state["model"])
-    tracker.save()
-    write_picture(out / "spectrum.png", lambda: tracker.plot(unit="epoch"))
-    output.print_written(CHECKPOINT, MODEL, SPECTRUM, "spectrum.png", *kept)
-    return all(ex.converged for _, ex in tracker.results)
+    if tracker is not None:
+        tracker.save()
+        write_picture(out / PICTURE, lambda: tracker.plot(unit="epoch"))
+    output.print_written(CHECKPOINT, MODEL, *ends, *kept)
+    return tracker is None or all(ex.converged for _, ex in tracker.results)
+
+
+def _run(plan: Plan, model: Model, tracking: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be the same when a run continues."""
+    run = {**asdict(plan), "lr_decay_epochs": list(plan.lr_decay_epochs), **_identity(model), **tracking}
+    if plan.augmentation is None:  # as in the checkpoints of runs before there was a choice
+        del run["augmentation"]
+    plain: dict[str, Any] = to_plain(run)
+    return plain
+
+
+def _tracker(problem: Network, model: Model, out: Path, **options: Any) -> SpectrumTracker:
+    return SpectrumTracker.for_module(
+        F.cross_entropy,
+        shared(problem.data),
+        batchnorm=model.batchnorm,
+        seed=model.seed,
+        path=out / SPECTRUM,
+        **options,
+    )
+
+
+def _report(output: Output, problem: Network, state: State, ex: ExtremeResult | None) -> None:
+    """Print an epoch, and both ends after it where they are known."""
+    epoch, right = state["epoch"], None
+    loss = state["losses"][-1] if epoch else None
+    if problem.test is not None:
+        right = accuracy(problem.model, problem.test)
+    record = {"epoch": epoch, "loss": loss, "test_accuracy": right}
+    record["spectrum"] = None if ex is None else ex.to_dict()
+    text = f"{'' if loss is None else f'loss {loss:.5g}':<14}"
+    text += "" if right is None else f"test {100 * right:.1f} %  "
+    output.print(record, f"epoch {epoch:>4}  {text}{'' if ex is None else one_line(ex)}")
 
 
 def _identity(model: Model) -> dict[str, Any]:
