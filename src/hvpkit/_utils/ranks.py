@@ -84,7 +84,7 @@ class Ranks:
             state = _State.DEADLINE
         tag = zlib.crc32(repr((self._count, question)).encode())
         told = torch.tensor([state, tag, -tag], dtype=torch.int64, device="cpu")
-        with _answering():
+        with answering():
             dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._control)
         worst, highest, lowest = told.tolist()
         if worst == _State.FAILED:
@@ -142,7 +142,7 @@ class Ranks:
 
     def sum(self, share: Tensor) -> Tensor:
         """Return the sum of the ranks' tensors, the same bits on every rank; after a meeting."""
-        with _answering():
+        with answering():
             total = share.contiguous()
             dist.all_reduce(total, group=self.group)
             return total
@@ -153,14 +153,14 @@ class Ranks:
         padded[:, : rows.shape[1]] = rows
         parts = padded.view(len(rows), self.size, size).transpose(0, 1).contiguous()
         part = rows.new_empty(len(rows), size)
-        with _answering():
+        with answering():
             _reduce_scatter(part.view(-1), parts.view(-1), group=self.group)
         return part
 
     def concatenate(self, part: Tensor) -> Tensor:
         """Return the ranks' tensors, of one shape, one after the other along the first dimension."""
         whole = part.new_empty(self.size * len(part), *part.shape[1:])
-        with _answering():
+        with answering():
             _all_gather(whole, part.contiguous(), group=self.group)
         return whole
 
@@ -172,7 +172,7 @@ class Ranks:
         """
         self.meet("a decision")
         held: list[Any] = [value]
-        with _answering():
+        with answering():
             dist.broadcast_object_list(held, group=self._control, group_src=0)
         return cast(T, held[0])
 
@@ -191,7 +191,7 @@ class Ranks:
 
     def _gathered(self, value: T) -> list[T]:
         held: list[Any] = [None] * self.size
-        with _answering():
+        with answering():
             dist.all_gather_object(held, value, group=self._control)
         return held
 
@@ -237,7 +237,7 @@ def fingerprint(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _answering() -> Iterator[None]:
+def answering() -> Iterator[None]:
     """Turn errors of the group into RemoteError; let signals wait, so that no rank leaves in the midst."""
     with signals_deferred():
         try:

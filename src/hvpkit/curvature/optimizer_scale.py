@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from hvpkit.curvature.operator import CurvatureOperator
+from hvpkit.objective.fully_sharded import gathered
 from hvpkit.operators.base import LinearOperator
 
 State = dict[str, Any]
@@ -119,8 +120,13 @@ def optimizer_scale(H: LinearOperator, optimizer: Optimizer) -> Tensor:
             f"scale: {type(optimizer).__name__} has no state for {', '.join(missing[:4])}{more}: it has not taken a "
             "step with a gradient of them; take one, or leave them out by wrt="
         )
-    parts = [of_state(group, optimizer.state[p]).reshape(-1) for group, p in places]
+    parts = [of_state(group, _whole(optimizer.state[p])).reshape(-1) for group, p in places]
     return torch.cat(parts).to(H.device)
+
+
+def _whole(state: State) -> State:
+    """Return the state of a parameter; of one of ``fully_shard`` all of it, gathered from all ranks."""
+    return {key: gathered(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _places(H: CurvatureOperator, optimizer: Optimizer) -> list[tuple[State, Tensor]]:
@@ -133,14 +139,15 @@ def _places(H: CurvatureOperator, optimizer: Optimizer) -> list[tuple[State, Ten
     if any(problem.layout.spec.is_complex):
         raise TypeError("scale is an optimizer of complex parameters; pass its diagonal as a vector")
     theirs = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    values = [gathered(p.detach()) for _, p in theirs]
     names = [name for group in optimizer.param_groups for name in group.get("param_names", [])]
     used: set[int] = set()
     found = []
     for name, leaf in zip(problem.layout.names, problem.leaves, strict=True):
         same = [
             place
-            for place, (_, p) in enumerate(theirs)
-            if p.shape == leaf.shape and torch.equal(p.detach().to(leaf.device, leaf.dtype), leaf)
+            for place, p in enumerate(values)
+            if p.shape == leaf.shape and torch.equal(p.to(leaf.device, leaf.dtype), leaf)
         ]
         if not same:
             raise ValueError(

@@ -18,6 +18,14 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from hvpkit.autodiff.overrides import check_max_norm
 from hvpkit.autodiff.pytree import snapshot
 from hvpkit.autodiff.references import references, twin_functions
+from hvpkit.objective.fully_sharded import (
+    check_shards,
+    is_fully_sharded,
+    is_sharded,
+    plain_attributes,
+    plain_class,
+    reshard,
+)
 
 LIBRARY_WRAPPERS = ("_FabricModule", "DeepSpeedEngine")
 """Classes of training libraries, by name, that hold the user's module as ``module``."""
@@ -61,8 +69,10 @@ def copy_structure(model: nn.Module, batchnorm: str, training: bool) -> ModuleCo
     """
     for name, module in model.named_modules():
         _check_copyable(name, module)
+    reshard(model)
     for name, parameter in model.named_parameters():
         _check_parameter(name, parameter)
+    check_shards(model)
     originals = {_hollow(t): t for t in {*model.parameters(), *model.buffers()}}
     copies: dict[int, Any] = {id(original): hollow for hollow, original in originals.items()}
     kept = [t for _, t in references(model) if isinstance(t, Tensor)]
@@ -111,6 +121,11 @@ def _deep_copies(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
     complete = twin_functions(model, copies)
     for key in modules:
         del copies[key]
+    sharded = [module for module in model.modules() if is_fully_sharded(module)]
+    for module in sharded:  # torch copies no such module
+        copies[id(module)] = object.__new__(plain_class(module))
+    for module in sharded:
+        vars(copies[id(module)]).update(copy.deepcopy(plain_attributes(module), copies))
     for module in reversed([*model.modules()]):  # wrappers inside wrappers first
         if (inner := unwrap(module)) is not module:
             copies[id(module)] = copy.deepcopy(inner, copies)
@@ -161,7 +176,12 @@ def _undo_autocast(module: nn.Module) -> None:
 
 def _hollow(tensor: Tensor) -> Tensor:
     """Return a tensor of the same kind and shape on the meta device, without values."""
-    hollow = torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+    if is_sharded(tensor):
+        hollow = torch.empty(
+            tensor.shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad
+        )
+    else:
+        hollow = torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
     return nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
 
 
@@ -187,11 +207,6 @@ def _check_copyable(name: str, module: nn.Module) -> None:
 def _check_parameter(name: str, parameter: Tensor) -> None:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(f"model: lazy parameter {name!r} has no shape yet; run one forward pass first")
-    if type(parameter.data).__name__ == "DTensor":
-        raise TypeError(
-            f"model: parameter {name!r} is a DTensor, sharded over processes (fully_shard, tensor parallel); "
-            "load the full tensors, parameter.full_tensor(), into a plain module, and pass the data with mesh="
-        )
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

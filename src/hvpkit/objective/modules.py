@@ -16,6 +16,7 @@ from hvpkit.autodiff.references import references
 from hvpkit.objective.batches import Targets, check_targets, split_batch
 from hvpkit.objective.criterion import Criterion, as_criterion
 from hvpkit.objective.first_call import changed_parameters, check_reduction, check_stored_state
+from hvpkit.objective.fully_sharded import is_sharded
 from hvpkit.objective.module_copy import copy_structure, unwrap
 from hvpkit.objective.network import Network, original_call
 from hvpkit.objective.objective import Objective
@@ -67,7 +68,9 @@ def from_module(
 
     Args:
         model: the module; it and modules in it are taken out of ``DistributedDataParallel``, ``torch.compile`` and
-            the wrappers of Accelerate, Fabric and DeepSpeed.
+            the wrappers of Accelerate, Fabric and DeepSpeed. Of a model of ``fully_shard`` (FSDP2) the parameters
+            are gathered, by all of its ranks, in the dtype of the shards; it is resharded first, as by its
+            ``state_dict()``, and goes on training as before.
         criterion: ``criterion(outputs, targets)``, as those of :mod:`hvpkit.hf` for models of transformers. Losses
             ``[B]`` are taken as they are. A criterion with an attribute or argument ``reduction``, as torch's
             ``nn.CrossEntropyLoss()`` or ``F.cross_entropy``, is switched to its per-example form; what is left beyond
@@ -96,8 +99,11 @@ def from_module(
         ``(objective, params)``, ``params`` a dict by dotted name in the order of ``named_parameters()``.
 
     Raises:
-        TypeError: ``model`` is no module, or a ScriptModule, or its parameters are sharded (FSDP); ``criterion``
-            cannot be called; the arguments are in the other order.
+        TypeError: ``model`` is no module, or a ScriptModule, or its parameters are sharded by anything but
+            ``fully_shard`` (FSDP1, tensor parallelism); ``criterion`` cannot be called, or refers to a sharded model;
+            the arguments are in the other order.
+        MemoryError: the whole parameters of a sharded model, with what a matvec needs, do not fit on one of its ranks.
+        RemoteError: not all ranks of a sharded model call it.
         ValueError: no parameters, or all frozen; a criterion with parameters of its own; uninitialised lazy
             parameters; an unknown ``batchnorm``, ``"eval"`` without running statistics, or ``"batch"`` with a
             ``SyncBatchNorm``; an embedding with ``max_norm``; a ``FractionalMaxPool`` without ``_random_samples``; a
@@ -143,6 +149,11 @@ def from_module(
     own = as_criterion(criterion)
     trained = NamedTensors({name: copied.originals[network.tensors[name]] for name in params})
     refers = any(id(thing) in copied.copied for _, thing in references(criterion))
+    if refers and any(map(is_sharded, copied.originals.values())):
+        raise TypeError(
+            "criterion refers to model, whose parameters are sharded, so that the two cannot be compared; let model "
+            "return what criterion needs, or load the full tensors into a plain module"
+        )
     original = original_call(unwrap(model), network, copied) if refers else None
     return _with_criterion(network, own, where, params, trained, original), params
 

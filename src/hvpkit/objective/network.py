@@ -14,6 +14,7 @@ from hvpkit._utils.typing import Batch, Tree
 from hvpkit.autodiff.fixed_random import fixed_random_numbers
 from hvpkit.autodiff.pytree import batch_size, snapshot
 from hvpkit.objective.first_call import run_original
+from hvpkit.objective.fully_sharded import gathered
 from hvpkit.objective.module_copy import ModuleCopy, attributes_restored
 from hvpkit.objective.objective import check_statistics
 from hvpkit.objective.parameter_access import NamedTensors, ParameterAccess
@@ -54,13 +55,15 @@ class Network:
         values: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
         for name, parameter in copied.module.named_parameters():
             is_variable = parameter.requires_grad or include_frozen
-            values[is_variable][name] = snapshot(copied.originals[parameter])
+            values[is_variable][name] = snapshot(gathered(copied.originals[parameter]))
         constants, variables = values
         if not variables:
             state = "all its parameters are frozen (pass include_frozen=True)" if constants else "it has none"
             raise ValueError(f"model has no parameters to differentiate by: {state}")
         module = copied.module
-        buffers = {name: snapshot(copied.originals[buffer]) for name, buffer in module.named_buffers()}
+        buffers = {
+            name: snapshot(gathered(copied.originals[buffer])) for name, buffer in module.named_buffers()
+        }
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         originals = NamedTensors({name: copied.originals[tensor] for name, tensor in tensors.items()})
         return cls(module, tensors, constants, buffers, originals, batchnorm, dropout), variables

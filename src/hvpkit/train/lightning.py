@@ -18,8 +18,8 @@ class SpectrumCallback(Callback):
     The measurement goes to all loggers of the trainer, under ``spectrum/...``: files in CSV, TensorBoard, Weights &
     Biases (``WandbLogger(offline=True)`` without a network), MLflow and others. It also goes into ``callback_metrics``,
     so that ``EarlyStopping`` and ``ModelCheckpoint`` can watch it. With several processes, all share the work of a
-    measurement and have its result: each has all the data of the tracker, and holds the whole module, as with DDP, and
-    not a shard.
+    measurement and have its result: each has all the data of the tracker, and holds the whole module, as with DDP;
+    of ``fully_shard`` it is gathered.
 
     A resumed run continues with the next measurement; with a ``path``, so does the tracker's record.
 

@@ -21,8 +21,8 @@ class SpectrumCallback(TrainerCallback):
     to every service that the trainer reports to: TensorBoard, Weights & Biases, MLflow and others, by ``report_to`` of
     its arguments. Offline, ``WANDB_MODE=offline`` or a folder in ``MLFLOW_TRACKING_URI`` keep it there. With several
     processes, all share the work of a measurement and have its result: each has all the data of the tracker, and holds
-    the whole model, as with DDP, and not a shard. Under ``bf16`` or ``fp16`` the Hessian is that of the
-    weights as they are kept, in float32.
+    the whole model, as with DDP; of ``fully_shard`` it is gathered. Under ``bf16`` or ``fp16`` the Hessian is that of
+    the weights as they are kept, in float32.
 
     A resumed run continues with the next measurement; with a ``path``, so does the tracker's record.
 
