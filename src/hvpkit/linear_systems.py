@@ -115,9 +115,7 @@ def solve(
     saved = None
     if checkpoint is not None:
         identity = system.identity(damping=damping, preconditioner=preconditioner, seed=number)
-        saved = Checkpoint(
-            checkpoint, identity, verify=system.resumed, entry=SolveProgress, ranks=H.space.ranks
-        )
+        saved = Checkpoint(checkpoint, identity, system.op, verify=system.resumed, entry=SolveProgress)
     return _like_b(H, run(system, monitor=monitor, checkpoint=saved), back, b)
 
 

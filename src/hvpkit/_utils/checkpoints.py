@@ -91,8 +91,10 @@ def write(path: Path, identity: Identity, content: dict[str, Any]) -> None:
         torch.save({"format": FORMAT, "checksum": digest(body), **body}, draft)
 
 
-def read(path: Path, identity: Identity, *, name: str = "checkpoint") -> dict[str, Any] | None:
-    """Return the content of a checkpoint; None if there is no file.
+def read(
+    path: Path, identity: Identity, *, name: str = "checkpoint", mmap: bool = False
+) -> dict[str, Any] | None:
+    """Return the content of a checkpoint; None if there is no file. With ``mmap`` its tensors stay in the file.
 
     Raises:
         ValueError: the file is damaged, is no checkpoint, is of another version, or of another question; ``name`` is
@@ -101,7 +103,7 @@ def read(path: Path, identity: Identity, *, name: str = "checkpoint") -> dict[st
     if not path.exists():
         return None
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a corrupt file can raise anything
         raise ValueError(_unreadable(name, path, type(error).__name__)) from error
     if not isinstance(found, dict) or "format" not in found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -43,10 +44,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     draft = _draft(target)
     try:
         yield draft
-        _flush(draft)
+        flush(draft)
         os.replace(draft, target)
         with suppress(OSError):  # not every system lets a folder be flushed
-            _flush(target.parent)
+            flush(target.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -69,7 +70,7 @@ def check_file(name: str, path: str | os.PathLike[str]) -> Path:
         draft = _draft(target)
         try:
             draft.write_bytes(bytes(PROBE_BYTES))
-            _flush(draft)
+            flush(draft)
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
@@ -96,6 +97,27 @@ def check_folder(name: str, path: Path) -> None:
         raise ValueError(f"{name}: cannot make the folder {path} ({reason(error)}); name another") from error
 
 
+def make_folder(parent: Path) -> Path:
+    """Make a folder inside of another one, which is made too, under a name that no other process uses."""
+    folder = _draft(parent / "save").with_suffix("")
+    folder.mkdir(parents=True)
+    return folder
+
+
+def delete_folders(parent: Path, keep: str, former: str) -> None:
+    """Delete, of what :func:`make_folder` made in a folder, the former one and those of dead processes.
+
+    The folder around them goes with the last one. What cannot be deleted stays.
+    """
+    with suppress(OSError):
+        for entry in [*os.scandir(parent)]:
+            parts = entry.name.split(".")
+            is_ours = len(parts) == 4 and parts[2].isdigit() and entry.name != keep
+            if is_ours and (entry.name == former or _is_stale(entry, parts[1], int(parts[2]))):
+                shutil.rmtree(entry.path, ignore_errors=True)
+        parent.rmdir()
+
+
 def reason(error: Exception) -> str:
     """Return why a file could not be written, in a few words."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
@@ -105,7 +127,7 @@ def _resolved(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or a folder's names, are on the disk."""
     number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

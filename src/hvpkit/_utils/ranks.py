@@ -71,6 +71,36 @@ class Ranks:
         """True on the rank that decides, prints and writes files."""
         return self.rank == 0
 
+    def part(self, n: int) -> slice:
+        """Return which of n entries this rank holds, as DTensor's Shard has them: n / p, rounded up; the last fewer."""
+        size = -(-n // self.size)
+        return slice(min(self.rank * size, n), min((self.rank + 1) * size, n))
+
+    def shards(self, part: Tensor, n: int) -> Tensor:
+        """Return the DTensor ``[n, ...]`` on the mesh of which this is the rank's part, along the first dimension."""
+        return _shards(part, n, 0, self.mesh)
+
+    def control_shards(self, part: Tensor, n: int) -> Tensor:
+        """Return the DTensor ``[..., n]`` of the CPU of which this is the rank's part, along the last dimension."""
+        mesh = DeviceMesh.from_group(self._control, "cpu")
+        return _shards(part, n, part.ndim - 1, mesh)
+
+    def call(self, function: Callable[[Any], object]) -> None:
+        """Call a function of torch.distributed.checkpoint with a group of all ranks.
+
+        Raises:
+            OSError: it failed on a rank; on all.
+            RemoteError: a rank does not answer.
+        """
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        with _answering():
+            try:
+                function(self._control)
+            except CheckpointException as error:
+                first = next(iter(error.failures.values()))[0]
+                raise OSError(getattr(first, "strerror", None) or str(first)) from None
+
     def meet(self, question: object, error: BaseException | None = None) -> None:
         """Wait for all ranks at the same question. ``error``: what ended this rank's share of it; it is raised next.
 
@@ -176,6 +206,24 @@ class Ranks:
             dist.broadcast_object_list(held, group=self._control, group_src=0)
         return cast(T, held[0])
 
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Return what a function returns on the first rank; an OSError or RuntimeError of it is raised on all.
+
+        Raises:
+            RemoteError: as :meth:`meet`.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        if self.is_first:
+            try:
+                result = function()
+            except (OSError, RuntimeError) as error:
+                failure = error
+        result, failure = self.agree((result, failure))
+        if failure is not None:
+            raise failure
+        return cast(T, result)
+
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in their order.
 
@@ -194,6 +242,17 @@ class Ranks:
         with answering():
             dist.all_gather_object(held, value, group=self._control)
         return held
+
+
+def _shards(part: Tensor, n: int, dim: int, mesh: DeviceMesh) -> Tensor:
+    from torch.distributed.tensor import DTensor, Shard  # a second to import
+
+    shape = torch.Size([*part.shape[:dim], n, *part.shape[dim + 1 :]])
+    stride = torch.empty(shape, device="meta").stride()
+    found: Tensor = DTensor.from_local(
+        part.contiguous(), mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride
+    )
+    return found
 
 
 @contextmanager

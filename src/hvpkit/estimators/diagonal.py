@@ -16,7 +16,7 @@ needed; low rank as in :mod:`hvpkit.estimators.leave_one_out`.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from hvpkit.estimators.probe import draw, unit_order
 from hvpkit.estimators.sampling import Monitor, Plan, estimate, make_plan
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.estimate import Estimate, Mean
+from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.checkpoint import Witness
 from hvpkit.solvers.common.orthogonalize import CHUNK, power_of_two
 from hvpkit.solvers.common.vector_memory import check_room
@@ -52,8 +53,8 @@ class DiagonalState:
         num_matvecs: full-data matvecs so far.
     """
 
-    mean: Tensor
-    spread: Tensor
+    mean: Tensor = field(metadata=LONG)
+    spread: Tensor = field(metadata=LONG)
     scale: Tensor
     num_good: Tensor
     witness: Witness

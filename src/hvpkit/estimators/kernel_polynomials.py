@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,11 +30,13 @@ from hvpkit._utils.ranks import agreed
 from hvpkit.estimators.quadrature import MESSAGES, Goal, Measured
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Progress, Status
+from hvpkit.results.plain_data import LONG
 from hvpkit.results.spectral_measure import Measure
 from hvpkit.solvers import krylov
-from hvpkit.solvers.checkpoint import Checkpoint, Witness, restored
+from hvpkit.solvers.checkpoint import Checkpoint, Witness, delete
 from hvpkit.solvers.driver import Assessment, Limits, Monitor, run
 from hvpkit.solvers.lanczos import lanczos
+from hvpkit.solvers.plain_state import restored
 
 MARGIN, WIDER = 1.01, 1.5
 """Factors of the interval's half width: at once, and whenever an eigenvalue is found outside. Chosen by feel."""
@@ -92,9 +94,9 @@ class KernelState:
     """
 
     band: Band
-    start: Tensor
-    current: Tensor
-    previous: Tensor
+    start: Tensor = field(metadata=LONG)
+    current: Tensor = field(metadata=LONG)
+    previous: Tensor = field(metadata=LONG)
     witness: Witness
     ends: Ends
     moments: tuple[Tensor, ...] = ()
@@ -268,8 +270,8 @@ def solve(
         file = Checkpoint[KernelState](
             checkpoint,
             identity,
+            op,
             verify=lambda state: verify(op, state),
-            ranks=op.space.ranks,
             unpack=lambda saved: restored(
                 init(op, goal, Ends(Band(0.0, 1.0)), len(saved["finished"])), saved
             ),
@@ -299,7 +301,7 @@ def solve(
         ends = Ends(Band.around(found, op.dtype), found.num_matvecs, found.seconds, found.history)
     measured = run(KernelPolynomials(op, goal, ends, time_limit), monitor=monitor, checkpoint=file)
     if of_ends is not None and measured.status is Status.COMPLETED:
-        of_ends.unlink(missing_ok=True)
+        delete(of_ends)
     return replace(measured, seconds=ends.seconds + measured.seconds, history=ends.history + measured.history)
 
 

@@ -123,7 +123,7 @@ def frobenius_norm(
         seed=seed,
         probe=probe,
     )
-    split = sharded(op) if checkpoint is None else op
+    split = sharded(op)
     found = estimate(
         split,
         plan,

@@ -32,10 +32,11 @@ from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Progress, Status
 from hvpkit.results.spectral_measure import Measure, deflate
 from hvpkit.solvers import krylov
-from hvpkit.solvers.checkpoint import Checkpoint, Witness, restored
+from hvpkit.solvers.checkpoint import Checkpoint, Witness
 from hvpkit.solvers.common.convergence import progress_of
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
 from hvpkit.solvers.driver import Assessment, Limits, Monitor, run
+from hvpkit.solvers.plain_state import restored
 
 SHORTER = 0.5
 """Share of the steps whose rules are compared with those of all: the error is less than the change where it halves from
@@ -274,9 +275,9 @@ def solve(
         file = Checkpoint[QuadratureState](
             checkpoint,
             {"estimator": "quadrature", **asdict(goal), **op.identity()},
+            op,
             lambda state: replace(state, krylov=krylov.trim(state.krylov)),
             lambda state: verify(op, state),
-            ranks=op.space.ranks,
             unpack=lambda saved: restored(init(op, goal, len(saved["finished"])), saved),
         )
     return run(Quadrature(op, goal, time_limit), monitor=monitor, checkpoint=file)

@@ -221,10 +221,10 @@ def estimate(
         file = Checkpoint[S](
             checkpoint,
             {**asked, **op.identity()},
+            op,
             trim,
             lambda loaded: _verified(op, loaded),
             EstimateProgress,
-            ranks=op.space.ranks,
         )
     found = run(Estimator(op, plan, state, step, evaluate, time_limit), monitor=monitor, checkpoint=file)
     if file is not None and found.status is Status.MAX_MATVECS:

@@ -14,7 +14,7 @@ Source: Meyer, Musco, Musco, Woodruff, SOSA 2021, arXiv:2010.09649; Epperly, Tro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from hvpkit.estimators.probe import draw
 from hvpkit.estimators.sampling import Plan
 from hvpkit.operators.base import LinearOperator
+from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.checkpoint import Witness
 from hvpkit.solvers.common.orthogonalize import orthonormalise_, power_of_two
 from hvpkit.solvers.common.vector_memory import check_room
@@ -54,9 +55,9 @@ class SketchState:
         num_matvecs: full-data matvecs so far.
     """
 
-    basis: Tensor
-    probes: Tensor
-    images: Tensor
+    basis: Tensor = field(metadata=LONG)
+    probes: Tensor = field(metadata=LONG)
+    images: Tensor = field(metadata=LONG)
     alive: Tensor
     projected: Tensor
     dots: Tensor

@@ -102,7 +102,7 @@ def spectral_density(
         check_positive("time_limit", time_limit)
     goal = make_goal(op, method, num_steps, num_probes, block_size, resolve_seed(seed))
     remedy = 'take method="chebyshev", which keeps no basis, or fewer num_steps'
-    split = sharded(op) if checkpoint is None else op
+    split = sharded(op)
     check_room(
         split, num_vectors(op.n, method, goal), remedy if method == "lanczos" else "take a smaller block_size"
     )

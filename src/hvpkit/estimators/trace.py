@@ -107,7 +107,7 @@ def trace(
         seed=seed,
         probe=probe,
     )
-    split = sharded(op) if checkpoint is None else op
+    split = sharded(op)
     found = estimate(
         split,
         plan,

@@ -49,7 +49,7 @@ def trace_of_function(
     if time_limit is not None:
         check_positive("time_limit", time_limit)
     goal = make_goal(op, "lanczos", num_steps, num_probes, None, resolve_seed(seed))
-    split = sharded(op) if checkpoint is None else op
+    split = sharded(op)
     check_room(split, num_vectors(op.n, "lanczos", goal), "take fewer num_steps, or fewer parameters (wrt=)")
     found = quadrature.solve(split, goal, time_limit=time_limit, monitor=monitor, checkpoint=checkpoint)
     mean = density_of(op, "lanczos", found).expectation(f)

@@ -42,6 +42,10 @@ class Space:
         """Return the entries of a vector ``[n]``, or of columns ``[n, k]``, that are here."""
         return whole if self._shards is None else whole[self._part(len(whole))].contiguous()
 
+    def local_rows(self, whole: Tensor) -> Tensor:
+        """Return the entries of a vector ``[n]``, or of rows ``[m, n]``, that are here."""
+        return whole if self._shards is None else whole[..., self._part(whole.shape[-1])].contiguous()
+
     def whole(self, local: Tensor, n: int) -> Tensor:
         """Return a vector ``[n]``, or columns ``[n, k]``, of what each rank holds of it."""
         ranks = self._shards
@@ -59,11 +63,7 @@ class Space:
         return ranks.sum_part(shares, -(-n // ranks.size))[:, : self.size(n)].mT
 
     def _part(self, n: int) -> slice:
-        ranks = self._shards
-        if ranks is None:
-            return slice(0, n)
-        size = -(-n // ranks.size)
-        return slice(min(ranks.rank * size, n), min((ranks.rank + 1) * size, n))
+        return slice(0, n) if self._shards is None else self._shards.part(n)
 
     def reduce(self, share: Tensor) -> Tensor:
         """Return the sum over all entries, of the sums over those that are here."""

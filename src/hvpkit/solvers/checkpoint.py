@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from hvpkit._utils import checkpoints
-from hvpkit._utils.checkpoints import Identity
-from hvpkit._utils.files import check_file, reason
+from hvpkit._utils import checkpoint_parts, checkpoints
+from hvpkit._utils.checkpoints import Identity, digest
+from hvpkit._utils.files import beside, check_file, delete_folders, make_folder, reason
 from hvpkit._utils.random import generator
 from hvpkit._utils.ranks import Ranks, agreed
-from hvpkit.errors import UnsavedWarning
+from hvpkit._utils.signals import signals_deferred
+from hvpkit.errors import RemoteError, UnsavedWarning
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.space import Space
 from hvpkit.results.eigen import Progress
+from hvpkit.results.plain_data import LONG
+from hvpkit.solvers.plain_state import plain, restored, with_parts, with_vectors, without_vectors
 
 SAVE_INTERVAL = 60.0
 """Seconds between two saves, at least. Chosen by feel."""
@@ -70,16 +74,19 @@ def _unchanged(state: S) -> S:
 
 
 class Checkpoint(Generic[S]):
-    """A file that holds a solve.
+    """A file that holds a solve; where ranks split its vectors, these lie in a folder beside it, each rank's part.
+
+    The parts are written first, to a place of their own, and then the file is replaced, which names them with their
+    digests: a kill at any time leaves the former checkpoint or the new one.
 
     Args:
-        path: of the file; its folder must exist.
+        path: of the file; its folder must exist, and all ranks see it.
         solve: what has to be the same when it is continued: the solver, the operator's identity, the arguments.
+        op: the operator, whose ranks solve together.
         trim: returns a state without the parts that need not be saved, or its plain data.
         verify: checks that a loaded state belongs to the operator, and returns the state to continue from.
         entry: the type of the history's entries.
         unpack: returns the state of its plain data, where the first state has no buffers for it.
-        ranks: that solve together: the first one reads and writes the file.
 
     Raises:
         TypeError: ``path`` is no path.
@@ -90,22 +97,27 @@ class Checkpoint(Generic[S]):
         self,
         path: str | os.PathLike[str],
         solve: Identity,
+        op: LinearOperator,
         trim: Callable[[S], Any] = _unchanged,
         verify: Callable[[S], S] = _unchanged,
         entry: Callable[..., Any] = Progress,
         unpack: Callable[[dict[str, Any]], S] | None = None,
-        ranks: Ranks | None = None,
     ) -> None:
-        self.ranks = ranks
+        self.op, self.ranks = op, op.space.ranks
         self.path = (check_file("checkpoint", path) if self._is_writer else Path(path)).absolute()
         self.solve, self.trim, self.verify = solve, trim, verify
         self.entry, self.unpack = entry, unpack
         self._next = time.monotonic() + SAVE_INTERVAL
-        self._seen = self._stamp()
+        self._seen, self._folder = self._stamp(), ""
 
     @property
     def _is_writer(self) -> bool:
         return self.ranks is None or self.ranks.is_first
+
+    @property
+    def _shards(self) -> Ranks | None:
+        """The ranks, if each holds a part of the vectors."""
+        return self.ranks if self.op.space.sharded else None
 
     def _stamp(self) -> tuple[int, int] | None:
         """Return what changes whenever the file is replaced; None if there is none."""
@@ -130,47 +142,123 @@ class Checkpoint(Generic[S]):
         So is a file that another process has written meanwhile, as ranks without a mesh and jobs that ran twice do.
         """
         begin = time.monotonic()
-        state = self.trim(saved.state)  # which may take all ranks
-        if not self._is_writer:
-            return
+        state, vectors = without_vectors(plain(self.trim(saved.state)))
         content = {
-            "state": plain(state),
+            "state": state,
             "num_steps": saved.num_steps,
             "history": [asdict(entry) for entry in saved.history],
             "seconds": saved.seconds,
             "verified": saved.verified,
         }
-        if self._is_of_another:
-            warnings.warn(
-                f"checkpoint: another process writes {self.path} too, and its work is kept; give each process a file "
-                "of its own, or, where ranks of torch.distributed ask one question, pass data as "
-                "hvpkit.as_data(data, mesh=mesh). This solve goes on without being saved",
-                UnsavedWarning,
-                stacklevel=2,
-            )
+        try:
+            with signals_deferred():  # no rank leaves in the midst
+                self._replace(content, vectors)
+        except RemoteError:
+            raise
+        except FileExistsError as error:
+            self._warn(str(error))
             self._next = math.inf
             return
-        try:
-            checkpoints.write(self.path, self.solve, content)
-            self._seen = self._stamp()
         except (OSError, RuntimeError) as error:  # torch raises the second where a disk is full
-            warnings.warn(
-                f"checkpoint: {self.path} could not be written ({reason(error)}); the solve goes on, and can be "
-                f"continued from {'its last save' if self.path.exists() else 'nothing yet'}",
-                UnsavedWarning,
-                stacklevel=2,
+            found = "its last save" if self.path.exists() else "nothing yet"
+            self._warn(
+                f"{self.path} could not be written ({reason(error)}); the solve goes on, and can be continued from "
+                f"{found}"
             )
         now = time.monotonic()
         self._next = now + max(SAVE_INTERVAL, SAVE_COST_FACTOR * (now - begin))
 
-    def read(self) -> dict[str, Any] | None:
-        """Return the content as it is saved, or None if there is no file.
+    def _warn(self, text: str) -> None:
+        if self._is_writer:
+            warnings.warn(f"checkpoint: {text}", UnsavedWarning, stacklevel=3)
+
+    def _replace(self, content: dict[str, Any], vectors: dict[str, Tensor]) -> None:
+        """Write vectors and content, whole or not at all; where they are split, all ranks together.
 
         Raises:
-            ValueError: the file is damaged, of another version, or of another solve.
+            FileExistsError: the file is another process's.
+            OSError, RuntimeError: it cannot be written.
         """
-        self._seen = self._stamp()
-        return agreed(self.ranks, checkpoints.read(self.path, self.solve) if self._is_writer else None)
+        ranks = self._shards
+        if ranks is None:
+            if self._is_writer:
+                whole = {name: plain(tensor) for name, tensor in vectors.items()}
+                self._write(
+                    {**content, "state": with_vectors(content["state"], whole), "vectors": [*whole]}, ""
+                )
+            return
+        ranks.on_first(self._check_owner)
+        folder = ranks.on_first(lambda: make_folder(_parts_of(self.path)))
+        try:
+            digests = checkpoint_parts.write(folder, vectors, self.op.n, ranks)
+            shapes = checkpoint_parts.shapes_of(vectors, self.op.n)
+            parts = {"folder": folder.name, "digests": digests, "shapes": shapes}
+            ranks.on_first(lambda: self._write({**content, "parts": parts}, folder.name))
+        except BaseException:
+            if self._is_writer and self._folder != folder.name:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._folder = folder.name
+
+    def _check_owner(self) -> None:
+        if self._is_of_another:
+            raise FileExistsError(
+                f"another process writes {self.path} too, and its work is kept; give each process a file of its own, "
+                "or, where ranks of torch.distributed ask one question, pass data as hvpkit.as_data(data, mesh=mesh). "
+                "This solve goes on without being saved"
+            )
+
+    def _write(self, content: dict[str, Any], folder: str) -> None:
+        """Replace the file, and delete the former parts; ``folder`` are the new ones."""
+        self._check_owner()
+        checkpoints.write(self.path, self.solve, content)
+        self._seen, former, self._folder = self._stamp(), self._folder, folder
+        delete_folders(_parts_of(self.path), keep=folder, former=former)
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the content as it is saved, with this rank's part of vectors; None if there is no file.
+
+        Raises:
+            ValueError: the file or a part is damaged or missing, of another version, or of another solve.
+        """
+        self._seen, ranks = self._stamp(), self._shards
+        if ranks is None:
+            content = agreed(self.ranks, checkpoints.read(self.path, self.solve) if self._is_writer else None)
+            return None if content is None else self._with_vectors(content)
+        with ranks.together("a checkpoint"):
+            content = checkpoints.read(self.path, self.solve, mmap=True)
+        identity = None if content is None else digest([content["seconds"], content.get("parts")])
+        ranks.check_same(**{"checkpoint, in a folder that all ranks share,": identity})
+        return None if content is None else self._with_vectors(content)
+
+    def _with_vectors(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Return the content with the vectors in its state, as far as this rank holds them."""
+        state, ranks, parts = content["state"], self._shards, content.get("parts")
+        if parts is not None:
+            self._folder, folder = parts["folder"], _parts_of(self.path) / parts["folder"]
+            try:
+                found = checkpoint_parts.digests(folder, ranks)
+            except OSError as error:
+                raise ValueError(self._damaged(folder, reason(error))) from error
+            if found != parts["digests"]:
+                missing, theirs = [name for name in parts["digests"] if name not in found], parts["digests"]
+                other = [name for name in found if found[name] != theirs.get(name)]
+                what = f"{', '.join(missing)} missing" if missing else f"{', '.join(other)} not as saved"
+                raise ValueError(self._damaged(folder, what))
+            state = with_vectors(state, checkpoint_parts.read(folder, parts["shapes"], ranks))
+        elif ranks is not None:
+            if "vectors" not in content:
+                raise ValueError(
+                    f"checkpoint: {self.path} is of an earlier version; continue it with one process"
+                )
+            state = with_parts(state, content["vectors"], self.op.space.local_rows)
+        return {**content, "state": state}
+
+    def _damaged(self, folder: Path, why: str) -> str:
+        return (
+            f"checkpoint: {folder}, where the ranks' parts of {self.path} lie, is damaged ({why}); restore both from "
+            "one copy, or delete both to start again"
+        )
 
     def load(self, like: S) -> Saved[S] | None:
         """Load the solve into the buffers of the fresh state ``like``; None if there is no file.
@@ -192,7 +280,18 @@ class Checkpoint(Generic[S]):
     def clear(self) -> None:
         """Delete the file, if there is one, after convergence; of a link, the file that it leads to."""
         if self._is_writer and not self._is_of_another:
-            self.path.resolve().unlink(missing_ok=True)
+            delete(self.path.resolve())
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint and its parts, if there are any."""
+    path.unlink(missing_ok=True)
+    shutil.rmtree(_parts_of(path), ignore_errors=True)
+
+
+def _parts_of(path: Path) -> Path:
+    """Return the folder of a checkpoint's parts."""
+    return beside(path.resolve(), "parts")
 
 
 @dataclass(frozen=True)
@@ -206,8 +305,8 @@ class Witness:
         count: vectors so far.
     """
 
-    vector: Tensor
-    image: Tensor
+    vector: Tensor = field(metadata=LONG)
+    image: Tensor = field(metadata=LONG)
     count: int = 0
 
     @classmethod
@@ -266,47 +365,3 @@ def _argument_of(path: str | os.PathLike[str], name: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"].get(name)
     except Exception:  # not a file, or of any other content: loading it says so
         return None
-
-
-def plain(value: Any) -> Any:
-    """Convert dataclasses to dicts, and tensors to copies on the CPU without the rest of their storage."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True).contiguous()
-    if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, tuple):
-        return [plain(item) for item in value]
-    return value
-
-
-def restored(like: Any, plain: Any) -> Any:
-    """Rebuild the dataclasses of ``like`` from ``plain``, in the buffers of ``like`` where these are larger."""
-    if isinstance(like, Tensor):
-        tensor: Tensor = plain.to(like.device, like.dtype)
-        is_larger = all(room >= size for room, size in zip(like.shape, tensor.shape, strict=True))
-        if is_larger and like.shape != tensor.shape:
-            like[tuple(map(slice, tensor.shape))] = tensor
-            return like
-        return tensor
-    if is_dataclass(like) and not isinstance(like, type):
-        hints, device, found = get_type_hints(type(like)), _device(like), {}
-        for field in fields(like):
-            own, item = getattr(like, field.name), plain[field.name]
-            is_tuple = isinstance(own, tuple)
-            found[field.name] = _items(hints[field.name], item, device) if is_tuple else restored(own, item)
-        return type(like)(**found)
-    return plain
-
-
-def _items(hint: Any, plain: list[Any], device: torch.device | None) -> tuple[Any, ...]:
-    """Rebuild a tuple of dataclasses without others inside, of tensors, or of numbers."""
-    kind: Any = get_args(hint)[0]
-    holds_dataclasses = is_dataclass(kind)  # a name of its own keeps mypy from narrowing
-    if holds_dataclasses:
-        return tuple(kind(**item) for item in plain)
-    return tuple(item.to(device) if isinstance(item, Tensor) else item for item in plain)
-
-
-def _device(like: Any) -> torch.device | None:
-    tensors = (getattr(like, field.name) for field in fields(like))
-    return next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), None)

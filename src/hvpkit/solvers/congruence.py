@@ -20,7 +20,7 @@ Lanczos from a sample it is hvpkit's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.space import Space
+from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.common.orthogonalize import extend_, row_norms
 from hvpkit.solvers.sample_space import SampleSpace
 
@@ -62,7 +63,7 @@ class Congruence:
     """
 
     likeness: LinearOperator
-    rows: Tensor
+    rows: Tensor = field(metadata=LONG)
     factors: Tensor
     coefficients: tuple[float, ...]
     low: float

@@ -16,11 +16,12 @@ Stat. Comput. 7 (1986) 817-825, doi:10.1137/0907054. The clamped function of a s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
+from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs
 from hvpkit.solvers.krylov import krylov_space
 
@@ -41,7 +42,7 @@ class Direction:
         num_steps: Lanczos steps on the likeness that it took.
     """
 
-    vector: Tensor
+    vector: Tensor = field(metadata=LONG)
     gain: float
     num_steps: int
 

@@ -366,7 +366,9 @@ def iterate(
             status = found.status or (None if found.handover else limit)
             if status is not None or found.handover:
                 return Ended(state, status, tuple(history), began, found.suspect, verified, last_end)
-    except BaseException:
+    except BaseException as error:
+        if ranks is not None:
+            ranks.fail(error)  # so that all save together
         if not assessing and limit is None:  # at a limit it is saved already, before an assessment
             save()
         raise

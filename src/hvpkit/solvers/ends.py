@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.common.rayleigh_ritz import num_at_low_end
 from hvpkit.solvers.common.request import Request
 from hvpkit.solvers.davidson import Direction
@@ -48,8 +49,8 @@ class End:
     """
 
     value: float
-    vector: Tensor
-    residual: Tensor
+    vector: Tensor = field(metadata=LONG)
+    residual: Tensor = field(metadata=LONG)
     error: float
     direction: Direction | None = None
     num_directions: int = 0

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
+from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.checkpoint import Witness, coefficients
 from hvpkit.solvers.common.bounds import StartPolynomial
 from hvpkit.solvers.common.convergence import check_symmetric
@@ -58,7 +59,7 @@ class KrylovState:
         num_random: random vectors drawn so far.
     """
 
-    basis: Tensor
+    basis: Tensor = field(metadata=LONG)
     projected: Tensor
     alive: Tensor
     norm: Tensor
@@ -191,21 +192,6 @@ def project(op: LinearOperator, state: KrylovState) -> tuple[RitzPairs, Tensor]:
     pairs = ritz(projected[:m], projected[m:])
     check_symmetric(op, pairs.asymmetry, max(pairs.norm, float(state.norm)))
     return pairs, projected.diagonal(-1)[state.num_kept :]
-
-
-def gathered(op: LinearOperator, state: S) -> S:
-    """Return the state with the used rows of the basis, whole."""
-    used = trim(state).basis
-    return replace(state, basis=op.space.whole(used.mT.contiguous(), op.n).mT if op.space.sharded else used)
-
-
-def distributed(op: LinearOperator, state: S, capacity: int) -> S:
-    """Return a state that was :func:`gathered` with this rank's part of the basis, and room for ``capacity`` rows."""
-    if not op.space.sharded:
-        return state
-    basis = torch.empty(capacity, op.space.size(op.n), dtype=op.dtype, device=op.device)
-    basis[: state.num_rows] = op.space.local(state.basis[: state.num_rows].mT).mT
-    return replace(state, basis=basis)
 
 
 def trim(state: S) -> S:

@@ -564,11 +564,7 @@ def lanczos(
     file = None
     if checkpoint is not None:
         file = Checkpoint[LanczosState](
-            checkpoint,
-            solver.identity(),
-            lambda state: krylov.gathered(op, state),
-            lambda state: krylov.verify(op, krylov.distributed(op, state, min(ncv + block_size, op.n))),
-            ranks=op.space.ranks,
+            checkpoint, solver.identity(), op, krylov.trim, lambda state: krylov.verify(op, state)
         )
     found = run(solver, monitor=monitor, checkpoint=file)
     return with_whole_vectors(found, op, asked)

@@ -203,8 +203,7 @@ def solve_levels(
     if offload:
         levels = tuple(on_host(level) for level in levels)
         request = request.on_host()
-    if checkpoint is None:
-        levels = tuple(sharded(level) for level in levels)
+    levels = tuple(sharded(level) for level in levels)
     ranks = levels[-1].space.ranks
     saved = None if checkpoint is None else argument_of(checkpoint, "ncv", ranks)  # of a solve that continues
     kept = ncv or max(least, saved or default_ncv(vectors_that_fit(levels[-1])))
@@ -269,10 +268,10 @@ def _solve(
         file = Checkpoint[CertifiedDavidsonState](
             path,
             solver.identity(),
+            solver.op,
             trim=saved_certificates.pack,
             verify=lambda state: saved_certificates.verify(solver, state),
             unpack=lambda saved: saved_certificates.unpack(solver, saved),
-            ranks=op.space.ranks,
         )
         of_lanczos = beside(file.path, "lanczos")
     with nullcontext() if file is None else ending_after_cleanup():

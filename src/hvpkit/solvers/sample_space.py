@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Status
+from hvpkit.results.plain_data import LONG
 from hvpkit.solvers import krylov
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, select
 from hvpkit.solvers.common.request import Request, default_atol
@@ -41,9 +42,9 @@ class SampleSpace:
         num_matvecs: full-data matvecs that they cost.
     """
 
-    ends: Tensor
+    ends: Tensor = field(metadata=LONG)
     norm: float
-    outliers: Tensor
+    outliers: Tensor = field(metadata=LONG)
     values: Tensor
     low: float
     high: float

@@ -14,11 +14,12 @@ from torch import Tensor
 from hvpkit.solvers import krylov
 from hvpkit.solvers.certificate import Certificate
 from hvpkit.solvers.certified_davidson import CertifiedDavidson, CertifiedDavidsonState
-from hvpkit.solvers.checkpoint import Witness, plain, restored
+from hvpkit.solvers.checkpoint import Witness
 from hvpkit.solvers.common.block_subspace import BlockSubspace
 from hvpkit.solvers.congruence import Congruence
 from hvpkit.solvers.davidson import Direction
 from hvpkit.solvers.ends import Bound, End
+from hvpkit.solvers.plain_state import Vectors, plain, plain_fields, restored
 from hvpkit.solvers.sample_space import SampleSpace
 
 ON_CPU = ("values", "amounts")
@@ -28,31 +29,30 @@ T = TypeVar("T")
 
 
 def pack(state: CertifiedDavidsonState) -> dict[str, Any]:
-    """Return the state as tensors on the CPU, numbers, lists and dicts."""
-    rows, images = state.rows[: state.num_rows + state.num_new], state.images[: state.num_rows]
-    saved = {
-        field.name: plain(getattr(state, field.name))
-        for field in fields(state)
-        if field.name not in ("rows", "images", "ends", "certificate")
-    }
-    certificate = state.certificate
+    """Return the state as plain data, as :func:`hvpkit.solvers.plain_state.plain` makes them."""
+    m, certificate, suspect = state.num_rows, state.certificate, state.suspect
+    saved = plain_fields(state, without=("rows", "images", "best", "suspect", "ends", "certificate"))
     if certificate is not None:
-        C = certificate.congruence
         saved["certificate"] = {
-            **{
-                name: plain(getattr(certificate, name))
-                for name in _names(Certificate, "op", "congruence", "krylov")
-            },
-            "congruence": {name: plain(getattr(C, name)) for name in _names(Congruence, "likeness")},
+            **plain_fields(certificate, without=("op", "congruence", "krylov")),
+            "congruence": plain_fields(certificate.congruence, without=("likeness",)),
             "krylov": plain(krylov.trim(certificate.krylov)),
         }
-    ends = [[place, plain(end)] for place, end in state.ends.items()]
-    return {**saved, "rows": plain(rows), "images": plain(images), "ends": ends}
+    return {
+        **saved,
+        "rows": Vectors(state.rows[: m + state.num_new]),
+        "images": Vectors(state.images[:m]),
+        "best": {**plain_fields(state.best, without=("vectors",)), "vectors": Vectors(state.best.vectors.mT)},
+        "suspect": None if suspect is None else Vectors(suspect.mT),
+        "ends": [[place, plain(end)] for place, end in state.ends.items()],
+    }
 
 
 def unpack(solver: CertifiedDavidson, saved: dict[str, Any]) -> CertifiedDavidsonState:
     """Return the state that was packed, with the operators of the solver."""
-    fresh, device = solver.init(), solver.op.device
+    fresh, device, suspect = solver.init(), solver.op.device, saved["suspect"]
+    best = {**saved["best"], "vectors": saved["best"]["vectors"].mT}
+    saved = {**saved, "best": best, "suspect": None if suspect is None else suspect.mT.to(device)}
     names = [field.name for field in fields(BlockSubspace)]
     subspace: BlockSubspace = restored(BlockSubspace(**{name: getattr(fresh, name) for name in names}), saved)
     sample = saved["sample"]
@@ -89,10 +89,6 @@ def verify(solver: CertifiedDavidson, state: CertifiedDavidsonState) -> Certifie
             state.certificate.op, state.certificate.krylov.scale, float(state.certificate.krylov.norm)
         )
     return replace(state, num_matvecs=state.num_matvecs + cost, verified=state.verified + cost)
-
-
-def _names(kind: type[Any], *without: str) -> list[str]:
-    return [field.name for field in fields(kind) if field.name not in without]
 
 
 def _rebuilt(kind: type[T], saved: dict[str, Any], device: torch.device) -> T:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Status
+from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.common.convergence import (
     ROUNDING,
     attainable_accuracy,
@@ -49,8 +50,8 @@ class BlockSubspace:
         num_random: random vectors drawn so far.
     """
 
-    rows: Tensor
-    images: Tensor
+    rows: Tensor = field(metadata=LONG)
+    images: Tensor = field(metadata=LONG)
     best: RitzPairs
     scale: Tensor
     suspect: Tensor | None = None

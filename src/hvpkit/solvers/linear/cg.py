@@ -10,12 +10,13 @@ Source: Hestenes and Stiefel, J. Res. Natl. Bur. Stand. 49 (1952) 409-436, doi:1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.linear.recurrence import (
     FLATNESS,
     NEGATIVE,
@@ -43,7 +44,7 @@ class Directions:
         curvature: :math:`p'Ap / p'p` of the last direction ``[k]``.
     """
 
-    p: Tensor
+    p: Tensor = field(metadata=LONG)
     rz: Tensor
     curvature: Tensor
 

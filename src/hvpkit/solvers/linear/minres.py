@@ -11,13 +11,14 @@ and Saunders, SIAM J. Sci. Comput. 33 (2011) 1810-1836, doi:10.1137/100787921.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.linear.recurrence import (
     FLATNESS,
     INVARIANT,
@@ -50,11 +51,11 @@ class LanczosVectors:
         scalars: beta, phibar, dbar, epsilon, cosine, sine, largest entry of the tridiagonal matrix ``[k, 7]``.
     """
 
-    v: Tensor
-    z: Tensor
-    v_before: Tensor
-    d: Tensor
-    d_before: Tensor
+    v: Tensor = field(metadata=LONG)
+    z: Tensor = field(metadata=LONG)
+    v_before: Tensor = field(metadata=LONG)
+    d: Tensor = field(metadata=LONG)
+    d_before: Tensor = field(metadata=LONG)
     scalars: Tensor
 
 

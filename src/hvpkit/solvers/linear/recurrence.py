@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hvpkit.operators.space import Space
+from hvpkit.results.plain_data import LONG
 
 RUNNING, INVARIANT, NEGATIVE, SINGULAR, NON_FINITE = range(5)
 """Reasons why a row's recurrence stopped: none, an invariant space, negative curvature, none at all, NaN."""
@@ -58,8 +59,8 @@ class Iterates:
             else 0 ``[k]``.
     """
 
-    x: Tensor
-    r: Tensor
+    x: Tensor = field(metadata=LONG)
+    r: Tensor = field(metadata=LONG)
     stopped: Tensor
     norm: Tensor
     least: Tensor

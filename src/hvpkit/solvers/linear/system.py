@@ -8,7 +8,7 @@ recurrence starts again from it (iterative refinement), as long as it halves eac
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from hvpkit._utils.checkpoints import digest
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Status
 from hvpkit.results.linear import NegativeCurvature, SolveProgress, SolveResult
+from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.checkpoint import Witness, coefficients
 from hvpkit.solvers.common.orthogonalize import power_of_two, row_norms
 from hvpkit.solvers.driver import Assessment, Limits, assessment_interval
@@ -94,12 +95,12 @@ class SystemState:
 
     iterates: Iterates
     vectors: Directions | LanczosVectors
-    best: Tensor
+    best: Tensor = field(metadata=LONG)
     residuals: Tensor
     least: Tensor
     places: tuple[int, ...]
     statuses: tuple[str, ...]
-    direction: Tensor
+    direction: Tensor = field(metadata=LONG)
     scale: Tensor
     fresh: tuple[int, ...] = ()
     curvature: float = 0.0
