@@ -107,7 +107,7 @@ class Space:
         else:
             parts = [torch.linalg.vector_norm(part, dim=1) for part in rows.split(size, dim=1)]
             norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
-        return norms if self._shards is None else self.reduce(norms * norms).sqrt()
+        return self.reduce(norms * norms).sqrt()
 
 
 def _chunk(vector: Tensor) -> int:

@@ -85,7 +85,8 @@ class Assessment(Generic[S]):
     Attributes:
         state: to continue from: the one assessed, or what a restart made of it.
         progress: the values so far; the loop adds matvecs and seconds.
-        num_steps: steps until the next assessment.
+        num_steps: steps until the next assessment, at most: a state may have ``is_ready``, True where another step
+            would be too many.
         status: set if the solve is over.
         suspect: vectors ``[n, p]`` whose matvec was not finite, if that is the status.
         handover: set if the method can do nothing more, without a status: its caller continues by another one.
@@ -362,7 +363,7 @@ class _Loop(Generic[S]):
         """Take the steps until the next assessment, or until another one would exceed a limit, which is noted."""
         step, cost, is_timed = self.solver.step, self.solver.step_cost, self.limits.time_limit is not None
         plain = nullcontext()
-        while self.num_steps:
+        while self.num_steps and not getattr(self.state, "is_ready", False):
             seconds = agreed(self.ranks, time.perf_counter() - self.began) if is_timed else 0.0
             self.limit = self.limits.exceeded_by(cost, self.state.num_matvecs, seconds)
             if self.limit is not None:
