@@ -94,7 +94,7 @@ class Ranks:
         """
         from torch.distributed.checkpoint.api import CheckpointException
 
-        with _answering():
+        with answering():
             try:
                 function(self._control)
             except CheckpointException as error:

@@ -101,8 +101,12 @@ class Space:
 
     def row_norms(self, rows: Tensor) -> Tensor:
         """Return the Euclidean norms ``[m]`` of ``rows`` ``[m, n]``."""
-        parts = [torch.linalg.vector_norm(part, dim=1) for part in rows.split(_chunk(rows.mT), dim=1)]
-        norms = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        size = _chunk(rows.mT)
+        if size >= rows.shape[1]:
+            norms = torch.linalg.vector_norm(rows, dim=1)
+        else:
+            parts = [torch.linalg.vector_norm(part, dim=1) for part in rows.split(size, dim=1)]
+            norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
         return self.reduce(norms * norms).sqrt()
 
 

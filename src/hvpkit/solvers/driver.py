@@ -85,7 +85,8 @@ class Assessment(Generic[S]):
     Attributes:
         state: to continue from: the one assessed, or what a restart made of it.
         progress: the values so far; the loop adds matvecs and seconds.
-        num_steps: steps until the next assessment.
+        num_steps: steps until the next assessment, at most: a state may have ``is_ready``, True where another step
+            would be too many.
         status: set if the solve is over.
         suspect: vectors ``[n, p]`` whose matvec was not finite, if that is the status.
         handover: set if the method can do nothing more, without a status: its caller continues by another one.
@@ -301,77 +302,113 @@ def iterate(
     checkpoint: Checkpoint[S] | None = None,
 ) -> Ended[S]:
     """Step and assess until the solver says that it is over, or another step would exceed a limit."""
-    state, limits, ranks = solver.init(), solver.limits, solver.op.space.ranks
-    sharded = solver.op.space.sharded
-    saved, now = Saved(state, 0, (), 0.0), time.perf_counter()
-    seconds = math.inf if limits.time_limit is None else limits.time_limit
-    end, last_end = now + seconds, now + GRACE * seconds
+    state, now, time_limit = solver.init(), time.perf_counter(), solver.limits.time_limit
+    seconds = math.inf if time_limit is None else time_limit
+    saved, end = Saved(state, 0, (), 0.0), now + seconds
     if checkpoint is not None:
         try:
             with deadline(end):
                 saved = checkpoint.load(state) or saved
         except DeadlineReached:  # the file stays as it is
-            _reraise_before(end, ranks)
+            _reraise_before(end, solver.op.space.ranks)
             return Ended(state, Status.TIME_LIMIT, (), now)
-    state, num_steps, history = saved.state, saved.num_steps, list[Entry](saved.history)
-    limits = replace(limits, max_matvecs=limits.max_matvecs + saved.verified)
-    began = time.perf_counter() - saved.seconds
-    time_saved, verified = saved.seconds, saved.verified
-    del saved  # it would keep the first state's buffers
-    if limits.time_limit is not None:
-        limits = replace(limits, time_limit=limits.time_limit + time_saved)
-    assessing, limit = False, None
-
-    def save() -> None:
-        if checkpoint is not None and state.num_matvecs:
-            seconds = time.perf_counter() - began
-            checkpoint.save(Saved(state, num_steps, tuple(history), seconds, verified))
-
+    loop = _Loop(solver, saved, end, monitor, checkpoint)
+    del state, saved  # they would keep the first state's buffers
     try:
         while True:
-            limit = None
-            while num_steps:
-                seconds = time.perf_counter() - began
-                if limits.time_limit is not None:
-                    seconds = agreed(ranks, seconds)
-                limit = limits.exceeded_by(solver.step_cost, state.num_matvecs, seconds)
-                if limit is not None:
-                    break
-                try:
-                    # parts of vectors are of no use if one rank leaves amid a step: signals wait for its matvec
-                    with deadline(end), signals_deferred() if sharded else nullcontext():
-                        # together, whenever a signal comes
-                        state, num_steps = solver.step(state), num_steps - 1
-                except DeadlineReached:  # the state before the step is the last one
-                    _reraise_before(end, ranks)
-                    limit = Status.TIME_LIMIT
-                    break
-            if limit is not None or (checkpoint is not None and checkpoint.due()):
-                save()
-            is_new = False
-            with signals_deferred() if sharded or checkpoint is not None else nullcontext():
-                assessing = True  # an assessment may change buffers: nothing to save in the midst of it
-                found = solver.assess(state)
-                num_left = 0 if found.status else found.num_steps  # a solve that is over takes no step more
-                state, num_steps, assessing = found.state, num_left, False
-                if state.num_matvecs and (not history or history[-1].num_matvecs != state.num_matvecs):
-                    seconds, is_new = time.perf_counter() - began, True
-                    left = limits.seconds_left(found.num_left, state.num_matvecs, seconds)
-                    counts = {"num_matvecs": state.num_matvecs, "seconds": seconds}
-                    counts["seconds_left"] = 0.0 if found.status else left
-                    history.append(replace(found.progress, **counts))
-            expect(0.0 if found.status else limits.within(found.num_left, state.num_matvecs))
-            if is_new and monitor is not None:
-                call_on_first(ranks, monitor, history[-1])
-            status = found.status or (None if found.handover else limit)
-            if status is not None or found.handover:
-                return Ended(state, status, tuple(history), began, found.suspect, verified, last_end)
+            loop.advance()
+            if loop.limit is not None or (checkpoint is not None and checkpoint.due()):
+                loop.save()
+            found = loop.assess()
+            if found.status or found.handover or loop.limit:
+                status = found.status or (None if found.handover else loop.limit)
+                history, end = tuple(loop.history), now + GRACE * seconds
+                return Ended(loop.state, status, history, loop.began, found.suspect, loop.verified, end)
     except BaseException as error:
-        if ranks is not None:
-            ranks.fail(error)  # so that all save together
-        if not assessing and limit is None:  # at a limit it is saved already, before an assessment
-            save()
+        if solver.op.space.ranks is not None:
+            solver.op.space.ranks.fail(error)  # so that all save together
+        if not loop.assessing and loop.limit is None:  # at a limit it is saved already, before an assessment
+            loop.save()
         raise
+
+
+class _Loop(Generic[S]):
+    """A solve between its start and its end: the state, and what is counted beside it.
+
+    Args:
+        solver: the method.
+        saved: where it begins.
+        end: of the last step, on the clock of ``time.perf_counter``.
+        monitor, checkpoint: as for :func:`run`.
+    """
+
+    def __init__(
+        self,
+        solver: Solver[S, Any],
+        saved: Saved[S],
+        end: float,
+        monitor: Callable[[Any], object] | None,
+        checkpoint: Checkpoint[S] | None,
+    ) -> None:
+        self.solver, self.monitor, self.checkpoint, self.end = solver, monitor, checkpoint, end
+        self.state, self.num_steps, self.history = saved.state, saved.num_steps, list[Entry](saved.history)
+        self.began, self.verified = time.perf_counter() - saved.seconds, saved.verified
+        limits, space = solver.limits, solver.op.space
+        self.limits = replace(limits, max_matvecs=limits.max_matvecs + saved.verified)
+        if limits.time_limit is not None:
+            self.limits = replace(self.limits, time_limit=limits.time_limit + saved.seconds)
+        self.ranks, self.sharded = space.ranks, space.sharded
+        self.assessing = False
+        self.limit: Status | None = None
+
+    def advance(self) -> None:
+        """Take the steps until the next assessment, or until another one would exceed a limit, which is noted."""
+        step, cost, is_timed = self.solver.step, self.solver.step_cost, self.limits.time_limit is not None
+        plain = nullcontext()
+        while self.num_steps and not getattr(self.state, "is_ready", False):
+            seconds = agreed(self.ranks, time.perf_counter() - self.began) if is_timed else 0.0
+            self.limit = self.limits.exceeded_by(cost, self.state.num_matvecs, seconds)
+            if self.limit is not None:
+                return
+            try:
+                # parts of vectors are of no use if one rank leaves amid a step: signals wait for its matvec
+                with deadline(self.end) if is_timed else plain, signals_deferred() if self.sharded else plain:
+                    # together, whenever a signal comes
+                    self.state, self.num_steps = step(self.state), self.num_steps - 1
+            except DeadlineReached:  # the state before the step is the last one
+                _reraise_before(self.end, self.ranks)
+                self.limit = Status.TIME_LIMIT
+                return
+
+    def assess(self) -> Assessment[S]:
+        """Assess the state and continue from what that says; note its values, and tell the monitor."""
+        with signals_deferred() if self.sharded or self.checkpoint is not None else nullcontext():
+            self.assessing = True  # an assessment may change buffers: nothing to save in the midst of it
+            found = self.solver.assess(self.state)
+            num_left = 0 if found.status else found.num_steps  # a solve that is over takes no step more
+            self.state, self.num_steps, self.assessing = found.state, num_left, False
+            is_new = self._note(found)
+        expect(0.0 if found.status else self.limits.within(found.num_left, self.state.num_matvecs))
+        if is_new and self.monitor is not None:
+            call_on_first(self.ranks, self.monitor, self.history[-1])
+        return found
+
+    def _note(self, found: Assessment[S]) -> bool:
+        """Append the findings to the history, unless no matvec was made since its last entry: return whether it was."""
+        num_matvecs = self.state.num_matvecs
+        if not num_matvecs or (self.history and self.history[-1].num_matvecs == num_matvecs):
+            return False
+        seconds = time.perf_counter() - self.began
+        left = 0.0 if found.status else self.limits.seconds_left(found.num_left, num_matvecs, seconds)
+        entry = replace(found.progress, num_matvecs=num_matvecs, seconds=seconds, seconds_left=left)
+        self.history.append(entry)
+        return True
+
+    def save(self) -> None:
+        """Save the solve, if there is a checkpoint and something to save."""
+        if self.checkpoint is not None and self.state.num_matvecs:
+            seconds, history = time.perf_counter() - self.began, tuple(self.history)
+            self.checkpoint.save(Saved(self.state, self.num_steps, history, seconds, self.verified))
 
 
 def _reraise_before(end: float, ranks: Ranks | None) -> None:

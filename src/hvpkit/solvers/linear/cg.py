@@ -10,9 +10,9 @@ Source: Hestenes and Stiefel, J. Res. Natl. Bur. Stand. 49 (1952) 409-436, doi:1
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +25,10 @@ from hvpkit.solvers.linear.recurrence import (
     SINGULAR,
     Iterates,
     Matrix,
-    arrays,
-    mask,
+    Numbers,
+    combined,
     norm_seen,
     rows_where,
-    stop,
-    tensors,
 )
 
 
@@ -45,8 +43,32 @@ class Directions:
     """
 
     p: Tensor = field(metadata=LONG)
-    rz: Tensor
-    curvature: Tensor
+    rz: Numbers
+    curvature: Numbers
+
+
+def _step_length(
+    eps: float, pAp: float, square: float, image_square: float, rz: float, known: tuple[float, int, float]
+) -> tuple[float, float, int, float]:
+    """Return the step along a row's direction, its curvature, why the row has stopped, and the norm seen.
+
+    Args:
+        eps: of the dtype.
+        pAp: inner product of the direction and its image.
+        square: of the norm of the direction.
+        image_square: of that of the image.
+        rz: inner product of the residual and the preconditioned one.
+        known: curvature, reason to stop and norm of the step before.
+    """
+    curvature, stopped, norm = known
+    if stopped != RUNNING:
+        return 0.0, curvature, stopped, norm
+    curvature, norm = pAp / (square or 1.0), norm_seen(norm, square, image_square)
+    noise = FLATNESS * eps * norm
+    if curvature > noise and math.isfinite(pAp):
+        return rz / pAp, curvature, RUNNING, norm
+    reason = NON_FINITE if not math.isfinite(pAp) else NEGATIVE if curvature < -noise else SINGULAR
+    return 0.0, curvature, reason, norm
 
 
 class ConjugateGradients:
@@ -55,40 +77,31 @@ class ConjugateGradients:
     def begin(self, matrix: Matrix, r: Tensor) -> Directions:
         """Return the first directions."""
         z = matrix.preconditioned(r)
-        rz = matrix.dots(r, z)
-        return Directions(z.clone(), rz, torch.zeros_like(rz))
+        (rz,) = matrix.dots((r, z))
+        return Directions(z.clone(), tuple(rz), (0.0,) * len(rz))
 
     def advance(self, matrix: Matrix, iterates: Iterates, vectors: Directions) -> tuple[Iterates, Directions]:
         """Take one step."""
         p, images = vectors.p, matrix.apply(vectors.p)
-        xp, (size, square, pAp, rz, curvature, stopped, norm) = arrays(
-            matrix.dots(p, p),
-            matrix.dots(images, images),
-            matrix.dots(p, images),
-            *(vectors.rz, vectors.curvature, iterates.stopped, iterates.norm),
+        sums = matrix.dots((p, images), (p, p), (images, images))
+        eps, known = (
+            torch.finfo(p.dtype).eps,
+            zip(vectors.curvature, iterates.stopped, iterates.norms, strict=True),
         )
-        one = xp.ones_like(rz)
-        with np.errstate(all="ignore"):
-            curvature = xp.where(stopped == RUNNING, pAp / xp.where(size > 0, size, one), curvature)
-            norm = norm_seen(xp, stopped, norm, size, square)
-            noise = FLATNESS * torch.finfo(p.dtype).eps * norm
-            reasons = [
-                (~xp.isfinite(pAp), NON_FINITE),
-                (curvature < -noise, NEGATIVE),
-                (curvature <= noise, SINGULAR),
-            ]
-            stopped = stop(xp, stopped, reasons)
-            going = stopped == RUNNING
-            alpha = xp.where(going, rz / xp.where(going, pAp, one), xp.zeros_like(rz))
-        going = mask(going)
-        step, curvature, stopped, norm = tensors(alpha, curvature, stopped, norm)
-        x = torch.addcmul(iterates.x, step[:, None], p)
-        r = rows_where(going, torch.addcmul(iterates.r, step[:, None], images, value=-1.0), iterates.r)
+        steps = [_step_length(eps, *row) for row in zip(*sums, vectors.rz, known, strict=True)]
+        lengths, curvature, stopped, norms = zip(*steps, strict=True)
+        x = combined(iterates.x, lengths, p)
+        r = combined(iterates.r, [-length for length in lengths], images)
+        going = [reason == RUNNING for reason in stopped]
+        if not all(going):
+            r = rows_where(going, r, iterates.r)
         z = matrix.preconditioned(r)
-        rz_next = rows_where(going, matrix.dots(r, z), vectors.rz)
-        beta = rz_next / torch.where(vectors.rz > 0, vectors.rz, 1.0)
-        p = rows_where(going, torch.addcmul(z, beta[:, None], p), p)
-        return Iterates(x, r, stopped, norm, iterates.least), Directions(p, rz_next, curvature)
+        rz, *squares = matrix.dots((r, z)) if z is r else matrix.dots((r, z), (r, r))
+        sizes = tuple(math.sqrt(square) for square in (squares[0] if squares else rz))
+        p_next = combined(z, [new / (old or 1.0) for new, old in zip(rz, vectors.rz, strict=True)], p)
+        if not all(going):
+            p_next = rows_where(going, p_next, p)
+        return Iterates(x, r, sizes, stopped, norms, iterates.least), Directions(p_next, tuple(rz), curvature)
 
     def multiplied(self, vectors: Directions) -> Tensor:
         """Return the directions."""

@@ -1,16 +1,20 @@
-"""The parts that recurrences for linear systems share: the operator, row-wise sums, reasons to stop."""
+"""The parts that recurrences for linear systems share: the operator, row-wise sums, reasons to stop.
+
+Vectors are rows of tensors; the few numbers of each row are Python's, which cost a tenth of operations on tensors of a
+few entries: a step reads its inner products from the device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hvpkit.operators.space import Space
+from hvpkit.operators.space import LOCAL, Space
 from hvpkit.results.plain_data import LONG
 
 RUNNING, INVARIANT, NEGATIVE, SINGULAR, NON_FINITE = range(5)
@@ -21,6 +25,9 @@ FLATNESS = 16.0
 
 Apply = Callable[[Tensor], Tensor]
 """A symmetric matrix, or the inverse of a preconditioner, on rows ``[k, n]``."""
+
+Numbers: TypeAlias = tuple[float, ...]
+"""A number for each row ``[k]``."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,13 @@ class Matrix:
     precondition: Apply | None
     space: Space
 
-    def dots(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the inner products ``[k]`` of the rows of two blocks ``[k, n]``."""
-        return self.space.reduce((left * right).sum(dim=1))
+    def dots(self, *pairs: tuple[Tensor, Tensor]) -> list[list[float]]:
+        """Return the inner products ``[k]`` of the rows of each pair of blocks ``[k, n]``. Waits for the device."""
+        sums = [torch.linalg.vecdot(left, right) for left, right in pairs]
+        if self.space is LOCAL and sums[0].device.type == "cpu":
+            return [one.tolist() for one in sums]
+        found: list[list[float]] = self.space.reduce(torch.stack(sums)).tolist()
+        return found
 
     def preconditioned(self, rows: Tensor) -> Tensor:
         """Apply the inverse of the preconditioner."""
@@ -53,83 +64,71 @@ class Iterates:
     Attributes:
         x: to be added to the best solutions so far ``[k, n]``.
         r: ``[k, n]``.
+        sizes: norms of r ``[k]``.
         stopped: why a row's recurrence stopped ``[k]``.
-        norm: largest :math:`\|A v\| / \|v\|` seen ``[k]``.
+        norms: largest :math:`\|A v\| / \|v\|` seen ``[k]``.
         least: 1 where a residual is nearly the least of all, and the row waits for its verification; 2 after that;
             else 0 ``[k]``.
     """
 
     x: Tensor = field(metadata=LONG)
     r: Tensor = field(metadata=LONG)
-    stopped: Tensor
-    norm: Tensor
-    least: Tensor
+    sizes: Numbers
+    stopped: tuple[int, ...]
+    norms: Numbers
+    least: tuple[int, ...]
 
     @classmethod
-    def of(cls, r: Tensor) -> Iterates:
-        """Return those before the first step."""
-        return cls(torch.zeros_like(r), r, *(r.new_zeros(len(r)) for _ in range(3)))
+    def of(cls, r: Tensor, sizes: Sequence[float]) -> Iterates:
+        """Return those before the first step, from residuals and their norms."""
+        k = len(r)
+        return cls(torch.zeros_like(r), r, tuple(sizes), (RUNNING,) * k, (0.0,) * k, (0,) * k)
 
 
-def arrays(*values: Tensor) -> tuple[Any, list[Any]]:
-    """Return the module to compute with numbers ``[k]`` by, and these: NumPy on a CPU, whose calls cost a third."""
-    if values[0].device.type != "cpu" or values[0].dtype == torch.bfloat16:
-        return torch, list(values)
-    return np, [value.numpy() for value in values]
-
-
-def tensors(*values: Any) -> list[Tensor]:
-    """Return tensors ``[k]`` of what :func:`arrays` gave."""
-    return [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in values]
-
-
-def norm_seen(xp: Any, stopped: Any, norm: Any, square: Any, image_square: Any) -> Any:
-    """Return the norms ``[k]`` seen so far, with that of the last image where it is finite.
+def norm_seen(norm: float, square: float, image_square: float) -> float:
+    """Return the norm seen so far, with that of the last image where it is finite.
 
     Args:
-        xp: the module of :func:`arrays`.
-        stopped: why rows have stopped.
         norm: seen before.
-        square: of the norms of the vectors that were multiplied.
-        image_square: of the norms of their images.
+        square: of the norm of the vector that was multiplied.
+        image_square: of the norm of its image.
     """
-    usable = (stopped == RUNNING) & xp.isfinite(image_square) & (square > 0)
-    ratio = image_square / xp.where(square > 0, square, xp.ones_like(square))
-    return xp.maximum(norm, xp.sqrt(xp.where(usable, ratio, xp.zeros_like(ratio))))
+    usable = math.isfinite(image_square) and square > 0
+    return max(norm, math.sqrt(image_square / square)) if usable else norm
 
 
 V = TypeVar("V")
 
 
 class Recurrence(Protocol[V]):
-    """A method: the vectors that it carries from step to step, as a dataclass of tensors ``[k, ...]``."""
+    """A method: the vectors that it carries from step to step, as a dataclass of tensors and tuples ``[k, ...]``."""
 
     def begin(self, matrix: Matrix, r: Tensor) -> V:
         """Return the vectors before the first step, from residuals ``[k, n]``."""
 
     def advance(self, matrix: Matrix, iterates: Iterates, vectors: V) -> tuple[Iterates, V]:
-        """Take one step, with one matvec for each row. No host synchronisation; rows that have stopped stay."""
+        """Take one step, with one matvec for each row; rows that have stopped stay."""
 
     def multiplied(self, vectors: V) -> Tensor:
         """Return the vectors ``[k, n]`` that the next step multiplies: those of the last, where a row has stopped."""
 
 
-def mask(going: Any) -> Tensor | None:
-    """Return for :func:`rows_where` which rows go on; None where it costs nothing to see that all do."""
-    if isinstance(going, np.ndarray):
-        return None if going.all() else torch.from_numpy(going)
-    return going  # type: ignore[no-any-return]
+def combined(rows: Tensor, factors: Sequence[float], others: Tensor) -> Tensor:
+    """Return each row plus its factor times its row of ``others``."""
+    if len(factors) == 1:
+        return torch.add(rows, others, alpha=factors[0])
+    return torch.addcmul(rows, _column(factors, rows), others)
 
 
-def rows_where(going: Any, new: Tensor, old: Tensor) -> Tensor:
-    """Return the rows of ``new`` where ``going`` ``[k]``, else those of ``old``; all of ``new`` for None."""
-    if going is None:
-        return new
-    return torch.where(going.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+def scaled(rows: Tensor, factors: Sequence[float]) -> Tensor:
+    """Return each row times its factor."""
+    return rows * (factors[0] if len(factors) == 1 else _column(factors, rows))
 
 
-def stop(xp: Any, stopped: Any, reasons: list[tuple[Any, int]]) -> Any:
-    """Return why rows have stopped: as before, or the first reason whose condition ``[k]`` holds."""
-    for condition, reason in reasons:
-        stopped = xp.where((stopped == RUNNING) & condition, xp.full_like(stopped, reason), stopped)
-    return stopped
+def _column(factors: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(factors, dtype=torch.float64).to(like)[:, None]
+
+
+def rows_where(going: Sequence[bool] | Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Return the rows of ``new`` where ``going`` ``[k]``, else those of ``old``."""
+    return torch.where(torch.as_tensor(going, device=new.device)[:, None], new, old)

@@ -8,6 +8,7 @@ recurrence starts again from it (iterative refinement), as long as it halves eac
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -38,12 +39,21 @@ from hvpkit.solvers.linear.recurrence import (
 )
 
 T = TypeVar("T")
+V = TypeVar("V", Tensor, tuple[Any, ...])
 
 METHODS: dict[str, Recurrence[Any]] = {"cg": ConjugateGradients(), "minres": Minres()}
 
 REFINES = 0.5
 """Share of the true residual that is left after a recurrence began again from it, at most: else rounding limits it.
 Chosen by feel."""
+
+LEAST_STEPS = 8
+"""Steps between two assessments, unless a row is ready before: an assessment costs half of what a cheap step does.
+Chosen by feel."""
+
+SAFE = 1 / 16
+"""Exponent of matvecs that are not scaled, at most, over the largest of the dtype: the fourth power and a sum over many
+entries are still in range. Chosen by feel."""
 
 RANKS = (
     Status.CONVERGED,
@@ -73,41 +83,54 @@ MESSAGES = {
 
 
 @dataclass(frozen=True)
+class Found:
+    """What is verified of all rows.
+
+    Attributes:
+        best: solutions with the least true residual so far ``[k, n]``; zero at first.
+        residuals: their true residual norms over those of b ``[k]``, float64 on the CPU.
+        least: the same when they were nearly the least of all ``[k]``; infinite if they never were.
+        statuses: empty while at work.
+        direction: of negative curvature ``[n]``, with its curvature over scale; of length 0 if there is none.
+        curvature, column: of the direction.
+    """
+
+    best: Tensor = field(metadata=LONG)
+    residuals: Tensor
+    least: Tensor
+    statuses: tuple[str, ...]
+    direction: Tensor = field(metadata=LONG)
+    curvature: float = 0.0
+    column: int = -1
+
+
+@dataclass(frozen=True)
 class SystemState:
     """Solutions, finished or at work.
 
     Attributes:
         iterates: of the rows at work.
         vectors: of their recurrence.
-        best: solutions of all rows with the least true residual so far ``[k, n]``; zero at first.
-        residuals: their true residual norms over those of b ``[k]``, float64 on the CPU.
-        least: the same when they were nearly the least of all ``[k]``; infinite if they never were.
+        found: what is verified.
         places: rows at work.
-        statuses: of all rows; empty while at work.
-        fresh: rows whose solution at work is verified.
-        direction: of negative curvature ``[n]``, with its curvature over scale; of length 0 if there is none.
-        curvature, column: of the direction.
-        scale: what matvecs are divided by, 0-d.
+        scale: what matvecs are divided by.
         num_steps: so far.
         num_matvecs: full-data matvecs, with those of the preconditioner.
         num_passes: the same, where a block counts once.
+        fresh: rows whose solution at work is verified.
+        is_ready: True if a row has converged by its recurrence, or has stopped.
     """
 
     iterates: Iterates
     vectors: Directions | LanczosVectors
-    best: Tensor = field(metadata=LONG)
-    residuals: Tensor
-    least: Tensor
+    found: Found
     places: tuple[int, ...]
-    statuses: tuple[str, ...]
-    direction: Tensor = field(metadata=LONG)
-    scale: Tensor
-    fresh: tuple[int, ...] = ()
-    curvature: float = 0.0
-    column: int = -1
+    scale: float = 1.0
     num_steps: int = 0
     num_matvecs: float = 0.0
     num_passes: float = 0.0
+    fresh: tuple[int, ...] = ()
+    is_ready: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,15 +177,16 @@ class LinearSystem:
         r = rhs[places]
         spent = self.preconditioner.spent if self.preconditioner else 0.0
         return SystemState(
-            Iterates.of(r),
+            Iterates.of(r, norms[places].tolist()),
             self.recurrence.begin(self._matrix([]), r),
-            torch.zeros_like(rhs),
-            (norms > 0).to(norms),
-            torch.full_like(norms, math.inf),
+            Found(
+                torch.zeros_like(rhs),
+                (norms > 0).to(norms),
+                torch.full_like(norms, math.inf),
+                tuple("" if row in places else str(Status.CONVERGED) for row in range(len(rhs))),
+                rhs.new_empty(0),
+            ),
             tuple(places),
-            tuple("" if row in places else str(Status.CONVERGED) for row in range(len(rhs))),
-            rhs.new_empty(0),
-            rhs.new_ones(()),
             num_matvecs=spent,
             num_passes=spent,
         )
@@ -171,62 +195,78 @@ class LinearSystem:
         """Take a step with each row at work; the first matvec sets the scale."""
         scales = [state.scale] if state.num_steps else []
         iterates, vectors = self.recurrence.advance(self._matrix(scales), state.iterates, state.vectors)
-        return replace(
-            state,
-            iterates=iterates,
-            vectors=vectors,
-            scale=scales[0],
-            fresh=(),
-            num_steps=state.num_steps + 1,
-            num_matvecs=state.num_matvecs + len(state.places) * self.op.cost,
-            num_passes=state.num_passes + self.op.cost,
+        return SystemState(
+            iterates,
+            vectors,
+            state.found,
+            state.places,
+            scales[0],
+            state.num_steps + 1,
+            state.num_matvecs + len(state.places) * self.op.cost,
+            state.num_passes + self.op.cost,
+            is_ready=any(self._ready(iterates, state.places)) or 1 in iterates.least,
         )
+
+    def _ready(
+        self, iterates: Iterates, places: tuple[int, ...], goals: Sequence[float] | None = None
+    ) -> list[bool]:
+        """Return which rows have reached their goal, by default tol, or have stopped."""
+        lengths, goals = self._lengths, goals or [self.tol] * len(places)
+        rows = zip(iterates.sizes, goals, places, iterates.stopped, strict=True)
+        return [size <= goal * lengths[place] or reason != RUNNING for size, goal, place, reason in rows]
 
     def assess(self, state: SystemState) -> Assessment[SystemState]:
         """Compare residuals with tol, verify those that are small enough, and finish or begin again."""
-        reasons = [int(reason) for reason in state.iterates.stopped.tolist()]
-        norms = self._norms(state.iterates.r) / self._sizes[[*state.places]]
-        ready = (norms <= self._goal(state)) | (state.iterates.stopped.cpu() != RUNNING)
-        least = state.iterates.least.cpu() == 1
-        suspect = None
-        if NON_FINITE in reasons:
-            suspect = self.recurrence.multiplied(state.vectors)[reasons.index(NON_FINITE)].unsqueeze(1)
-        elif bool((ready | least).any()):
-            state = self._judged(state, ready, least, reasons)
-        done = [Status(status) for status in state.statuses if status]
-        left = norms if state.places else state.residuals
-        progress = SolveProgress(
-            residual=float(left.nan_to_num(math.inf).max()), num_converged=done.count(Status.CONVERGED)
+        iterates, suspect = state.iterates, None
+        ready, left = (
+            self._ready(iterates, state.places, self._goals(state)),
+            self._relative(state, iterates.sizes),
         )
+        if NON_FINITE in iterates.stopped:
+            row = iterates.stopped.index(NON_FINITE)
+            suspect = self.recurrence.multiplied(state.vectors)[row].unsqueeze(1)
+        elif any(ready) or 1 in iterates.least:
+            state = self._judged(replace(state, is_ready=False), ready)
+        done = [Status(status) for status in state.found.statuses if status]
+        known = left if state.places else state.found.residuals.tolist()
+        residual = max(math.inf if math.isnan(size) else size for size in known)
+        progress = SolveProgress(residual=residual, num_converged=done.count(Status.CONVERGED))
         status = Status.NON_FINITE if suspect is not None else None if state.places else worst(done)
-        num_steps = assessment_interval(self.op, state.num_steps)
+        num_steps = max(LEAST_STEPS, assessment_interval(self.op, state.num_steps))
         return Assessment(state, progress, num_steps, status, suspect)
 
-    def _goal(self, state: SystemState) -> Tensor:
-        """Return what a residual by recurrence has to reach ``[a]``: tol, or the rounding of its matvecs."""
-        sizes = self._norms(state.iterates.x) / self._sizes[[*state.places]]
-        rounding = self.op.precision * state.iterates.norm.to("cpu", torch.float64) * sizes
-        return rounding.clamp(min=self.tol)
+    def _relative(self, state: SystemState, sizes: Sequence[float]) -> list[float]:
+        """Return norms of vectors of the rows at work over those of their right-hand sides."""
+        return [size / self._lengths[place] for size, place in zip(sizes, state.places, strict=True)]
+
+    def _goals(self, state: SystemState) -> list[float]:
+        """Return what a residual by recurrence has to reach: tol, or the rounding of its matvecs."""
+        sizes, norms = self._relative(state, self._norms(state.iterates.x).tolist()), state.iterates.norms
+        return [
+            max(self.tol, self.op.precision * norm * size) for norm, size in zip(norms, sizes, strict=True)
+        ]
 
     def finalize(self, state: SystemState, status: Status) -> SolveResult:
         """Return the best solutions, those at work verified."""
         unknown = [row for row, place in enumerate(state.places) if place not in state.fresh]
         if unknown:
             state, _, _ = self._verified(state, unknown)
-        statuses = list(state.statuses)
+        statuses = list(state.found.statuses)
         for place in state.places:
-            small = float(state.residuals[place]) <= self.tol
+            small = float(state.found.residuals[place]) <= self.tol
             statuses[place] = Status.CONVERGED if small and status is not Status.NON_FINITE else status
-        x = state.best.clone()
+        x = state.found.best.clone()
         lost = self._scale_(x, state.scale)
-        residuals = torch.where(lost, torch.inf, state.residuals)
+        residuals = torch.where(lost, torch.inf, state.found.residuals)
         found = [
             Status.ROUNDING_LIMITED if out and one == Status.CONVERGED else Status(one)
             for out, one in zip(lost.tolist(), statuses, strict=True)
         ]
         overall, negative = worst(found), None
-        if len(state.direction):
-            negative = NegativeCurvature(state.direction, state.curvature * float(state.scale), state.column)
+        if len(state.found.direction):
+            negative = NegativeCurvature(
+                state.found.direction, state.found.curvature * state.scale, state.found.column
+            )
         units = self.units.to("cpu", torch.float64)
         return SolveResult(
             x.mT,
@@ -243,14 +283,14 @@ class LinearSystem:
             negative,
         )
 
-    def _matrix(self, scales: list[Tensor]) -> Matrix:
+    def _matrix(self, scales: list[float]) -> Matrix:
         """Return A over its scale; of the first matvec, if there is no scale yet, which is then added to the list."""
 
         def apply(rows: Tensor) -> Tensor:
             images = self.op.product(rows.mT).mT
             if not scales:
-                scales.append(power_of_two(images.abs().max()))
-            return images / scales[0]
+                scales.append(_scale_of(images))
+            return images if scales[0] == 1 else images / scales[0]
 
         return Matrix(apply, self.preconditioner, self.op.space)
 
@@ -258,6 +298,11 @@ class LinearSystem:
     def _sizes(self) -> Tensor:
         """Norms of the right-hand sides over their units ``[k]``."""
         return self._norms(self.rhs)
+
+    @cached_property
+    def _lengths(self) -> list[float]:
+        """The same, as numbers."""
+        return self._sizes.tolist()
 
     def _norms(self, rows: Tensor) -> Tensor:
         """Return norms ``[k]`` in float64 on the CPU."""
@@ -270,38 +315,41 @@ class LinearSystem:
             The state, the true residuals ``[p, n]``, and their norms over those of b ``[p]``.
         """
         places = [state.places[row] for row in rows]
-        x = state.best[places] + state.iterates.x[rows]
+        x = state.found.best[places] + state.iterates.x[rows]
         residuals = self.rhs[places] - self.exact.product(x.mT).mT / state.scale
         norms = (self._norms(residuals) / self._sizes[places]).nan_to_num(math.inf, posinf=math.inf)
-        better = norms < state.residuals[places]
+        found = state.found
+        better = norms < found.residuals[places]
         taken = better.to(x.device)
-        best = _put(state.best, places, rows_where(taken, x, state.best[places]))
+        best = _put(found.best, places, rows_where(taken, x, found.best[places]))
         left = rows_where(~taken, state.iterates.x[rows], torch.zeros_like(x))
-        known = _put(state.residuals, places, torch.where(better, norms, state.residuals[places]))
+        known = _put(found.residuals, places, torch.where(better, norms, found.residuals[places]))
         state = replace(
             state,
             iterates=replace(state.iterates, x=_put(state.iterates.x, rows, left)),
-            best=best,
-            residuals=known,
+            found=replace(found, best=best, residuals=known),
             fresh=(*state.fresh, *places),
             num_matvecs=state.num_matvecs + len(rows) * self.exact.cost,
             num_passes=state.num_passes + self.exact.cost,
         )
         return state, residuals, norms
 
-    def _judged(self, state: SystemState, ready: Tensor, least: Tensor, reasons: list[int]) -> SystemState:
+    def _judged(self, state: SystemState, ready: list[bool]) -> SystemState:
         """Verify rows at work; finish those that are ready, or begin again from their true residuals."""
-        rows, before = (ready | least).nonzero().flatten().tolist(), state.residuals
+        reasons, least = state.iterates.stopped, state.iterates.least
+        rows, before = (
+            [row for row in range(len(ready)) if ready[row] or least[row] == 1],
+            state.found.residuals,
+        )
         state, residuals, norms = self._verified(state, rows)
-        waiting = least.nonzero().flatten().tolist()
-        places = [state.places[row] for row in waiting]
-        noted = _put(state.iterates.least, waiting, state.iterates.least.new_tensor(2.0))
+        places = [place for place, one in zip(state.places, least, strict=True) if one == 1]
+        noted = tuple(2 if one == 1 else one for one in least)
         state = replace(
             state,
             iterates=replace(state.iterates, least=noted),
-            least=_put(state.least, places, state.residuals[places]),
+            found=replace(state.found, least=_put(state.found.least, places, state.found.residuals[places])),
         )
-        statuses, again = list(state.statuses), []
+        statuses, again = list(state.found.statuses), []
         for number, row in enumerate(rows):
             place, reason, residual = state.places[row], reasons[row], float(norms[number])
             if residual <= self.tol:
@@ -314,9 +362,11 @@ class LinearSystem:
             elif residual <= REFINES * float(before[place]):
                 again.append(number)
             else:
-                singular = reason == SINGULAR or REFINES * state.least[place] < state.residuals[place]
+                singular = (
+                    reason == SINGULAR or REFINES * state.found.least[place] < state.found.residuals[place]
+                )
                 statuses[place] = str(Status.SINGULAR if singular else Status.ROUNDING_LIMITED)
-        state = replace(state, statuses=tuple(statuses))
+        state = replace(state, found=replace(state.found, statuses=tuple(statuses)))
         if again:
             state = self._restarted(state, [rows[number] for number in again], residuals[again])
         kept = [row for row, place in enumerate(state.places) if not statuses[place]]
@@ -332,28 +382,27 @@ class LinearSystem:
         begun = self.recurrence.begin(self._matrix([state.scale]), residuals)
         return replace(
             state,
-            iterates=with_rows(state.iterates, rows, Iterates.of(residuals)),
+            iterates=with_rows(state.iterates, rows, Iterates.of(residuals, self._norms(residuals).tolist())),
             vectors=with_rows(state.vectors, rows, begun),
         )
 
     def _with_direction(self, state: SystemState, row: int, residual: float) -> SystemState:
         """Keep the iterate of a row that met negative curvature, and the first such direction."""
-        place = state.places[row]
-        state = replace(
-            state,
-            best=_put(state.best, [place], state.best[[place]] + state.iterates.x[[row]]),
-            residuals=_put(state.residuals, [place], torch.tensor([residual], dtype=torch.float64)),
+        place, found = state.places[row], state.found
+        found = replace(
+            found,
+            best=_put(found.best, [place], found.best[[place]] + state.iterates.x[[row]]),
+            residuals=_put(found.residuals, [place], torch.tensor([residual], dtype=torch.float64)),
         )
-        if len(state.direction) or not isinstance(state.vectors, Directions):
-            return state
-        direction, curvature = state.vectors.p[row], float(state.vectors.curvature[row])
-        unit = direction / direction.abs().max()
-        unit = unit / self.op.space.norm(unit)
-        return replace(state, direction=unit, curvature=curvature, column=place)
+        if not len(found.direction) and isinstance(state.vectors, Directions):
+            direction = state.vectors.p[row] / state.vectors.p[row].abs().max()
+            unit = direction / self.op.space.norm(direction)
+            found = replace(found, direction=unit, curvature=state.vectors.curvature[row], column=place)
+        return replace(state, found=found)
 
-    def _scale_(self, x: Tensor, scale: Tensor) -> Tensor:
+    def _scale_(self, x: Tensor, scale: float) -> Tensor:
         """Multiply solutions by their unit over the scale, in place; return where that left the dtype's range."""
-        exponents = (torch.log2(self.units) - torch.log2(scale)).round()
+        exponents = (torch.log2(self.units) - math.log2(scale)).round()
         half = (exponents / 2).floor()
         before = x.clone()
         for part in (half, exponents - half):
@@ -382,12 +431,18 @@ class LinearSystem:
         if not state.num_steps or not rows:
             return state
         places, weights, space = [*state.places], coefficients(len(rows)).to(self.rhs), self.op.space
-        x = weights @ (state.best[places] + state.iterates.x)
+        x = weights @ (state.found.best[places] + state.iterates.x)
         b, r = weights @ self.rhs[places], weights @ state.iterates.r
         # rounding leaves the recurrence's residuals as far from the true ones as the norms of A and x say
-        size = max(float(space.norm(b)), float(state.iterates.norm.max()) * float(space.norm(x)))
+        size = max(float(space.norm(b)), max(state.iterates.norms) * float(space.norm(x)))
         cost = Witness(x, b - r, len(rows)).check(self.op, state.scale, size)
         return replace(state, num_matvecs=state.num_matvecs + cost, num_passes=state.num_passes + cost)
+
+
+def _scale_of(images: Tensor) -> float:
+    """Return 1 where the squares of images are well within the dtype's range, else a power of two near them."""
+    scale = float(power_of_two(images.abs().max()))
+    return 1.0 if abs(math.log2(scale)) <= SAFE * math.log2(torch.finfo(images.dtype).max) else scale
 
 
 def worst(statuses: list[Status]) -> Status:
@@ -396,16 +451,24 @@ def worst(statuses: list[Status]) -> Status:
 
 
 def rows_of(tree: T, rows: list[int]) -> T:
-    """Return these rows of each tensor of a dataclass."""
-    return type(tree)(**{name: value[rows] for name, value in vars(tree).items()})
+    """Return these rows of each tensor and tuple of a dataclass."""
+    return type(tree)(
+        **{
+            name: tuple(value[row] for row in rows) if isinstance(value, tuple) else value[rows]
+            for name, value in vars(tree).items()
+        }
+    )
 
 
 def with_rows(tree: T, rows: list[int], new: T) -> T:
-    """Return a dataclass of tensors with rows replaced by those of ``new``."""
+    """Return a dataclass of tensors and tuples with rows replaced by those of ``new``."""
     return type(tree)(**{name: _put(value, rows, getattr(new, name)) for name, value in vars(tree).items()})
 
 
-def _put(values: Tensor, rows: list[int], new: Tensor) -> Tensor:
+def _put(values: V, rows: list[int], new: V) -> V:
+    if isinstance(values, tuple):
+        fresh = dict(zip(rows, new, strict=True))
+        return tuple(fresh.get(row, value) for row, value in enumerate(values))
     values = values.clone()
     values[rows] = new
     return values
