@@ -70,15 +70,16 @@ def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
-def read_images(cifar10: Path | None, settings: dict[str, Any], device: torch.device) -> tuple[Data, Data]:
-    """Return training and test images, CIFAR-10 or digits; digits that are not trained on are the test.
+def read_images(folder: Path | None, settings: dict[str, Any], device: torch.device) -> tuple[Data, Data]:
+    """Return training and test images of CIFAR, or digits, of which those that are not trained on are the test.
 
     Raises:
         SystemExit: there are fewer than ``settings["examples"]``.
     """
     num = settings["examples"]
-    if cifar10:
-        train, test = (hk.zoo.cifar10(cifar10, train=part, normalize=True) for part in (True, False))
+    if folder:
+        read = hk.zoo.cifar100 if settings.get("data") == "CIFAR-100" else hk.zoo.cifar10
+        train, test = (read(folder, train=part, normalize=True) for part in (True, False))
     else:
         x, y = hk.zoo.digits()
         train, test = (x.expand(-1, 3, -1, -1), y), (x[num:].expand(-1, 3, -1, -1), y[num:])

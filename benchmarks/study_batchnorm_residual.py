@@ -176,8 +176,10 @@ def judge_claims(runs: Sequence[Record]) -> list[Record]:
             for depth in depths[claim.depths]:
                 logs = [*log_ratios(runs, claim.variant, depth, quantity).values()]
                 rows.append(row(claim.text, quantity, f"{depth}", logs, claim.sign))
-        low, high = (log_ratios(runs, "no batchnorm", depth, quantity) for depth in (depths[0], depths[-1]))
         if len(depths) > 1:
+            low, high = (
+                log_ratios(runs, "no batchnorm", depth, quantity) for depth in (depths[0], depths[-1])
+            )
             growth = [high[seed] - low[seed] for seed in low if seed in high]
             rows.append(row(GROWTH, quantity, f"{depths[0]}, {depths[-1]}", growth, 1))
     return rows
@@ -278,13 +280,14 @@ def draw(study: Record, folder: Path) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    out, settings, cifar10, device = read_settings(__doc__, FULL, SMALL, argv)
-    data, _ = read_images(cifar10, settings, device)
+    asked = read_settings(__doc__, FULL, SMALL, argv)
+    out, settings = asked.out, asked.settings
+    data, _ = read_images(asked.images, settings, asked.device)
     wanted = {}
     for seed, depth, variant in product(settings["seeds"], settings["depths"], settings["variants"]):
         place = out / f"resnet{depth}-{variant.replace(' ', '-')}-{seed}"
         wanted[place.name] = partial(run, settings, data, depth, variant, seed, place)
-    study = complete(out, settings, wanted, judge_claims)
+    study = complete(asked, wanted, judge_claims)
     publish(out, report(study), draw(study, out))
 
 

@@ -327,7 +327,7 @@ def test_cifar_is_read_and_made_smaller(monkeypatch, tmp_path):
     x = torch.rand(30, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     parts = {True: (x[:20], torch.arange(20) % 10), False: (x[20:], torch.arange(10))}
     monkeypatch.setattr(hk.zoo, "cifar10", lambda _dir, train, normalize: normalize and parts[train])
-    out, settings, folder, device = residual.read_settings(
+    out, settings, folder, device, _ = residual.read_settings(
         "",
         residual.FULL,
         residual.SMALL,
