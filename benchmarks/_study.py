@@ -178,16 +178,17 @@ def without_history(ex: hk.ExtremeResult) -> Record:
     return {key: value for key, value in ex.to_dict().items() if key not in ("history", "message")}
 
 
-def share_beyond(nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, and the share of all that lies further from zero on the same side.
+def share_beyond(nodes: Sequence[float], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, and the share of all that lies further from zero on the same side, by a quadrature.
 
     A smoothed density is as wide as its resolution, which is a share of the span: it would blur sharp spectra more.
     """
+    ends, masses = (torch.as_tensor(part, dtype=torch.float64) for part in (nodes, weights))
     sizes = torch.logspace(-2, 4, 400, dtype=torch.float64)
-    x = torch.cat([-sizes.flip(0), torch.zeros(1, dtype=torch.float64), sizes])
-    x = x[(x >= nodes[0]) & (x <= nodes[-1])]
-    below = torch.cat([torch.zeros(1, dtype=torch.float64), weights.cumsum(dim=0)])
-    up_to = below[torch.searchsorted(nodes, x, right=True)]
+    zero = torch.zeros(1, dtype=torch.float64)
+    x = torch.cat([-sizes.flip(0), zero, sizes])
+    x = x[(x >= ends[0]) & (x <= ends[-1])]
+    up_to = torch.cat([zero, masses.cumsum(dim=0)])[torch.searchsorted(ends, x, right=True)]
     share = torch.where(x < 0, up_to, 1 - up_to)
     return x, torch.where((share > 1e-9) & (x != 0), share, torch.nan)  # a gap between both sides
 

@@ -42,12 +42,12 @@ FULL: Record = {
     "variants": ["SGD", "Adam", "AdaHessian", "ABSA"],
     "seeds": [0, 1, 2, 3, 4],
     "rates": [1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0],
-    "examples": 1000,
+    "examples": 600,
     "validation": 200,
     "pixels": 16,
-    "epochs": 15,
+    "epochs": 12,
     "batch_size": 50,
-    "hessian_examples": 200,
+    "hessian_examples": 100,
 }
 SMALL: Record = FULL | {
     "networks": ["digits CNN"],

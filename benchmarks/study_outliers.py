@@ -200,7 +200,7 @@ def draw(study: Record) -> Figure:
     from hvpkit.plots.style import COLORS, STYLE
 
     runs = [run for run in study["runs"].values() if "values" in run]
-    names = [*dict.fromkeys(run["network"] for run in runs)]
+    names = [*dict.fromkeys(run["network"] for run in study["runs"].values())]
     colors = {"with BatchNorm": COLORS["smallest"], "without BatchNorm": COLORS["largest"]}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -213,8 +213,7 @@ def draw(study: Record) -> Figure:
                 label = run["variant"] if first else None
                 top.plot(places, run["values"], ".-", color=color, alpha=0.8, label=label)
                 if first:
-                    nodes, weights = (torch.tensor(run["density"][key]) for key in ("nodes", "weights"))
-                    x, share = share_beyond(nodes.double(), weights.double())
+                    x, share = share_beyond(run["density"]["nodes"], run["density"]["weights"])
                     bottom.plot(x, share * run["num_parameters"], color=color, label=label)
             top.axvline(NUM_CLASSES, color="0.5", linestyle="--", linewidth=1)
             top.set(title=name, yscale="log", xlabel="place from the top", ylabel="eigenvalue")
