@@ -25,8 +25,12 @@ def train_pass(
     *,
     batch_size: int = 64,
     augment: Augment | None = None,
+    clip: float = 0.0,
 ) -> Iterator[tuple[Tensor, int]]:
-    """Train for one pass in random order; yield the mean loss and the number of examples after each step."""
+    """Train for one pass in random order; yield the mean loss and the number of examples after each step.
+
+    The norm of each gradient is at most `clip`, unless that is zero.
+    """
     x, y = data
     model.train()
     for order in torch.randperm(len(x), generator=generator).split(batch_size):
@@ -35,6 +39,8 @@ def train_pass(
         optimizer.zero_grad()
         loss = F.cross_entropy(model(inputs), y[chosen])
         loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         yield loss.detach(), len(chosen)
 
@@ -56,6 +62,7 @@ def train_epoch(
         torch.Generator().manual_seed(seed),
         batch_size=settings["batch_size"],
         augment=crop_and_flip if settings["augment"] else None,
+        clip=settings.get("clip", 0.0),
     )
     return float(sum(loss * num for loss, num in steps)) / len(data[0])
 
@@ -70,15 +77,16 @@ def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
-def read_images(cifar10: Path | None, settings: dict[str, Any], device: torch.device) -> tuple[Data, Data]:
-    """Return training and test images, CIFAR-10 or digits; digits that are not trained on are the test.
+def read_images(folder: Path | None, settings: dict[str, Any], device: torch.device) -> tuple[Data, Data]:
+    """Return training and test images of CIFAR, or digits, of which those that are not trained on are the test.
 
     Raises:
         SystemExit: there are fewer than ``settings["examples"]``.
     """
     num = settings["examples"]
-    if cifar10:
-        train, test = (hk.zoo.cifar10(cifar10, train=part, normalize=True) for part in (True, False))
+    if folder:
+        read = hk.zoo.cifar100 if settings.get("data") == "CIFAR-100" else hk.zoo.cifar10
+        train, test = (read(folder, train=part, normalize=True) for part in (True, False))
     else:
         x, y = hk.zoo.digits()
         train, test = (x.expand(-1, 3, -1, -1), y), (x[num:].expand(-1, 3, -1, -1), y[num:])

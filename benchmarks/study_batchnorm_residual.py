@@ -2,16 +2,22 @@
 
     python benchmarks/study_batchnorm_residual.py --small --out DIR
     python benchmarks/study_batchnorm_residual.py --cifar10 FOLDER --device cuda --out DIR
+    python benchmarks/study_batchnorm_residual.py --cifar10 FOLDER --seeds 0 --depths 20 --out DIR --results FILE
 
 Source: Yao, Gholami, Keutzer, Mahoney, PyHessian, arXiv:1912.07145. Networks with and without either are trained in
 the same way; the ends of the spectrum, its trace and its density are measured along training, over all training
 examples. CLAIMS lists the paper's findings in our words. Each claim is tested at each depth by the ratios between both
 networks of a pair at the end of training, over several seeds. The full size is the paper's networks, on CIFAR-10 on a
 GPU. ``--small``, on one core, is narrow networks on small images (digits, or CIFAR-10): it shows that the study runs,
-and is no evidence about the paper's networks.
+and is no evidence about the paper's networks. One network follows the other, all variants of the first depth and seed
+first. ``--results`` adds to the networks of a published file.
+
+After the last fall of the rate training goes on until the loss settles, for at most as many epochs again: none of
+``--patience`` epochs is lower by 1 %. Where a deep network does not train, ``--warmup`` epochs of a rising rate and
+``--clip``, the largest norm of a gradient, may help. They hold for all networks of a study.
 
 Writes into DIR: ``study.json`` after each network, from which an interrupted run continues; parameters (``.pt``) and
-density (``.density.json``) of each network; at the end ``study.md``, the claims in a table, and ``study.png``.
+final density (``.density.json``) of each network; at the end ``study.md``, the claims in a table, and ``study.png``.
 
 Departures from the paper:
 1. Several seeds, and standard errors.
@@ -32,11 +38,11 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 import hvpkit as hk
 from _harness import Record, markdown, save
-from _study import complete, judge, operator, publish, read_settings
+from _study import complete, judge, operator, publish, read_settings, share_beyond, without_history
 from _training import Data, accuracy, read_images, recompute_batchnorm, sgd, train_epoch
 
 FULL: Record = {
@@ -56,6 +62,9 @@ FULL: Record = {
     "products": 90,
     "steps": 80,
     "augment": 1,
+    "warmup": 0,
+    "clip": 0.0,
+    "patience": 10,
 }
 SMALL: Record = FULL | {
     "depths": [8, 20],
@@ -71,6 +80,7 @@ SMALL: Record = FULL | {
     "products": 15,
     "steps": 15,
     "augment": 0,
+    "patience": 0,
 }
 QUANTITIES = ("largest", "trace")
 LEARNT = 0.8
@@ -95,6 +105,10 @@ CLAIMS = (
 GROWTH = "without BatchNorm, the deepest network gains more in sharpness than the shallowest"
 
 
+def num_classes(settings: Record) -> int:
+    return 100 if settings["data"] == "CIFAR-100" else 10
+
+
 def network(settings: Record, depth: int, variant: str, seed: int) -> nn.Module:
     return hk.zoo.cifar_resnet(
         depth,
@@ -102,55 +116,73 @@ def network(settings: Record, depth: int, variant: str, seed: int) -> nn.Module:
         residual=variant in ("both", "no batchnorm"),
         shortcut="projection",
         width=settings["width"],
+        num_classes=num_classes(settings),
         seed=seed,
     )
 
 
-def measure(model: nn.Module, data: Data, settings: Record) -> tuple[Record, hk.Density]:
-    """Return both ends, trace and density of a network in evaluation mode, and the density by itself."""
-    H, loss = operator(model, data, settings["hessian_batch_size"])
+def measure(H: hk.LinearOperator, settings: Record) -> Record:
+    """Return both ends and the trace."""
     ex = hk.extreme_eigenvalues(H, tol=settings["tol"], max_matvecs=200)
     trace = hk.trace(H, num_matvecs=settings["products"])
-    density = hk.spectral_density(H, num_steps=settings["steps"])
     return {
-        "loss": loss,
-        "accuracy": accuracy(model, data),
         "smallest": ex.smallest.value,
         "largest": ex.largest.value,
-        "extremes": ex.to_dict(),
+        "extremes": without_history(ex),
         "trace": trace.value,
         "trace_stderr": trace.stderr,
-        "density": {"nodes": density.nodes.tolist(), "weights": density.weights.tolist()},
-    }, density
+    }
+
+
+def factor(settings: Record, epoch: int) -> float:
+    """Return the rate over the highest one: it rises for ``warmup`` epochs, and falls after 80 and 120 of 180."""
+    epochs, warmup = settings["epochs"], settings["warmup"]
+    falls = sum(epoch >= fall for fall in (round(4 * epochs / 9), round(2 * epochs / 3)))
+    return float(min(1.0, (epoch + 1) / max(1, warmup)) * 0.1**falls)
+
+
+def settled(losses: Sequence[float], patience: int) -> bool:
+    """Return True if none of the last ``patience`` losses is lower by 1 % than the lowest before them."""
+    earlier = losses[: len(losses) - patience]
+    return bool(earlier) and min(losses[-patience:]) >= 0.99 * min(earlier)
 
 
 def run(settings: Record, data: Data, depth: int, variant: str, seed: int, stem: Path) -> Record:
     """Train one network, measure it along the way, and write its parameters and density."""
-    epochs, record = settings["epochs"], {"depth": depth, "variant": variant, "seed": seed}
+    epochs, patience, batch_size = (settings[key] for key in ("epochs", "patience", "hessian_batch_size"))
+    record: Record = {"depth": depth, "variant": variant, "seed": seed}
     model = network(settings, depth, variant, seed).to(data[0].device)
     optimizer = sgd(model, settings)
-    falls = [round(4 * epochs / 9), round(2 * epochs / 3)]  # 80 and 120 of 180
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, 0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(factor, settings))
     due = {
         round(number * epochs / settings["measurements"]) for number in range(settings["measurements"] + 1)
     }
     measured: list[Record] = []
-    for epoch in range(epochs + 1):
-        if epoch in due:
-            frozen = recompute_batchnorm(model, data[0], settings["hessian_batch_size"])
+    losses: list[float] = []
+    for epoch in range(2 * epochs + 1):
+        is_settled = settled(losses, patience) if patience else None
+        is_last = (epoch >= epochs and is_settled is not False) or epoch == 2 * epochs
+        if epoch in due or is_last:
+            frozen = recompute_batchnorm(model, data[0], batch_size)
+            H, loss = operator(frozen, data, batch_size)
             try:
-                found, density = measure(frozen, data, settings)
+                found = measure(H, settings)
             except hk.NonFiniteError:
                 return {**record, "status": "diverged", "measured": measured}
-            measured.append({"epoch": epoch, **found})
-        if epoch < epochs:
-            if not math.isfinite(train_epoch(model, data, optimizer, settings, epochs * seed + epoch)):
-                return {**record, "status": "diverged", "measured": measured}
-            schedule.step()
+            measured.append({"epoch": epoch, "loss": loss, "accuracy": accuracy(frozen, data), **found})
+        if is_last:
+            break
+        losses.append(train_epoch(model, data, optimizer, settings, 2 * epochs * seed + epoch))
+        if not math.isfinite(losses[-1]):
+            return {**record, "status": "diverged", "measured": measured}
+        schedule.step()
+    density = hk.spectral_density(H, num_steps=settings["steps"])
+    measured[-1]["density"] = {"nodes": density.nodes.tolist(), "weights": density.masses.tolist()}
     save(stem.with_suffix(".pt"), frozen.state_dict())
     density.save(stem.with_suffix(".density.json"))
-    learnt = measured[-1]["loss"] < LEARNT * math.log(10)
-    return {**record, "status": "learnt" if learnt else "at chance", "measured": measured}
+    learnt = measured[-1]["loss"] < LEARNT * math.log(num_classes(settings))
+    status = "learnt" if learnt else "at chance"
+    return {**record, "status": status, "settled": is_settled, "measured": measured}
 
 
 def log_ratios(runs: Sequence[Record], variant: str, depth: int, quantity: str) -> dict[int, float]:
@@ -176,8 +208,10 @@ def judge_claims(runs: Sequence[Record]) -> list[Record]:
             for depth in depths[claim.depths]:
                 logs = [*log_ratios(runs, claim.variant, depth, quantity).values()]
                 rows.append(row(claim.text, quantity, f"{depth}", logs, claim.sign))
-        low, high = (log_ratios(runs, "no batchnorm", depth, quantity) for depth in (depths[0], depths[-1]))
         if len(depths) > 1:
+            low, high = (
+                log_ratios(runs, "no batchnorm", depth, quantity) for depth in (depths[0], depths[-1])
+            )
             growth = [high[seed] - low[seed] for seed in low if seed in high]
             rows.append(row(GROWTH, quantity, f"{depths[0]}, {depths[-1]}", growth, 1))
     return rows
@@ -214,43 +248,32 @@ def report(study: Record) -> str:
         head = [f"{run[key]}" for key in ("depth", "variant", "seed", "status")]
         last = run["measured"][-1] if run["status"] != "diverged" else None
         figures = last and [
+            f"{last['epoch']}{' (falling)' if run['settled'] is False else ''}",
             f"{last['loss']:.3g}",
             f"{last['accuracy']:.3f}",
             f"{last['smallest']:.3g}",
             f"{last['largest']:.3g}",
             f"{last['trace']:.3g} ± {last['trace_stderr']:.2g}",
         ]
-        networks.append([*head, *(figures or [""] * 5)])
-    columns = ["depth", "variant", "seed", "status", "loss", "accuracy", "smallest", "largest", "trace"]
+        networks.append([*head, *(figures or [""] * 6)])
+    columns = ["depth", "variant", "seed", "status", "epochs", "loss", "accuracy"]
     return (
         f"Data: {study['settings']['data']}. A ratio is that of the network without the part to the network with\n"
         "both, at the end of training: the geometric mean over seeds, and that of each seed; for two depths, the\n"
         "ratio of the deeper one divided by that of the other. All are trained in the same way, so their losses\n"
         "differ, and the Hessian depends on the loss: part of a ratio may be due to that.\n\n"
         f"{markdown(['claim', 'quantity', 'depth', 'ratio', 'verdict'], claims)}\n\n"
-        f"{markdown(columns, networks)}\n"
+        f"{markdown([*columns, 'smallest', 'largest', 'trace'], networks)}\n"
     )
 
 
-def beyond(d: hk.Density) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, and the share of all that lies further from zero on the same side.
-
-    A smoothed density is as wide as its resolution, which is a share of the span: it would blur sharp spectra more.
-    """
-    sizes = torch.logspace(-2, 4, 400, dtype=torch.float64)
-    x = torch.cat([-sizes.flip(0), torch.zeros(1), sizes])
-    x = x[(x >= d.nodes[0]) & (x <= d.nodes[-1])]
-    share = torch.where(x < 0, d.cdf(x), 1 - d.cdf(x))
-    return x, torch.where((share > 1e-9) & (x != 0), share, torch.nan)  # a gap between both sides
-
-
-def draw(study: Record, folder: Path) -> Figure:
+def draw(study: Record) -> Figure:
     """Draw top eigenvalue and trace along training, and the final spectrum of the first seed, by depth."""
     import matplotlib.pyplot as plt
 
     from hvpkit.plots.style import STYLE
 
-    runs = [{"name": name, **run} for name, run in study["runs"].items()]
+    runs = list(study["runs"].values())
     depths = sorted({run["depth"] for run in runs})
     variants = sorted({run["variant"] for run in runs})
     with plt.rc_context(STYLE):
@@ -267,8 +290,9 @@ def draw(study: Record, folder: Path) -> Figure:
                         values = [found[quantity] for found in run["measured"]]
                         axes[place, column].plot(steps, values, color=f"C{color}", alpha=0.7, **first)
                 if own and own[0]["status"] != "diverged":
-                    d = hk.Density.load(folder / f"{own[0]['name']}.density.json")
-                    axes[2, column].plot(*beyond(d), color=f"C{color}", label=variant)
+                    density = own[0]["measured"][-1]["density"]
+                    beyond = share_beyond(density["nodes"], density["weights"])
+                    axes[2, column].plot(*beyond, color=f"C{color}", label=variant)
             for place, quantity in enumerate(QUANTITIES):
                 axes[place, column].set(yscale="symlog", xlabel="epoch", title=f"{depth} layers: {quantity}")
             axes[2, column].set(yscale="log", xlabel="eigenvalue", title=f"{depth} layers: share beyond")
@@ -278,14 +302,15 @@ def draw(study: Record, folder: Path) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    out, settings, cifar10, device = read_settings(__doc__, FULL, SMALL, argv)
-    data, _ = read_images(cifar10, settings, device)
+    asked = read_settings(__doc__, FULL, SMALL, argv)
+    out, settings = asked.out, asked.settings
+    data, _ = read_images(asked.images, settings, asked.device)
     wanted = {}
     for seed, depth, variant in product(settings["seeds"], settings["depths"], settings["variants"]):
         place = out / f"resnet{depth}-{variant.replace(' ', '-')}-{seed}"
         wanted[place.name] = partial(run, settings, data, depth, variant, seed, place)
-    study = complete(out, settings, wanted, judge_claims)
-    publish(out, report(study), draw(study, out))
+    study = complete(asked, wanted, judge_claims)
+    publish(out, report(study), draw(study))
 
 
 if __name__ == "__main__":

@@ -184,12 +184,13 @@ def draw(study: Record) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    out, settings, _, _ = read_settings(__doc__, FULL, SMALL, argv)
+    asked = read_settings(__doc__, FULL, SMALL, argv)
+    out, settings = asked.out, asked.settings
     wanted = {
         f"{variant} {seed}": partial(run, settings, variant, seed)
         for seed, variant in product(settings["seeds"], settings["variants"])
     }
-    study = complete(out, settings, wanted, partial(judge_claims, tolerance=settings["tolerance"]))
+    study = complete(asked, wanted, partial(judge_claims, tolerance=settings["tolerance"]))
     publish(out, report(study), draw(study))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import _study as common
 import _training as training
 import hvpkit as hk
 import study_batchnorm_residual as residual
@@ -283,7 +284,8 @@ def test_networks_that_diverge_are_said_to(tmp_path):
 def test_share_beyond_counts_eigenvalues_further_from_zero():
     entries = torch.tensor([-2.0, -0.5, 0.0, 0.0, 0.15, 1.1, 3.0, 30.0], dtype=torch.float64)
     op = hk.LinearOperator(lambda v: entries[:, None] * v, 8, torch.float64, entries.device)
-    x, share = residual.beyond(hk.spectral_density(op, num_steps=8, num_probes=1))  # exact: all columns
+    density = hk.spectral_density(op, num_steps=8, num_probes=1)  # exact: all columns
+    x, share = common.share_beyond(density.nodes, density.masses)
     for point, found in zip(x.tolist(), share.tolist(), strict=True):
         further = (entries > point) if point > 0 else (entries <= point)
         expected = float(further.double().mean()) if point else math.nan
@@ -327,7 +329,7 @@ def test_cifar_is_read_and_made_smaller(monkeypatch, tmp_path):
     x = torch.rand(30, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     parts = {True: (x[:20], torch.arange(20) % 10), False: (x[20:], torch.arange(10))}
     monkeypatch.setattr(hk.zoo, "cifar10", lambda _dir, train, normalize: normalize and parts[train])
-    out, settings, folder, device = residual.read_settings(
+    out, settings, folder, device, _ = residual.read_settings(
         "",
         residual.FULL,
         residual.SMALL,
