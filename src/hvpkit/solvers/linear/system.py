@@ -85,7 +85,7 @@ class SystemState:
         places: rows at work.
         statuses: of all rows; empty while at work.
         fresh: rows whose solution at work is verified.
-        direction: of negative curvature ``[n]``, with its curvature over scale; of length 0 if there is none.
+        direction: of negative curvature, with its curvature over scale, one row or none ``[..., n]``.
         curvature, column: of the direction.
         scale: what matvecs are divided by, 0-d.
         num_steps: so far.
@@ -161,7 +161,7 @@ class LinearSystem:
             torch.full_like(norms, math.inf),
             tuple(places),
             tuple("" if row in places else str(Status.CONVERGED) for row in range(len(rhs))),
-            rhs.new_empty(0),
+            rhs[:0],
             rhs.new_ones(()),
             num_matvecs=spent,
             num_passes=spent,
@@ -226,7 +226,9 @@ class LinearSystem:
         ]
         overall, negative = worst(found), None
         if len(state.direction):
-            negative = NegativeCurvature(state.direction, state.curvature * float(state.scale), state.column)
+            negative = NegativeCurvature(
+                state.direction[0], state.curvature * float(state.scale), state.column
+            )
         units = self.units.to("cpu", torch.float64)
         return SolveResult(
             x.mT,
@@ -249,7 +251,7 @@ class LinearSystem:
         def apply(rows: Tensor) -> Tensor:
             images = self.op.product(rows.mT).mT
             if not scales:
-                scales.append(power_of_two(images.abs().max()))
+                scales.append(power_of_two(self.op.space.peak(images)))
             return images / scales[0]
 
         return Matrix(apply, self.preconditioner, self.op.space)
@@ -347,9 +349,9 @@ class LinearSystem:
         if len(state.direction) or not isinstance(state.vectors, Directions):
             return state
         direction, curvature = state.vectors.p[row], float(state.vectors.curvature[row])
-        unit = direction / direction.abs().max()
+        unit = direction / self.op.space.peak(direction)
         unit = unit / self.op.space.norm(unit)
-        return replace(state, direction=unit, curvature=curvature, column=place)
+        return replace(state, direction=unit[None], curvature=curvature, column=place)
 
     def _scale_(self, x: Tensor, scale: Tensor) -> Tensor:
         """Multiply solutions by their unit over the scale, in place; return where that left the dtype's range."""
@@ -366,7 +368,7 @@ class LinearSystem:
 
     def identity(self, **more: Any) -> dict[str, Any]:
         """Return what must be the same when a solve continues from a checkpoint; tol and limits may change."""
-        b = digest(self.rhs * self.units[:, None])
+        b = digest(self.op.space.whole((self.rhs * self.units[:, None]).mT, self.op.n).mT)
         return {"solver": self.method, **self.op.identity(), "b": b, **more}
 
     def resumed(self, state: SystemState) -> SystemState:
