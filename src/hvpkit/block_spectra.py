@@ -39,6 +39,7 @@ from hvpkit.estimators.quadrature import Measured
 from hvpkit.estimators.spectral_density import check_precision, density_of
 from hvpkit.extreme import extreme_result
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.vectors import as_shards
 from hvpkit.results.blocks import BlockSpectra, BlockSpectrum, BlocksProgress
 from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.results.estimate import Estimate, mean_of
@@ -357,6 +358,7 @@ def study(
         seconds = time.perf_counter() - began
         density = density_of(op, "lanczos", replace(measured, seconds=seconds, history=tuple(history)))
     names = op.layout.names if op.layout is not None else ()
+    final = replace(final, vectors=as_shards(op, final.vectors))
     extremes = extreme_result(op, final, question.tol)
     return BlockSpectrum(op.block_name, names, op.n, extremes, trace, density)
 

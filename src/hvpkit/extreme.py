@@ -7,6 +7,8 @@ import os
 import time
 from typing import Any
 
+import torch
+
 from hvpkit._utils.deadline import DeadlineReached, deadline
 from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.ranks import agreed
@@ -15,6 +17,7 @@ from hvpkit._utils.validation import check_choice, check_flag, check_positive
 from hvpkit.curvature.operator import CurvatureOperator
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.offload import on_host
+from hvpkit.operators.vectors import as_shards
 from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval
 from hvpkit.solvers.common.request import Start, check_sigma
 from hvpkit.solvers.common.vector_memory import vectors_that_fit
@@ -293,7 +296,7 @@ def extreme_result(H: LinearOperator, found: EigenResult, tol: float) -> Extreme
         smallest, largest = found.pair(0), found.pair(len(found.values) - 1)
     else:
         nothing = Interval(-math.inf, math.inf, "none")
-        vector = found.vectors.new_full((H.n,), math.nan)
+        vector = as_shards(H, torch.full((H.n,), math.nan, dtype=H.dtype, device=H.device))
         smallest = largest = Eigenpair(math.nan, vector, math.nan, math.inf, nothing)
     return ExtremeResult(
         smallest,

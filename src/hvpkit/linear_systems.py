@@ -16,6 +16,7 @@ from hvpkit._utils.validation import check_choice, check_non_negative, check_pos
 from hvpkit.errors import NotConvergedError
 from hvpkit.extreme import SCORE_COST
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.sharded import sharded
 from hvpkit.operators.vectors import as_columns, is_one
 from hvpkit.results.linear import SolveProgress, SolveResult
 from hvpkit.solvers.checkpoint import Checkpoint
@@ -60,7 +61,8 @@ def solve(
 
     Args:
         H: symmetric operator.
-        b: right-hand side: a tensor or NumPy array ``[n]`` or ``[n, k]``, or a tree like the parameters.
+        b: right-hand side: a tensor or NumPy array ``[n]`` or ``[n, k]``, or a tree like the parameters; over a mesh
+            also a DTensor, ``Shard(0)``.
         damping: multiple of the identity that is added, at least 0. (For a shift to the left solve with
             ``H.shift(-s)``.)
         method: ``"minres"``: any symmetric matrix, definite or not; the least residual in each step. ``"cg"``:
@@ -109,7 +111,7 @@ def solve(
     check_choice("method", method, METHODS)
     check_preconditioner(preconditioner)
     number = resolve_seed(seed)
-    columns, back = as_columns(H, b, "b")
+    columns, back = as_columns(sharded(H), b, "b")
     made = sample_preconditioner(H, damping, number) if preconditioner else None
     system = make_system(H, columns, damping, method, tol, made, max_matvecs, time_limit)
     saved = None
@@ -184,14 +186,15 @@ def inverse(
     made = sample_preconditioner(H, damping, resolve_seed(seed)) if preconditioner else None
 
     def product(vectors: Tensor) -> Tensor:
-        found = run(make_system(H, vectors, damping, method, tol, made, max_matvecs, None))
+        space = sharded(H).space
+        found = run(make_system(H, space.local(vectors), damping, method, tol, made, max_matvecs, None))
         if not found.converged:
             worst = float(torch.as_tensor(found.relative_residual).max())
             raise NotConvergedError(
                 f"a solve with {H!r} ended {found.status} at a relative residual of {worst:.1e}, where tol is "
                 f"{tol:.1e}: {found.message}"
             )
-        return torch.as_tensor(found.x)
+        return space.whole(torch.as_tensor(found.x), H.n)
 
     shifted = f"({H.name} + {damping:g} I)" if damping else H.name
     return InverseOperator(
@@ -215,14 +218,14 @@ def make_system(
     max_matvecs: float | None,
     time_limit: float | None,
 ) -> LinearSystem:
-    """Return the system for columns ``[n, k]``, after a check of the other arguments."""
-    op = H.shift(damping) if check_non_negative("damping", damping) else H
+    """Return the system for columns ``[n, k]``, as split vectors are, after a check of the other arguments."""
+    op = sharded(H.shift(damping) if check_non_negative("damping", damping) else H)
     check_tolerance("tol", tol)
     cost, spent = len(columns.mT) * op.cost, preconditioner.spent if preconditioner else 0.0
     budget = DEFAULT_MAX_MATVECS * cost if max_matvecs is None else max_matvecs
     num_vectors = len(columns.mT) * VECTORS_PER_COLUMN["cg" if method == "cg" else "minres"]
     check_room(op, num_vectors, "take fewer columns at a time, or fewer parameters (wrt=)")
-    units = power_of_two(columns.abs().amax(dim=0))
+    units = power_of_two(op.space.peaks(columns.mT))
     limits = Limits(budget, time_limit, reserve=cost, minimum=cost + spent)
     rows = columns.mT / units[:, None]
     return LinearSystem(
@@ -244,9 +247,9 @@ def sample_preconditioner(H: LinearOperator, damping: float, seed: int) -> Sampl
         )
     whole = int(getattr(H, "num_examples", 1))
     size, num_steps = min(whole, max(whole // SAMPLE_RATIO, MIN_SAMPLE)), min(SAMPLE_STEPS, H.n)
-    check_room(H, num_steps + 5, "leave the preconditioner out, or take fewer parameters (wrt=)")
+    check_room(sharded(H), num_steps + 5, "leave the preconditioner out, or take fewer parameters (wrt=)")
     importance = "residual" if getattr(H, "has_outputs", False) else "loss"
-    sample = H.coarsen(size, importance=importance, seed=seed).shift(damping)
+    sample = sharded(H.coarsen(size, importance=importance, seed=seed).shift(damping))
     return krylov_preconditioner(sample, damping, num_steps, seed, SCORE_COST * H.cost)
 
 
@@ -254,7 +257,7 @@ def _like_b(op: LinearOperator, found: SolveResult, back: Callable[[Tensor], Any
     """Return the result with vectors in the form of b, and floats where b is one vector."""
     x, negative = back(found.x), found.negative_curvature
     if negative is not None:
-        _, back_one = as_columns(op, b if is_one(op, b) else b[:, 0])
+        _, back_one = as_columns(sharded(op), b if is_one(op, b) else b[:, 0])
         negative = replace(negative, direction=back_one(negative.direction))
     norms: tuple[float | Tensor, ...] = found.residual_norm, found.relative_residual
     if is_one(op, b):

@@ -21,6 +21,7 @@ from torch import Tensor
 from hvpkit._utils.typing import Tree
 from hvpkit._utils.validation import check_function, check_positive, check_tolerance
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.sharded import sharded
 from hvpkit.operators.vectors import as_columns, is_one
 from hvpkit.results.eigen import Status
 from hvpkit.results.function import FunctionResult
@@ -65,7 +66,8 @@ def matrix_function(
     Args:
         H: symmetric operator.
         f: from eigenvalues ``[m]``, float64, to values ``[m]``; defined on the whole spectrum.
-        b: a tensor or NumPy array ``[n]`` or ``[n, k]``, or a tree like the parameters; one Krylov space a column.
+        b: a tensor or NumPy array ``[n]`` or ``[n, k]``, or a tree like the parameters; over a mesh also a DTensor,
+            ``Shard(0)``. One Krylov space a column.
         tol: error estimate over the norm of the result.
         max_matvecs: full-data matvecs, at most, for each column; by default 1,000; but no more than the vectors that
             4 GiB, or half of the free memory, hold.
@@ -98,17 +100,18 @@ def matrix_function(
     budget = (
         DEFAULT_MAX_MATVECS * H.cost if max_matvecs is None else check_positive("max_matvecs", max_matvecs)
     )
-    columns, back = as_columns(H, b, "b")
-    fitting = max(1, int(min(BASIS_BYTES // vector_bytes(H), vectors_that_fit(H))))
+    op = sharded(H)
+    columns, back = as_columns(op, b, "b")
+    fitting = max(1, int(min(BASIS_BYTES // vector_bytes(op), vectors_that_fit(op))))
     num_steps = min(H.n, math.floor(budget / H.cost * (1 + 1e-12)), fitting)
     if num_steps < 1:
         raise ValueError(f"max_matvecs must be at least {H.cost:g}, one matvec; got {budget:g}")
     begin = time.perf_counter()
-    found = [_applied(H, f, column, tol, num_steps) for column in columns.unbind(1)]
+    found = [_applied(op, f, column, tol, num_steps) for column in columns.unbind(1)]
     statuses = [one.status for one in found]
     worst = max(statuses, key=[*MESSAGES].index)
     bad = next((one.suspect for one in found if one.suspect is not None), None)
-    message = MESSAGES[worst] if bad is None else f"{MESSAGES[worst]}; {H.blame(bad[:, None])}"
+    message = MESSAGES[worst] if bad is None else f"{MESSAGES[worst]}; {op.blame(bad[:, None])}"
     errors = torch.tensor([one.error for one in found], dtype=torch.float64)
     return FunctionResult(
         back(torch.stack([one.x for one in found], dim=1)),
@@ -176,9 +179,9 @@ class _Settling:
         """Multiply by the operator; note the scale, and what is not finite."""
         images = self.op.product(vectors)
         if not self.num_products:
-            self.scale = float(power_of_two(images.abs().max()))
+            self.scale = float(power_of_two(self.op.space.peak(images)))
         self.num_products += 1
-        if self.suspect is None and not bool(torch.isfinite(images).all()):
+        if self.suspect is None and not bool(self.op.space.finite(images.mT).all()):
             self.suspect = vectors[:, 0].clone()
         return images
 
@@ -203,7 +206,7 @@ def _applied(
     op: LinearOperator, f: Callable[[Tensor], Tensor], b: Tensor, tol: float, num_steps: int
 ) -> _Applied:
     """Return f(H) b for one vector ``[n]``."""
-    size = float(torch.linalg.vector_norm(b.double()))
+    size = float(op.space.norm(b.double()))
     if size == 0:
         return _Applied(torch.zeros_like(b), 0.0, Status.CONVERGED, 0.0)
     test = _Settling(f, tol, op)

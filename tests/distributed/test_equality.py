@@ -132,6 +132,7 @@ def samples(mesh: DeviceMesh | None) -> list[Any]:
 
 
 def values(found: hk.EigenResult) -> list[Any]:
+    found = found.full_tensor()
     return [found.values, found.error_bounds, found.num_matvecs, str(found.status), found.vectors.abs()]
 
 
@@ -152,6 +153,8 @@ for name, solve in SOLVERS.items():
 ESTIMATES: dict[str, Callable[[hk.CurvatureOperator], Any]] = {
     "trace": lambda H: hk.trace(H, num_matvecs=30, seed=3),
     "diagonal": lambda H: hk.diagonal(H, num_matvecs=20, seed=3),
+    "XDiag": lambda H: hk.diagonal(H, method="xdiag", num_matvecs=20, seed=3),
+    "diagonal of all columns": lambda H: hk.diagonal(H, num_matvecs=H.n),
     "norm": lambda H: hk.frobenius_norm(H, num_matvecs=20, seed=3),
     "logdet": lambda H: hk.logdet(H, damping=1.0, seed=3),
     "effective dimension": lambda H: hk.effective_dimension(H, damping=1.0, seed=3),
@@ -159,7 +162,7 @@ ESTIMATES: dict[str, Callable[[hk.CurvatureOperator], Any]] = {
 }
 for name, estimate in ESTIMATES.items():
     QUESTIONS[name] = lambda mesh, estimate=estimate: [
-        getattr(estimate(hessian(mesh)), part) for part in ("value", "stderr")
+        getattr(estimate(hessian(mesh)).full_tensor(), part) for part in ("value", "stderr")
     ]
 
 
@@ -187,6 +190,19 @@ def functions(mesh: DeviceMesh | None) -> list[Any]:
         hk.solve(H, V, tol=1e-10).x,
         hk.inverse(H, damping=0.1) @ b,
     ]
+
+
+@question
+def conjugate_gradients(mesh: DeviceMesh | None) -> list[Any]:
+    H = hessian(mesh)
+    definite, indefinite = (
+        hk.solve(op, V, method="cg", tol=1e-10)
+        for op in (hk.ggn(OBJECTIVE, PARAMS, data(mesh)).shift(1.0), H)
+    )
+    negative = indefinite.negative_curvature
+    assert negative is not None
+    sampled = hk.solve(H, V[:, 0], damping=3.0, preconditioner="sample", tol=1e-8)
+    return [definite.x, negative.direction.abs(), negative.curvature, sampled.x, sampled.num_matvecs]
 
 
 @question

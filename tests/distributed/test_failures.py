@@ -108,6 +108,38 @@ def other_data(mesh: DeviceMesh) -> Any:
     return [*(told(partial(hessian, mesh, x=other)) for other in (x, late, sizes)), again(mesh)]
 
 
+class Read(torch.utils.data.Dataset):
+    """Examples of which one, or another order, is a rank's own."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.x[index]
+
+
+class Batches:
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __iter__(self) -> Any:
+        return iter(self.x.split(8))
+
+
+def other_data_that_is_read(mesh: DeviceMesh) -> Any:
+    """Return what is said of data that are the same in the first batch."""
+    late = X + mesh.get_local_rank() * (torch.arange(40) >= 30)[:, None]
+    forms = (Read(late), DataLoader(Read(late), 8), Batches(late), [(part,) for part in late.split(8)])
+    found = [told(lambda form=form: hk.as_data(form, mesh=mesh)) for form in forms]
+    lists = [{"x": part, "n": [0]} for part in late.split(8)]
+    found.append(told(lambda: hk.as_data(lists, num_examples=lambda batch: len(batch["x"]), mesh=mesh)))
+    own = X.float() if mesh.get_local_rank() else X
+    return [*found, told(lambda: hk.as_data(own, mesh=mesh, split=False)), again(mesh)]
+
+
 def other_questions(mesh: DeviceMesh) -> Any:
     H = hessian(mesh)
     ask = hk.trace if mesh.get_local_rank() else hk.lanczos
@@ -158,6 +190,7 @@ CALLS = [
     monitors,
     other_parameters,
     other_data,
+    other_data_that_is_read,
     other_questions,
     other_vectors,
     skewed_clocks,
@@ -221,6 +254,20 @@ def test_other_data_on_a_rank_is_refused(answers: dict[str, list[Any]]) -> None:
             "the number of examples in data must be the same on all ranks: rank 0 has 40, rank 1 has 39"
             in sizes
         )
+        torch.testing.assert_close(after, EXPECTED)
+
+
+def test_other_data_is_refused_as_far_as_it_is_read(answers: dict[str, list[Any]]) -> None:
+    for dataset, loader, stream, batches, whole, own, after in answers["other_data_that_is_read"]:
+        for text in (dataset, loader):
+            assert text.startswith(
+                "ValueError: the digest of examples all over the data must be the same on all"
+            )
+        assert stream.startswith("ValueError: the sums over all of data must be the same on all ranks")
+        for text in (batches, whole):
+            assert text.startswith("ValueError: the digest of all of data must be the same on all ranks")
+        assert own.startswith("ValueError: the tensors in a batch of data must be the same on all ranks")
+        assert "float64" in own
         torch.testing.assert_close(after, EXPECTED)
 
 

@@ -244,6 +244,42 @@ class Ranks:
         return held
 
 
+def is_shards(value: object) -> bool:
+    """Return True for a DTensor."""
+    return type(value).__name__ == "DTensor"  # its class takes a second to import
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all entries of a DTensor, for which its ranks meet; any other tensor as it is.
+
+    Raises:
+        RemoteError: not all ranks ask for it.
+    """
+    if not is_shards(tensor):
+        return tensor
+    shards: Any = tensor
+    Ranks(shards.device_mesh).meet(("full_tensor", tuple(shards.shape)))
+    with answering():
+        found: Tensor = shards.full_tensor()
+        return found
+
+
+def like_shards(part: Tensor, like: Tensor) -> Tensor:
+    """Return the DTensor, placed as ``like``, of which this is the rank's part."""
+    from torch.distributed.tensor import DTensor
+
+    shards: Any = like
+    found: Tensor = DTensor.from_local(
+        part,
+        shards.device_mesh,
+        shards.placements,
+        run_check=False,
+        shape=shards.shape,
+        stride=shards.stride(),
+    )
+    return found
+
+
 def _shards(part: Tensor, n: int, dim: int, mesh: DeviceMesh) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard  # a second to import
 

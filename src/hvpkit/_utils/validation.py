@@ -147,7 +147,8 @@ def check_dense(name: str, tensor: Tensor) -> Tensor:
     """Return ``tensor``; raise TypeError unless it holds its values in strided memory."""
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
-            f"{name} is a DTensor, sharded over processes; pass {name}.full_tensor(), and the data with mesh="
+            f"{name} is a DTensor, of which each process holds a part; take .full_tensor() on all of them together "
+            "first, and for an operator pass the data with mesh="
         )
     if tensor.is_nested:
         raise TypeError(
@@ -165,7 +166,7 @@ def check_dense(name: str, tensor: Tensor) -> Tensor:
 
 def check_like(leaf: Tensor, reference: Tensor, *, name: str = "v") -> Tensor:
     """Return ``leaf`` detached; raise TypeError or ValueError unless it is dense and of the same dtype and device."""
-    if leaf.is_nested or leaf.layout != torch.strided:
+    if leaf.is_nested or leaf.layout != torch.strided or type(leaf).__name__ == "DTensor":
         check_dense(name, leaf)
     for what in ("dtype", "device"):
         found, expected = getattr(leaf, what), getattr(reference, what)

@@ -59,7 +59,8 @@ def find_both_ends(
     watch = ProgressLine("Both ends")
     try:
         with saving_to(checkpoint):
-            return hk.extreme_eigenvalues(H, **vars(solve), seed=seed, monitor=watch, checkpoint=checkpoint)
+            ex = hk.extreme_eigenvalues(H, **vars(solve), seed=seed, monitor=watch, checkpoint=checkpoint)
+            return ex.full_tensor()
     except KeyboardInterrupt:
         if isinstance(watch.last, hk.Progress):
             record = interrupted(watch.last, solve.tol, H)

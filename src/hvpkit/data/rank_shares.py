@@ -6,33 +6,37 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from hvpkit._utils.checkpoints import digest
 from hvpkit._utils.ranks import Ranks
+from hvpkit.autodiff.pytree import flatten, leaf_names
 from hvpkit.data.digest import digest_of
 from hvpkit.data.examples import Data
 from hvpkit.data.loaders import loader_options
-from hvpkit.data.sources import TensorBatches
+from hvpkit.data.sources import DatasetBatches, Stream, TensorBatches, WholeBatches
+
+NUM_COMPARED = 32
+"""Examples of a dataset, spread over it, that ranks compare beside its first batch. Chosen by feel."""
 
 
 def shared(data: Data, ranks: Ranks, *, split: bool) -> Data:
     """Return this rank's data as part of what all ranks have.
 
     Raises:
-        ValueError: the ranks have different data, with ``split``; without, batches that are read whole.
+        ValueError: the ranks have different data, with ``split``; without, tensors of other names or dtypes, or batches
+            that are read whole.
     """
     if split:
-        in_memory = isinstance(data.source, TensorBatches)
-        compared = data if in_memory else data.first()
         ranks.check_same(
             **{
                 "the class of data": data.source.name,
                 "the number of examples in data": data.num_examples,
                 "the batch size of data": data.batch_size,
-                # of tensors all, which takes little beside a pass; else as much as is read at once
-                f"the digest of {'all' if in_memory else 'the first batch'} of data": digest_of(compared),
+                **_contents(data),
             }
         )
         return replace(data, ranks=ranks)
@@ -40,8 +44,32 @@ def shared(data: Data, ranks: Ranks, *, split: bool) -> Data:
         raise ValueError(
             "split=False and num_examples exclude each other: give all ranks all batches, and hvpkit shares them"
         )
+    first = next(iter(data))
+    kinds = [
+        f"{name} {leaf.dtype}".strip()
+        for name, leaf in zip(leaf_names(first), flatten(first)[0], strict=True)
+    ]
+    ranks.check_same(**{"the tensors in a batch of data": ", ".join(kinds)})
     units = ranks.gather(data.num_units)
     return replace(data, num_examples=sum(units), ranks=ranks, units_of_ranks=tuple(units))
+
+
+def _contents(data: Data) -> dict[str, object]:
+    """Return digests of as much as costs little: of all that is in memory, of what a stream's count has seen."""
+    source = data.source
+    batches = getattr(source, "batches", None)
+    stream = batches if isinstance(batches, Stream) else None
+    if isinstance(source, TensorBatches) or isinstance(batches if stream is None else stream.given, list):
+        return {"the digest of all of data": digest_of(data)}
+    found: dict[str, object] = {"the digest of the first batch of data": digest_of(data.first())}
+    if stream is not None:
+        return {**found, "the sums over all of data": [f"{total:.9g}" for total in stream.contents]}
+    if isinstance(source, WholeBatches):
+        found["the sizes of the batches of data"] = digest(list(source.sizes))
+    if isinstance(source, DatasetBatches):
+        spread = torch.linspace(0, data.num_examples - 1, min(NUM_COMPARED, data.num_examples)).round()
+        found["the digest of examples all over the data"] = digest_of(data.subset(spread.long()))
+    return found
 
 
 def complete(loader: DataLoader[Any]) -> DataLoader[Any]:

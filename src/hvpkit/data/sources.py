@@ -146,12 +146,14 @@ class Stream:
         given: the object that the caller passed, by which two streams are known to be the same.
         draws: what a pass draws from.
         movable: whether batches can come from another process.
+        contents: sums over all examples of the pass that counted them; empty for a list.
     """
 
     batches: Iterable[Batch]
     given: object
     draws: Draws = Draws.NONE
     movable: bool = True
+    contents: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -223,7 +225,7 @@ def _count(stream: Stream, size_of: Callable[[Batch], int], *, reseed: bool) -> 
     if sizes:
         again = stream.read(OTHER_SEED if reseed else 0)
         check_stream((batch for batch, _ in again), first, contents)
-    return replace(stream, draws=draws), sizes
+    return replace(stream, draws=draws, contents=tuple(contents.tolist())), sizes
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from hvpkit.estimators.leave_one_out import angles, left_out
 from hvpkit.estimators.probe import draw, unit_order
 from hvpkit.estimators.sampling import Monitor, Plan, estimate, make_plan
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.sharded import sharded
 from hvpkit.results.estimate import Estimate, Mean
 from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.checkpoint import Witness
@@ -64,7 +65,7 @@ class DiagonalState:
 
 def init(op: LinearOperator) -> DiagonalState:
     """Return a state without a probe."""
-    zero = torch.zeros(op.n, dtype=op.dtype, device=op.device)
+    zero = torch.zeros(op.space.size(op.n), dtype=op.dtype, device=op.device)
     none = torch.zeros((), dtype=torch.int64, device=op.device)
     return DiagonalState(zero, zero, zero.new_ones(()), none, Witness.empty(op))
 
@@ -75,13 +76,13 @@ def step(op: LinearOperator, plan: Plan, state: DiagonalState) -> DiagonalState:
     k, w = numbers.start, len(numbers)
     probes = draw(op, plan.probe, plan.seed, numbers)
     images = op.product(probes.mT.contiguous()).mT
-    scale = state.scale if k else power_of_two(images.abs().max())
+    scale = state.scale if k else power_of_two(op.space.peak(images))
     images = images / scale
     found = probes * images
     mean = found.mean(dim=0)
     change = mean - state.mean
     spread = state.spread + (found - mean).square().sum(dim=0) + change.square() * (k * w / (k + w))
-    good = torch.isfinite(images).all() & (state.num_good == k)
+    good = op.space.finite(images).all() & (state.num_good == k)
     return DiagonalState(
         torch.where(good, state.mean + change * (w / (k + w)), state.mean),
         torch.where(good, spread, state.spread),
@@ -96,9 +97,9 @@ def step(op: LinearOperator, plan: Plan, state: DiagonalState) -> DiagonalState:
 def evaluate(op: LinearOperator, plan: Plan, state: DiagonalState, k: int) -> Mean:
     """Return the diagonal, over scale, from a state's k probes."""
     if plan.exact:
-        seen = unit_order(op.n, plan.seed)[:k].to(op.device)
-        value = torch.full_like(state.mean, torch.nan)
-        value[seen] = k * state.mean[seen]
+        seen = torch.zeros(op.n, dtype=torch.bool, device=op.device)
+        seen[unit_order(op.n, plan.seed)[:k].to(op.device)] = True
+        value = torch.where(op.space.local(seen), k * state.mean, torch.nan)
         return Mean(value, torch.where(value.isnan(), torch.inf, 0.0).to(value), value[None][:0])
     if k < 2:
         value = state.mean if k else torch.full_like(state.mean, torch.nan)
@@ -113,20 +114,21 @@ def evaluate_xdiag(op: LinearOperator, _: Plan, state: sketch.SketchState, k: in
     :math:`u_i = Q s_i`, :math:`v_i = A u_i` and :math:`c_i = s_i'r_i`, the component of :math:`A\omega_i` outside
     of the basis of the others.
     """
-    value = torch.full((op.n,), torch.nan, dtype=op.dtype, device=op.device)
+    size = op.space.size(op.n)
+    value = torch.full((size,), torch.nan, dtype=op.dtype, device=op.device)
     stderr = torch.full_like(value, torch.inf)
     if not k:
         return Mean(value, stderr, value[None][:0])
     found = sketch.small(op, state, k)
     lost = left_out(found.crossed, op.precision)
     left = (lost * found.crossed).sum(dim=0)
-    for first in range(0, op.n, width := max(1, CHUNK // k)):
+    for first in range(0, size, width := max(1, CHUNK // k)):
         at = slice(first, first + width)
         changes = _changes(state, lost, left, at)
         value[at] = (state.basis[:k, at] * state.images[:k, at]).sum(dim=0) + changes.mean(dim=0)
         if k > 1:
             stderr[at] = changes.std(dim=0) / k**0.5
-    return Mean(value, stderr * (1 + _shared(state, lost, left)) ** 0.5, value[None][:0])
+    return Mean(value, stderr * (1 + _shared(op, state, lost, left)) ** 0.5, value[None][:0])
 
 
 def _changes(state: sketch.SketchState, lost: Tensor, left: Tensor, at: slice) -> Tensor:
@@ -136,7 +138,7 @@ def _changes(state: sketch.SketchState, lost: Tensor, left: Tensor, at: slice) -
     return u * (left.to(s)[:, None] * state.probes[:k, at] - v)
 
 
-def _shared(state: sketch.SketchState, lost: Tensor, left: Tensor) -> float:
+def _shared(op: LinearOperator, state: sketch.SketchState, lost: Tensor, left: Tensor) -> float:
     r"""Return the samples' mean covariance over their variance / k, summed over part of the entries; in [0, 1].
 
     As :func:`hvpkit.estimators.leave_one_out.shared_variance`: with the further direction :math:`b = Q u_{ij}` that
@@ -146,17 +148,19 @@ def _shared(state: sketch.SketchState, lost: Tensor, left: Tensor) -> float:
     k = len(left)
     if k < 2:
         return 0.0
-    at = slice(None, None, -(-k * k * state.basis.shape[1] // CHUNK))
+    stride = -(-k * k * op.n // CHUNK)
+    at = slice(-op.space.part(op.n).start % stride, None, stride)
     basis, images, probes = (
         rows[:k, at].to("cpu", torch.float64) for rows in (state.basis, state.images, state.probes)
     )
-    own = _changes(state, lost, left, at).double().var(dim=0).sum().cpu() / k
+    own = _changes(state, lost, left, at).double().var(dim=0).sum() / k
     cosines, sines, pairs = angles(lost)
     u, v = lost.mT @ basis, lost.mT @ images
     b, image = ((x - cosines[:, :, None] * x[:, None]) / sines[:, :, None] for x in (u, v))
     change = b * (image + probes[:, None] * (cosines / sines * left[:, None])[:, :, None])
     change = torch.where(pairs[:, :, None], change, 0.0)
-    shared = (change * change.transpose(0, 1)).sum() / (k * (k - 1))
+    shared = (change * change.transpose(0, 1)).sum().to(own) / (k * (k - 1))
+    shared, own = op.space.reduce(torch.stack([shared, own])).cpu()
     return float((shared / own).clamp(0, 1)) if own > 0 else 0.0
 
 
@@ -191,7 +195,8 @@ def diagonal(
         checkpoint: a file to continue from, as for :func:`hvpkit.trace`.
 
     Returns:
-        The estimate, as of :func:`hvpkit.trace`; ``op.unflatten`` converts its value to a tree.
+        The estimate, as of :func:`hvpkit.trace`; ``op.unflatten`` converts its value to a tree. Over a mesh value and
+        standard error are DTensors, ``Shard(0)``.
 
     Raises:
         ValueError: an argument is out of its range; a checkpoint as for :func:`hvpkit.trace`.
@@ -210,9 +215,21 @@ def diagonal(
     """
     plan = make_plan(op, method, COSTS, num_matvecs=num_matvecs, tol=tol, block_size=block_size, seed=seed)
     options: Any = {"time_limit": time_limit, "monitor": monitor, "checkpoint": checkpoint}
+    split = sharded(op)
     if plan.method == "hutchinson":
-        check_room(op, 6 * plan.block_size + 8, "take a smaller block_size, or fewer parameters (wrt=)")
-        return estimate(op, plan, init(op), step, evaluate, **options)
+        check_room(split, 6 * plan.block_size + 8, "take a smaller block_size, or fewer parameters (wrt=)")
+        return _of_whole(op, estimate(split, plan, init(split), step, evaluate, **options))
     plan = replace(plan, method="xtrace")
-    start = sketch.init(op, plan, keep_images=True)
-    return estimate(op, plan, start, sketch.step, evaluate_xdiag, trim=sketch.trim, **options)
+    start = sketch.init(split, plan, keep_images=True)
+    return _of_whole(
+        op, estimate(split, plan, start, sketch.step, evaluate_xdiag, trim=sketch.trim, **options)
+    )
+
+
+def _of_whole(op: LinearOperator, found: Estimate[Tensor]) -> Estimate[Tensor]:
+    """Return the estimate with DTensors, if ranks hold parts of its entries."""
+    ranks = op.space.ranks
+    if ranks is None or op.space.sharded:
+        return found
+    value, stderr = (ranks.shards(part, op.n) for part in (found.value, found.stderr))
+    return replace(found, value=value, stderr=stderr, samples=found.samples.new_empty(0, op.n))

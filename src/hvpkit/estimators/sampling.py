@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from hvpkit._utils.random import resolve_seed
@@ -175,8 +174,7 @@ class Estimator(Generic[S]):
     def assess(self, state: S) -> Assessment[S]:
         found, scale = self._mean(state), float(state.scale)
         value, stderr = (
-            float(x if x.ndim == 0 else torch.linalg.vector_norm(x)) * scale
-            for x in (found.value, found.stderr)
+            float(x if x.ndim == 0 else self.op.space.norm(x)) * scale for x in (found.value, found.stderr)
         )
         status, suspect = _final_status(self.op, self.plan, state, found), None
         if status is Status.NON_FINITE:
@@ -249,5 +247,5 @@ def _final_status(op: LinearOperator, plan: Plan, state: Sampled, found: Mean) -
         return Status.COMPLETED if state.num_probes == plan.num_probes else None
     if state.num_probes < min(MIN_SAMPLES, plan.num_probes):
         return None
-    error, size = torch.linalg.vector_norm(found.stderr), torch.linalg.vector_norm(found.value)
+    error, size = (x.abs() if x.ndim == 0 else op.space.norm(x) for x in (found.stderr, found.value))
     return Status.CONVERGED if bool(error <= plan.tol * size) else None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.memory import free_memory, in_words
+from hvpkit._utils.ranks import is_shards, whole
 from hvpkit._utils.typing import Tree
 from hvpkit._utils.validation import check_count, check_finite, check_function, check_type
 from hvpkit.autodiff.pytree import Layout
@@ -116,25 +117,28 @@ class LinearOperator:
     def __matmul__(self, v: Tree) -> Tree:
         """Multiply by ``v``: a tensor or NumPy array ``[n]`` or ``[n, k]``, or a tree shaped like the parameters.
 
-        ``H @ H`` is the operator :math:`H^2`. NumPy arrays are converted to the dtype of H, and so is the result.
+        ``H @ H`` is the operator :math:`H^2`. NumPy arrays are converted to the dtype of H, and so is the result. A
+        DTensor on the mesh of the data gives a DTensor, by as many bytes between ranks as a tensor.
 
         Raises:
-            TypeError: ``v`` is another operator: the product of two is not symmetric.
-            ValueError: ``v`` has another shape, dtype or device, or holds NaN or infinity.
+            TypeError: ``v`` is another operator: the product of two is not symmetric; a DTensor, without a mesh.
+            ValueError: ``v`` has another shape, dtype, device or placement, or holds NaN or infinity.
             NonFiniteError: the result does; names the first batch at fault where there are batches.
         """
-        if isinstance(v, LinearOperator):
-            from hvpkit.operators.algebra import product_of  # algebra builds on this module
+        from hvpkit.operators.algebra import product_of  # these build on this module
+        from hvpkit.operators.sharded import sharded as split
 
+        if isinstance(v, LinearOperator):
             return product_of(self, v)
-        vectors, back = as_columns(self, v)
-        return back(self._columns(vectors))
+        op = split(self) if is_shards(v) else self
+        vectors, back = as_columns(op, v)
+        return back(op._columns(vectors))
 
     def _columns(self, vectors: Tensor) -> Tensor:
         """Return the matvec with columns ``[n, k]``; raise NonFiniteError if it is not finite."""
         with torch.autocast(self.device.type, enabled=False):
             result = self.product(vectors)
-        if not bool(torch.isfinite(result).all()):
+        if not bool(self.space.finite(result.mT).all()):
             raise NonFiniteError(self.blame(vectors))
         return result
 
@@ -211,8 +215,11 @@ class LinearOperator:
         return self._layout().flatten(tree, name="tree")
 
     def unflatten(self, v: Tensor) -> Tree:
-        """Return the tree whose vector is ``v [n]``; its leaves are views of ``v``."""
-        return self._layout().unflatten(v)
+        """Return the tree whose vector is ``v [n]``; its leaves are views of ``v``.
+
+        A DTensor, as of an eigenvector over a mesh, is gathered first: all ranks call this together.
+        """
+        return self._layout().unflatten(whole(v))
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
         return self._add(other, 1.0)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvpkit._utils.ranks import is_shards
 from hvpkit._utils.validation import check_count, check_dense, check_device
 from hvpkit.operators.base import LinearOperator
 
@@ -70,7 +71,7 @@ def _check_real(dtype: object) -> torch.dtype:
 
 def _from_dense(matrix: Tensor) -> LinearOperator:
     n, dtype, name = _check_square(matrix.shape), _check_real(matrix.dtype), "dense matrix"
-    if matrix.is_meta or matrix.is_nested:
+    if matrix.is_meta or matrix.is_nested or is_shards(matrix):
         check_dense("A", matrix)
     if matrix.layout != torch.strided:
         matrix, name = matrix.to_sparse_coo().coalesce(), "sparse matrix"

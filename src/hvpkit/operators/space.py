@@ -36,15 +36,15 @@ class Space:
 
     def size(self, n: int) -> int:
         """Return how many of the n entries of a vector are here."""
-        return len(range(n)[self._part(n)])
+        return len(range(n)[self.part(n)])
 
     def local(self, whole: Tensor) -> Tensor:
         """Return the entries of a vector ``[n]``, or of columns ``[n, k]``, that are here."""
-        return whole if self._shards is None else whole[self._part(len(whole))].contiguous()
+        return whole if self._shards is None else whole[self.part(len(whole))].contiguous()
 
     def local_rows(self, whole: Tensor) -> Tensor:
         """Return the entries of a vector ``[n]``, or of rows ``[m, n]``, that are here."""
-        return whole if self._shards is None else whole[..., self._part(whole.shape[-1])].contiguous()
+        return whole if self._shards is None else whole[..., self.part(whole.shape[-1])].contiguous()
 
     def whole(self, local: Tensor, n: int) -> Tensor:
         """Return a vector ``[n]``, or columns ``[n, k]``, of what each rank holds of it."""
@@ -62,7 +62,8 @@ class Space:
             return shares.mT
         return ranks.sum_part(shares, -(-n // ranks.size))[:, : self.size(n)].mT
 
-    def _part(self, n: int) -> slice:
+    def part(self, n: int) -> slice:
+        """Return which of the n entries of a vector are here."""
         return slice(0, n) if self._shards is None else self._shards.part(n)
 
     def reduce(self, share: Tensor) -> Tensor:
@@ -76,6 +77,14 @@ class Space:
             return entries.abs().max()
         here = entries.abs().max() if entries.numel() else entries.new_zeros(())
         return torch.stack(list(ranks.concatenate(here[None]))).max()  # a reduction by max may lose NaN
+
+    def peaks(self, rows: Tensor) -> Tensor:
+        """Return the largest magnitudes of entries of each of the rows ``[m, n]``, which are finite."""
+        ranks = self._shards
+        if ranks is None:
+            return rows.abs().amax(dim=1)
+        here = rows.abs().amax(dim=1) if rows.shape[1] else rows.new_zeros(len(rows))
+        return ranks.concatenate(here[None]).amax(dim=0)
 
     def finite(self, rows: Tensor) -> Tensor:
         """Return, for each of the rows ``[m, n]``, whether all entries are finite."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvpkit._utils.ranks import is_shards
 from hvpkit._utils.typing import Tree
 from hvpkit._utils.validation import check_like
 from hvpkit.autodiff.pytree import as_real
@@ -18,18 +20,20 @@ if TYPE_CHECKING:
 
 
 def as_columns(op: LinearOperator, v: Tree, name: str = "v") -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Return ``v`` as columns ``[n, k]``, and the function that gives columns the form of ``v``.
+    """Return ``v`` as columns ``[n, k]``, as ``op.space`` holds them, and the function that gives these ``v``'s form.
 
     Args:
         op: the operator that ``v`` is for.
         v: a tensor or a NumPy array ``[n]`` or ``[n, k]``, or a tree like the parameters. Arrays are converted to the
-            dtype of ``op``.
+            dtype of ``op``. Or a DTensor on the mesh of the data, ``Shard(0)``: then all ranks meet.
         name: of ``v``, for messages.
 
     Raises:
-        TypeError: ``op`` knows no trees; an array that does not hold real numbers.
-        ValueError: another shape, dtype or device; NaN or infinity.
+        TypeError: ``op`` knows no trees; an array that does not hold real numbers; a DTensor, and there is no mesh.
+        ValueError: another shape, dtype or device; NaN or infinity; a DTensor of another mesh or placement.
     """
+    if is_shards(v):
+        return _from_shards(op, v, name)
     back: Callable[[Tensor], Any]
     if isinstance(v, np.ndarray):
         vectors, back = _from_array(op, v, name), lambda found: found.cpu().numpy()
@@ -37,13 +41,52 @@ def as_columns(op: LinearOperator, v: Tree, name: str = "v") -> tuple[Tensor, Ca
         vectors, back = _from_tree(op, v, name), op.unflatten
     else:
         vectors, back = v, lambda found: found
-    if vectors.ndim not in (1, 2) or vectors.shape[0] != op.n or vectors.numel() == 0:
-        raise ValueError(f"{name} must have shape [{op.n}] or [{op.n}, k], got {list(vectors.shape)}")
+    shape = _check_shape(op, vectors, name)
     columns = check_like(vectors, _like(op), name=name).reshape(op.n, -1)
     if not bool(torch.isfinite(columns).all()):
         raise ValueError(f"{name} contains NaN or infinity")
-    shape = vectors.shape
-    return columns, lambda found: back(found.reshape(shape))
+    return op.space.local(columns), lambda found: back(op.space.whole(found, op.n).reshape(shape))
+
+
+def as_shards(op: LinearOperator, vectors: Tensor) -> Tensor:
+    """Return whole vectors ``[n]`` or ``[n, k]`` as results over a mesh hold them: a DTensor, ``Shard(0)``.
+
+    Themselves where there is no mesh, or where only a part is here.
+    """
+    ranks = None if op.space.sharded or is_shards(vectors) else op.space.ranks
+    return vectors if ranks is None else ranks.shards(vectors[ranks.part(op.n)], op.n)
+
+
+def _from_shards(op: LinearOperator, v: Any, name: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    ranks, space = op.space.ranks, op.space
+    if ranks is None:
+        raise TypeError(
+            f"{name} is a DTensor, and {op!r} is not over data of a mesh; pass {name}.full_tensor(), or make the "
+            "operator of hvpkit.as_data(data, mesh=mesh)"
+        )
+    with ranks.together(name):
+        shape, part = _check_shape(op, v, name), v.to_local()
+        is_split = v.device_mesh == ranks.mesh and len(v.placements) == 1 and v.placements[0].is_shard(0)
+        if not is_split or len(part) != len(range(op.n)[ranks.part(op.n)]):
+            raise ValueError(
+                f"{name} must be Shard(0) on the mesh of the data, {ranks.mesh}; got {v.placements} on "
+                f"{v.device_mesh}: use {name}.redistribute(mesh, [Shard(0)])"
+            )
+        columns = check_like(part, _like(op), name=name).reshape(len(part), math.prod(shape[1:]))
+    split = space if space.sharded else type(space)(ranks, sharded=True)
+    if not bool(split.finite(columns.mT).all()):
+        raise ValueError(f"{name} contains NaN or infinity")
+
+    def back(found: Tensor) -> Tensor:
+        return ranks.shards((found if space.sharded else split.local(found)).reshape(-1, *shape[1:]), op.n)
+
+    return columns if space.sharded else split.whole(columns, op.n), back
+
+
+def _check_shape(op: LinearOperator, vectors: Tensor, name: str) -> torch.Size:
+    if vectors.ndim not in (1, 2) or vectors.shape[0] != op.n or vectors.numel() == 0:
+        raise ValueError(f"{name} must have shape [{op.n}] or [{op.n}, k], got {list(vectors.shape)}")
+    return vectors.shape
 
 
 def is_tree(op: LinearOperator, v: Tensor) -> bool:

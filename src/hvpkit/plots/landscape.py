@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hvpkit._utils.ranks import whole
 from hvpkit._utils.typing import LossFn, Tree
 from hvpkit.autodiff.pytree import check_params
 from hvpkit.curvature.functional import loss
@@ -41,6 +42,7 @@ def loss_along(
         tensor([0., 2.])
     """
     layout, leaves = check_params(params)
+    direction = whole(direction)
     if direction.shape != (layout.n,):
         raise ValueError(f"direction must have shape [{layout.n}], got {list(direction.shape)}")
     examples = as_data(data, device=leaves[0].device)
@@ -84,6 +86,7 @@ def loss_on_plane(
                 [ 2.0000,  2.5000, 10.0000]])
     """
     layout, leaves = check_params(params)
+    directions = whole(directions)
     if directions.shape != (layout.n, 2):
         raise ValueError(f"directions must have shape [{layout.n}, 2], got {list(directions.shape)}")
     examples = as_data(data, device=leaves[0].device)

@@ -11,6 +11,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 
+from hvpkit._utils.ranks import whole
 from hvpkit._utils.typing import LossFn, Tree
 from hvpkit._utils.validation import check_count, check_positive, check_type
 from hvpkit.autodiff.pytree import Layout
@@ -92,7 +93,8 @@ def _line(
         )
     examples = as_data(data)
     here = float(loss(loss_fn, params, examples))
-    derivative = float(layout.flatten(grad(loss_fn, params, examples)) @ pair.vector)
+    vector = whole(pair.vector)
+    derivative = float(layout.flatten(grad(loss_fn, params, examples)) @ vector)
     if distance is not None:
         return here, derivative, distance
     curvature = max(abs(pair.value), 1e-12)
@@ -100,7 +102,7 @@ def _line(
     distance = min(float((2 * max(here, 1e-6) / curvature) ** 0.5), norm)
     for _ in range(12):
         ends = torch.tensor([-distance, distance], dtype=torch.float64)
-        change = loss_along(loss_fn, params, examples, pair.vector, ends).double().cpu() - here
+        change = loss_along(loss_fn, params, examples, vector, ends).double().cpu() - here
         quadratic = curvature * distance**2 / 2
         misfit = change - derivative * ends - pair.value * ends**2 / 2
         if bool((misfit.abs() < 0.4 * quadratic).all()):
@@ -158,7 +160,7 @@ def loss_landscape(
         for distance in distances:
             check_positive("distances", distance)
     pairs = (ex.smallest, ex.largest)
-    directions = torch.stack([pair.vector for pair in pairs], dim=1)
+    directions = whole(ex.vectors)
     if not abs(float(directions[:, 0] @ directions[:, 1])) < 0.5:
         raise ValueError("ex: its two ends do not have two eigenvectors, so that there is no plane to draw")
     ax = ax or plt.subplots()[1]

@@ -120,7 +120,7 @@ class Eigenpair:
 
     Attributes:
         value: the Ritz value.
-        vector: of unit norm, ``[n]``.
+        vector: of unit norm, ``[n]``; of an operator over data of a mesh a DTensor, ``Shard(0)`` on it.
         residual_norm: norm of ``H v - value v``.
         error_bound: the convergence test compares it with ``tol * |value|``, or ``atol * norm`` for a value of at most
             that: the residual norm, or its square over the gap to the next eigenvalue where that is smaller and no
@@ -174,7 +174,7 @@ class EigenResult(Result):
 
     Attributes:
         values: ascending ``[k]``, float64, on the CPU.
-        vectors: orthonormal columns ``[n, k]``.
+        vectors: orthonormal columns ``[n, k]``; of an operator over data of a mesh a DTensor, ``Shard(0)`` on it.
         residual_norms: ``[k]``, of true residuals: from matvecs, or verified by one.
         error_bounds: ``[k]``, of the convergence test: see :class:`Eigenpair`.
         intervals: one for each value.
@@ -261,7 +261,7 @@ class ExtremeResult(Result):
 
     @property
     def vectors(self) -> Tensor:
-        """Both vectors as columns ``[n, 2]``, smallest first."""
+        """Both vectors as columns ``[n, 2]``, smallest first; a DTensor where they are."""
         return torch.stack([self.smallest.vector, self.largest.vector], dim=1)
 
     def _columns(self) -> Columns:

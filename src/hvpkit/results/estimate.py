@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Generic, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from hvpkit._utils.validation import check_probability
+from hvpkit._utils.ranks import is_shards, like_shards
+from hvpkit._utils.validation import check_dense, check_probability
 from hvpkit.results.eigen import Progress, Status
 from hvpkit.results.saving import Result
 from hvpkit.results.tables import Columns
@@ -105,6 +106,9 @@ class Estimate(Result, Generic[V]):
             True
         """
         check_probability("confidence", confidence)
+        if isinstance(self.value, Tensor) and is_shards(self.value):
+            lower, upper = self._part().interval(confidence)
+            return like_shards(lower, self.value), like_shards(upper, self.value)
         k = self.num_samples
         value, stderr = (torch.as_tensor(x, dtype=torch.float64) for x in (self.value, self.stderr))
         from scipy.special import stdtrit
@@ -123,6 +127,11 @@ class Estimate(Result, Generic[V]):
         lower, upper = (end.to(self.value) if isinstance(self.value, Tensor) else float(end) for end in ends)
         return lower, upper
 
+    def _part(self) -> Estimate[Tensor]:
+        """Return the entries that this process holds, as tensors."""
+        shards: Any = self
+        return replace(shards, value=shards.value.to_local(), stderr=shards.stderr.to_local())
+
     @property
     def converged(self) -> bool:
         """True if the standard error is within ``tol``, or the value exact; never without ``tol``."""
@@ -131,6 +140,7 @@ class Estimate(Result, Generic[V]):
     def _columns(self) -> Columns:
         """Return a row for each sample of a number, or for each entry of a tensor."""
         if isinstance(self.value, Tensor):
+            check_dense("value", self.value)
             return {
                 "value": self.value.flatten().tolist(),
                 "stderr": torch.as_tensor(self.stderr).flatten().tolist(),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.typing import Tree
+from hvpkit._utils.validation import check_dense
 
 LONG = {"long": True}
 """Metadata of a field whose vectors have the size of the operator: dicts for people leave it out."""
@@ -170,10 +171,10 @@ INFINITE = {
 """Numbers that are infinite where they are not known; the lower end of an interval is minus that, all others NaN."""
 
 
-def without_nonfinite(value: Any, _at: str = "") -> Any:
+def without_nonfinite(value: Any, at: str = "") -> Any:
     """Convert a float, or a tensor to nested lists, with None for what is not finite."""
     if isinstance(value, Tensor):
-        return without_nonfinite(value.tolist())
+        return without_nonfinite(check_dense(at, value).tolist())
     if isinstance(value, list):
         return [without_nonfinite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

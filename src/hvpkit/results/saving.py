@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hvpkit._utils.checkpoints import digest
 from hvpkit._utils.files import atomic_write, check_file, reason
+from hvpkit._utils.ranks import Ranks, is_shards, whole
 from hvpkit._utils.validation import check_path
 from hvpkit.results.plain_data import decode, encode, with_nonfinite, without_nonfinite
 from hvpkit.results.tables import Columns, to_frame, to_html
@@ -51,6 +52,9 @@ class Result:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result to a JSON file, and its tensors to a file beside it, ``path`` with ``.safetensors``.
 
+        A result with DTensors, as of an operator over a mesh, is saved by all ranks together: the first one writes
+        whole tensors, which one process can load.
+
         Both files replace older ones, each whole or not at all. The tensors are in place before the JSON; files that
         do not belong together, as after a power cut in between, are refused when they are loaded.
 
@@ -61,6 +65,7 @@ class Result:
             TypeError: the solution of a linear system is a tree of other than dicts, lists and tuples.
             ValueError: ``path`` or the file beside it cannot be written.
             OSError: the disk is full.
+            RemoteError: a rank failed, or does something else.
 
         Cost:
             No pass; memory for a copy of the tensors.
@@ -74,6 +79,14 @@ class Result:
             >>> again.largest.value == ex.largest.value, torch.equal(again.vectors, ex.vectors)
             (True, True)
         """
+        ranks = _ranks_of(self)
+        if ranks is not None:
+            ranks.meet("saving a result")
+            result = self.full_tensor()
+            with ranks.together("saving a result"):
+                if ranks.is_first:
+                    result.save(path)
+            return
         target = check_file("path", path)
         tensors: dict[str, Tensor] = {}
         body = {
@@ -99,10 +112,21 @@ class Result:
         assert isinstance(found, cls)
         return found
 
+    def full_tensor(self) -> Self:
+        """Return the result with whole tensors in the place of DTensors; all ranks call it together.
+
+        Results without DTensors are returned as they are, without a word between ranks.
+        """
+        found: Self = _with_whole(self)
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts for JSON, with None for numbers that are not finite.
 
         Vectors of the operator's size are left out: eigenvectors and solutions. Other tensors become nested lists.
+
+        Raises:
+            TypeError: one of these is a DTensor, as of :func:`hvpkit.diagonal` over a mesh.
         """
         plain: dict[str, Any] = encode(self, without_nonfinite, with_long=False)
         return plain | {name: getattr(self, name) for name in DERIVED if hasattr(self, name)}
@@ -168,6 +192,30 @@ def load(path: str | os.PathLike[str]) -> Any:
         <Report: ok>
     """
     return _load(path, Result)
+
+
+def _with_whole(value: Any) -> Any:
+    """Return dataclasses and tuples with whole tensors in the place of DTensors."""
+    if isinstance(value, Tensor):
+        return whole(value)
+    if isinstance(value, tuple):
+        return tuple(map(_with_whole, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        found = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
+        changed = {name: _with_whole(item) for name, item in found.items()}
+        return replace(value, **{name: item for name, item in changed.items() if item is not found[name]})
+    return value
+
+
+def _ranks_of(value: Any) -> Ranks | None:
+    """Return the ranks of a DTensor that a result holds; None if it holds none."""
+    if isinstance(value, Tensor):
+        shards: Any = value
+        return Ranks(shards.device_mesh) if is_shards(value) else None
+    items = value if isinstance(value, tuple) else ()
+    if is_dataclass(value):
+        items = tuple(getattr(value, field.name) for field in fields(value))
+    return next((ranks for ranks in map(_ranks_of, items) if ranks is not None), None)
 
 
 def _versions() -> dict[str, str]:

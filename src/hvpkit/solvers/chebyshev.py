@@ -56,7 +56,7 @@ from hvpkit.solvers.common.convergence import (
 from hvpkit.solvers.common.orthogonalize import residuals_of, row_norms
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, num_at_low_end, select
 from hvpkit.solvers.common.request import Request, Start, check_arguments
-from hvpkit.solvers.driver import Assessment, Limits, Monitor, full_precision, run, with_whole_vectors
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, full_precision, run, with_vectors_of
 
 WHICH = ("LA", "SA", "BE")
 
@@ -392,4 +392,4 @@ def chebyshev(
     width = min(width, op.n, int(request.limits.remaining(0.0) / op.cost))
     split = sharded(op)
     solver = Chebyshev(split, request, width, max_rows=max(MAX_ROWS, ROWS_PER_VECTOR * width))
-    return with_whole_vectors(run(solver, monitor=monitor), split, op)
+    return with_vectors_of(run(solver, monitor=monitor), split, op)

@@ -24,6 +24,7 @@ from hvpkit._utils.signals import ending_after_cleanup, signals_deferred
 from hvpkit._utils.validation import check_monitor, check_positive
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.interop import aslinearoperator
+from hvpkit.operators.vectors import as_shards
 from hvpkit.results.eigen import EigenResult, Progress, Status
 from hvpkit.solvers.checkpoint import Checkpoint, Counted, Saved
 
@@ -229,7 +230,8 @@ def full_precision(
 ) -> Callable[Concatenate[Any, P], T]:
     """Convert the first argument to an operator; keep the caller's autocast and inference mode away from the solver.
 
-    The solver's ``monitor`` is told of its begin and end.
+    The solver's ``monitor`` is told of its begin and end. Vectors of an :class:`hvpkit.EigenResult` over a mesh become
+    DTensors, if they are not yet.
 
     Raises:
         TypeError, ValueError: on call, as of :func:`hvpkit.aslinearoperator`.
@@ -249,7 +251,10 @@ def full_precision(
             torch.no_grad(),
             torch.autocast(op.device.type, enabled=False),
         ):
-            return solver(op, *args, **kwargs)
+            found = solver(op, *args, **kwargs)
+            if isinstance(found, EigenResult):
+                return replace(found, vectors=as_shards(op, found.vectors))
+            return found
 
     return solve
 
@@ -259,10 +264,12 @@ def assessment_interval(op: LinearOperator, num_steps: int) -> int:
     return max(1, num_steps // (OVERSHOOT_CPU if op.device.type == "cpu" else OVERSHOOT_GPU))
 
 
-def with_whole_vectors(found: EigenResult, solved: LinearOperator, asked: LinearOperator) -> EigenResult:
-    """Return the result of a solve on ``solved``, which may be split, with vectors as ``asked`` has them."""
-    vectors = found.vectors if asked.space.sharded else solved.space.whole(found.vectors, asked.n)
-    return replace(found, vectors=vectors.to(asked.device))
+def with_vectors_of(found: EigenResult, solved: LinearOperator, asked: LinearOperator) -> EigenResult:
+    """Return the result of a solve on ``solved`` with vectors as of ``asked``: on its device, DTensors on a mesh."""
+    vectors, ranks = found.vectors.to(asked.device), solved.space.ranks
+    if ranks is not None and solved.space.sharded and not asked.space.sharded:
+        vectors = ranks.shards(vectors, asked.n)
+    return replace(found, vectors=vectors)
 
 
 def run(

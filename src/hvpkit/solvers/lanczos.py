@@ -54,7 +54,7 @@ from hvpkit.solvers.driver import (
     assessment_interval,
     full_precision,
     run,
-    with_whole_vectors,
+    with_vectors_of,
 )
 from hvpkit.solvers.krylov import KrylovState
 
@@ -567,4 +567,4 @@ def lanczos(
             checkpoint, solver.identity(), op, krylov.trim, lambda state: krylov.verify(op, state)
         )
     found = run(solver, monitor=monitor, checkpoint=file)
-    return with_whole_vectors(found, op, asked)
+    return with_vectors_of(found, op, asked)

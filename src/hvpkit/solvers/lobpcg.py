@@ -42,7 +42,7 @@ from hvpkit.solvers.common.convergence import is_converged, rounding
 from hvpkit.solvers.common.orthogonalize import residuals_of, row_norms
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, num_at_low_end, select
 from hvpkit.solvers.common.request import Request, Start, check_arguments
-from hvpkit.solvers.driver import Assessment, Limits, Monitor, full_precision, run, with_whole_vectors
+from hvpkit.solvers.driver import Assessment, Limits, Monitor, full_precision, run, with_vectors_of
 
 WHICH = ("LA", "SA", "BE")
 
@@ -257,4 +257,4 @@ def lobpcg(
     width = min(k + num_ends * NUM_GUARDS, op.n, int(request.limits.remaining(0.0) / op.cost))
     split = sharded(op)
     found = run(Lobpcg(split, request, width, preconditioner), monitor=monitor)
-    return with_whole_vectors(found, split, op)
+    return with_vectors_of(found, split, op)

@@ -26,7 +26,7 @@ from hvpkit.solvers.certified_davidson import CertifiedDavidson, CertifiedDavids
 from hvpkit.solvers.checkpoint import Checkpoint, Saved, argument_of
 from hvpkit.solvers.common.request import Start, check_arguments, check_certainty
 from hvpkit.solvers.common.vector_memory import check_room, vectors_that_fit
-from hvpkit.solvers.driver import Monitor, conclude, full_precision, iterate, with_whole_vectors
+from hvpkit.solvers.driver import Monitor, conclude, full_precision, iterate, with_vectors_of
 from hvpkit.solvers.lanczos import lanczos
 
 NCV, MIN_NCV = 60, 8
@@ -277,7 +277,7 @@ def _solve(
     with nullcontext() if file is None else ending_after_cleanup():
         ended = iterate(solver, monitor=monitor, checkpoint=file)
     if ended.status is not None:
-        found = with_whole_vectors(conclude(solver, ended), solver.op, op)
+        found = with_vectors_of(conclude(solver, ended), solver.op, op)
         if file is not None and found.converged:
             file.clear()
         return found
@@ -289,9 +289,9 @@ def _solve(
     if limits.time_limit is not None:
         time_left = agreed(op.space.ranks, limits.time_limit - (time.perf_counter() - ended.began))
     if remaining < (2 * request.k + 1) * op.cost:
-        return with_whole_vectors(conclude(solver, ended, Status.MAX_MATVECS), solver.op, op)
+        return with_vectors_of(conclude(solver, ended, Status.MAX_MATVECS), solver.op, op)
     if time_left is not None and time_left <= 0:
-        return with_whole_vectors(conclude(solver, ended, Status.TIME_LIMIT), solver.op, op)
+        return with_vectors_of(conclude(solver, ended, Status.TIME_LIMIT), solver.op, op)
     cheap, level = conclude(solver, ended, Status.MAX_MATVECS), ended.state.level
     del ended  # its vectors make room for the basis
 

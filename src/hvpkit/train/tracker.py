@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from hvpkit._utils.checkpoints import check_identity, digest
 from hvpkit._utils.files import atomic_write, beside, check_file, reason
 from hvpkit._utils.random import resolve_seed
+from hvpkit._utils.ranks import whole
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import (
     check_choice,
@@ -296,11 +297,12 @@ class SpectrumTracker:
         gradient = H.flatten(grad(origin.loss_fn, origin.params, origin.data))
         if self._scale is not None:
             gradient = coordinates_of(asked, gradient)
+        vectors = whole(found.vectors)
         if before and len(before[-1][1].vectors) == H.n:
-            cosines = before[-1][1].vectors.mT @ found.vectors
-            overlap = float(cosines.square().sum()) / max(1, found.vectors.shape[1])
+            cosines = whole(before[-1][1].vectors).mT @ vectors
+            overlap = float(cosines.square().sum()) / max(1, vectors.shape[1])
         size = float(gradient.square().sum())
-        share = float((found.vectors.mT @ gradient).square().sum()) / size if size else 0.0
+        share = float((vectors.mT @ gradient).square().sum()) / size if size else 0.0
         self.alignments = {at: known for at, known in self.alignments.items() if at < step}
         self.alignments[step] = Alignment(overlap, share)
         return found

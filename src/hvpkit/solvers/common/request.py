@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvpkit._utils.random import resolve_seed
+from hvpkit._utils.ranks import is_shards, whole
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import (
     check_choice,
@@ -157,6 +158,8 @@ def check_start(op: LinearOperator, v0: Start | None) -> Tensor | None:
         return None
     if isinstance(v0, EigenResult | ExtremeResult):
         v0 = v0.vectors
+    if is_shards(v0):
+        v0 = whole(v0)
     if not isinstance(v0, Tensor) or v0.ndim not in (1, 2) or v0.shape[0] != op.n or not v0.numel():
         found = list(v0.shape) if isinstance(v0, Tensor) else type(v0).__name__
         raise ValueError(f"v0 must be a tensor of shape [{op.n}] or [{op.n}, p], got {found}")

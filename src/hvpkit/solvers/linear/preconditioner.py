@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.space import Space
 from hvpkit.solvers import krylov
 from hvpkit.solvers.common.orthogonalize import rotate_
 
@@ -31,15 +32,17 @@ class SamplePreconditioner:
         rows: Ritz vectors ``[m, n]``.
         factors: :math:`\rho / d_i - 1` ``[m]``.
         spent: full-data matvecs that it took to make.
+        space: inner products.
     """
 
     rows: Tensor
     factors: Tensor
     spent: float
+    space: Space
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Apply it to rows ``[k, n]``."""
-        return rows + (rows @ self.rows.mT * self.factors) @ self.rows
+        return rows + (self.space.dots(self.rows, rows.mT).mT * self.factors) @ self.rows
 
 
 def krylov_preconditioner(
@@ -57,5 +60,5 @@ def krylov_preconditioner(
     sizes = (pairs.values.abs() * scale).clamp(min=damping)
     factors = damping / sizes - 1
     return SamplePreconditioner(
-        state.basis[:m], factors.to(state.basis), spent + state.num_products * sample.cost
+        state.basis[:m], factors.to(state.basis), spent + state.num_products * sample.cost, sample.space
     )

@@ -91,7 +91,7 @@ class Found:
         residuals: their true residual norms over those of b ``[k]``, float64 on the CPU.
         least: the same when they were nearly the least of all ``[k]``; infinite if they never were.
         statuses: empty while at work.
-        direction: of negative curvature ``[n]``, with its curvature over scale; of length 0 if there is none.
+        direction: of negative curvature, one row or none ``[..., n]``.
         curvature, column: of the direction.
     """
 
@@ -184,7 +184,7 @@ class LinearSystem:
                 (norms > 0).to(norms),
                 torch.full_like(norms, math.inf),
                 tuple("" if row in places else str(Status.CONVERGED) for row in range(len(rhs))),
-                rhs.new_empty(0),
+                rhs[:0],
             ),
             tuple(places),
             num_matvecs=spent,
@@ -265,7 +265,7 @@ class LinearSystem:
         overall, negative = worst(found), None
         if len(state.found.direction):
             negative = NegativeCurvature(
-                state.found.direction, state.found.curvature * state.scale, state.found.column
+                state.found.direction[0], state.found.curvature * state.scale, state.found.column
             )
         units = self.units.to("cpu", torch.float64)
         return SolveResult(
@@ -289,7 +289,7 @@ class LinearSystem:
         def apply(rows: Tensor) -> Tensor:
             images = self.op.product(rows.mT).mT
             if not scales:
-                scales.append(_scale_of(images))
+                scales.append(_scale_of(self.op.space.peak(images), images.dtype))
             return images if scales[0] == 1 else images / scales[0]
 
         return Matrix(apply, self.preconditioner, self.op.space)
@@ -395,9 +395,9 @@ class LinearSystem:
             residuals=_put(found.residuals, [place], torch.tensor([residual], dtype=torch.float64)),
         )
         if not len(found.direction) and isinstance(state.vectors, Directions):
-            direction = state.vectors.p[row] / state.vectors.p[row].abs().max()
+            direction = state.vectors.p[row] / self.op.space.peak(state.vectors.p[row])
             unit = direction / self.op.space.norm(direction)
-            found = replace(found, direction=unit, curvature=state.vectors.curvature[row], column=place)
+            found = replace(found, direction=unit[None], curvature=state.vectors.curvature[row], column=place)
         return replace(state, found=found)
 
     def _scale_(self, x: Tensor, scale: float) -> Tensor:
@@ -415,7 +415,7 @@ class LinearSystem:
 
     def identity(self, **more: Any) -> dict[str, Any]:
         """Return what must be the same when a solve continues from a checkpoint; tol and limits may change."""
-        b = digest(self.rhs * self.units[:, None])
+        b = digest(self.op.space.whole((self.rhs * self.units[:, None]).mT, self.op.n).mT)
         return {"solver": self.method, **self.op.identity(), "b": b, **more}
 
     def resumed(self, state: SystemState) -> SystemState:
@@ -439,10 +439,10 @@ class LinearSystem:
         return replace(state, num_matvecs=state.num_matvecs + cost, num_passes=state.num_passes + cost)
 
 
-def _scale_of(images: Tensor) -> float:
-    """Return 1 where the squares of images are well within the dtype's range, else a power of two near them."""
-    scale = float(power_of_two(images.abs().max()))
-    return 1.0 if abs(math.log2(scale)) <= SAFE * math.log2(torch.finfo(images.dtype).max) else scale
+def _scale_of(peak: Tensor, dtype: torch.dtype) -> float:
+    """Return 1 where the squares of images with this peak are well within the dtype's range, else a power of two."""
+    scale = float(power_of_two(peak))
+    return 1.0 if abs(math.log2(scale)) <= SAFE * math.log2(torch.finfo(dtype).max) else scale
 
 
 def worst(statuses: list[Status]) -> Status:
