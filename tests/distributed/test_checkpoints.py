@@ -23,8 +23,8 @@ from distributed.test_training import torchrun
 from hvpkit._utils import checkpoints
 from hvpkit.solvers import checkpoint
 
-X = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-P = torch.linspace(-1, 1, 12, dtype=torch.float64)
+X = torch.randn(40, 31, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+P = torch.linspace(-1, 1, 31, dtype=torch.float64)
 Y = torch.randint(0, 2, (40,), generator=torch.Generator().manual_seed(1))
 
 
@@ -48,11 +48,11 @@ def levels(H: hk.CurvatureOperator, **options: Any) -> Any:
     return hk.multifidelity([H.coarsen(30), H], ncv=8, tol=1e-6, atol=0.0, **options)
 
 
-B = torch.linspace(0, 1, 24, dtype=torch.float64).reshape(12, 2)
+B = torch.linspace(0, 1, 62, dtype=torch.float64).reshape(31, 2)
 
 QUESTIONS: dict[str, tuple[Question, int, Callable[[Any], Any]]] = {
     "lanczos": (partial(hk.lanczos, k=2, which="BE", tol=1e-12, atol=0.0), 5, lambda found: found.values),
-    "multifidelity": (levels, 2, lambda found: found.values),
+    "multifidelity": (levels, 12, lambda found: found.values),
     "trace": (partial(hk.trace, num_matvecs=10, block_size=1), 4, lambda found: found.value),
     "norm": (partial(hk.frobenius_norm, num_matvecs=10, block_size=1), 4, lambda found: found.value),
     "diagonal": (partial(hk.diagonal, num_matvecs=9, block_size=1), 4, lambda found: found.value),
@@ -64,7 +64,7 @@ QUESTIONS: dict[str, tuple[Question, int, Callable[[Any], Any]]] = {
     "density": (partial(hk.spectral_density, num_steps=5, num_probes=2), 3, lambda found: found.values),
     "Chebyshev density": (
         partial(hk.spectral_density, method="chebyshev", num_steps=9, num_probes=2),
-        26,
+        34,
         lambda found: found.values,
     ),
     "minres": (partial(hk.solve, b=B, damping=1.0, tol=1e-10), 8, lambda found: found.x),
@@ -130,10 +130,14 @@ def test_another_number_of_ranks_goes_on(
         torch.testing.assert_close(found[place], expected[place], rtol=1e-6, atol=1e-8)
 
 
-def test_a_job_whose_rank_is_killed_is_restarted_and_goes_on(tmp_path: Path) -> None:
-    done = torchrun("--max-restarts", "1", restarted.__file__, str(tmp_path))
+def test_a_job_whose_rank_is_killed_is_restarted_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # else torch 2.13's restarted workers look for each other where the killed ones were
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    done = torchrun("--max-restarts", "1", restarted.__file__, str(tmp_path), timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Signal 9" in done.stderr or "SIGKILL" in done.stderr
+    assert "exitcode: -9" in done.stderr
     loss_fn = restarted.Loss()
     whole = restarted.solve(restarted.hessian(None, loss_fn))
     for rank in range(2):
@@ -281,11 +285,18 @@ def full_disk(mesh: DeviceMesh, folder: Path) -> list[Any]:
 
 
 def own_disk(mesh: DeviceMesh, folder: Path) -> list[Any]:
-    """Save to a folder that each rank has for itself, and continue from one that only the first rank has."""
-    (path := folder / f"own-{mesh.get_local_rank()}").mkdir()
-    said = warned(lambda: solve(mesh, path, 5))
-    good = folder / ("good" if mesh.get_local_rank() == 0 else "nowhere")
-    return [said, told(lambda: solve(mesh, good))]
+    """Save where each rank sees another folder, and continue from one that only the first rank has."""
+    rank, write = mesh.get_local_rank(), checkpoint.checkpoint_parts.write
+    if rank == 0:
+        (folder / "own").mkdir()
+    checkpoint.checkpoint_parts.write = lambda path, *args: write(
+        path if rank == 0 else folder / "far", *args
+    )
+    try:
+        said = warned(lambda: solve(mesh, folder / "own", 5))
+    finally:
+        checkpoint.checkpoint_parts.write = write
+    return [said, told(lambda: solve(mesh, folder / ("good" if rank == 0 else "nowhere")))]
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +337,7 @@ def test_a_part_that_cannot_be_written_leaves_the_former_save(
 
 def test_ranks_that_share_no_disk_are_told(troubles: tuple[Path, dict[str, list[Any]]]) -> None:
     (first, one), (_, two) = troubles[1]["own_disk"]
-    assert "ranks do not see one folder" in first[0] or "No such file" in first[0]
+    assert "could not be written (ranks do not see one folder; name a place that all share)" in first[0]
     for text in (one, two):
         assert "checkpoint, in a folder that all ranks share, must be the same on all ranks" in text
 

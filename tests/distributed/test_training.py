@@ -16,12 +16,14 @@ import hvpkit as hk
 from distributed import training
 
 
-def torchrun(*arguments: str, size: int = 2, module: bool = False) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    *arguments: str, size: int = 2, module: bool = False, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     paths = [*sys.path, os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     call = [sys.executable, *start, *(["-m"] if module else []), *arguments]
-    return subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(call, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @pytest.mark.parametrize("library", ["lightning", "transformers"])

@@ -40,9 +40,13 @@ def write(folder: Path, parts: Mapping[str, Tensor], n: int, ranks: Ranks) -> di
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    tensors = {
-        name: ranks.control_shards(part, n) for name, part in parts.items() if 0 not in part.shape[:-1]
-    }
+    tensors, seen = {}, set()
+    for name, part in parts.items():
+        if 0 not in part.shape[:-1]:
+            place = part.untyped_storage().data_ptr()
+            own = part.clone() if place in seen else part  # safetensors takes no two that share memory
+            tensors[name] = ranks.control_shards(own, n)
+            seen.add(place)
     if not tensors:
         return {}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)

@@ -99,7 +99,7 @@ class Ranks:
                 function(self._control)
             except CheckpointException as error:
                 first = next(iter(error.failures.values()))[0]
-                raise OSError(getattr(first, "strerror", None) or str(first)) from None
+                raise OSError(getattr(first, "strerror", None) or _text(first)) from None
 
     def meet(self, question: object, error: BaseException | None = None) -> None:
         """Wait for all ranks at the same question. ``error``: what ended this rank's share of it; it is raised next.
