@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -47,7 +48,7 @@ from hvpkit.solvers.common.request import check_arguments, check_certainty
 from hvpkit.solvers.common.vector_memory import check_room, vectors_that_fit
 from hvpkit.solvers.driver import completed, full_precision
 from hvpkit.solvers.lanczos import Lanczos, LanczosState, default_ncv, num_vectors
-from hvpkit.solvers.lockstep import Asking, asking, in_lockstep
+from hvpkit.solvers.lockstep import Asker, Asking, in_lockstep
 
 GROUPINGS = ("module", "parameter")
 
@@ -321,7 +322,8 @@ def study(
 
     The ends so far are noted in ``ends``, by the block's name.
     """
-    began, solver = time.perf_counter(), question.solver(op, number, ncv)
+    began, asker = time.perf_counter(), Asker(op)
+    solver = question.solver(asker.op, number, ncv)
     steps = math.ceil(question.num_steps / solver.block_size) if question.density else 0
     state, history, limit, measured = solver.init(), list[Progress](), None, None
     while True:
@@ -343,11 +345,11 @@ def study(
             if limit is not None:
                 break
             try:
-                state = yield from asking(op, _stepping(solver, state))
+                state = yield from asker.asking(partial(solver.step, state))
             except DeadlineReached:
                 limit = Status.TIME_LIMIT
                 break
-    final: EigenResult = yield from asking(op, _finalizing(solver, state, status))
+    final: EigenResult = yield from asker.asking(partial(solver.finalize, state, status))
     final = completed(final, op, tuple(history), began, found.suspect)
     trace = None
     if question.num_probes:
@@ -359,16 +361,6 @@ def study(
     names = op.layout.names if op.layout is not None else ()
     extremes = extreme_result(op, final, question.tol)
     return BlockSpectrum(op.block_name, names, op.n, extremes, trace, density)
-
-
-def _stepping(solver: Lanczos, state: LanczosState) -> Callable[[LinearOperator], LanczosState]:
-    return lambda op: replace(solver, op=op).step(state)
-
-
-def _finalizing(
-    solver: Lanczos, state: LanczosState, status: Status
-) -> Callable[[LinearOperator], EigenResult]:
-    return lambda op: replace(solver, op=op).finalize(state, status)
 
 
 def _measured(solver: Lanczos, state: LanczosState, status: Status | None) -> Measured:
