@@ -219,7 +219,7 @@ def test_no_more_matvecs_than_scipy_takes_to_the_same_residual(spectrum: str) ->
         steps = 1 + next(step for step, residual in enumerate(residuals) if residual <= 1e-8)
         found = hk.solve(hk.aslinearoperator(A), b, method=method, tol=1e-8)
         assert found.converged
-        assert found.num_matvecs <= 1.04 * steps + 2  # one for the true residual; assessments each 32nd step
+        assert found.num_matvecs <= steps + 2  # one for the true residual, and a step for rounding
 
 
 def test_minres_takes_no_more_matvecs_than_conjugate_gradients() -> None:
