@@ -176,8 +176,8 @@ def blocks(
         one for all the probes. A pass costs the loss and its gradient, unless these graphs are held, and for each
         vector of a block a part of a whole matvec: 0.4 for the first of 20 layers, 0.1 for the last.
         Memory as for :func:`hvpkit.lanczos` of the whole Hessian: the blocks' vectors add up to its own. For a
-        comparison with a loop over ``wrt=`` see docs/performance.md: up to 4.3 times fewer seconds for ends and traces,
-        1.6 to 2.7 times with densities.
+        comparison with a loop over ``wrt=`` see docs/performance.md: up to 4.5 times fewer seconds for ends and traces,
+        with densities 1.7 times where graphs are held and 3.3 times where they are not.
 
     Source:
         Zhang et al., NeurIPS 2024, arXiv:2402.16788 (densities by block, of networks where Adam helps); Ghorbani,
