@@ -182,7 +182,8 @@ class Solver(Protocol[S, R_co]):
     def step(self, state: S) -> S:
         """Advance the state by one step.
 
-        Tensor code without host synchronisation. It donates (reuses) the input buffers: rows of the basis that a
+        Tensor code without host synchronisation, but for linear systems, whose next step needs the numbers of the
+        last. It donates (reuses) the input buffers: rows of the basis that a
         state uses are not changed by later steps before a restart, but a state that is to be kept past one has to
         be cloned. This keeps memory at ``ncv`` vectors. A step whose matvec is interrupted leaves the state valid.
         """

@@ -160,20 +160,21 @@ def step(op: LinearOperator, state: S, block_size: int = 1) -> S:
 
 def _append_matvec(op: LinearOperator, state: S, column: int, vector: Tensor) -> S:
     """Orthogonalise the matvec with basis row ``column``: store its coefficients, append the remainder."""
-    row, norm = state.num_rows, torch.maximum(state.norm, op.space.norm(vector))
+    row, norm, dropped = state.num_rows, torch.maximum(state.norm, op.space.norm(vector)), state.dropped
     if row < op.n:
         # From one start, a matvec has parts along the last two vectors only, but for the first after a restart.
         near = column - 2 if state.num_frontier == 1 and state.num_random <= 1 else 0
         first = near if near >= state.num_kept else 0
         coefficients, rest, alive = orthonormalise_(op.space, state.basis, row, vector, norm, first)
         state.projected[row, column], state.alive[row] = rest * alive, alive
-        state = replace(state, dropped=torch.hypot(state.dropped, rest * (1 - alive)))
+        dropped = torch.hypot(dropped, rest * (1 - alive))
     else:  # the basis spans the space
         coefficients = op.space.dots(state.basis, vector)
     state.projected[: min(row, op.n), column] = coefficients
     return replace(
         state,
         norm=norm,
+        dropped=dropped,
         num_multiplied=state.num_multiplied + 1,
         num_frontier=min(row + 1, op.n) - state.num_multiplied - 1,
         num_products=state.num_products + 1,

@@ -31,28 +31,44 @@ class _Asked(Exception):
         self.vectors = vectors
 
 
+class Asker:
+    """An operator whose matvecs are asked for.
+
+    Attributes:
+        op: for the functions that :meth:`asking` evaluates; elsewhere its matvecs raise.
+    """
+
+    def __init__(self, op: LinearOperator) -> None:
+        self.op = replace(op, product=self._answered)
+        self._answers: Iterator[Tensor | DeadlineReached] = iter(())
+
+    def _answered(self, vectors: Tensor) -> Tensor:
+        image = next(self._answers, None)
+        if image is None:
+            raise _Asked(vectors)
+        if isinstance(image, DeadlineReached):
+            raise image
+        return image
+
+    def asking(self, function: Callable[[], T]) -> Asking[T]:
+        """Evaluate a function that uses ``op``, asking for each matvec."""
+        images: list[Tensor | DeadlineReached] = []
+        while True:
+            self._answers = iter(images)
+            try:
+                return function()
+            except _Asked as asked:
+                vectors = asked.vectors
+            try:
+                images.append((yield vectors))
+            except DeadlineReached as reached:
+                images.append(reached)
+
+
 def asking(op: LinearOperator, function: Callable[[LinearOperator], T]) -> Asking[T]:
     """Evaluate a function of an operator, asking for each matvec."""
-    images: list[Tensor | DeadlineReached] = []
-    while True:
-        answers = iter(images)
-
-        def product(vectors: Tensor, answers: Iterator[Tensor | DeadlineReached] = answers) -> Tensor:
-            image = next(answers, None)
-            if image is None:
-                raise _Asked(vectors)
-            if isinstance(image, DeadlineReached):
-                raise image
-            return image
-
-        try:
-            return function(replace(op, product=product))
-        except _Asked as asked:
-            vectors = asked.vectors
-        try:
-            images.append((yield vectors))
-        except DeadlineReached as reached:
-            images.append(reached)
+    asker = Asker(op)
+    return asker.asking(lambda: function(asker.op))
 
 
 def in_lockstep(

@@ -84,10 +84,8 @@ class ConjugateGradients:
         """Take one step."""
         p, images = vectors.p, matrix.apply(vectors.p)
         sums = matrix.dots((p, images), (p, p), (images, images))
-        eps, known = (
-            torch.finfo(p.dtype).eps,
-            zip(vectors.curvature, iterates.stopped, iterates.norms, strict=True),
-        )
+        eps = torch.finfo(p.dtype).eps
+        known = zip(vectors.curvature, iterates.stopped, iterates.norms, strict=True)
         steps = [_step_length(eps, *row) for row in zip(*sums, vectors.rz, known, strict=True)]
         lengths, curvature, stopped, norms = zip(*steps, strict=True)
         x = combined(iterates.x, lengths, p)

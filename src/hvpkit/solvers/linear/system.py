@@ -217,16 +217,14 @@ class LinearSystem:
 
     def assess(self, state: SystemState) -> Assessment[SystemState]:
         """Compare residuals with tol, verify those that are small enough, and finish or begin again."""
-        iterates, suspect = state.iterates, None
-        ready, left = (
-            self._ready(iterates, state.places, self._goals(state)),
-            self._relative(state, iterates.sizes),
-        )
+        state, iterates, suspect = replace(state, is_ready=False), state.iterates, None
+        ready = self._ready(iterates, state.places, self._goals(state))
+        left = self._relative(state, iterates.sizes)
         if NON_FINITE in iterates.stopped:
             row = iterates.stopped.index(NON_FINITE)
             suspect = self.recurrence.multiplied(state.vectors)[row].unsqueeze(1)
         elif any(ready) or 1 in iterates.least:
-            state = self._judged(replace(state, is_ready=False), ready)
+            state = self._judged(state, ready)
         done = [Status(status) for status in state.found.statuses if status]
         known = left if state.places else state.found.residuals.tolist()
         residual = max(math.inf if math.isnan(size) else size for size in known)
