@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,7 +118,11 @@ def keep(asked: Asked, study: Record, judge_claims: Callable[[Sequence[Record]],
     study = {**study, "claims": judge_claims(list(study["runs"].values()))}
     write(asked.out / "study.json", study)
     if asked.results:
-        write(asked.results, rounded(study))
+        text = json.dumps(rounded(study), indent=1)
+        with atomic_write(asked.results) as draft:  # lists and dictionaries of plain values take a line each
+            draft.write_text(
+                re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda found: " ".join(found[0].split()), text) + "\n"
+            )
     return study
 
 

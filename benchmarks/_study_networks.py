@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 import hvpkit as hk
 from _harness import Record
-from _training import Data, read_images
+from _training import Data, read_images, train_pass
 
 NUM_CLASSES = 10
 
@@ -54,3 +56,20 @@ def network(name: str, seed: int, *, batchnorm: bool = True) -> nn.Module:
     raise SystemExit(
         f"--networks: there is no {name}; there are digits CNN, digits ResNet-8, CIFAR-10 ResNet-8"
     )
+
+
+def train_by_adam(
+    model: nn.Module, data: Data, settings: Record, num_epochs: int, seed: int
+) -> Iterator[int]:
+    """Train a model in place; yield the number of steps done, from 0 on."""
+    optimizer, source = (
+        torch.optim.Adam(model.parameters(), settings["lr"]),
+        torch.Generator().manual_seed(seed),
+    )
+    passes = (
+        train_pass(model, data, optimizer, source, batch_size=settings["batch_size"])
+        for _ in range(num_epochs)
+    )
+    yield 0
+    for step, _ in enumerate(chain.from_iterable(passes), 1):
+        yield step

@@ -38,8 +38,8 @@ import _harness as harness
 import hvpkit as hk
 from _harness import Record, markdown
 from _study import by_network, claims_table, complete, operator, plus_minus, publish, read_settings
-from _study_networks import NUM_CLASSES, examples, network
-from _training import Data, recompute_batchnorm, train_pass
+from _study_networks import NUM_CLASSES, examples, network, train_by_adam
+from _training import Data, recompute_batchnorm
 
 FULL: Record = {
     "networks": [
@@ -121,24 +121,15 @@ def schedule(num_steps: int, measurements: int) -> list[int]:
 def run(settings: Record, name: str, seed: int, cifar10: Path | None) -> Record:
     """Train one network and measure it along the way."""
     x, y = data = examples(name, settings, cifar10)[0]
-    model = network(name, seed)
-    optimizer = torch.optim.Adam(model.parameters(), settings["lr"])
-    due = schedule(settings["epochs"] * -(-len(y) // settings["batch_size"]), settings["measurements"])
+    model, epochs = network(name, seed), settings["epochs"]
+    due = schedule(epochs * -(-len(y) // settings["batch_size"]), settings["measurements"])
     measured: list[Record] = []
-    before, step, source = None, 0, torch.Generator().manual_seed(seed)
-
-    def look() -> None:
-        nonlocal before
+    before = None
+    for step in train_by_adam(model, data, settings, epochs, seed):
         if step in due:
             frozen = recompute_batchnorm(model, x, settings["hessian_batch_size"])
             found, before = measure(frozen, data, settings, before)
             measured.append({"step": step, **found})
-
-    look()
-    for _ in range(settings["epochs"]):
-        for _ in train_pass(model, data, optimizer, source, batch_size=settings["batch_size"]):
-            step += 1
-            look()
     counts = torch.bincount(y, minlength=NUM_CLASSES).tolist()
     return {"network": name, "seed": seed, "status": "trained", "counts": counts, "measured": measured}
 
@@ -262,7 +253,7 @@ def draw(study: Record) -> Figure:
             top.axhline(0, color="0.5", linewidth=1)
             top.set(title=record["network"], ylabel="smallest eigenvalue", xlabel="step")
             layers = [[one["layers"][name] for one in measured] for name in measured[0]["layers"]]
-            of_layers = middle.imshow(layers, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+            of_layers = middle.imshow(layers, aspect="auto", cmap="Blues", vmin=0, vmax=0.8)
             middle.set_yticks(range(len(layers)), [*measured[0]["layers"]], fontsize=7)
             parts = list(zip(*(shares(one) for one in measured), strict=True))
             of_classes = bottom.imshow(parts, aspect="auto", cmap="PuOr_r", vmin=-1, vmax=1)
@@ -271,7 +262,7 @@ def draw(study: Record) -> Figure:
                 places = range(0, len(steps), max(1, len(steps) // 4))
                 ax.set_xticks(places, [steps[place] for place in places])
                 ax.set_xlabel("step")
-        figure.colorbar(of_layers, ax=axes[1, :], label="share of the vector")
+        figure.colorbar(of_layers, ax=axes[1, :], label="share of the vector", extend="max")
         figure.colorbar(of_classes, ax=axes[2, :], label="share of the eigenvalue", extend="both")
     return figure
 

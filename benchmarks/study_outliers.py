@@ -42,8 +42,8 @@ import _harness as harness
 import hvpkit as hk
 from _harness import Record, markdown
 from _study import by_network, claims_table, complete, operator, publish, read_settings, share_beyond
-from _study_networks import NUM_CLASSES, examples, network
-from _training import Data, accuracy, recompute_batchnorm, train_pass
+from _study_networks import NUM_CLASSES, examples, network, train_by_adam
+from _training import Data, accuracy, recompute_batchnorm
 
 FULL: Record = {
     "networks": ["digits ResNet-8", "CIFAR-10 ResNet-8"],
@@ -74,20 +74,13 @@ EVERY = 5
 
 def train(model: nn.Module, data: Data, settings: Record, seed: int) -> nn.Module | None:
     """Train until the loss over all examples is low enough; return a copy in evaluation mode, or None."""
-    optimizer, source = (
-        torch.optim.Adam(model.parameters(), settings["lr"]),
-        torch.Generator().manual_seed(seed),
-    )
-    step = 0
-    for _ in range(settings["max_epochs"]):
-        for _ in train_pass(model, data, optimizer, source, batch_size=settings["batch_size"]):
-            step += 1
-            if step % EVERY == 0:
-                frozen = recompute_batchnorm(model, data[0], settings["hessian_batch_size"])
-                with torch.no_grad():
-                    loss = F.cross_entropy(frozen(data[0]), data[1])
-                if loss <= settings["loss"]:
-                    return frozen
+    for step in train_by_adam(model, data, settings, settings["max_epochs"], seed):
+        if step and step % EVERY == 0:
+            frozen = recompute_batchnorm(model, data[0], settings["hessian_batch_size"])
+            with torch.no_grad():
+                loss = F.cross_entropy(frozen(data[0]), data[1])
+            if loss <= settings["loss"]:
+                return frozen
     return None
 
 
@@ -200,13 +193,17 @@ def draw(study: Record) -> Figure:
     from hvpkit.plots.style import COLORS, STYLE
 
     runs = [run for run in study["runs"].values() if "values" in run]
-    names = [*dict.fromkeys(run["network"] for run in study["runs"].values())]
+    names = [*dict.fromkeys(run["network"] for run in runs)]
     colors = {"with BatchNorm": COLORS["smallest"], "without BatchNorm": COLORS["largest"]}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            2, len(names), figsize=(4.6 * len(names), 6.6), squeeze=False, layout="constrained"
+            2,
+            max(1, len(names)),
+            figsize=(4.6 * max(1, len(names)), 6.6),
+            squeeze=False,
+            layout="constrained",
         )
-        for top, bottom, name in zip(*axes, names, strict=True):
+        for top, bottom, name in zip(*axes, names, strict=False):
             for run in (one for one in runs if one["network"] == name):
                 color, first = colors[run["variant"]], run["seed"] == 0
                 places = range(1, 1 + len(run["values"]))

@@ -17,6 +17,9 @@ import bench_tracking
 import interval_coverage
 import profile_solve
 import soak
+import study_edge_of_stability
+import study_negative_curvature
+import study_outliers
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +44,44 @@ def result(name):
 )
 def test_table_is_in_the_document(script, name, document):
     assert script.table(result(name)) in (ROOT / document).read_text()
+
+
+STUDIES = {
+    "negative_curvature": study_negative_curvature,
+    "outliers": study_outliers,
+}
+
+
+def tables(text):
+    return [part.strip() for part in text.split("\n\n") if part.startswith("|")]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_tables_of_a_study_are_in_its_page_and_follow_from_its_runs(name):
+    found, study = result(f"study_{name}"), STUDIES[name]
+    page = (ROOT / f"docs/studies/{name}.md").read_text()
+    assert len(tables(study.report(found))) == 2
+    assert all(table in page for table in tables(study.report(found)))
+    assert f"../pictures/study_{name}.png" in page
+    assert (ROOT / f"docs/pictures/study_{name}.png").stat().st_size < 250_000
+    again = study.judge_claims(list(found["runs"].values()))
+    assert [row["verdict"] for row in found["claims"]] == [row["verdict"] for row in again]
+
+
+def test_table_of_the_edge_of_stability_is_in_its_page():
+    found = result("edge_of_stability/study")
+    (table,) = tables(study_edge_of_stability.report(found))
+    assert table in (ROOT / "docs/studies/edge_of_stability.md").read_text()
+
+
+def test_negative_eigenvalues_of_the_study_are_those_that_an_independent_product_gives():
+    runs = result("study_negative_curvature")["runs"].values()
+    every = [one for run in runs for one in run["measured"]]
+    assert max(one["sum_error"] for one in every) < 1e-3
+    used = [one for run in runs for one in study_negative_curvature.negative(run)]
+    assert {one["status"] for one in used} == {"converged"}
+    assert {one["status"] for one in every} <= {"converged", "rounding-limited"}
+    assert len(used) > 0.9 * len(every)
 
 
 def test_comparison_is_in_its_document_and_beside_its_results():
