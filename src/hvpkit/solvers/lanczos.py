@@ -505,8 +505,8 @@ def lanczos(
 
     Returns:
         Values ascending, with orthonormal vectors (DTensors over a mesh), true residuals, intervals and status. At a
-        limit, or if a matvec is not finite, the status says so, and the result holds the best pairs so far: fewer than ``k`` if that was
-        early.
+        limit, or if a matvec is not finite, the status says so, and the result holds the best pairs so far: fewer than
+        ``k`` if that was early.
 
     Raises:
         ValueError: an argument out of its range, named; a checkpoint that is damaged, of another version or solve, or
