@@ -133,7 +133,7 @@ def other_data_that_is_read(mesh: DeviceMesh) -> Any:
     """Return what is said of data that are the same in the first batch."""
     late = X + mesh.get_local_rank() * (torch.arange(40) >= 30)[:, None]
     forms = (Read(late), DataLoader(Read(late), 8), Batches(late), [(part,) for part in late.split(8)])
-    found = [told(lambda form=form: hk.as_data(form, mesh=mesh)) for form in forms]
+    found = [told(lambda form=form: hk.as_data(form, mesh=mesh, batch_size=8)) for form in forms]
     lists = [{"x": part, "n": [0]} for part in late.split(8)]
     found.append(told(lambda: hk.as_data(lists, num_examples=lambda batch: len(batch["x"]), mesh=mesh)))
     own = X.float() if mesh.get_local_rank() else X

@@ -500,12 +500,13 @@ def lanczos(
         checkpoint: a file. The solve is saved there every minute, at a limit and when it is interrupted. The same call
             continues from it, for one matvec beyond the budget that verifies the operator, to the same bits;
             tolerances and limits may be changed. A save that fails is an :class:`hvpkit.UnsavedWarning`. Deleted on
-            convergence.
+            convergence. Of several ranks, each keeps its part of the basis in a folder beside the file, named as that
+            with ``.parts``, and any number of ranks continues.
 
     Returns:
-        Values ascending, with orthonormal vectors, true residuals, intervals and status. At a limit, or if a matvec
-        is not finite, the status says so, and the result holds the best pairs so far: fewer than ``k`` if that was
-        early.
+        Values ascending, with orthonormal vectors (DTensors over a mesh), true residuals, intervals and status. At a
+        limit, or if a matvec is not finite, the status says so, and the result holds the best pairs so far: fewer than
+        ``k`` if that was early.
 
     Raises:
         ValueError: an argument out of its range, named; a checkpoint that is damaged, of another version or solve, or
