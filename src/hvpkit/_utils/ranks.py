@@ -164,6 +164,16 @@ class Ranks:
             _all_gather(whole, part.contiguous(), group=self.group)
         return whole
 
+    def send(self, tensor: Tensor, source: int) -> None:
+        """Write one rank's values of a contiguous tensor into that of all; after a meeting."""
+        with answering():
+            dist.broadcast(tensor, group=self.group, group_src=source)
+
+    def sum_on(self, tensor: Tensor, rank: int) -> None:
+        """Write the sum of the ranks' contiguous tensors into that of one rank; others lose theirs. After a meeting."""
+        with answering():
+            dist.reduce(tensor, group=self.group, group_dst=rank)
+
     def agree(self, value: T) -> T:
         """Return what the first rank's ``value`` is.
 

@@ -147,7 +147,8 @@ def check_dense(name: str, tensor: Tensor) -> Tensor:
     """Return ``tensor``; raise TypeError unless it holds its values in strided memory."""
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
-            f"{name} is a DTensor, sharded over processes; pass {name}.full_tensor(), and the data with mesh="
+            f"{name} is a DTensor, sharded over processes; pass {name}.full_tensor(), and the data with mesh=, or all "
+            "parameters as they are with shard_params=True"
         )
     if tensor.is_nested:
         raise TypeError(

@@ -36,11 +36,11 @@ class Space:
 
     def size(self, n: int) -> int:
         """Return how many of the n entries of a vector are here."""
-        return len(range(n)[self._part(n)])
+        return len(range(n)[self.part(n)])
 
     def local(self, whole: Tensor) -> Tensor:
         """Return the entries of a vector ``[n]``, or of columns ``[n, k]``, that are here."""
-        return whole if self._shards is None else whole[self._part(len(whole))].contiguous()
+        return whole if self._shards is None else whole[self.part(len(whole))].contiguous()
 
     def whole(self, local: Tensor, n: int) -> Tensor:
         """Return a vector ``[n]``, or columns ``[n, k]``, of what each rank holds of it."""
@@ -58,12 +58,13 @@ class Space:
             return shares.mT
         return ranks.sum_part(shares, -(-n // ranks.size))[:, : self.size(n)].mT
 
-    def _part(self, n: int) -> slice:
+    def part(self, n: int, rank: int | None = None) -> slice:
+        """Return which of the n entries of a vector are here, or on another rank."""
         ranks = self._shards
         if ranks is None:
             return slice(0, n)
-        size = -(-n // ranks.size)
-        return slice(min(ranks.rank * size, n), min((ranks.rank + 1) * size, n))
+        size, rank = -(-n // ranks.size), ranks.rank if rank is None else rank
+        return slice(min(rank * size, n), min((rank + 1) * size, n))
 
     def reduce(self, share: Tensor) -> Tensor:
         """Return the sum over all entries, of the sums over those that are here."""
@@ -84,7 +85,8 @@ class Space:
 
     def random(self, n: int, *, like: Tensor, seed: int, stream: int = 0) -> Tensor:
         """Draw a standard normal vector of n entries, and return those that are here: the same whatever the ranks."""
-        return self.local(normal_vector(n, dtype=like.dtype, device=like.device, seed=seed, stream=stream))
+        part = None if self._shards is None else self.part(n)
+        return normal_vector(n, dtype=like.dtype, device=like.device, seed=seed, stream=stream, part=part)
 
     def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
         """Return the inner products of ``rows [m, n]`` with ``vector`` ``[n]`` or ``[n, k]``: ``[m]`` or ``[m, k]``."""
