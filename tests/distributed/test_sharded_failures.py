@@ -300,7 +300,7 @@ def test_no_rank_holds_more_than_its_part_and_a_few_layers(size: int) -> None:
     for matvec, operator, making in parts:
         assert operator <= 1 / size + 0.05
         assert matvec <= 2.2 / size + 6 * layer
-        assert making <= 6 / size + 6 * layer
+        assert making <= 1.3 + 5 / size  # random numbers are drawn 2^20 at a time, which are all of these
     for matvec, operator, _ in whole:
         assert operator >= 1
         assert matvec >= 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import hvpkit as hk
 import oracles
 from distributed.ranks import run
+from distributed.test_training import torchrun
 from hvpkit.operators.sharded import sharded
 
 SIZES = (2, 3, 4)
@@ -389,3 +391,14 @@ def test_ranks_without_a_batch_and_blocks_of_parameters() -> None:
     for n, one in found["blocks_of_parameters"]:
         assert n == len(block)
         close(one, block @ vectors(n))
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/distributed.md").read_text()
+    (script := tmp_path / "in_parts.py").write_text(page.split("```python\n")[2].split("```")[0])
+    done = torchrun(str(script))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = done.stdout.splitlines()
+    objective, params = hk.from_module(hk.zoo.digits_cnn(seed=0), nn.CrossEntropyLoss())
+    largest = hk.lanczos(hk.hessian(objective, params, hk.zoo.digits()), 1).values[0]
+    assert float(line.split()[0]) == pytest.approx(float(largest), rel=1e-2)
