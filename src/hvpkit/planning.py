@@ -191,6 +191,8 @@ def plan(
         >>> found.fits, found.task("trace").passes.expected
         (True, 99.0)
     """
+    if isinstance(H, CurvatureOperator):
+        H.check_whole("plan")
     check_choice("method", method, METHODS)
     check_tolerance("tol", tol)
     check_positive("max_seconds", max_seconds)

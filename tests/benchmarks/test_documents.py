@@ -10,6 +10,7 @@ import bench_blocks
 import bench_distributed
 import bench_fidelity
 import bench_products
+import bench_sharded_parameters
 import bench_solve
 import bench_solvers
 import bench_top
@@ -36,6 +37,7 @@ def result(name):
         (bench_top, "top", "docs/multifidelity.md"),
         (bench_blocks, "blocks", "docs/performance.md"),
         (bench_distributed, "distributed", "docs/distributed.md"),
+        (bench_sharded_parameters, "sharded_parameters", "docs/distributed.md"),
         (bench_solve, "solve", "docs/performance.md"),
         (bench_products, "products", "docs/performance.md"),
         (profile_solve, "profile", "docs/performance.md"),

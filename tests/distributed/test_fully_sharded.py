@@ -304,5 +304,4 @@ def test_what_a_whole_model_takes_is_what_is_asked_for() -> None:
         H = hk.hessian(objective, params, data, mode="reverse-over-reverse", memory_limit=0)
         v = torch.ones(H.n)
         H @ v
-    structure = size  # of the meta device, which takes no memory
-    assert held.peak - structure <= fully_sharded.WHOLE_VECTORS * size
+    assert held.peak <= fully_sharded.WHOLE_VECTORS * size

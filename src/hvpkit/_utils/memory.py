@@ -138,4 +138,5 @@ class Allocations(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    leaves = (leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+    return [leaf.untyped_storage() for leaf in leaves if not leaf.is_meta]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from numbers import Integral
 
 import numpy as np
@@ -33,8 +34,25 @@ def generator(seed: int, stream: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(word)
 
 
-def normal_vector(n: int, *, dtype: torch.dtype, device: torch.device, seed: int, stream: int = 0) -> Tensor:
+CHUNK = 2**20
+"""Numbers that are drawn at a time where not all are kept. Chosen by feel."""
+
+LEAST = 16
+"""The fewest numbers that are drawn at a time: torch fills vectors by 16."""
+
+
+def normal_vector(
+    n: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    stream: int = 0,
+    part: slice | None = None,
+) -> Tensor:
     """Draw a standard normal vector ``[n]`` on the CPU and move it: the same numbers on every device.
+
+    With ``part`` only those entries are returned, the same numbers again, and never held all at once.
 
     Example:
         >>> import torch
@@ -42,4 +60,14 @@ def normal_vector(n: int, *, dtype: torch.dtype, device: torch.device, seed: int
         torch.Size([3])
     """
     sample_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    return torch.randn(n, generator=generator(seed, stream), dtype=sample_dtype).to(device, dtype)
+    random = generator(seed, stream)
+    if part is None:
+        return torch.randn(n, generator=random, dtype=sample_dtype).to(device, dtype)
+    bounds = [bound for bound in range(0, n, CHUNK) if bound == 0 or n - bound >= LEAST] + [n]
+    kept = torch.empty(part.stop - part.start, dtype=sample_dtype)
+    for start, stop in pairwise(bounds):
+        drawn = torch.randn(stop - start, generator=random, dtype=sample_dtype)
+        first, last = max(start, part.start), min(stop, part.stop)
+        if first < last:
+            kept[first - part.start : last - part.start] = drawn[first - start : last - start]
+    return kept.to(device, dtype)

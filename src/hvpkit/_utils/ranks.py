@@ -71,10 +71,10 @@ class Ranks:
         """True on the rank that decides, prints and writes files."""
         return self.rank == 0
 
-    def part(self, n: int) -> slice:
-        """Return which of n entries this rank holds, as DTensor's Shard has them: n / p, rounded up; the last fewer."""
-        size = -(-n // self.size)
-        return slice(min(self.rank * size, n), min((self.rank + 1) * size, n))
+    def part(self, n: int, rank: int | None = None) -> slice:
+        """Return which of n entries a rank, by default this one, holds: n / p, rounded up, as Shard has it."""
+        size, rank = -(-n // self.size), self.rank if rank is None else rank
+        return slice(min(rank * size, n), min((rank + 1) * size, n))
 
     def shards(self, part: Tensor, n: int) -> Tensor:
         """Return the DTensor ``[n, ...]`` on the mesh of which this is the rank's part, along the first dimension."""
@@ -193,6 +193,16 @@ class Ranks:
         with answering():
             _all_gather(whole, part.contiguous(), group=self.group)
         return whole
+
+    def send(self, tensor: Tensor, source: int) -> None:
+        """Write one rank's values of a contiguous tensor into that of all; after a meeting."""
+        with answering():
+            dist.broadcast(tensor, group=self.group, group_src=source)
+
+    def sum_on(self, tensor: Tensor, rank: int) -> None:
+        """Write the sum of the ranks' contiguous tensors into that of one rank; others lose theirs. After a meeting."""
+        with answering():
+            dist.reduce(tensor, group=self.group, group_dst=rank)
 
     def agree(self, value: T) -> T:
         """Return what the first rank's ``value`` is.

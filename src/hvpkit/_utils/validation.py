@@ -148,7 +148,7 @@ def check_dense(name: str, tensor: Tensor) -> Tensor:
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor, of which each process holds a part; take .full_tensor() on all of them together "
-            "first, and for an operator pass the data with mesh="
+            "first, and for an operator pass the data with mesh=, or all parameters as they are with shard_params=True"
         )
     if tensor.is_nested:
         raise TypeError(

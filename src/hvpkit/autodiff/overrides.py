@@ -74,10 +74,11 @@ def embedding(
     rows = F.embedding(
         input, weight
     )  # sparse and scale_grad_by_freq change the gradient only: leave them out
-    return rows if padding_idx is None else _padded(rows, rows.detach(), input, padding_idx % len(weight))
+    return rows if padding_idx is None else padded(rows, rows.detach(), input, padding_idx % len(weight))
 
 
-def _padded(rows: Tensor, padding: Tensor, input: Tensor, padding_idx: int) -> Tensor:
+def padded(rows: Tensor, padding: Tensor, input: Tensor, padding_idx: int) -> Tensor:
+    """Return rows of an embedding with another row where the index is that of the padding."""
     return torch.where((input == padding_idx).unsqueeze(-1), padding, rows)
 
 
@@ -332,6 +333,6 @@ def fixed_padding(moved: Sequence[Tensor], base: Sequence[Tensor]) -> FunctionOv
                 "model: mode='finite-difference' would move the padding row of an embedding, which is a constant, "
                 "as its weight is made of other parameters; choose another mode"
             )
-        return _padded(rows, before[padding_idx], input, padding_idx % len(weight))
+        return padded(rows, before[padding_idx], input, padding_idx % len(weight))
 
     return FunctionOverrides({F.embedding: held})

@@ -219,6 +219,16 @@ def check_params(params: Tree, *, finite: bool = True) -> tuple[Layout, list[Ten
                 f"{label} has dtype {leaf.dtype}; parameters must be floating point, real or complex "
                 "(pass anything else as part of the batch, or close over it)"
             )
+    check_alike(labels, leaves)
+    if finite:
+        for label, leaf in zip(labels, leaves, strict=True):
+            if not bool(torch.isfinite(leaf).all()):
+                raise ValueError(f"{label} contains NaN or infinity")
+    return layout, leaves
+
+
+def check_alike(labels: Sequence[str], leaves: Sequence[Tensor]) -> None:
+    """Raise ValueError unless parameters share one dtype and one device."""
     for what, values in (
         ("dtype", [leaf.dtype for leaf in leaves]),
         ("device", [leaf.device for leaf in leaves]),
@@ -229,8 +239,3 @@ def check_params(params: Tree, *, finite: bool = True) -> tuple[Layout, list[Ten
                     f"params must share one {what}: {labels[0]} has {values[0]}, {label} has {value}; "
                     f"convert them first, as by model.to({value!r})"
                 )
-    if finite:
-        for label, leaf in zip(labels, leaves, strict=True):
-            if not bool(torch.isfinite(leaf).all()):
-                raise ValueError(f"{label} contains NaN or infinity")
-    return layout, leaves

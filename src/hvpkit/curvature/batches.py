@@ -15,11 +15,13 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from hvpkit._utils.ranks import Ranks
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit.autodiff.captured import evaluate_unchanged, warn_captured
 from hvpkit.autodiff.overrides import fixed_padding
 from hvpkit.autodiff.pytree import Layout, unflatten
 from hvpkit.autodiff.randomness import check_repeatable
+from hvpkit.curvature.sharded_parameters import Shards
 from hvpkit.data import Data, describe
 
 Leaves: TypeAlias = list[Tensor]
@@ -51,17 +53,25 @@ class Problem:
         layout: of the chosen parameters.
         leaves: their values, a copy.
         data: the examples.
+        shards: how the ranks hold parameters and vectors, of which ``layout`` and ``leaves`` are this rank's parts;
+            None: each has all of them.
     """
 
     loss_fn: LossFn
     layout: Layout
     leaves: Leaves
     data: Data
+    shards: Shards | None = None
 
     @property
     def params(self) -> Tree:
         """The parameters as a tree."""
         return unflatten(self.leaves, self.layout.spec)
+
+    @property
+    def n(self) -> int:
+        """How many parameters there are, on all ranks."""
+        return (self.layout if self.shards is None else self.shards.layout).n
 
     @property
     def device(self) -> torch.device:
@@ -137,9 +147,23 @@ def weighted_batches(data: Data) -> Generator[WeightedBatch, None, None]:
         yield WeightedBatch(batch, size, weights, data.num_examples, number, start)
 
 
+def batches_in_step(data: Data, ranks: Ranks) -> Iterator[WeightedBatch]:
+    """Iterate over this rank's batches, as many as of any rank: a rank without one more takes one with weight zero."""
+    batches, spare = weighted_batches(data), None
+    while True:
+        batch = next(batches, None)
+        if not ranks.any(batch is not None):
+            return
+        spare = batch or spare or next(weighted_batches(data.first()))
+        yield batch or replace(spare, weights=torch.zeros((), device=data.device))
+
+
 def batch_curvatures(kind: Kind, problem: Problem, data: Data | None = None) -> Iterator[BatchCurvature]:
     """Iterate over the batches' curvature matrices of this kind; their sum is the matrix over all examples."""
-    batches = weighted_batches(problem.data if data is None else data)
+    if problem.shards is not None and data is None:
+        batches: Iterator[WeightedBatch] = batches_in_step(problem.data, problem.shards.ranks)
+    else:
+        batches = weighted_batches(problem.data if data is None else data)
     return (kind(problem.loss_fn, problem.layout, problem.leaves, batch) for batch in batches)
 
 

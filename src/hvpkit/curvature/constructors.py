@@ -15,7 +15,7 @@ from hvpkit._utils.ranks import Ranks, agreed, watching
 from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count, check_flag
 from hvpkit.autodiff.exact import exact_derivatives
-from hvpkit.autodiff.pytree import check_params, snapshot, unflatten
+from hvpkit.autodiff.pytree import check_params, snapshot
 from hvpkit.curvature.batch_means import check_batch_mean
 from hvpkit.curvature.batch_size import best_size
 from hvpkit.curvature.batch_sums import all_finite
@@ -35,9 +35,11 @@ from hvpkit.curvature.fisher import LIKELIHOODS, empirical_fisher_of_batch, find
 from hvpkit.curvature.float64 import in_float64
 from hvpkit.curvature.ggn import check_objective, ggn_of_batch
 from hvpkit.curvature.graph_cache import MemoryBudget
-from hvpkit.curvature.mode_selection import check_arithmetic, choose_recipe, lower_precision
+from hvpkit.curvature.mode_selection import Recipe, check_arithmetic, choose_recipe, lower_precision
 from hvpkit.curvature.operator import Curvature, CurvatureOperator
 from hvpkit.curvature.param_selection import Selection, restrict
+from hvpkit.curvature.sharded_problem import MODE as SHARDED_MODE
+from hvpkit.curvature.sharded_problem import check_options, device_of, sharded_problem, verify
 from hvpkit.data import Data, as_data
 from hvpkit.errors import CompileWarning, NonFiniteError
 from hvpkit.objective import Objective, check_batches, check_loss_fn, goes_by_batches, normalized
@@ -57,6 +59,7 @@ def hessian(
     arithmetic: str = "native",
     memory_limit: float | None = None,
     compile: bool = False,
+    shard_params: bool = False,
     progress: bool = False,
 ) -> CurvatureOperator:
     r"""Return the Hessian of the mean loss over all examples, :math:`H = \frac1N \sum_i \nabla^2 \ell_i(p)`.
@@ -83,6 +86,11 @@ def hessian(
         compile: compile matvecs by ``torch.compile``, forward over reverse, once for a ``loss_fn`` and a batch size;
             that takes from seconds to a minute, and pays in long runs. The result is compared with the matvec without
             it, which stays in use, with a :class:`hvpkit.CompileWarning`, where torch cannot compile or is wrong.
+        shard_params: keep 1 / p of the parameters on each of the p ranks that share ``data``; each is whole only
+            while a function of the loss uses it. For models that fit no other way: a batch sends all parameters
+            about seven times, and computes functions of parameters anew, so that batches should be large. ``params``
+            may be DTensors, as of ``from_module(..., shard_params=True)``. Reverse over reverse; no graphs are held,
+            and the operator has no samples. docs/distributed.md.
         progress: show a bar over the batches of each matvec.
 
     Returns:
@@ -92,10 +100,12 @@ def hessian(
 
     Raises:
         TypeError, ValueError: as :func:`hvpkit.hvp` and :func:`hvpkit.as_data`; ``wrt`` matches nothing; a
-            last batch of one example under ``batchnorm="batch"``; arithmetic that the dtype, device or mode lacks.
+            last batch of one example under ``batchnorm="batch"``; arithmetic that the dtype, device or mode lacks;
+            ``shard_params`` with data of one process, or with an option that it excludes.
         NonFiniteError: the loss of the first batch is not finite.
         ArithmeticError: ``mode="auto"``: the exact modes disagree or differ from finite differences, and these are not
-            symmetric, the gradient being that of no loss, or too rough.
+            symmetric, the gradient being that of no loss, or too rough. ``shard_params``: products are not symmetric,
+            or not the derivative of the gradient, as of a loss that does other things when it is run again.
 
     Warns:
         DerivativeWarning: ``mode="auto"``: no exact mode is right, by finite differences, which are used instead; or
@@ -119,7 +129,7 @@ def hessian(
         >>> {name: round(ex.largest.value, 3) for name, ex in ends.items()}
         {'w': 8.0, 'b': 2.0}
     """
-    options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress, compile)
+    options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress, shard_params, compile)
     problem, first = _specify(loss_fn, params, data, options)
     return _build("hessian", hessian_of_batch, problem, first, options)
 
@@ -134,6 +144,7 @@ def ggn(  # noqa: D417
     mode: str = "auto",
     arithmetic: str = "native",
     memory_limit: float | None = None,
+    shard_params: bool = False,
     progress: bool = False,
 ) -> CurvatureOperator:
     r"""Return the generalised Gauss-Newton matrix of the mean loss, :math:`G = \frac1N \sum_i J_i^\top H_i J_i`.
@@ -167,7 +178,7 @@ def ggn(  # noqa: D417
         >>> G @ torch.tensor([1.0, 0.0])
         tensor([2., 4.])
     """
-    options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress)
+    options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress, shard_params)
     problem, first = _specify(check_objective(objective), params, data, options)
     return _build("ggn", ggn_of_batch, problem, first, options)
 
@@ -182,6 +193,7 @@ def empirical_fisher(  # noqa: D417
     mode: str = "auto",
     arithmetic: str = "native",
     memory_limit: float | None = None,
+    shard_params: bool = False,
     progress: bool = False,
 ) -> CurvatureOperator:
     r"""Return the empirical Fisher matrix: the second moment of single gradients, :math:`\frac1N \sum_i g_i g_i^\top`.
@@ -211,7 +223,7 @@ def empirical_fisher(  # noqa: D417
         >>> F @ torch.ones(2)
         tensor([2., 3.])
     """
-    options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress)
+    options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress, shard_params)
     problem, first = _specify(loss_fn, params, data, options)
     return _build("empirical-fisher", empirical_fisher_of_batch, problem, first, options)
 
@@ -229,6 +241,7 @@ def fisher(  # noqa: D417
     mode: str = "auto",
     arithmetic: str = "native",
     memory_limit: float | None = None,
+    shard_params: bool = False,
     progress: bool = False,
 ) -> CurvatureOperator:
     r"""Return the Fisher matrix of predictions, :math:`\frac1N \sum_i \mathbf E_{y \sim p(y|x_i)}\, g g^\top`.
@@ -274,7 +287,7 @@ def fisher(  # noqa: D417
     if num_samples is not None:
         check_count("num_samples", num_samples, 1)
     seed = resolve_seed(seed)
-    options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress)
+    options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress, shard_params)
     problem, first = _specify(objective, params, data, options)
     with exact_derivatives(problem.device):
         found = find_likelihood(check_objective(problem.loss_fn), problem.over(first), likelihood)
@@ -294,11 +307,15 @@ class _Options:
     arithmetic: str
     memory_limit: float | None
     progress: bool
+    shard_params: bool
     compile: bool = False
 
 
 def _plain(options: _Options) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("batch_size", "mode", "arithmetic", "compile")}
+    return {
+        name: getattr(options, name)
+        for name in ("batch_size", "mode", "arithmetic", "compile", "shard_params")
+    }
 
 
 def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> tuple[Problem, Data]:
@@ -307,11 +324,17 @@ def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> 
     check_choice("mode", options.mode, ("auto", *MODES))
     check_flag("compile", options.compile)
     check_flag("progress", options.progress)
+    check_flag("shard_params", options.shard_params)
+    if options.shard_params:
+        check_options(**vars(options))
     check_loss_fn(loss_fn, params)
     function, params = restrict(loss_fn, params, options.wrt)
-    layout, leaves = check_params(params)
-    leaves = [snapshot(leaf) for leaf in leaves]  # later training does not change the operator
-    device = leaves[0].device
+    if options.shard_params:
+        device = device_of(params)
+    else:
+        layout, leaves = check_params(params)
+        leaves = [snapshot(leaf) for leaf in leaves]  # later training does not change the operator
+        device = leaves[0].device
     if isinstance(batch_size, str):
         if batch_size != "auto":
             raise ValueError(f"batch_size must be a number of examples or 'auto', got {batch_size!r}")
@@ -323,20 +346,25 @@ def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> 
     examples = as_data(data, batch_size=batch_size, device=device)
     check_batches(loss_fn, examples)
     function = normalized(function, examples)
-    first = examples.first()
-    with watching(examples.ranks), exact_derivatives(device):
-        value = check_loss(next(loss_shares(function, layout, first)), leaves)
-        check_batch_mean(
-            function, unflatten(leaves, layout.spec), examples, first, resized=options.batch_size == "auto"
-        )
+    first, ranks = examples.first(), examples.ranks
+    with watching(ranks), exact_derivatives(device):
+        if options.shard_params:
+            problem = sharded_problem(function, params, examples)
+        else:
+            problem = Problem(function, layout, leaves, examples)
+        value = check_loss(next(loss_shares(problem.loss_fn, problem.layout, first)), problem.leaves)
+        if problem.shards is None or not problem.shards.ranks.any(first.num_examples < 2):
+            resized = options.batch_size == "auto"
+            check_batch_mean(problem.loss_fn, problem.params, examples, first, resized=resized)
         if not all_finite([value]):
             raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
-        ranks = examples.ranks
         if ranks is not None:
-            ranks.check_same(params=digest(leaves), **_plain(options))
+            if problem.shards is None:
+                ranks.check_same(params=digest(problem.leaves))
+            ranks.check_same(**_plain(options))
             if examples.units_of_ranks is None:
                 _check_same_loss(ranks, float(value), torch.finfo(value.dtype).eps ** 0.5)
-    return Problem(function, layout, leaves, examples), first.first(TRIAL_EXAMPLES)
+    return problem, first.first(TRIAL_EXAMPLES)
 
 
 def _check_same_loss(ranks: Ranks, value: float, tol: float) -> None:
@@ -353,6 +381,8 @@ def _check_same_loss(ranks: Ranks, value: float, tol: float) -> None:
 
 def _build(kind: str, of_batch: Kind, problem: Problem, first: Data, options: _Options) -> CurvatureOperator:
     """Choose mode, batch size and code by trials on the first examples; return the operator."""
+    if problem.shards is not None:
+        return _build_sharded(kind, of_batch, problem, first, options)
     arithmetic = options.arithmetic
     device, dtype = problem.device, problem.leaves[0].dtype
     check_arithmetic(arithmetic, problem.leaves[0])
@@ -401,3 +431,17 @@ def _build(kind: str, of_batch: Kind, problem: Problem, first: Data, options: _O
                 of_batch, recipe = faster, replace(recipe, mode=MODE, reason=f"{MODE}: compiled")
     curvature = Curvature(kind, of_batch, problem, recipe, budget.new_cache(), progress=options.progress)
     return CurvatureOperator.of([(1.0, curvature)])
+
+
+def _build_sharded(
+    kind: str, of_batch: Kind, problem: Problem, first: Data, options: _Options
+) -> CurvatureOperator:
+    """Verify products of parameters in parts on the first examples; return the operator."""
+    with watching(problem.data.ranks), exact_derivatives(problem.device):
+        verify(of_batch, problem, first)
+    reason = f"{SHARDED_MODE}: shard_params=True, by which parameters come in parts"
+    recipe = Recipe(SHARDED_MODE, None if options.mode != "auto" else reason, "native")
+    cache = MemoryBudget(0.0).new_cache()
+    return CurvatureOperator.of(
+        [(1.0, Curvature(kind, of_batch, problem, recipe, cache, progress=options.progress))]
+    )

@@ -67,7 +67,7 @@ class GraphCache:
         self.budget = budget
         self.num_bytes = 0
         self._linear_maps: list[LinearMap] = []
-        self._used = self._full = False
+        self._used, self._full = False, budget.num_bytes == 0
         self._num_batches: int | None = None
 
     def linearized(self, batches: Batches, mode: str) -> Generator[tuple[LinearMap, bool], None, None]:

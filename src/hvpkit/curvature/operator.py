@@ -32,6 +32,7 @@ from hvpkit.curvature.data_identity import same_examples
 from hvpkit.curvature.graph_cache import GraphCache
 from hvpkit.curvature.importance_sampling import Importance, importance_sample, scores
 from hvpkit.curvature.mode_selection import Recipe, lower_precision
+from hvpkit.curvature.sharded_problem import parameters_of
 from hvpkit.data import Data, as_data, digest_of
 from hvpkit.objective import Objective, goes_by_batches
 from hvpkit.operators.algebra import combined_product
@@ -86,6 +87,9 @@ class Curvature:
         """
         if self.scale is not None:
             return self.scale[:, None] * replace(self, scale=None).product(self.scale[:, None] * vectors)
+        if self.problem.shards is not None:
+            space = self.problem.shards.space
+            return space.whole(self.of_parts(space.local(vectors)), self.problem.n)
         ranks = self.problem.data.ranks
         if ranks is None:
             return self._share(vectors).mT
@@ -102,6 +106,12 @@ class Curvature:
         if self.scale is None:
             return self._share(vectors)
         return self.scale * self._share(self.scale[:, None] * vectors)
+
+    def of_parts(self, vectors: Tensor) -> Tensor:
+        """Multiply columns of which each rank holds its part, by parameters of which it does too."""
+        assert self.problem.shards is not None
+        with self.problem.shards.ranks.together(("matvec in parts", self.name, vectors.shape[1])):
+            return self._share(vectors).mT
 
     def _share(self, vectors: Tensor) -> Tensor:
         split = self.problem.layout.split
@@ -126,6 +136,11 @@ class Curvature:
 
     def blame(self, vector: Tensor) -> str:
         """Return a message that names the first batch whose matvec with ``vector [n]`` is not finite."""
+        if self.problem.shards is not None:
+            return (
+                f"the {self.name} product is not finite (NaN or infinity); which batch it is from is known without "
+                "shard_params, or from the losses of examples"
+            )
         column = self.problem.layout.split(vector if self.scale is None else self.scale * vector)
 
         def matvec(batch: BatchCurvature) -> Leaves:
@@ -187,11 +202,11 @@ class CurvatureOperator(LinearOperator):
         problem = terms[0][1].problem
         return cls(
             combined_product(terms, sigma),
-            problem.layout.n,
+            problem.n,
             problem.leaves[0].dtype,
             problem.device,
             name=name or terms[0][1].name,
-            layout=problem.layout,
+            layout=problem.layout if problem.shards is None else problem.shards.layout,
             cost=sum(term.data_share for _, term in terms),
             space=Space(ranks=problem.data.ranks),
             terms=tuple(terms),
@@ -232,15 +247,21 @@ class CurvatureOperator(LinearOperator):
 
     @property
     def origin(self) -> Problem | None:
-        """The loss, the parameters and the data whose curvature this is; None for a combination or a multiple."""
+        """The loss, parameters and data whose curvature this is; None for a combination, or parameters in parts."""
         (coefficient, term), *rest = self.terms
         changed = bool(rest) or coefficient != 1 or self.is_shifted or term.scale is not None
+        changed = changed or self.has_sharded_parameters
         return None if changed else term.problem
 
     @property
     def is_shifted(self) -> bool:
         """True if a multiple of the identity, or a diagonal, is added to the curvature."""
         return isinstance(self.sigma, Tensor) or self.sigma != 0
+
+    @property
+    def has_sharded_parameters(self) -> bool:
+        """True if ranks hold parts of the parameters."""
+        return any(term.problem.shards is not None for _, term in self.terms)
 
     @property
     def has_outputs(self) -> bool:
@@ -277,7 +298,7 @@ class CurvatureOperator(LinearOperator):
             **super().identity(),
             "matrix": " + ".join(f"{c!r} {kind} in {arithmetic}" for c, kind, arithmetic in terms),
             "sigma": digest(self.sigma) if isinstance(self.sigma, Tensor) else self.sigma,
-            "parameters": digest([problem.leaves for problem in problems]),
+            "parameters": digest([parameters_of(problem) for problem in problems]),
             "data": digest_of(self.data),
         }
         scales = [term.scale for _, term in self.terms]
@@ -288,6 +309,14 @@ class CurvatureOperator(LinearOperator):
         sigma = space.local(self.sigma)[:, None] if isinstance(self.sigma, Tensor) else self.sigma
         ranks = space.ranks
         assert ranks is not None
+
+        def of_parts(vectors: Tensor) -> Tensor:
+            images = sum(coefficient * term.of_parts(vectors) for coefficient, term in self.terms)
+            assert isinstance(images, Tensor)
+            return images + sigma * vectors if self.is_shifted else images
+
+        if all(term.problem.shards is not None and term.scale is None for _, term in self.terms):
+            return of_parts
 
         def product(vectors: Tensor) -> Tensor:
             whole = space.whole(vectors, self.n)
@@ -357,10 +386,17 @@ class CurvatureOperator(LinearOperator):
         """``subset(indices, weights)``: the operator over these examples, each with its weight; None as ``sample``."""
         return self._subset if self._is_separable else None
 
+    def check_whole(self, function: str) -> None:
+        """Raise TypeError for parameters in parts, which a function cannot work with."""
+        if self.has_sharded_parameters:
+            raise TypeError(
+                f"{function} needs whole parameters, and {self!r} has shard_params=True; make it without"
+            )
+
     @property
     def _is_separable(self) -> bool:
         mixed = any(goes_by_batches(term.problem.loss_fn) for _, term in self.terms)
-        return not (mixed or self.data.has_own_variables)
+        return not (mixed or self.data.has_own_variables or self.has_sharded_parameters)
 
     def _sample(self, num_examples: int, seed: int) -> CurvatureOperator:
         return self._map(
@@ -408,6 +444,7 @@ class CurvatureOperator(LinearOperator):
             >>> H.coarsen(10, importance="loss").cost
             0.1
         """
+        self.check_whole("coarsen")
         if self.subset is None:
             super().coarsen()  # raises
         check_count("num_examples", num_examples, 1, self.num_examples)

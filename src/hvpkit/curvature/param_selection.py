@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hvpkit._utils.typing import LossFn, Tree
 from hvpkit.autodiff.pytree import Layout, flatten, snapshot, unflatten
 from hvpkit.objective import composed
+from hvpkit.objective.fully_sharded import gathered
 
 Selection = str | Sequence[str] | Callable[[str], bool] | None
 """Names or globs over dotted parameter names, or a predicate of a name; None: all parameters."""
@@ -30,11 +31,12 @@ def restrict(loss_fn: LossFn, params: Tree, wrt: Selection) -> tuple[LossFn, Tre
     _check_distinct(names)
     chosen = _select(names, wrt)
     selected = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name in chosen}
-    constants = [snapshot(leaf) for leaf in leaves]
+    pairs = zip(names, leaves, strict=True)
+    constants = {name: snapshot(gathered(leaf)) for name, leaf in pairs if name not in chosen}
 
     def whole(variables: dict[str, Tensor]) -> Tree:
-        leaves = [variables.get(name, leaf) for name, leaf in zip(names, constants, strict=True)]
-        return unflatten(leaves, spec)
+        known = {**constants, **variables}
+        return unflatten([known[name] for name in names], spec)
 
     return composed(loss_fn, whole), selected
 

@@ -54,6 +54,8 @@ def precondition(H: LinearOperator, scale: Tree | Optimizer) -> LinearOperator:
         tensor([1., 2.])
     """
     H = aslinearoperator(H)
+    if isinstance(H, CurvatureOperator):
+        H.check_whole("precondition")
     if isinstance(scale, Optimizer):
         D, name = optimizer_scale(H, scale), type(scale).__name__
     else:

@@ -168,6 +168,8 @@ def check(H: LinearOperator, *, seed: Seed = 0, monitor: Callable[[Finding], obj
         >>> report.ok, report
         (False, <Report: symmetric failed>)
     """
+    if isinstance(H, CurvatureOperator):
+        H.check_whole("check")
     findings: list[Finding] = []
     for finding in _findings(H, resolve_seed(seed)):
         findings.append(finding)

@@ -45,15 +45,15 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def check_shards(model: nn.Module) -> None:
-    """Raise TypeError for DTensors of anything but ``fully_shard``, MemoryError if the whole parameters do not fit."""
+def check_shards(model: nn.Module, *, fit: bool) -> None:
+    """Raise TypeError for DTensors not of ``fully_shard``; MemoryError if all are to fit, whole, and do not."""
     sharded = {name: p for name, p in model.named_parameters() if is_sharded(p)}
     of_fsdp = {
         id(p) for module in model.modules() if is_fully_sharded(module) for p in module.parameters(False)
     }
     for name, parameter in sharded.items():
         _check_placements(name, parameter, of_fsdp, next(iter(sharded.values())))
-    if sharded:
+    if sharded and fit:
         _check_room(sharded.values())
 
 
@@ -83,7 +83,7 @@ def _check_room(parameters: Iterable[Any]) -> None:
         raise MemoryError(
             f"model: its parameters take {in_words(num_bytes)} where they are whole, an operator with its matvecs "
             f"{WHOLE_VECTORS} times as much, {in_words(WHOLE_VECTORS * num_bytes)}, and {in_words(free)} are free on a "
-            "rank: freeze parameters and take a part of the model, or more memory"
+            "rank: pass shard_params=True to from_module and to the operator, which then holds shards"
         )
 
 

@@ -60,19 +60,21 @@ class ModuleCopy:
     copied: frozenset[int]
 
 
-def copy_structure(model: nn.Module, batchnorm: str, training: bool) -> ModuleCopy:
+def copy_structure(
+    model: nn.Module, batchnorm: str, training: bool, shard_params: bool = False
+) -> ModuleCopy:
     """Return a copy of ``model`` whose tensors are on the meta device, without values.
 
-    The copy is in evaluation mode; with ``training``, in training mode except for modules that would update
-    statistics. Batch norms use the statistics that ``batchnorm`` names. Functions that close over modules of
-    ``model`` are copied too, and call the copies.
+    With ``shard_params`` parameters are to stay in shards, and need not fit. The copy is in evaluation mode; with
+    ``training``, in training mode except for modules that would update statistics. Batch norms use the statistics that
+    ``batchnorm`` names. Functions that close over modules of ``model`` are copied too, and call the copies.
     """
     for name, module in model.named_modules():
         _check_copyable(name, module)
     reshard(model)
     for name, parameter in model.named_parameters():
         _check_parameter(name, parameter)
-    check_shards(model)
+    check_shards(model, fit=not shard_params)
     originals = {_hollow(t): t for t in {*model.parameters(), *model.buffers()}}
     copies: dict[int, Any] = {id(original): hollow for hollow, original in originals.items()}
     kept = [t for _, t in references(model) if isinstance(t, Tensor)]

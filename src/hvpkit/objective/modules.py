@@ -40,6 +40,7 @@ def from_module(
     dropout: int | None = None,
     include_frozen: bool = False,
     targets: Targets = None,
+    shard_params: bool = False,
 ) -> tuple[Objective, dict[str, Tensor]]:
     """Return the objective and the parameters of a module, as they are now.
 
@@ -94,6 +95,8 @@ def from_module(
             constants.
         targets: of a dict, the key or keys of the targets; of a tuple, how many there are at its end. By default
             one, as above.
+        shard_params: leave the parameters of a model of ``fully_shard`` in shards, as DTensors, for operators with
+            ``shard_params=True``. Frozen parameters and buffers are gathered in any case.
 
     Returns:
         ``(objective, params)``, ``params`` a dict by dotted name in the order of ``named_parameters()``.
@@ -140,10 +143,11 @@ def from_module(
     if dropout is not None:
         check_count("dropout", dropout, 0)
     check_flag("include_frozen", include_frozen)
+    check_flag("shard_params", shard_params)
     _check_order(model, criterion)
     where = check_targets(targets)
-    copied = copy_structure(unwrap(model), batchnorm, dropout is not None)
-    network, params = Network.of(copied, include_frozen, batchnorm, dropout)
+    copied = copy_structure(unwrap(model), batchnorm, dropout is not None, shard_params)
+    network, params = Network.of(copied, include_frozen, batchnorm, dropout, shard_params)
     if criterion is None:
         return _with_own_loss(network, where or 0), params
     own = as_criterion(criterion)
@@ -190,10 +194,10 @@ def _with_criterion(
     def losses(outputs: Any, targets: list[Any]) -> Tensor:
         return criterion.losses(from_tree(outputs_of(outputs, targets)), targets)
 
-    def check_first(batch: Batch, like: Tensor) -> None:
+    def check_first(batch: Batch, given: Tree, like: Tensor) -> None:
         """Compare the objective with the model and the criterion as they were given."""
         args, kwargs, targets = split(batch)
-        moved = changed_parameters(params, like)
+        moved = given if any(map(is_sharded, params.values())) else changed_parameters(params, like)
         with torch.enable_grad(), access():  # a module may differentiate by its inputs
             outputs = network(moved, batch, args, kwargs)
             if original is not None:
@@ -218,7 +222,7 @@ def _with_criterion(
 
     def forward(params: Tree, batch: Batch) -> Any:
         if checks:
-            checks[0](batch, next(iter(params.values())))
+            checks[0](batch, params, next(iter(params.values())))
             checks.clear()
         args, kwargs, targets = split(batch)
         return outputs_of(network(params, batch, args, kwargs), targets)

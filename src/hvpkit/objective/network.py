@@ -49,13 +49,15 @@ class Network:
 
     @classmethod
     def of(
-        cls, copied: ModuleCopy, include_frozen: bool, batchnorm: str, dropout: int | None
+        cls, copied: ModuleCopy, include_frozen: bool, batchnorm: str, dropout: int | None, shard_params: bool
     ) -> tuple[Network, dict[str, Tensor]]:
-        """Return the network and the values of its variables; raise ValueError if there are none."""
+        """Return the network and its variables' values, in shards or whole; raise ValueError if there are none."""
         values: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
         for name, parameter in copied.module.named_parameters():
             is_variable = parameter.requires_grad or include_frozen
-            values[is_variable][name] = snapshot(gathered(copied.originals[parameter]))
+            original = copied.originals[parameter]
+            kept = original if is_variable and shard_params else gathered(original)
+            values[is_variable][name] = snapshot(kept)
         constants, variables = values
         if not variables:
             state = "all its parameters are frozen (pass include_frozen=True)" if constants else "it has none"

@@ -62,9 +62,9 @@ class Space:
             return shares.mT
         return ranks.sum_part(shares, -(-n // ranks.size))[:, : self.size(n)].mT
 
-    def part(self, n: int) -> slice:
-        """Return which of the n entries of a vector are here."""
-        return slice(0, n) if self._shards is None else self._shards.part(n)
+    def part(self, n: int, rank: int | None = None) -> slice:
+        """Return which of the n entries of a vector are here, or on another rank."""
+        return slice(0, n) if self._shards is None else self._shards.part(n, rank)
 
     def reduce(self, share: Tensor) -> Tensor:
         """Return the sum over all entries, of the sums over those that are here."""
@@ -93,7 +93,8 @@ class Space:
 
     def random(self, n: int, *, like: Tensor, seed: int, stream: int = 0) -> Tensor:
         """Draw a standard normal vector of n entries, and return those that are here: the same whatever the ranks."""
-        return self.local(normal_vector(n, dtype=like.dtype, device=like.device, seed=seed, stream=stream))
+        part = None if self._shards is None else self.part(n)
+        return normal_vector(n, dtype=like.dtype, device=like.device, seed=seed, stream=stream, part=part)
 
     def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
         """Return the inner products of ``rows [m, n]`` with ``vector`` ``[n]`` or ``[n, k]``: ``[m]`` or ``[m, k]``."""
