@@ -15,6 +15,7 @@ import bench_solve
 import bench_solvers
 import bench_top
 import bench_tracking
+import bench_warm
 import interval_coverage
 import profile_solve
 import soak
@@ -39,6 +40,7 @@ def result(name):
         (bench_distributed, "distributed", "docs/distributed.md"),
         (bench_sharded_parameters, "sharded_parameters", "docs/distributed.md"),
         (bench_solve, "solve", "docs/performance.md"),
+        (bench_warm, "warm", "docs/performance.md"),
         (bench_products, "products", "docs/performance.md"),
         (profile_solve, "profile", "docs/performance.md"),
         (soak, "soak", "docs/long_work.md"),
