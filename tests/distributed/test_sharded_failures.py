@@ -263,7 +263,7 @@ def test_a_matvec_sends_the_parameters_seven_times(size: int) -> None:
     assert sum(added for _, added, _ in found) == 2 * (size - 1) * num_bytes
 
 
-def test_a_solve_goes_on_with_whole_parameters_and_back(tmp_path: Path) -> None:
+def test_a_solve_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     path = tmp_path / "solve.ckpt"
     whole = run(2, lambda mesh: saved(mesh, tmp_path / "whole.ckpt", True, 1000))[0]
     first = run(3, lambda mesh: saved(mesh, path, True, 5))[0]

@@ -237,11 +237,13 @@ def one_process(mesh: DeviceMesh | None) -> hk.CurvatureOperator:
 def questions(mesh: DeviceMesh | None) -> list[Any]:
     H = one_process(mesh)
     ex = hk.extreme_eigenvalues(H, tol=1e-8, method="lanczos")
-    top = hk.top_eigenvalues(H, 3, tol=1e-8, method="lanczos")
+    parts = hk.top_eigenvalues(H, 3, tol=1e-8, method="lanczos")
+    top, images = parts.full_tensor(), H @ parts.vectors
+    images = images if mesh is None else images.full_tensor()
     density = hk.spectral_density(H, num_steps=6, seed=3)
     return [
         [ex.largest.value, ex.smallest.value, ex.num_matvecs, str(ex.status)],
-        [top.values, top.vectors.abs()],
+        [top.values, top.vectors.abs(), images.abs()],
         [hk.trace(H, num_matvecs=9, seed=3).value, density.grid, density.values],
         [hk.solve(H.shift(1.0), vectors(H.n), tol=1e-10).x, repr(H).replace("reverse-over-reverse", "")],
     ]
