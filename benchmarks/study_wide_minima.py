@@ -251,7 +251,7 @@ def draw(study: Record) -> Figure:
     runs = [run for run in study["runs"].values() if run["status"] == "trained"]
     rows = means(runs)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 4, figsize=(13, 3.4))
+        figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
         for ax, name in zip(axes, ("sharpness", "largest", "smallest", "test_accuracy"), strict=True):
             color = COLORS.get(name, COLORS["measured"])
             ax.plot([run["explore"] for run in runs], [run[name] for run in runs], ".", color="0.6")

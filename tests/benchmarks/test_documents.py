@@ -21,7 +21,9 @@ import profile_solve
 import soak
 import study_edge_of_stability
 import study_negative_curvature
+import study_optimizers
 import study_outliers
+import study_wide_minima
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +55,8 @@ def test_table_is_in_the_document(script, name, document):
 STUDIES = {
     "negative_curvature": study_negative_curvature,
     "outliers": study_outliers,
+    "wide_minima": study_wide_minima,
+    "optimizers": study_optimizers,
 }
 
 
