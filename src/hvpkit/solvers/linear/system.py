@@ -439,8 +439,8 @@ class LinearSystem:
 
 def _scale_of(peak: Tensor, dtype: torch.dtype) -> float:
     """Return 1 where the squares of images with this peak are well within the dtype's range, else a power of two."""
-    scale = float(power_of_two(peak))
-    return 1.0 if abs(math.log2(scale)) <= SAFE * math.log2(torch.finfo(dtype).max) else scale
+    scale, most = float(power_of_two(peak)), torch.finfo(dtype).max ** SAFE
+    return 1.0 if 1 / most <= scale <= most else scale
 
 
 def worst(statuses: list[Status]) -> Status:
