@@ -50,6 +50,15 @@ def run(
         return [list(of_ranks) for of_ranks in zip(*found, strict=True)]
 
 
+def told(call: Callable[[], object]) -> str:
+    """Return the type and message of what a call raises, or "nothing"."""
+    try:
+        call()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def _rank(
     folder: str, rank: int, size: int, timeout: float, functions: tuple[Callable[[DeviceMesh], Any], ...]
 ) -> None:

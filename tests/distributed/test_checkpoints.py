@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import hvpkit as hk
 from distributed import restarted
-from distributed.ranks import run
+from distributed.ranks import run, told
 from distributed.test_training import torchrun
 from hvpkit._utils import checkpoints
 from hvpkit.solvers import checkpoint
@@ -204,14 +204,6 @@ def solve(mesh: DeviceMesh | None, path: Path, most: int = 1000) -> Any:
     return hk.lanczos(
         hessian(mesh), 2, which="BE", tol=1e-12, atol=0.0, max_matvecs=most, checkpoint=path / "solve.ckpt"
     )
-
-
-def told(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def warned(call: Callable[[], Any]) -> list[str]:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import hvpkit as hk
-from distributed.ranks import run
+from distributed.ranks import run, told
 from hvpkit._utils import ranks
 from hvpkit.operators.sharded import sharded
 
@@ -32,14 +32,6 @@ def loss_fn(p: Tensor, x: Tensor) -> Tensor:
 def hessian(mesh: DeviceMesh | None, function: Any = loss_fn, x: Tensor = X, p: Tensor = P) -> Any:
     data = hk.as_data(x, mesh=mesh, batch_size=8)
     return hk.hessian(function, p, data, mode="reverse-over-reverse", memory_limit=0)
-
-
-def told(call: Any) -> str:
-    try:
-        call()
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def on_rank(mesh: DeviceMesh, rank: int, action: Any) -> Any:

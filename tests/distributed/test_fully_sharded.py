@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import hvpkit as hk
-from distributed.ranks import run
+from distributed.ranks import run, told
 from hvpkit._utils.memory import Allocations
 from hvpkit.objective import fully_sharded
 from hvpkit.train import SpectrumTracker
@@ -196,14 +196,6 @@ def tracked(mesh: DeviceMesh | None) -> list[Any]:
     return [ex.values for _, ex in tracker.results] + [
         one.gradient_share for one in tracker.alignments.values()
     ]
-
-
-def told(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def refusals(mesh: DeviceMesh) -> list[str]:

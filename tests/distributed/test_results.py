@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import hvpkit as hk
-from distributed.ranks import run
+from distributed.ranks import run, told
 from hvpkit._utils.ranks import Ranks
 from hvpkit.operators.space import Space
 
@@ -31,14 +31,6 @@ def loss_fn(p: dict[str, Tensor], x: Tensor) -> Tensor:
 def hessian(mesh: DeviceMesh | None) -> hk.CurvatureOperator:
     data = hk.as_data(X, mesh=mesh, batch_size=6)
     return hk.hessian(loss_fn, PARAMS, data, mode="reverse-over-reverse", memory_limit=0)
-
-
-def told(call: Any) -> str:
-    try:
-        call()
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def split(mesh: DeviceMesh, whole: Tensor) -> DTensor:

@@ -88,7 +88,7 @@ MESSAGES = {
 
 @dataclass(frozen=True)
 class Found:
-    """What is verified of all rows.
+    """Verified solutions of all rows, and their statuses.
 
     Attributes:
         best: solutions with the least true residual so far ``[k, n]``; zero at first.
