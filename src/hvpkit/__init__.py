@@ -52,6 +52,7 @@ from hvpkit.results.eigen import Eigenpair, EigenResult, ExtremeResult, Interval
 from hvpkit.results.estimate import Estimate, EstimateProgress
 from hvpkit.results.function import FunctionResult
 from hvpkit.results.linear import NegativeCurvature, SolveProgress, SolveResult
+from hvpkit.results.recycled import RecycledSpace
 from hvpkit.results.saving import load
 from hvpkit.solvers.baselines.oja import oja
 from hvpkit.solvers.baselines.power import accelerated_power, power
@@ -62,6 +63,7 @@ from hvpkit.solvers.lanczos import lanczos
 from hvpkit.solvers.lobpcg import lobpcg
 from hvpkit.solvers.monitors import progress_bar
 from hvpkit.solvers.multifidelity import multifidelity
+from hvpkit.solvers.recycling import follow_top
 
 if TYPE_CHECKING:
     from hvpkit import plots as plots
@@ -98,6 +100,7 @@ __all__ = [
     "PlannedTask",
     "Progress",
     "Range",
+    "RecycledSpace",
     "RemoteError",
     "Report",
     "SharedGeneratorWarning",
@@ -120,6 +123,7 @@ __all__ = [
     "extreme_eigenvalues",
     "fisher",
     "fisher_vp",
+    "follow_top",
     "frobenius_norm",
     "from_module",
     "ggn",

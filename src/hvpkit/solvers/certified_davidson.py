@@ -54,6 +54,7 @@ from hvpkit.solvers.davidson import Direction
 from hvpkit.solvers.driver import Assessment, Limits
 from hvpkit.solvers.ends import Bound, End, ascending, distinct, outwards, rank, reach_of, wanted_sides
 from hvpkit.solvers.lanczos import HIDDEN_BEYOND
+from hvpkit.solvers.low_rank import LowRank, low_rank_space
 from hvpkit.solvers.sample_space import SampleSpace, sample_space
 
 MAX_START_STEPS, START_SHARE = 60, 0.5
@@ -198,7 +199,7 @@ class CertifiedDavidson:
     def step(self, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
         """Multiply a new row or the certificate's vector; else find a direction, or start, on a cheap level."""
         if state.num_new:
-            return block_subspace.multiply(self.op, state, 1)
+            return block_subspace.multiply(self.op, state, 1, is_scaled=state.sample is not None)
         if state.certificate is not None:
             cost = state.certificate.op.cost
             return replace(state, certificate=state.certificate.step(), num_matvecs=state.num_matvecs + cost)
@@ -215,7 +216,10 @@ class CertifiedDavidson:
         most = most_at_one_end(asked.k, asked.which)
         k, which = (most, "LA") if asked.which == "LA" else (min(2 * most, self.op.n), "BE")
         num_steps = min(MAX_START_STEPS, self.ncv, int(affordable), self.op.n)
-        sample = sample_space(level, k, which, v0=asked.start, num_steps=num_steps, seed=asked.seed)
+        if isinstance(level, LowRank):
+            sample = low_rank_space(level, k)
+        else:
+            sample = sample_space(level, k, which, v0=asked.start, num_steps=num_steps, seed=asked.seed)
         finite = len(sample.ends) == k and math.isfinite(float(self.op.space.peak(sample.ends)))
         places = [place % k for place in self._known_places(k) if which == "BE" or place < 0]
         new = sample.ends[places if finite else []]  # a random one takes their place

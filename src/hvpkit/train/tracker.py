@@ -40,8 +40,10 @@ from hvpkit.errors import UnsavedWarning
 from hvpkit.extreme import METHODS, extreme_eigenvalues, top_eigenvalues
 from hvpkit.objective import from_module
 from hvpkit.results.eigen import EigenResult, ExtremeResult
+from hvpkit.results.recycled import RecycledSpace
 from hvpkit.solvers.common.request import check_atol
 from hvpkit.solvers.driver import Monitor
+from hvpkit.solvers.recycling import follow_top
 from hvpkit.train.data_parallel import buffers_of_first, share_among_all
 
 if TYPE_CHECKING:
@@ -73,17 +75,20 @@ class Alignment(NamedTuple):
 class SpectrumTracker:
     """A tracker of extreme eigenvalues of the full-data Hessian, called in a training loop: of both ends, or of k.
 
-    Every measurement starts from random vectors: eigenvectors of an earlier measurement save no passes, because
-    directions outside of them have to be excluded as well. The training is not changed: neither the parameters, nor
-    ``.grad``, ``train()/eval()`` or the global generator.
+    Every measurement starts from random vectors: as a start, eigenvectors of an earlier measurement save no passes,
+    because directions outside of them have to be excluded as well. Of the k largest eigenvalues each measurement
+    recycles the matvecs of those before (:func:`hvpkit.follow_top`), for a fraction of the passes at the same
+    confidence. The training is not changed: neither the parameters, nor ``.grad``, ``train()/eval()`` or the global
+    generator.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``, or an :class:`hvpkit.Objective`; the tracker is called with ``params``.
             For a module, which is trained in place, use :meth:`for_module`.
         data: all examples of the Hessian, as for :func:`hvpkit.hessian`.
         every: measure at the first of every so many calls; of steps, if calls give their ``step``.
-        k: number of pairs at the ends that ``which`` says, by :func:`hvpkit.top_eigenvalues`; None: both ends, one
-            pair each, by :func:`hvpkit.extreme_eigenvalues`.
+        k: number of pairs at the ends that ``which`` says, by :func:`hvpkit.top_eigenvalues`, the largest with
+            ``method="auto"`` by :func:`hvpkit.follow_top`; None: both ends, one pair each, by
+            :func:`hvpkit.extreme_eigenvalues`.
         which: with ``k``: ``"LA"`` the largest, ``"SA"`` the smallest, ``"BE"`` half from each end.
         precondition: a torch optimizer, or another D of :func:`hvpkit.precondition`, as it is at each measurement: the
             spectrum that an adaptive optimizer feels. Vectors and gradients are then in its coordinates.
@@ -98,7 +103,9 @@ class SpectrumTracker:
             tracker: digests of the data and of the arguments that change the question. If it exists, the tracker
             continues after the measurements in it. Measurements that are replaced, as training has gone back, are kept
             in a file beside it, ``path`` with ``.replaced``, with an :class:`hvpkit.UnsavedWarning`. A write that
-            fails is one too: the training goes on, and the next measurement writes all.
+            fails is one too: the training goes on, and the next measurement writes all. The matvecs that are recycled
+            lie beside it as well, ``path`` with ``.space``: some 40 vectors, so that a continued tracker has the same
+            numbers; without that file the next measurement takes more passes.
         monitor: called during a solve, as for :func:`hvpkit.extreme_eigenvalues`.
 
     Attributes:
@@ -196,6 +203,8 @@ class SpectrumTracker:
         self._replaced: list[tuple[int, Result]] = []
         self._num_parameters: int | None = None
         self._k, self._which, self._scale = k, which, precondition
+        self._recycles = k is not None and which == "LA" and method == "auto"
+        self._space: RecycledSpace | None = None
         self.results: list[tuple[int, Any]] = []
         self.alignments: dict[int, Alignment] = {}
         if self._path is not None:
@@ -212,6 +221,7 @@ class SpectrumTracker:
             self.results, self.alignments = _read(self._path, self._identity)
             if self.results:
                 self._num_calls = self.results[-1][0] + 1
+                self._space = _read_space(self._path) if self._recycles else None
 
     def share(self, model: nn.Module) -> None:
         """Share the work of each measurement among all processes, as of data-parallel training of ``model``.
@@ -268,8 +278,11 @@ class SpectrumTracker:
             )
         self._num_parameters = H.n
         kept = [pair for pair in self.results if pair[0] < step]
+        if len(kept) < len(self.results):
+            self._space = None  # of steps that are replaced
         ex = self._measure(H, step, self._seed + len(kept), kept)
         replaced, self.results = self.results[len(kept) :], [*kept, (step, ex)]
+        self._save_space()
         if self._path is not None and (ranks is None or ranks.is_first):
             try:
                 self._replaced += replaced
@@ -291,7 +304,11 @@ class SpectrumTracker:
         asked = H if self._scale is None else scaled(H, self._scale)
         if self._k is None:
             return extreme_eigenvalues(asked, seed=seed, **self._solve)
-        found = top_eigenvalues(asked, self._k, which=self._which, seed=seed, **self._solve)
+        if self._recycles:
+            options = {name: value for name, value in self._solve.items() if name != "method"}
+            found, self._space = follow_top(asked, self._k, self._space, seed=seed, **options)
+        else:
+            found = top_eigenvalues(asked, self._k, which=self._which, seed=seed, **self._solve)
         origin, overlap = H.origin, math.nan
         assert origin is not None
         gradient = H.flatten(grad(origin.loss_fn, origin.params, origin.data))
@@ -358,6 +375,20 @@ class SpectrumTracker:
 
         return plots.training(self.results, unit=unit, ax=ax)
 
+    def _save_space(self) -> None:
+        """Write the matvecs that are recycled beside ``path``: of several ranks, all together."""
+        if self._path is None or self._space is None:
+            return
+        try:
+            self._space.save(beside(self._path, "space"))
+        except (OSError, ValueError) as error:
+            warnings.warn(
+                f"path: what is recycled could not be written beside {self._path} ({error}); a continued tracker "
+                "takes more passes for its first measurement",
+                UnsavedWarning,
+                stacklevel=3,
+            )
+
     def _keep(self, path: Path) -> None:
         """Add measurements that are replaced to the file beside."""
         replaced = self._replaced
@@ -392,6 +423,16 @@ def _lines(
 def _write(path: Path, text: str) -> None:
     with atomic_write(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def _read_space(path: Path) -> RecycledSpace | None:
+    """Return the matvecs that are recycled; None, with a warning, if their file is damaged."""
+    file = beside(path, "space")
+    try:
+        return RecycledSpace.load(file) if file.exists() else None
+    except (OSError, ValueError) as error:
+        warnings.warn(f"path: nothing is recycled from {file}: {error}", UnsavedWarning, stacklevel=4)
+        return None
 
 
 def _read(path: Path, identity: dict[str, Any]) -> tuple[list[tuple[int, Result]], dict[int, Alignment]]:

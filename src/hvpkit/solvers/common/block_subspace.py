@@ -81,12 +81,15 @@ def start(op: LinearOperator, request: Request, width: int, capacity: int) -> Bl
     return BlockSubspace(rows, images, no_pairs(rows.mT), scale, num_new=width, num_random=num_random)
 
 
-def multiply(op: LinearOperator, state: S, width: int) -> S:
-    """Multiply new rows, at most ``width`` of them. No host synchronisation."""
+def multiply(op: LinearOperator, state: S, width: int, *, is_scaled: bool = False) -> S:
+    """Multiply new rows, at most ``width`` of them. No host synchronisation.
+
+    The first matvecs set the scale, unless it ``is_scaled``.
+    """
     width = min(width, state.num_new)
     new = slice(state.num_rows, state.num_rows + width)
     images = op.product(state.rows[new].mT.contiguous()).mT
-    if state.num_matvecs == 0:
+    if state.num_matvecs == 0 and not is_scaled:
         state = replace(state, scale=power_of_two(op.space.peak(images)))
     torch.div(images, state.scale, out=state.images[new])
     return replace(

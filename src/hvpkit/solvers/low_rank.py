@@ -1,0 +1,48 @@
+r"""Operators of low rank, :math:`\sum_i \theta_i u_i u_i^\top`: likenesses that cost no matvec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hvpkit.operators.base import LinearOperator
+from hvpkit.solvers.common.orthogonalize import power_of_two
+from hvpkit.solvers.sample_space import SampleSpace
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRank(LinearOperator):
+    """An operator known by its eigenpairs; all others are zero.
+
+    Attributes:
+        rows: orthonormal eigenvectors ``[r, n]``.
+        values: ascending ``[r]``, float64 on the CPU.
+        num_steps: Lanczos steps that a rough answer about the operator that it is like took.
+    """
+
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    values: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    num_steps: int = 0
+
+
+def low_rank(op: LinearOperator, rows: Tensor, values: Tensor, num_steps: int) -> LowRank:
+    """Return the operator with these eigenpairs, in the space of ``op``."""
+    factors = values.to(rows)[:, None]
+
+    def product(vectors: Tensor) -> Tensor:
+        return rows.mT @ (factors * op.space.dots(rows, vectors))
+
+    name = f"likeness of {op.name}"
+    return LowRank(product, op.n, op.dtype, op.device, name, None, 0.0, op.space, rows, values, num_steps)
+
+
+def low_rank_space(op: LowRank, k: int) -> SampleSpace:
+    """Return the k largest pairs as ends, and all of them as outliers."""
+    largest = float(op.values.abs().max())
+    scale = power_of_two(torch.tensor(largest, dtype=op.dtype, device=op.device))
+    values = op.values / float(scale)
+    return SampleSpace(
+        op.rows[-k:], largest / float(scale), op.rows, values, 0.0, 0.0, scale, op.num_steps, 0.0
+    )
