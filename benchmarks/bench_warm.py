@@ -1,12 +1,13 @@
-"""Passes of a warm solve for the top of the spectrum in the course of training, and how often a new top is missed.
+"""Passes to the top of the spectrum in the course of training: cold, warm, and by matvecs that are recycled.
 
     python benchmarks/bench_warm.py --cache DIR [--problems NAME ...]
 
-Training is by full batches; each tenth step the largest eigenvalue is solved for twice by Lanczos to 1 %: from a random
-vector (cold), and from the last measurement's vector with a tenth of a random one (warm, ``v0=``); and so are the five
-largest. ``needed`` are the matvecs without which no polynomial in the Hessian, applied to a random start, excludes an
-eigenvalue beyond twice the error allowed at a confidence of 0.99, if all the others but the top fill the interval below
-it, as Chebyshev's polynomials do best, and the top is known for nothing.
+Training is by full batches; each tenth step the largest eigenvalue is solved for to 1 %: by Lanczos from a random
+vector (cold), and from the last measurement's vector with a tenth of a random one (warm, ``v0=``), and by
+``hk.follow_top`` (followed); and so are the five largest. "Each epoch" is by minibatches of Adam. ``needed`` are the
+matvecs without which no polynomial in the Hessian, applied to a random start, excludes an eigenvalue beyond twice the
+error allowed at a confidence of 0.99, if all the others but the top fill the interval below it, as Chebyshev's
+polynomials do best, and the top is known for nothing.
 
 ``overtaken`` are diagonal matrices of 1,000 with a bulk up to the second eigenvalue, an old top at 1, whose vector a
 warm solve starts from, and a new one beyond it that is orthogonal to that. Missed: the value is off by more than twice
@@ -30,12 +31,14 @@ import hvpkit as hk
 import study_edge_of_stability as edge
 from _harness import Record
 from _problems import MODE, diagonal, load
+from bench_tracking import operators
 
 TOL, CONFIDENCE, EVERY, FEW = 1e-2, 0.99, 10, 5
 BEYOND = 2 * TOL
 SIZE, SEEDS = 1000, 100
 SECONDS, NEW = (0.9, 0.5, 0.1), (1.03, 1.2)
 """The second eigenvalue, and the new top, over the old one."""
+WAYS, KNOWN = ("cold", "warm", "followed"), 11
 
 
 def trained(
@@ -70,6 +73,7 @@ PROBLEMS: dict[str, Callable[[Path, int], Iterator[hk.LinearOperator]]] = {
     "progressive sharpening": lambda _, count: edge_of_stability(50, count),
     "edge of stability": lambda _, count: edge_of_stability(1500, count),
     "digits CNN, late": digits_late,
+    "digits CNN, each epoch": lambda cache, count: iter(operators("digits CNN, late", cache, count)),
 }
 
 
@@ -87,17 +91,25 @@ def solved(H: hk.LinearOperator, k: int, seed: int, v0: Any = None, **limits: An
 
 def in_training(name: str, cache: Path, count: int) -> Record:
     """Return passes and errors of cold and warm solves along training."""
-    rows, last = [], {}
+    rows, last, spaces = [], {}, dict.fromkeys((1, FEW))
     for step, H in enumerate(PROBLEMS[name](cache, count)):
-        truth = hk.lanczos(H, 2, which="LA", tol=1e-4, seed=99, check_copies=False).values.flip(0).tolist()
+        truth = hk.lanczos(H, FEW, which="LA", tol=1e-6, seed=99, check_copies=False).values.flip(0).tolist()
         low = float(hk.lanczos(H, 1, which="SA", tol=1e-2, seed=99).values[0])
         row: Record = {"top": truth[0], "second": truth[1], "needed": needed(H.n, low, truth[1], truth[0])}
         for k in (1, FEW):
             cold, warm = solved(H, k, step), solved(H, k, step, last.get(k))
             last[k] = warm.vectors
-            for way, found in (("cold", cold), ("warm", warm)):
-                error = abs(float(found.values[-1]) / truth[0] - 1) / TOL
-                row[f"{way}, {k}"] = {"passes": found.num_matvecs, "error_over_tol": error}
+            followed, spaces[k] = hk.follow_top(H, k, spaces[k], tol=TOL, confidence=CONFIDENCE, seed=step)
+            for way, found in (("cold", cold), ("warm", warm), ("followed", followed)):
+                errors = (found.values.flip(0) / torch.tensor(truth[:k]) - 1).abs() / TOL
+                held = [
+                    value in interval for value, interval in zip(truth, found.intervals[::-1], strict=False)
+                ]
+                row[f"{way}, {k}"] = {
+                    "passes": found.num_matvecs,
+                    "error_over_tol": float(errors.max()),
+                    "held": all(held),
+                }
         rows += [row] if step else []  # the first has nothing to start from
     print(f"{name}: {len(rows)} measurements", flush=True)
     return {"n": H.n, "measurements": rows}
@@ -111,8 +123,15 @@ def overtaken(second: float, new: float, seeds: int) -> Record:
     H, old = diagonal(values), torch.eye(SIZE, dtype=torch.float64)[:, -2]
     ways: dict[str, Record] = {"cold": {}, "warm": {"v0": old}, "cut": {"v0": old, "max_matvecs": FEW}}
     found: Record = {"second": second, "new": new}
-    for way, options in ways.items():
-        runs = [solved(H, 1, seed, **options) for seed in range(seeds)]
+    space = hk.RecycledSpace(values[-KNOWN - 1 : -1], torch.eye(SIZE).double()[:, -KNOWN - 1 : -1], 10.0, 1)
+    for way, options in (*ways.items(), ("followed", {})):
+        if way == "followed":
+            runs = [
+                hk.follow_top(H, 1, space, tol=TOL, confidence=CONFIDENCE, seed=seed)[0]
+                for seed in range(seeds)
+            ]
+        else:
+            runs = [solved(H, 1, seed, **options) for seed in range(seeds)]
         missed = [abs(float(run.values[-1]) / new - 1) > BEYOND for run in runs]
         found[way] = {
             "passes": statistics.mean(run.num_matvecs for run in runs),
@@ -127,36 +146,21 @@ def table(record: Record) -> str:
     for name, entry in record["problems"].items():
         measured = entry["measurements"]
         ratios = harness.median([row["top"] / row["second"] for row in measured])
-        passes = [
-            harness.median([row[f"{way}, {k}"]["passes"] for row in measured])
-            for k in (1, FEW)
-            for way in ("cold", "warm")
-        ]
-        errors = [
-            row[f"{way}, {k}"]["error_over_tol"]
-            for row in measured
-            for k in (1, FEW)
-            for way in ("cold", "warm")
-        ]
-        rows.append(
-            [name, ratios, harness.median([row["needed"] for row in measured]), *passes, f"{max(errors):.2g}"]
-        )
-    head = [
-        "training",
-        "first over second",
-        "needed",
-        "cold",
-        "warm",
-        "five, cold",
-        "five, warm",
-        "worst error over tol",
-    ]
+        ways = [f"{way}, {k}" for k in (1, FEW) for way in WAYS]
+        passes = [harness.median([row[way]["passes"] for row in measured]) for way in ways]
+        worst = max(row[way]["error_over_tol"] for row in measured for way in ways)
+        later = max(row[f"followed, {k}"]["error_over_tol"] for row in measured for k in (1, FEW))
+        needs = harness.median([row["needed"] for row in measured])
+        rows.append([name, ratios, needs, *passes, f"{worst:.2g}", f"{later:.2g}"])
+    five = [f"five, {way}" for way in WAYS]
+    head = ["training", "first over second", "needed", *WAYS, *five, "worst error over tol", "of followed"]
+    ways = ["cold", "warm", "cut", "followed"]
     new = [
         [f"{1 / one['second']:.3g}", f"{one['new']:g}"]
-        + [f"{one[way]['passes']:.1f}, {one[way]['missed']:.1%}" for way in ("cold", "warm", "cut")]
+        + [f"{one[way]['passes']:.1f}, {one[way]['missed']:.1%}" for way in ways]
         for one in record["overtaken"]
     ]
-    below = ["old top over bulk", "new top over old", "cold: passes, missed", "warm", "warm, cut after five"]
+    below = ["old top over bulk", "new top over old", "cold: passes, missed", *ways[1:]]
     return "\n".join([harness.markdown(head, rows), "", harness.markdown(below, new)])
 
 

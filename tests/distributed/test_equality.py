@@ -146,6 +146,7 @@ SOLVERS: dict[str, Callable[[hk.CurvatureOperator], hk.EigenResult]] = {
     "ARPACK": lambda H: hk.eigsh(H, 2, which="BE", tol=1e-6),
     "top": lambda H: hk.top_eigenvalues(H, 3, which="LA"),
     "multifidelity": lambda H: hk.multifidelity([H.coarsen(20), H]),
+    "follow_top": lambda H: hk.follow_top(H, 2, hk.follow_top(1.1 * H)[1])[0],
 }
 for name, solve in SOLVERS.items():
     QUESTIONS[name] = lambda mesh, solve=solve: values(solve(hessian(mesh)))

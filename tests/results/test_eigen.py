@@ -206,3 +206,10 @@ def test_repr_is_one_short_line_with_the_values(result: object) -> None:
 
 def test_names_are_public() -> None:
     assert (hk.Status, hk.Interval, hk.ExtremeResult) == (Status, Interval, ExtremeResult)
+
+
+def test_pairs_of_a_result_without_vectors_have_empty_ones() -> None:
+    found = hk.lanczos(hk.aslinearoperator(torch.diag(torch.tensor([1.0, 2.0, 3.0]))), 2)
+    plain = hk.EigenResult.from_dict(found.to_dict())
+    assert plain.pair(1).value == float(found.values[1])
+    assert len(plain.pair(1).vector) == 0

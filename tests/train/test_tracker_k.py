@@ -199,3 +199,45 @@ def test_more_than_there_are() -> None:
     with pytest.raises(ValueError, match="k must"):
         tracker(module())
     assert isinstance(hk.train.Alignment(0.0, 0.0), tuple)
+
+
+def test_the_largest_are_followed_and_a_restart_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"k": 2, "every": 2, "mode": "reverse-over-reverse"}
+
+    def trained(path: Path, *parts: range) -> list[dict[str, Any]]:
+        model = module()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for steps in parts:
+            tracker = SpectrumTracker.for_module(F.cross_entropy, data(), path=path, **options)
+            run(tracker, optimizer, model, steps)
+        records = [{k: v for k, v in entry.items() if k != "seconds"} for entry in tracker.records]
+        return [{k: v for k, v in entry.items() if k != "overlap"} for entry in records]
+
+    whole = trained(tmp_path / "whole.jsonl", range(10))
+    assert trained(tmp_path / "parts.jsonl", range(5), range(5, 10)) == whole
+    assert (tmp_path / "parts.jsonl.space").exists()
+    cold = SpectrumTracker.for_module(F.cross_entropy, data(), method="lanczos", **options)
+    model = module()
+    run(cold, torch.optim.SGD(model.parameters(), lr=0.1), model, range(10))
+    for one, other in zip(whole, cold.records, strict=True):
+        assert one["eigenvalue_1"] == pytest.approx(other["eigenvalue_1"], rel=1e-2)
+    passes = [sum(entry["passes"] for entry in records[1:]) for records in (whole, cold.records)]
+    assert passes[0] < 0.7 * passes[1]
+
+
+def test_a_damaged_space_is_said_and_costs_passes_alone(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"k": 1, "path": tmp_path / "top.jsonl"}
+    model = module()
+    run(
+        SpectrumTracker.for_module(F.cross_entropy, data(), **options),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        range(2),
+    )
+    (tmp_path / "top.jsonl.space").write_text("{}")
+    with pytest.warns(hk.UnsavedWarning, match="nothing is recycled"):
+        tracker = SpectrumTracker.for_module(F.cross_entropy, data(), **options)
+    found = tracker(model)
+    objective, params = hk.from_module(model, F.cross_entropy)
+    truth = hk.lanczos(hk.hessian(objective, params, data()), 1, which="LA", tol=1e-6)
+    assert float(found.values[0]) == pytest.approx(float(truth.values[0]), rel=1e-2)

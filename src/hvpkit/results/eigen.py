@@ -205,7 +205,9 @@ class EigenResult(Result):
         """Return the pair at ``index`` of the ascending values."""
         return Eigenpair(
             float(self.values[index]),
-            self.vectors[:, index],
+            self.vectors[:, index]
+            if len(self.vectors)
+            else self.vectors,  # none, of a result without vectors
             float(self.residual_norms[index]),
             float(self.error_bounds[index]),
             self.intervals[index],

@@ -47,12 +47,13 @@ RANK, MIN_RANK = 40, 8
 docs/performance.md."""
 
 COPIES = 6
-"""Vectors in all for each one of a space, at most, while a matvec is merged."""
+"""Vectors for each one of a space that are alive together, at most, while matvecs are merged: the space, matvecs that
+wait with their images, the basis of both, and what becomes of it."""
 
 GENERATION = 2**48
 """Distance of the seeds of consecutive solves: a start must not be one that the space is made of."""
 
-DEPENDENT = 1e-4
+NEARLY_DEPENDENT = 1e-4
 """Eigenvalue of the Gram matrix of unit vectors under which a combination of them is left out. Chosen by feel."""
 
 
@@ -111,7 +112,7 @@ def merged(
     rows, images = rows[scaled] / norms[scaled, None], images[scaled] / norms[scaled, None]
     gram = space.dots(rows, rows.mT).to("cpu", torch.float64)
     sizes, combinations = torch.linalg.eigh((gram + gram.mT) / 2)
-    independent = sizes > DEPENDENT
+    independent = sizes > NEARLY_DEPENDENT
     coefficients = (combinations[:, independent] * sizes[independent].rsqrt()).mT.to(rows)
     num_new = len(coefficients)
     basis = rows.new_empty(num_new + len(known), rows.shape[1])
@@ -150,7 +151,8 @@ def follow_top(
 
     **With probability** ``confidence`` **over random starts, a converged value is off by at most twice the error
     allowed** (once with ``certify``), however the operator has changed: as :func:`hvpkit.top_eigenvalues`, by
-    :func:`hvpkit.multifidelity`, of which the space makes the cheap level. From what the space knows only the passes
+    :func:`hvpkit.multifidelity`, of which the space makes the cheap level. Without a space, and where it does not help,
+    it is as :func:`hvpkit.lanczos` has it: of the largest value alone. From what the space knows only the passes
     depend: where the operator has changed little, as in tens of steps of training, a half to an eighth of those of
     :func:`hvpkit.lanczos`; where it has nothing to do with the space, up to twice as many.
 
@@ -228,7 +230,8 @@ def _unpacked(op: LinearOperator, space: RecycledSpace | None, rank: int) -> Rec
         return Recycled(op, nothing, torch.empty(0, dtype=torch.float64), rank)
     check_type("space", space, RecycledSpace)
     columns, _ = as_columns(op, space.vectors.to(op.device, op.dtype), "space.vectors")
-    return Recycled(op, columns.mT[-rank:], space.values[-rank:], rank)
+    rows = columns.mT[-rank:].contiguous()  # the same bits for a loaded space
+    return Recycled(op, rows, space.values[-rank:], rank)
 
 
 def _packed(recycled: Recycled, asked: LinearOperator, num_cold: float, num_solves: int) -> RecycledSpace:
