@@ -40,7 +40,7 @@ CONTEXT: Any = multiprocessing.get_context("fork")
 
 
 def run(
-    size: int, *functions: Callable[[DeviceMesh], Any], timeout: float = 30, seconds: float = 300
+    size: int, *functions: Callable[[DeviceMesh], Any], timeout: float = 120, seconds: float = 900
 ) -> list[list[Any]]:
     """Run the functions one after the other on ``size`` ranks; return, of each, what each rank returned.
 
@@ -65,7 +65,7 @@ def run(
         return [list(of_ranks) for of_ranks in zip(*found, strict=True)]
 
 
-def launch(size: int, *program: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+def launch(size: int, *program: str, seconds: float = 600) -> subprocess.CompletedProcess[str]:
     """Run ``script.py arguments`` or ``-m module arguments`` on ranks that have the environment of torchrun's.
 
     They are forked from this process, so that what is imported here is imported there. Return what all wrote, and the
@@ -89,7 +89,7 @@ def launch(size: int, *program: str, seconds: float = 120) -> subprocess.Complet
 
 
 def torchrun(
-    *arguments: str, size: int = 2, module: bool = False, timeout: float = 120
+    *arguments: str, size: int = 2, module: bool = False, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """Run a program by torchrun itself."""
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
