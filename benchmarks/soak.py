@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import random
@@ -482,6 +483,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Soak for some minutes; return 1 if anything was wrong or lost."""
     parser = _harness.parser(__doc__, out=OUT)
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument(
+        "--rounds", type=int, help="instead of minutes: as many rounds, however long they take"
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = _harness.parse(parser, argv)
     if not given.report:
@@ -493,7 +497,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         soak, begin = Soak(random.Random(given.seed)), time.perf_counter()
         soak.learn()
         header = {"machine": _harness.machine(), "seed": given.seed}
-        while (seconds := time.perf_counter() - begin) < 60 * given.minutes:
+        for number in itertools.count():
+            seconds = time.perf_counter() - begin
+            if number == given.rounds or (given.rounds is None and seconds >= 60 * given.minutes):
+                break
             soak.round()
             _harness.write(given.out, {**header, **soak.record(seconds)})
     record = _harness.read(given.out)

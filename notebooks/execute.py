@@ -21,7 +21,7 @@ from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parent
 
-CELL_SECONDS = 240
+CELL_SECONDS = 1200
 """For one cell, after which it is taken to hang."""
 
 STRICT = f"""

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from dataclasses import replace
 
 import pytest
@@ -81,15 +80,20 @@ def test_passes_of_density_and_trace_are_exact(method: str) -> None:
 
 
 class Sleepy:
-    """A network whose forward pass takes a known time."""
+    """A network whose forward pass takes a known time, of a clock that all else hardly moves."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.num_calls = seconds, 0
+    def __init__(self, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds, self.num_calls, self.now = seconds, 0, 1e6
+        monkeypatch.setattr("time.perf_counter", self.clock)
         self.problem = network("mlp", num_examples=40)
+
+    def clock(self) -> float:
+        self.now += 1e-5
+        return self.now
 
     def forward(self, params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
         self.num_calls += 1
-        time.sleep(self.seconds)
+        self.now += self.seconds
         return self.problem.objective.forward(params, batch)
 
     def hessian(self, **options: object) -> hk.CurvatureOperator:
@@ -98,8 +102,8 @@ class Sleepy:
         return hk.hessian(objective, self.problem.params, self.problem.data, **options)
 
 
-def test_times_are_right_to_a_factor() -> None:
-    H = Sleepy(0.02).hessian()
+def test_times_are_right_to_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    H = Sleepy(0.02, monkeypatch).hessian()
     planned = hk.plan(H, num_matvecs=12, num_steps=3, num_probes=2)
     assert planned.num_batches == 5
     trace = hk.trace(H, num_matvecs=12, block_size=1)
@@ -109,8 +113,8 @@ def test_times_are_right_to_a_factor() -> None:
     assert ex.seconds / ex.num_matvecs in planned.later_pass
 
 
-def test_graphs_that_are_kept_make_later_passes_faster() -> None:
-    sleepy = Sleepy(0.02)
+def test_graphs_that_are_kept_make_later_passes_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleepy = Sleepy(0.02, monkeypatch)
     kept = hk.plan(sleepy.hessian(mode="reverse-over-reverse"))
     assert kept.graphs_kept == 1
     assert kept.later_pass.expected < 0.5 * kept.first_pass.expected
@@ -136,15 +140,15 @@ def test_memory_of_a_matvec_is_that_of_its_largest_batch(mode: str) -> None:
     assert hk.plan(H).product_bytes == pytest.approx(made.peak, rel=0.35)
 
 
-def test_trials_read_few_batches_and_leave_the_operator_as_it_was() -> None:
-    sleepy = Sleepy(0.0)
+def test_trials_read_few_batches_and_leave_the_operator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleepy = Sleepy(0.0, monkeypatch)
     H = sleepy.hessian(batch_size=1)
     sleepy.num_calls = 0
     trials = time_batches(H.terms[0][1], 10.0, 0)
     assert len(trials.fresh) == len(trials.kept) == 5
     assert sleepy.num_calls <= 12
     assert not H.terms[0][1].cache.num_bytes
-    slow = Sleepy(0.05).hessian(batch_size=1)
+    slow = Sleepy(0.05, monkeypatch).hessian(batch_size=1)
     assert len(time_batches(slow.terms[0][1], 0.01, 0).fresh) == 1
     assert len(time_batches(sleepy.hessian(batch_size=40).terms[0][1], 1.0, 0).fresh) == 1
 

@@ -1,13 +1,24 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import hvpkit as hk
 import question
+from hvpkit.cli import app
+
+
+def in_this_process(*words: object) -> str:
+    """Run a command as ``question.hvpkit`` does, without a process of its own."""
+    done = CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)
+    if done.exit_code:
+        raise SystemExit(done.exit_code)
+    return done.stdout
 
 
 def test_the_rehearsal_continues_and_its_ends_are_those_of_the_kept_network(
@@ -23,6 +34,7 @@ def test_the_rehearsal_continues_and_its_ends_are_those_of_the_kept_network(
         return real(*given)
 
     monkeypatch.setattr(question, "solve", interrupted)
+    monkeypatch.setattr(question, "hvpkit", in_this_process)
     with pytest.raises(KeyboardInterrupt):
         question.main([*args, str(file)])
     question.main([*args, str(file)])
@@ -39,6 +51,13 @@ def test_the_rehearsal_continues_and_its_ends_are_those_of_the_kept_network(
                 getattr(exact, end).value, rel=1e-2
             )
     assert "| 2 | lanczos |" in capsys.readouterr().out
+
+
+def test_commands_run_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert question.hvpkit("--version") == in_this_process("--version")
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(SystemExit, match=r"^1$"):
+        question.hvpkit("--version")
 
 
 def test_solves_that_disagree_are_seen() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -22,6 +23,12 @@ def operators(**options: Any) -> tuple[hk.CurvatureOperator, hk.CurvatureOperato
     args = (PROBLEM.objective, PROBLEM.params, PROBLEM.data)
     options = {"mode": "reverse-over-reverse", "batch_size": 9} | options
     return hk.hessian(*args, **options), hk.ggn(*args, **options), hk.empirical_fisher(*args, **options)
+
+
+@cache
+def dense() -> tuple[torch.Tensor, ...]:
+    """Return the matrices of the operators."""
+    return tuple(A @ torch.eye(A.n, dtype=A.dtype) for A in operators())
 
 
 Expression = Callable[..., hk.LinearOperator]
@@ -77,8 +84,7 @@ def test_an_expression_keeps_what_its_operators_know(expression: Expression) -> 
     H = parts[0]
     assert (op.num_examples, op.batch_size, op.mode, op.mode_reason) == (40, 9, H.mode, None)
     assert (op.exact, op.precision, op.layout) == (None, H.precision, H.layout)
-    dense = [A @ torch.eye(A.n, dtype=A.dtype) for A in parts]
-    matrices = [hk.aslinearoperator(A) for A in dense]
+    matrices = [hk.aslinearoperator(A) for A in dense()]
     expected = expression(*matrices) @ vectors(op)
     assert relative_error(op @ vectors(op), expected) < 1e-12
     assert relative_error(torch.from_numpy(op.to_scipy() @ vectors(op).numpy()), expected) < 1e-12

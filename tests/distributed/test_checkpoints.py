@@ -18,8 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import hvpkit as hk
 from distributed import restarted
-from distributed.ranks import run, told
-from distributed.test_training import torchrun
+from distributed.ranks import run, told, torchrun
 from hvpkit._utils import checkpoints
 from hvpkit.solvers import checkpoint
 

@@ -1,17 +1,16 @@
-"""Commands under torchrun print and write what one process does, once."""
+"""Commands in several processes, one of them under torchrun, print and write what one process does, once."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from distributed.test_training import torchrun
+from distributed.ranks import launch, torchrun
+from hvpkit.cli import app
 
 SMALL = ["digits", "--num-examples", "200"]
 COMMANDS = {
@@ -22,10 +21,7 @@ COMMANDS = {
 
 
 def alone(*arguments: str) -> Any:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, "-m", "hvpkit", *arguments]
-    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    return json.loads(done.stdout)
+    return json.loads(CliRunner().invoke(app, arguments, catch_exceptions=False).stdout)
 
 
 def values(record: dict[str, Any]) -> list[Any]:
@@ -40,7 +36,8 @@ def values(record: dict[str, Any]) -> list[Any]:
 def test_two_processes_print_one_result_and_write_it_once(command: str, tmp_path: Path) -> None:
     arguments = [command, *SMALL, *COMMANDS[command], "--json"]
     files = [] if command == "plan" else ["--out", str(tmp_path)]
-    done = torchrun("hvpkit", *arguments, *files, module=True)
+    call = ["hvpkit", *arguments, *files]
+    done = torchrun(*call, module=True) if command == "extremes" else launch(2, "-m", *call)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = done.stdout.splitlines()
     found, expected = values(json.loads(line)), values(alone(*arguments))
@@ -52,7 +49,6 @@ def test_two_processes_print_one_result_and_write_it_once(command: str, tmp_path
 
 
 def test_an_error_is_printed_once_with_its_exit_code() -> None:
-    done = torchrun("hvpkit", "extremes", "digits", "--num-examples", "0", module=True)
-    assert done.returncode != 0
+    done = launch(2, "-m", "hvpkit", "extremes", "digits", "--num-examples", "0")
+    assert done.returncode == 2
     assert done.stderr.count("hvpkit: num_examples must be between 1 and") == 1
-    assert "exitcode  : 2" in done.stderr

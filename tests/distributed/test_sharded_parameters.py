@@ -14,8 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import hvpkit as hk
 import oracles
-from distributed.ranks import run
-from distributed.test_training import torchrun
+from distributed.ranks import launch, run
 from hvpkit.operators.sharded import sharded
 
 SIZES = (2, 3, 4)
@@ -398,7 +397,7 @@ def test_ranks_without_a_batch_and_blocks_of_parameters() -> None:
 def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/distributed.md").read_text()
     (script := tmp_path / "in_parts.py").write_text(page.split("```python\n")[2].split("```")[0])
-    done = torchrun(str(script))
+    done = launch(2, str(script))
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = done.stdout.splitlines()
     objective, params = hk.from_module(hk.zoo.digits_cnn(seed=0), nn.CrossEntropyLoss())

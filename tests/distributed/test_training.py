@@ -1,11 +1,9 @@
-"""Callbacks in data-parallel training under torchrun: all ranks measure together, and have the numbers."""
+"""Callbacks in data-parallel training: all ranks measure together, and have the numbers."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,22 +12,14 @@ from torch.nn import functional as F
 
 import hvpkit as hk
 from distributed import training
-
-
-def torchrun(
-    *arguments: str, size: int = 2, module: bool = False, timeout: float = 120
-) -> subprocess.CompletedProcess[str]:
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    paths = [*sys.path, os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    call = [sys.executable, *start, *(["-m"] if module else []), *arguments]
-    return subprocess.run(call, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+from distributed.ranks import launch
 
 
 @pytest.mark.parametrize("library", ["lightning", "transformers"])
 def test_all_ranks_share_a_measurement_and_have_its_numbers(library: str, tmp_path: Path) -> None:
     pytest.importorskip(library)
-    done = torchrun(training.__file__, library, str(tmp_path))
+    import_module(f"hvpkit.train.{library}")  # before ranks are forked
+    done = launch(2, training.__file__, library, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first["numbers"] == second["numbers"]
@@ -58,7 +48,7 @@ def test_all_ranks_share_a_measurement_and_have_its_numbers(library: str, tmp_pa
 def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/distributed.md").read_text()
     (script := tmp_path / "two_ranks.py").write_text(page.split("```python\n")[1].split("```")[0])
-    done = torchrun(str(script))
+    done = launch(2, str(script))
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = done.stdout.splitlines()
     objective, params = hk.from_module(hk.zoo.digits_cnn(seed=0), torch.nn.CrossEntropyLoss())

@@ -1,4 +1,4 @@
-"""A training by two processes of torchrun, with a callback: ``training.py lightning|transformers FOLDER``.
+"""A training by two processes as of torchrun, with a callback: ``training.py lightning|transformers FOLDER``.
 
 Each process writes what it has into the folder.
 """

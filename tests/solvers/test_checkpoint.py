@@ -298,13 +298,13 @@ def test_damage_another_version_and_another_solve_are_three_messages(
         hk.lanczos(op, 2, checkpoint=file)
 
 
-@pytest.mark.parametrize("max_matvecs", [None, 30])
+@pytest.mark.parametrize(("spectrum", "max_matvecs"), [("multiple", None), ("clustered", 30)])
 def test_signal_during_any_assessment_waits_for_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_matvecs: int | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spectrum: str, max_matvecs: int | None
 ) -> None:
     """The last one, by convergence or at a limit, included: the solve takes no step more."""
-    op, file = hk.aslinearoperator(matrix(SPECTRA["clustered"])), tmp_path / "solve.pt"
-    arguments: dict[str, Any] = {"k": 2, "which": "BE", "ncv": 12, "tol": 1e-6, "max_matvecs": max_matvecs}
+    op, file = hk.aslinearoperator(matrix(SPECTRA[spectrum])), tmp_path / "solve.pt"
+    arguments: dict[str, Any] = {"k": 2, "which": "BE", "ncv": 8, "tol": 1e-6, "max_matvecs": max_matvecs}
     assess, count, signal_at = Lanczos.assess, 0, 0
 
     def assess_and_signal(self: Lanczos, state: Any) -> Any:
@@ -317,6 +317,8 @@ def test_signal_during_any_assessment_waits_for_its_end(
     monkeypatch.setattr(Lanczos, "assess", assess_and_signal)
     whole = hk.lanczos(op, **arguments)
     last = count
+    assert last > 2 * arguments["ncv"]  # it has restarted
+    assert whole.converged is (max_matvecs is None)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for number in range(2, last + 1):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import hvpkit as hk
 from hvpkit._utils.files import check_file, check_folder
+from hvpkit._utils.validation import check_tolerance
 from hvpkit.cli.application import command
 from hvpkit.cli.output import results_stream, table, write_json, write_picture
 from hvpkit.cli.progress_line import ProgressLine
@@ -92,6 +93,7 @@ def train_and_solve(
     """
     from hvpkit import plots
 
+    check_tolerance("tol", tol)
     data = digits()
     model = digits_cnn(seed=seed)
     train_classifier(model, data, seed=seed, monitor=training_monitor)

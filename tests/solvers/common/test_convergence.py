@@ -151,5 +151,5 @@ def test_check_and_completion_name_the_vectors_at_fault() -> None:
     assert found.message.endswith("; batch 3 is at fault")
     assert torch.equal(blamed[-1], A[3])
     assert found.history == history
-    assert 100.0 <= found.seconds < 130.0
+    assert 100.0 <= found.seconds < 1000.0
     assert completed(checked([5]), OP, history, began, None).message == hk.Status.CONVERGED.advice
