@@ -180,7 +180,7 @@ class Solver(Protocol[S, R_co]):
         """Return the state before the first step."""
 
     def step(self, state: S) -> S:
-        """Advance the state by one step.
+        """Advance the state by one step; a linear system by several short ones, of which its state knows the number.
 
         Tensor code without host synchronisation, but for linear systems, whose next step needs the numbers of the
         last. It donates (reuses) the input buffers: rows of the basis that a
