@@ -6,9 +6,10 @@ Each answer is first compared with a direct one in float64, or by its residual f
 is too large. ``spectra`` are dense matrices of 400 with a damping of a thousandth of their norm, whose matvecs cost
 next to nothing; the networks are trained ones, with their Gauss-Newton matrices and the same damping: also with the
 preconditioner from a sample, whose matvecs count by their share of the data. All methods take turns in rounds; ratios
-of seconds, those of the processor, are to hvpkit's default, ``minres``, in the same round. SciPy's solvers are given
-the number of steps that is enough, as their own tests differ; curvlinops's has its thresholds for small numbers off,
-with which it stops early.
+of seconds, those of the processor, are to hvpkit's default, ``minres``, in the same round. SciPy's solvers multiply by
+the same torch matrix; ``array``: by NumPy's array of it, whose products are another library's. They are given the
+number of steps that is enough, as their own tests differ; curvlinops's has its thresholds for small numbers off, with
+which it stops early.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "minres, sample": {"method": "minres", "preconditioner": "sample"},
 }
 SCIPY = {"scipy cg": scipy.sparse.linalg.cg, "scipy minres": scipy.sparse.linalg.minres}
-PEERS = (*SCIPY, "curvlinops cg")
+ARRAYS = {f"{name}, array": name for name in SCIPY}
+PEERS = (*SCIPY, *ARRAYS, "curvlinops cg")
 MOST_STEPS = 2000
 SHARP = {"eps": 1e-30, "stop_updating_after": 1e-30}
 
@@ -107,14 +109,16 @@ def steps_of_scipy(solver: Callable[..., Any], A: Counted, b: Tensor) -> int:
     return steps
 
 
-def by_scipy(name: str, A: Counted, b: Tensor) -> Solver:
-    """Return SciPy's solver with the number of steps that is enough."""
-    solver, steps = SCIPY[name], steps_of_scipy(SCIPY[name], A, b)
+def by_scipy(name: str, A: Counted, b: Tensor, array: np.ndarray | None = None) -> Solver:
+    """Return SciPy's solver with the number of steps that is enough, on an array instead of ``A`` if there is one."""
+    own = A if array is None else Counted(lambda v: torch.from_numpy(array @ v.numpy()), b)
+    solver, steps = SCIPY[name], steps_of_scipy(SCIPY[name], own, b)
 
     def solve() -> tuple[Tensor, float, str]:
         A.count = 0
-        x, _ = solver(A.numpy(), b.numpy(), rtol=torch.finfo(b.dtype).eps, maxiter=steps)
-        return torch.from_numpy(x).to(b), A.count, "-"
+        matrix = A.numpy() if array is None else array
+        x, _ = solver(matrix, b.numpy(), rtol=torch.finfo(b.dtype).eps, maxiter=steps)
+        return torch.from_numpy(x).to(b), A.count if array is None else steps, "-"
 
     return solve
 
@@ -169,9 +173,9 @@ def joined(parts: Sequence[Record]) -> Record:
     return {name: [run for part in parts for run in part[name]] for name in parts[0]}
 
 
-def on_spectrum(name: str, n: int, seeds: int, rounds: int) -> Record:
+def on_spectrum(spectrum: str, n: int, seeds: int, rounds: int) -> Record:
     """Return the runs of each method on a dense matrix; errors are relative to a direct solution."""
-    A, parts = dense(name, n), []
+    A, parts = dense(spectrum, n), []
     op = hk.aslinearoperator(A)
     for seed in range(seeds):
         b = right_hand_side(n, seed)
@@ -180,6 +184,7 @@ def on_spectrum(name: str, n: int, seeds: int, rounds: int) -> Record:
             method: by_hvpkit(op, b, method=method) for method in ("cg", "minres")
         }
         solvers |= {peer: by_scipy(peer, products, b) for peer in SCIPY}
+        solvers |= {peer: by_scipy(name, products, b, A.numpy()) for peer, name in ARRAYS.items()}
         solvers["curvlinops cg"] = by_curvlinops(_tensor_operator(A, products), b, products)
         parts.append(in_rounds(solvers, lambda x, b=b: accuracy(A, b, x), rounds))
     return {"n": n, "runs": joined(parts)}

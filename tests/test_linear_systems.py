@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
+from hvpkit._utils.deadline import check_deadline
 from hvpkit.linear_systems import make_system
+from hvpkit.operators.space import Space
 from hvpkit.solvers import checkpoint as checkpoint_module
+from hvpkit.solvers.linear import system as system_module
 from oracles import hessian_by_double_backward, relative_error
 from problems import SPECTRA, matrix, network
 
@@ -230,7 +233,7 @@ def test_state_that_is_assessed_goes_on(method: str) -> None:
     state = system.init()
     while not state.is_ready:
         state = system.step(state)
-    assert state.iterates.sizes[0] <= 0.5 * float(b.norm())
+    assert state.rows[0].size <= 0.5 * float(b.norm())
     found = replace(system, tol=1e-8).assess(state)  # as from a checkpoint of a larger tol
     assert found.status is None
     assert not found.state.is_ready
@@ -272,6 +275,56 @@ def test_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     found = hk.solve(counting.operator(), block(100, 1)[:, 0], tol=1e-12, time_limit=7.0)
     assert found.status is hk.Status.TIME_LIMIT
     assert counting.columns <= 7
+
+
+@each_method
+@pytest.mark.parametrize("budget", [None, 17, 40])
+def test_steps_taken_at_once_are_those_taken_one_by_one(
+    method: str, budget: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    A, b = matrix(definite("clustered")), block(100, 3)
+    b[:, 1] = torch.linalg.eigh(A).eigenvectors[:, 3]
+
+    def solved(short: float) -> hk.SolveResult:
+        monkeypatch.setattr(system_module, "SHORT", short)
+        return hk.solve(hk.aslinearoperator(A), b, method=method, max_matvecs=budget)
+
+    at_once, one_by_one = solved(10.0), solved(0.0)
+    assert torch.equal(at_once.x, one_by_one.x)
+    assert (at_once.statuses, at_once.num_matvecs) == (one_by_one.statuses, one_by_one.num_matvecs)
+    assert [entry.num_matvecs for entry in at_once.history] == [
+        entry.num_matvecs for entry in one_by_one.history
+    ]
+
+
+@each_method
+def test_rows_that_wait_for_their_numbers_have_the_same(method: str) -> None:
+    A, b = matrix(definite("clustered")), block(100, 3)
+    b[:, 1] = torch.linalg.eigh(A).eigenvectors[:, 3]
+    op = hk.aslinearoperator(A)
+    found, waiting = (hk.solve(replace(op, space=space), b, method=method) for space in (op.space, Space()))
+    assert torch.equal(found.x, waiting.x)
+    assert found.num_matvecs == waiting.num_matvecs
+
+
+@each_method
+def test_deadline_in_the_final_check_leaves_what_was_verified(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    A, now = matrix(definite("clustered")), 0.0
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal now
+        now += 1.0 if now < 4 else 5.0
+        check_deadline()
+        return A @ v
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    op = replace(hk.aslinearoperator(A), product=product)
+    found = hk.solve(op, block(100, 1)[:, 0], method=method, tol=1e-12, time_limit=5.5)
+    assert found.status is hk.Status.TIME_LIMIT
+    assert found.relative_residual == 1.0
+    assert not found.x.any()
 
 
 @each_method

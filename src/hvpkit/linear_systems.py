@@ -20,7 +20,7 @@ from hvpkit.operators.sharded import sharded
 from hvpkit.operators.vectors import as_columns, is_one
 from hvpkit.results.linear import SolveProgress, SolveResult
 from hvpkit.solvers.checkpoint import Checkpoint
-from hvpkit.solvers.common.orthogonalize import power_of_two
+from hvpkit.solvers.common.orthogonalize import unit_of
 from hvpkit.solvers.common.request import DEFAULT_MAX_MATVECS
 from hvpkit.solvers.common.vector_memory import check_room
 from hvpkit.solvers.driver import Limits, full_precision, run
@@ -35,7 +35,7 @@ SAMPLE_RATIO, MIN_SAMPLE = 20, 200
 SAMPLE_STEPS = 60
 """Lanczos steps on a sample for a preconditioner, and vectors that it holds."""
 
-VECTORS_PER_COLUMN = {"cg": 16, "minres": 24}
+VECTORS_PER_COLUMN = {"cg": 13, "minres": 21}
 """Vectors that a solve takes memory for, for each right-hand side, at its peak."""
 
 
@@ -94,7 +94,7 @@ def solve(
 
     Cost:
         A matvec a step and column, and one for the true residual; with a sample, its scores and Lanczos steps. Memory:
-        16 vectors a column with ``"cg"``, 24 with ``"minres"``; with a sample a vector for each of its steps.
+        13 vectors a column with ``"cg"``, 21 with ``"minres"``; with a sample a vector for each of its steps.
 
     Source:
         Hestenes and Stiefel, doi:10.6028/jres.049.044; Paige and Saunders, doi:10.1137/0712047.
@@ -117,7 +117,9 @@ def solve(
     saved = None
     if checkpoint is not None:
         identity = system.identity(damping=damping, preconditioner=preconditioner, seed=number)
-        saved = Checkpoint(checkpoint, identity, system.op, verify=system.resumed, entry=SolveProgress)
+        saved = Checkpoint(
+            checkpoint, identity, system.op, verify=system.resumed, entry=SolveProgress, unpack=system.unpack
+        )
     return _like_b(H, run(system, monitor=monitor, checkpoint=saved), back, b)
 
 
@@ -221,13 +223,15 @@ def make_system(
     """Return the system for columns ``[n, k]``, as split vectors are, after a check of the other arguments."""
     op = sharded(H.shift(damping) if check_non_negative("damping", damping) else H)
     check_tolerance("tol", tol)
-    cost, spent = len(columns.mT) * op.cost, preconditioner.spent if preconditioner else 0.0
+    k, spent = columns.shape[1], preconditioner.spent if preconditioner else 0.0
+    cost = k * op.cost
     budget = DEFAULT_MAX_MATVECS * cost if max_matvecs is None else max_matvecs
-    num_vectors = len(columns.mT) * VECTORS_PER_COLUMN["cg" if method == "cg" else "minres"]
+    num_vectors = k * VECTORS_PER_COLUMN["cg" if method == "cg" else "minres"]
     check_room(op, num_vectors, "take fewer columns at a time, or fewer parameters (wrt=)")
-    units = power_of_two(op.space.peaks(columns.mT))
+    units = tuple(unit_of(peak) for peak in op.space.peaks(columns.mT).tolist())
     limits = Limits(budget, time_limit, reserve=cost, minimum=cost + spent)
-    rows = columns.mT / units[:, None]
+    pairs = zip(columns.mT.contiguous().unbind(), units, strict=True)
+    rows = tuple(vector / unit for vector, unit in pairs)
     return LinearSystem(
         op, rows, units, "minres" if method == "auto" else method, tol, limits, preconditioner
     )

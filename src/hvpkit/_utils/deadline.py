@@ -28,6 +28,11 @@ def deadline(end: float) -> Iterator[None]:
         _DEADLINE.reset(token)
 
 
+def current_deadline() -> float:
+    """Return the deadline of this context on the clock of ``time.perf_counter``; infinite if there is none."""
+    return _DEADLINE.get()
+
+
 def has_deadline() -> bool:
     """Return True if this context has a deadline."""
     return _DEADLINE.get() < math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +119,18 @@ class Space:
             parts = [torch.linalg.vector_norm(part, dim=1) for part in rows.split(size, dim=1)]
             norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
         return self.reduce(norms * norms).sqrt()
+
+
+def inner_product_of(
+    dtype: torch.dtype, device: torch.device, size: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the inner product, 0-d, of two vectors ``[size]``: of a part, its share, for :meth:`Space.reduce`."""
+    loses_digits = device.type == "cpu" and dtype != torch.float64 and size > CHUNK
+    return _pairwise_inner if loses_digits else torch.dot
+
+
+def _pairwise_inner(left: Tensor, right: Tensor) -> Tensor:
+    return (left * right).sum()
 
 
 def _chunk(vector: Tensor) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import Field, dataclass, replace
 from functools import wraps
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, TypeVar
@@ -180,7 +180,7 @@ class Solver(Protocol[S, R_co]):
         """Return the state before the first step."""
 
     def step(self, state: S) -> S:
-        """Advance the state by one step.
+        """Advance the state by one step; a linear system by several short ones, of which its state knows the number.
 
         Tensor code without host synchronisation, but for linear systems, whose next step needs the numbers of the
         last. It donates (reuses) the input buffers: rows of the basis that a
@@ -250,7 +250,7 @@ def full_precision(
             monitored(kwargs.get("monitor") if ranks is None or ranks.is_first else None),
             torch.inference_mode(False),
             torch.no_grad(),
-            torch.autocast(op.device.type, enabled=False),
+            _without_autocast(op.device.type),
         ):
             found = solver(op, *args, **kwargs)
             if isinstance(found, EigenResult):
@@ -258,6 +258,12 @@ def full_precision(
             return found
 
     return solve
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def assessment_interval(op: LinearOperator, num_steps: int) -> int:
@@ -332,6 +338,7 @@ def iterate(
                 status = found.status or (None if found.handover else loop.limit)
                 history, end = tuple(loop.history), now + GRACE * seconds
                 return Ended(loop.state, status, history, loop.began, found.suspect, loop.verified, end)
+            del found  # it would keep the vectors of a state before the next step's
     except BaseException as error:
         if solver.op.space.ranks is not None:
             solver.op.space.ranks.fail(error)  # so that all save together

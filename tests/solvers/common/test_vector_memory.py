@@ -104,14 +104,14 @@ def test_linear_systems_take_no_more_vectors_than_they_say(method: str, k: int) 
     said = k * VECTORS_PER_COLUMN[method]
     b = torch.randn(N, k, generator=torch.Generator().manual_seed(0))
     with Allocations() as made:
-        assert hk.solve(diagonal(spectrum().abs()), b, damping=1.0, method=method, tol=1e-3).converged
+        assert hk.solve(diagonal(spectrum().abs()), b, damping=0.01, method=method, tol=1e-3).converged
     assert 0.8 * said * VECTOR < made.peak <= (said + 1) * VECTOR
 
 
 def test_solves_and_traces_of_functions_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     op, b = diagonal(spectrum()), torch.ones(N)
     free(monkeypatch, 10)
-    with pytest.raises(MemoryError, match=r"16 vectors .* take fewer columns at a time"):
+    with pytest.raises(MemoryError, match=r"13 vectors .* take fewer columns at a time"):
         hk.solve(op, b, method="cg")
     with pytest.raises(MemoryError, match="take fewer num_steps"):
         hk.count_eigenvalues(op, 0.0, 1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -129,3 +131,8 @@ def power_of_two(peak: Tensor) -> Tensor:
     """Return the power of two below ``peak``, to divide matvecs by; 1 where it is zero or not finite."""
     usable = torch.isfinite(peak) & (peak > 0)
     return torch.exp2(torch.log2(torch.where(usable, peak, torch.ones_like(peak))).floor())
+
+
+def unit_of(peak: float) -> float:
+    """Return the power of two below a number, as :func:`power_of_two`."""
+    return math.ldexp(0.5, math.frexp(peak)[1]) if 0 < peak < math.inf else 1.0

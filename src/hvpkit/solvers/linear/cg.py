@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,84 +24,76 @@ from hvpkit.solvers.linear.recurrence import (
     NON_FINITE,
     RUNNING,
     SINGULAR,
-    Iterates,
     Matrix,
-    Numbers,
-    combined,
+    Row,
+    Steps,
     norm_seen,
-    rows_where,
 )
 
 
 @dataclass(frozen=True)
-class Directions:
-    """The vectors of conjugate gradients from one step to the next.
+class DirectionRow(Row):
+    """A row of conjugate gradients.
 
     Attributes:
-        p: directions ``[k, n]``; where a row stopped, that of no positive curvature.
-        rz: :math:`r'z` with the preconditioned residual z ``[k]``.
-        curvature: :math:`p'Ap / p'p` of the last direction ``[k]``.
+        residual: by the recurrence ``[n]``.
+        p: direction ``[n]``; where the row stopped, that of no positive curvature.
+        rz: :math:`r'z` with the preconditioned residual z.
+        curvature: :math:`p'Ap / p'p` of the last direction.
     """
 
+    residual: Tensor = field(metadata=LONG)
     p: Tensor = field(metadata=LONG)
-    rz: Numbers
-    curvature: Numbers
+    rz: float
+    curvature: float
 
+    @property
+    def r(self) -> Tensor:
+        """The residual by the recurrence ``[n]``."""
+        return self.residual
 
-def _step_length(
-    eps: float, pAp: float, square: float, image_square: float, rz: float, known: tuple[float, int, float]
-) -> tuple[float, float, int, float]:
-    """Return the step along a row's direction, its curvature, why the row has stopped, and the norm seen.
-
-    Args:
-        eps: of the dtype.
-        pAp: inner product of the direction and its image.
-        square: of the norm of the direction.
-        image_square: of that of the image.
-        rz: inner product of the residual and the preconditioned one.
-        known: curvature, reason to stop and norm of the step before.
-    """
-    curvature, stopped, norm = known
-    if stopped != RUNNING:
-        return 0.0, curvature, stopped, norm
-    curvature, norm = pAp / (square or 1.0), norm_seen(norm, square, image_square)
-    noise = FLATNESS * eps * norm
-    if curvature > noise and math.isfinite(pAp):
-        return rz / pAp, curvature, RUNNING, norm
-    reason = NON_FINITE if not math.isfinite(pAp) else NEGATIVE if curvature < -noise else SINGULAR
-    return 0.0, curvature, reason, norm
+    @property
+    def multiplied(self) -> Tensor:
+        """The direction."""
+        return self.p
 
 
 class ConjugateGradients:
     """The recurrence."""
 
-    def begin(self, matrix: Matrix, r: Tensor) -> Directions:
-        """Return the first directions."""
+    def begin(self, matrix: Matrix, r: Tensor, size: float) -> DirectionRow:
+        """Return a row before its first step."""
         z = matrix.preconditioned(r)
-        (rz,) = matrix.dots((r, z))
-        return Directions(z.clone(), tuple(rz), (0.0,) * len(rz))
+        rz = size * size if z is r else matrix.inner.numbers([(matrix.inner.dot(r, z),)])[0][0]
+        return DirectionRow(torch.zeros_like(r), size, RUNNING, 0.0, 0, r, z, rz, 0.0)
 
-    def advance(self, matrix: Matrix, iterates: Iterates, vectors: Directions) -> tuple[Iterates, Directions]:
-        """Take one step."""
-        p, images = vectors.p, matrix.apply(vectors.p)
-        sums = matrix.dots((p, images), (p, p), (images, images))
-        eps = torch.finfo(p.dtype).eps
-        known = zip(vectors.curvature, iterates.stopped, iterates.norms, strict=True)
-        steps = [_step_length(eps, *row) for row in zip(*sums, vectors.rz, known, strict=True)]
-        lengths, curvature, stopped, norms = zip(*steps, strict=True)
-        x = combined(iterates.x, lengths, p)
-        r = combined(iterates.r, [-length for length in lengths], images)
-        going = [reason == RUNNING for reason in stopped]
-        if not all(going):
-            r = rows_where(going, r, iterates.r)
-        z = matrix.preconditioned(r)
-        rz, *squares = matrix.dots((r, z)) if z is r else matrix.dots((r, z), (r, r))
-        sizes = tuple(math.sqrt(square) for square in (squares[0] if squares else rz))
-        p_next = combined(z, [new / (old or 1.0) for new, old in zip(rz, vectors.rz, strict=True)], p)
-        if not all(going):
-            p_next = rows_where(going, p_next, p)
-        return Iterates(x, r, sizes, stopped, norms, iterates.least), Directions(p_next, tuple(rz), curvature)
+    def steps(self, matrix: Matrix, row: DirectionRow, goal: float) -> Steps:
+        """Take steps until the row ends."""
+        x, r, p, rz, size, norm = row.x, row.residual, row.p, row.rz, row.size, row.norm
+        inner, preconditioned, add = matrix.inner, matrix.preconditioned, torch.add
+        dot, waits = inner.dot, inner.waits
+        curvature, stopped, noise = row.curvature, row.stopped, FLATNESS * matrix.eps
+        image = yield p
+        while image is not None:
+            sums = dot(p, image), dot(p, p), dot(image, image)
+            pAp, square, image_square = (yield sums) if waits else sums
+            curvature, norm = pAp / (square or 1.0), norm_seen(norm, square, image_square)
+            if not (curvature > noise * norm and math.isfinite(pAp)):
+                negative = NEGATIVE if curvature < -noise * norm else SINGULAR
+                stopped = negative if math.isfinite(pAp) else NON_FINITE
+                break
+            length = rz / pAp
+            x, r = add(x, p, alpha=length), add(r, image, alpha=-length)
+            z = preconditioned(r)
+            ends = (dot(r, r),) if z is r else (dot(r, r), dot(r, z))
+            rr, *others = (yield ends) if waits else ends
+            rz_next = others[0] if others else rr
+            size, p, rz = math.sqrt(rr), add(z, p, alpha=rz_next / (rz or 1.0)), rz_next
+            if size <= goal:
+                break
+            image = yield p
+        yield DirectionRow(x, size, stopped, norm, row.least, r, p, rz, curvature)
 
-    def multiplied(self, vectors: Directions) -> Tensor:
-        """Return the directions."""
-        return vectors.p
+    def unpack(self, plain: dict[str, Any]) -> DirectionRow:
+        """Return a row of its plain data."""
+        return DirectionRow(**plain)

@@ -40,9 +40,9 @@ class SamplePreconditioner:
     spent: float
     space: Space
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Apply it to rows ``[k, n]``."""
-        return rows + (self.space.dots(self.rows, rows.mT).mT * self.factors) @ self.rows
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Apply it to a vector ``[n]``."""
+        return vector + (self.space.dots(self.rows, vector) * self.factors) @ self.rows
 
 
 def krylov_preconditioner(

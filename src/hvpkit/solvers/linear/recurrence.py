@@ -1,21 +1,25 @@
-"""The parts that recurrences for linear systems share: the operator, row-wise sums, reasons to stop.
+"""The parts that recurrences for linear systems share: the matrix, inner products, reasons to stop, steps in turn.
 
-Vectors are rows of tensors; the few numbers of each row are Python's, which cost a tenth of operations on tensors of a
-few entries: a step reads its inner products from the device.
+A row, that is, a right-hand side at work, is a generator over vectors ``[n]`` and Python's numbers, which cost a tenth
+of operations on tensors of one entry. It asks for the image of a vector, or for inner products; rows are answered
+together, by one matvec and one wait for the device, and know nothing of each other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from hvpkit.operators.space import LOCAL, Space
+from hvpkit.operators.base import LinearOperator
+from hvpkit.operators.space import LOCAL, inner_product_of
 from hvpkit.results.plain_data import LONG
+from hvpkit.solvers.common.orthogonalize import unit_of
 
 RUNNING, INVARIANT, NEGATIVE, SINGULAR, NON_FINITE = range(5)
 """Reasons why a row's recurrence stopped: none, an invariant space, negative curvature, none at all, NaN."""
@@ -23,66 +27,184 @@ RUNNING, INVARIANT, NEGATIVE, SINGULAR, NON_FINITE = range(5)
 FLATNESS = 16.0
 """In units of eps * norm: a curvature, or the remainder of a Lanczos vector, that counts as zero."""
 
+SAFE = 1 / 16
+"""Exponent of matvecs that are not scaled, at most, over the largest of the dtype: the fourth power and a sum over many
+entries are still in range. Chosen by feel."""
+
 Apply = Callable[[Tensor], Tensor]
-"""A symmetric matrix, or the inverse of a preconditioner, on rows ``[k, n]``."""
-
-Numbers: TypeAlias = tuple[float, ...]
-"""A number for each row ``[k]``."""
+"""The inverse of a preconditioner, symmetric positive definite, on ``[n]``."""
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """The matrix A over its scale, and the inverse of a preconditioner, on rows ``[k, n]``.
+class Row:
+    r"""A right-hand side at work, between two steps. Methods add what else they carry from step to step.
 
     Attributes:
-        apply: A.
-        precondition: symmetric positive definite; None: the identity.
-        space: inner products.
-    """
-
-    apply: Apply
-    precondition: Apply | None
-    space: Space
-
-    def dots(self, *pairs: tuple[Tensor, Tensor]) -> list[list[float]]:
-        """Return the inner products ``[k]`` of the rows of each pair of blocks ``[k, n]``. Waits for the device."""
-        sums = [torch.linalg.vecdot(left, right) for left, right in pairs]
-        if self.space is LOCAL and sums[0].device.type == "cpu":
-            return [one.tolist() for one in sums]
-        found: list[list[float]] = self.space.reduce(torch.stack(sums)).tolist()
-        return found
-
-    def preconditioned(self, rows: Tensor) -> Tensor:
-        """Apply the inverse of the preconditioner."""
-        return rows if self.precondition is None else self.precondition(rows)
-
-
-@dataclass(frozen=True)
-class Iterates:
-    r"""Corrections of solutions, and residuals by recurrence.
-
-    Attributes:
-        x: to be added to the best solutions so far ``[k, n]``.
-        r: ``[k, n]``.
-        sizes: norms of r ``[k]``.
-        stopped: why a row's recurrence stopped ``[k]``.
-        norms: largest :math:`\|A v\| / \|v\|` seen ``[k]``.
-        least: 1 where a residual is nearly the least of all, and the row waits for its verification; 2 after that;
-            else 0 ``[k]``.
+        x: to be added to the best solution so far ``[n]``.
+        size: norm of the residual, by the recurrence.
+        stopped: why the recurrence stopped.
+        norm: largest :math:`\|A v\| / \|v\|` seen.
+        least: 1 where the residual is nearly the least of all, and the row waits for its verification; 2 after that;
+            else 0.
     """
 
     x: Tensor = field(metadata=LONG)
-    r: Tensor = field(metadata=LONG)
-    sizes: Numbers
-    stopped: tuple[int, ...]
-    norms: Numbers
-    least: tuple[int, ...]
+    size: float
+    stopped: int
+    norm: float
+    least: int
 
-    @classmethod
-    def of(cls, r: Tensor, sizes: Sequence[float]) -> Iterates:
-        """Return those before the first step, from residuals and their norms."""
-        k = len(r)
-        return cls(torch.zeros_like(r), r, tuple(sizes), (RUNNING,) * k, (0.0,) * k, (0,) * k)
+    @property
+    def r(self) -> Tensor:
+        """The residual by the recurrence ``[n]``."""
+        raise NotImplementedError
+
+    @property
+    def multiplied(self) -> Tensor:
+        """The vector ``[n]`` that the next step multiplies: that of the last, where the row has stopped."""
+        raise NotImplementedError
+
+    def is_ready(self, goal: float) -> bool:
+        """Return True if the residual has reached its goal, or the recurrence has stopped."""
+        return self.size <= goal or self.stopped != RUNNING
+
+
+class InnerProducts:
+    """Inner products of vectors ``[n]`` as numbers.
+
+    Attributes:
+        space: of the vectors.
+        waits: True if :attr:`dot` is not known at once, as on a GPU, or where each rank has a part: then rows ask
+            :meth:`numbers` for theirs together.
+        dot: of two vectors: the number; where that waits, a sum over what is here, 0-d.
+    """
+
+    def __init__(self, op: LinearOperator) -> None:
+        self.space, self.waits = op.space, op.device.type != "cpu" or op.space is not LOCAL
+        dot = inner_product_of(op.dtype, op.device, op.space.size(op.n))
+        self.dot: Callable[[Tensor, Tensor], Any] = dot if self.waits else lambda v, w: dot(v, w).item()
+
+    def numbers(self, asked: Sequence[Sequence[Any]]) -> Sequence[Sequence[float]]:
+        """Return the numbers of several lists of inner products."""
+        if not self.waits:
+            return asked
+        sums = torch.stack([one for several in asked for one in several])
+        found = iter(self.space.reduce(sums).tolist())
+        return [[next(found) for _ in several] for several in asked]
+
+    def norms(self, vectors: Sequence[Tensor]) -> list[float]:
+        """Return the norms of vectors."""
+        squares = self.numbers([[self.dot(vector, vector) for vector in vectors]])[0] if vectors else []
+        return [math.sqrt(square) for square in squares]
+
+
+@dataclass
+class Matrix:
+    """The matrix A over its scale, and the inverse of a preconditioner.
+
+    Attributes:
+        op: A.
+        inner: inner products.
+        precondition: None: the identity.
+        scale: what images are divided by; None: a power of two by the first ones.
+    """
+
+    op: LinearOperator
+    inner: InnerProducts
+    precondition: Apply | None
+    scale: float | None = None
+
+    @property
+    def eps(self) -> float:
+        """Of the dtype."""
+        return torch.finfo(self.op.dtype).eps
+
+    def images(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the images of vectors ``[n]``, by one matvec with all."""
+        images = images_of(self.op, vectors)
+        if self.scale is None:
+            self.scale = _scale_of(float(self.op.space.peak(torch.stack([*images]))), self.op.dtype)
+        return over(images, self.scale)
+
+    def preconditioned(self, vector: Tensor) -> Tensor:
+        """Apply the inverse of the preconditioner."""
+        return vector if self.precondition is None else self.precondition(vector)
+
+
+def _scale_of(peak: float, dtype: torch.dtype) -> float:
+    """Return 1 where the squares of images with this peak are well within the dtype's range, else a power of two."""
+    scale, most = unit_of(peak), torch.finfo(dtype).max ** SAFE
+    return 1.0 if 1 / most <= scale <= most else scale
+
+
+def images_of(op: LinearOperator, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the images of vectors ``[n]`` by one matvec with all, each of consecutive entries."""
+    if len(vectors) == 1:
+        return (op.product(vectors[0].unsqueeze(1)).reshape(-1),)
+    return op.product(torch.stack([*vectors]).mT).mT.contiguous().unbind()
+
+
+def over(images: Sequence[Tensor], scale: float) -> Sequence[Tensor]:
+    """Return images over a scale."""
+    return images if scale == 1 else [image / scale for image in images]
+
+
+R = TypeVar("R", bound=Row)
+
+Steps: TypeAlias = Generator[Any, Any, None]
+"""Steps of a row. It yields a vector, and is sent its image, or None to end; or, where these wait, a tuple of inner
+products, and is sent the numbers; or last, of itself or when it is told to end, the row."""
+
+
+class Recurrence(Protocol[R]):
+    """A method."""
+
+    def begin(self, matrix: Matrix, r: Tensor, size: float) -> R:
+        """Return a row before its first step, from a residual ``[n]`` and its norm."""
+
+    def steps(self, matrix: Matrix, row: R, goal: float) -> Steps:
+        """Take steps, with a matvec each, until the norm of the residual is at most ``goal``, or the row stops."""
+
+    def unpack(self, plain: dict[str, Any]) -> R:
+        """Return a row of its plain data."""
+
+
+def take_steps(
+    recurrence: Recurrence[R],
+    matrix: Matrix,
+    rows: Sequence[R],
+    goals: Sequence[float],
+    most: int,
+    end: float,
+) -> tuple[tuple[R, ...], int]:
+    """Take steps with all rows, at least one, until a row ends: by its goal, or as it stops or is to be verified.
+
+    Args:
+        recurrence: the method.
+        matrix: A.
+        rows: running.
+        goals: for the norms of residuals.
+        most: steps, at most.
+        end: on the clock of ``time.perf_counter``: no step begins after it, but the first.
+
+    Returns:
+        The rows, and the number of steps.
+    """
+    runs = [recurrence.steps(matrix, row, goal) for row, goal in zip(rows, goals, strict=True)]
+    asked, taken, waits = [next(run) for run in runs], 0, matrix.inner.waits
+    while True:
+        asked, taken = (
+            [run.send(image) for run, image in zip(runs, matrix.images(asked), strict=True)],
+            taken + 1,
+        )
+        while waits and (waiting := [place for place, one in enumerate(asked) if type(one) is tuple]):
+            found = matrix.inner.numbers([asked[place] for place in waiting])
+            for place, numbers in zip(waiting, found, strict=True):
+                asked[place] = runs[place].send(numbers)
+        ended = [isinstance(one, Row) for one in asked]
+        if any(ended) or taken >= most or time.perf_counter() >= end:
+            pairs = zip(runs, asked, ended, strict=True)
+            return tuple(one if is_row else run.send(None) for run, one, is_row in pairs), taken
 
 
 def norm_seen(norm: float, square: float, image_square: float) -> float:
@@ -95,40 +217,3 @@ def norm_seen(norm: float, square: float, image_square: float) -> float:
     """
     usable = math.isfinite(image_square) and square > 0
     return max(norm, math.sqrt(image_square / square)) if usable else norm
-
-
-V = TypeVar("V")
-
-
-class Recurrence(Protocol[V]):
-    """A method: the vectors that it carries from step to step, as a dataclass of tensors and tuples ``[k, ...]``."""
-
-    def begin(self, matrix: Matrix, r: Tensor) -> V:
-        """Return the vectors before the first step, from residuals ``[k, n]``."""
-
-    def advance(self, matrix: Matrix, iterates: Iterates, vectors: V) -> tuple[Iterates, V]:
-        """Take one step, with one matvec for each row; rows that have stopped stay."""
-
-    def multiplied(self, vectors: V) -> Tensor:
-        """Return the vectors ``[k, n]`` that the next step multiplies: those of the last, where a row has stopped."""
-
-
-def combined(rows: Tensor, factors: Sequence[float], others: Tensor) -> Tensor:
-    """Return each row plus its factor times its row of ``others``."""
-    if len(factors) == 1:
-        return torch.add(rows, others, alpha=factors[0])
-    return torch.addcmul(rows, _column(factors, rows), others)
-
-
-def scaled(rows: Tensor, factors: Sequence[float]) -> Tensor:
-    """Return each row times its factor."""
-    return rows * (factors[0] if len(factors) == 1 else _column(factors, rows))
-
-
-def _column(factors: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(factors, dtype=torch.float64).to(like)[:, None]
-
-
-def rows_where(going: Sequence[bool] | Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Return the rows of ``new`` where ``going`` ``[k]``, else those of ``old``."""
-    return torch.where(torch.as_tensor(going, device=new.device)[:, None], new, old)

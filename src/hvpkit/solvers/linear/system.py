@@ -2,44 +2,46 @@
 
 The columns of b are rows here, each with a recurrence of its own; those still at work share a block matvec. Where a
 recurrence says that its residual is small enough, a matvec shows the true one. If that is larger, by rounding, the
-recurrence starts again from it (iterative refinement), as long as it halves each time.
+recurrence starts again from it (iterative refinement), as long as a tenth is gained each time.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvpkit._utils.checkpoints import digest
+from hvpkit._utils.deadline import DeadlineReached, current_deadline
+from hvpkit._utils.ranks import check_deadline_of
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import Status
 from hvpkit.results.linear import NegativeCurvature, SolveProgress, SolveResult
 from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.checkpoint import Witness, coefficients
-from hvpkit.solvers.common.orthogonalize import power_of_two, row_norms
 from hvpkit.solvers.driver import Assessment, Limits, assessment_interval
-from hvpkit.solvers.linear.cg import ConjugateGradients, Directions
-from hvpkit.solvers.linear.minres import LanczosVectors, Minres
+from hvpkit.solvers.linear.cg import ConjugateGradients, DirectionRow
+from hvpkit.solvers.linear.minres import Minres
 from hvpkit.solvers.linear.preconditioner import SamplePreconditioner
 from hvpkit.solvers.linear.recurrence import (
     NEGATIVE,
     NON_FINITE,
-    RUNNING,
     SINGULAR,
-    Iterates,
+    InnerProducts,
     Matrix,
     Recurrence,
-    rows_where,
+    Row,
+    images_of,
+    over,
+    take_steps,
 )
-
-T = TypeVar("T")
-V = TypeVar("V", Tensor, tuple[Any, ...])
 
 METHODS: dict[str, Recurrence[Any]] = {"cg": ConjugateGradients(), "minres": Minres()}
 
@@ -52,12 +54,11 @@ INCONSISTENT = 0.5
 """Share of the residual where it was nearly the least of all that a system is called singular above. Chosen by feel."""
 
 LEAST_STEPS = 8
-"""Steps between two assessments, unless a row is ready before: an assessment costs half of what a cheap step does.
-Chosen by feel."""
+"""Steps between two assessments, unless a row is ready before: an assessment costs what a cheap step does. Chosen by
+feel."""
 
-SAFE = 1 / 16
-"""Exponent of matvecs that are not scaled, at most, over the largest of the dtype: the fourth power and a sum over many
-entries are still in range. Chosen by feel."""
+SHORT = 1e-2
+"""Seconds of steps that are taken at once: what an interruption loses, at most, of those before it. Chosen by feel."""
 
 RANKS = (
     Status.CONVERGED,
@@ -87,25 +88,20 @@ MESSAGES = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """Verified solutions of all rows, and their statuses.
+class Column:
+    """What is verified of a right-hand side.
 
     Attributes:
-        best: solutions with the least true residual so far ``[k, n]``; zero at first.
-        residuals: their true residual norms over those of b ``[k]``, float64 on the CPU.
-        least: the same when they were nearly the least of all ``[k]``; infinite if they never were.
-        statuses: empty while at work.
-        direction: of negative curvature, one row or none ``[..., n]``.
-        curvature, column: of the direction.
+        best: the solution with the least true residual so far ``[n]``; zero at first.
+        residual: its true residual norm over that of b.
+        least: the same when it was nearly the least of all; infinite if it never was.
+        status: empty while at work.
     """
 
     best: Tensor = field(metadata=LONG)
-    residuals: Tensor
-    least: Tensor
-    statuses: tuple[str, ...]
-    direction: Tensor = field(metadata=LONG)
-    curvature: float = 0.0
-    column: int = -1
+    residual: float
+    least: float = math.inf
+    status: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,24 +109,29 @@ class SystemState:
     """Solutions, finished or at work.
 
     Attributes:
-        iterates: of the rows at work.
-        vectors: of their recurrence.
-        found: what is verified.
-        places: rows at work.
+        rows: at work.
+        places: of these among the right-hand sides.
+        columns: what is verified, of all right-hand sides.
+        direction: of negative curvature, one row or none ``[..., n]``.
+        curvature, column: of the direction.
         scale: what matvecs are divided by.
         num_steps: so far.
+        due: steps by which the next assessment is due.
         num_matvecs: full-data matvecs, with those of the preconditioner.
         num_passes: the same, where a block counts once.
         fresh: rows whose solution at work is verified.
-        is_ready: True if a row has converged by its recurrence, or has stopped.
+        is_ready: True if an assessment is due, or a row has converged by its recurrence, or has stopped.
     """
 
-    iterates: Iterates
-    vectors: Directions | LanczosVectors
-    found: Found
+    rows: tuple[Row, ...]
     places: tuple[int, ...]
+    columns: tuple[Column, ...]
+    direction: Tensor = field(metadata=LONG)
+    curvature: float = 0.0
+    column: int = -1
     scale: float = 1.0
     num_steps: int = 0
+    due: int = 0
     num_matvecs: float = 0.0
     num_passes: float = 0.0
     fresh: tuple[int, ...] = ()
@@ -143,8 +144,8 @@ class LinearSystem:
 
     Attributes:
         op: A, damping included.
-        rhs: right-hand sides over their units, rows ``[k, n]``.
-        units: powers of two ``[k]``.
+        rhs: right-hand sides over their units, ``[n]`` each.
+        units: powers of two.
         method: a key of ``METHODS``.
         tol: relative residual norm.
         limits: budget and time limit.
@@ -152,8 +153,8 @@ class LinearSystem:
     """
 
     op: LinearOperator
-    rhs: Tensor
-    units: Tensor
+    rhs: tuple[Tensor, ...]
+    units: tuple[float, ...]
     method: str
     tol: float
     limits: Limits
@@ -174,110 +175,124 @@ class LinearSystem:
         """The method."""
         return METHODS[self.method]
 
+    @cached_property
+    def _inner(self) -> InnerProducts:
+        return InnerProducts(self.op)
+
+    @cached_property
+    def _lengths(self) -> list[float]:
+        """Norms of the right-hand sides over their units."""
+        return self._inner.norms(self.rhs)
+
+    def _matrix(self, scale: float | None = None) -> Matrix:
+        """Return A over its scale; None: that of the next matvec."""
+        return Matrix(self.op, self._inner, self.preconditioner, scale)
+
     def init(self) -> SystemState:
         """Return x = 0; rows of b that are zero are finished."""
-        rhs, norms = self.rhs, self._sizes
-        places = norms.nonzero().flatten().tolist()
-        r = rhs[places]
+        lengths, matrix = self._lengths, self._matrix()
+        places = tuple(place for place, length in enumerate(lengths) if length)
+        done = str(Status.CONVERGED)
         spent = self.preconditioner.spent if self.preconditioner else 0.0
         return SystemState(
-            Iterates.of(r, norms[places].tolist()),
-            self.recurrence.begin(self._matrix([]), r),
-            Found(
-                torch.zeros_like(rhs),
-                (norms > 0).to(norms),
-                torch.full_like(norms, math.inf),
-                tuple("" if row in places else str(Status.CONVERGED) for row in range(len(rhs))),
-                rhs[:0],
+            tuple(self.recurrence.begin(matrix, self.rhs[place], lengths[place]) for place in places),
+            places,
+            tuple(
+                Column(torch.zeros_like(b), float(length > 0), status="" if length else done)
+                for b, length in zip(self.rhs, lengths, strict=True)
             ),
-            tuple(places),
+            self.rhs[0].unsqueeze(0)[:0],
             num_matvecs=spent,
             num_passes=spent,
         )
 
     def step(self, state: SystemState) -> SystemState:
-        """Take a step with each row at work; the first matvec sets the scale."""
-        scales = [state.scale] if state.num_steps else []
-        iterates, vectors = self.recurrence.advance(self._matrix(scales), state.iterates, state.vectors)
+        """Take a step with each row at work, or several short ones; the first matvec sets the scale."""
+        matrix = self._matrix(state.scale if state.num_steps else None)
+        goals = [self.tol * self._lengths[place] for place in state.places]
+        end = min(time.perf_counter() + SHORT, current_deadline())
+        rows, taken = take_steps(self.recurrence, matrix, state.rows, goals, self._most_steps(state), end)
+        num_steps, cost, scale = state.num_steps + taken, taken * self.op.cost, matrix.scale
+        is_ready = any(row.is_ready(goal) or row.least == 1 for row, goal in zip(rows, goals, strict=True))
         return SystemState(
-            iterates,
-            vectors,
-            state.found,
+            rows,
             state.places,
-            scales[0],
-            state.num_steps + 1,
-            state.num_matvecs + len(state.places) * self.op.cost,
-            state.num_passes + self.op.cost,
-            is_ready=any(self._ready(iterates, state.places)) or 1 in iterates.least,
+            state.columns,
+            state.direction,
+            state.curvature,
+            state.column,
+            1.0 if scale is None else scale,
+            num_steps,
+            state.due,
+            state.num_matvecs + len(rows) * cost,
+            state.num_passes + cost,
+            is_ready=is_ready or num_steps >= state.due,
         )
 
-    def _ready(
-        self, iterates: Iterates, places: tuple[int, ...], goals: Sequence[float] | None = None
-    ) -> list[bool]:
-        """Return which rows have reached their goal, by default tol, or have stopped."""
-        lengths, goals = self._lengths, goals or [self.tol] * len(places)
-        rows = zip(iterates.sizes, goals, places, iterates.stopped, strict=True)
-        return [size <= goal * lengths[place] or reason != RUNNING for size, goal, place, reason in rows]
+    def _most_steps(self, state: SystemState) -> int:
+        """Return how many steps may be taken at once: those before an assessment or the limit of matvecs.
+
+        One where ranks step together, whose clocks differ; and the first alone, which sets the scale.
+        """
+        if self.op.space.ranks is not None or not state.num_steps:
+            return 1
+        left = self.limits.remaining(state.num_matvecs) - self.step_cost
+        affordable = 1 + int(left / (len(state.rows) * self.op.cost))
+        return max(1, min(state.due - state.num_steps, affordable))
 
     def assess(self, state: SystemState) -> Assessment[SystemState]:
         """Compare residuals with tol, verify those that are small enough, and finish or begin again."""
-        state, iterates, suspect = replace(state, is_ready=False), state.iterates, None
-        ready = self._ready(iterates, state.places, self._goals(state))
-        left = self._relative(state, iterates.sizes)
-        if NON_FINITE in iterates.stopped:
-            row = iterates.stopped.index(NON_FINITE)
-            suspect = self.recurrence.multiplied(state.vectors)[row].unsqueeze(1)
-        elif any(ready) or 1 in iterates.least:
+        goals = self._goals(state)
+        ready = [row.is_ready(goal) for row, goal in zip(state.rows, goals, strict=True)]
+        left = [row.size / self._lengths[place] for row, place in zip(state.rows, state.places, strict=True)]
+        suspects = [row.multiplied.unsqueeze(1) for row in state.rows if row.stopped == NON_FINITE]
+        if not suspects and (any(ready) or any(row.least == 1 for row in state.rows)):
             state = self._judged(state, ready)
-        done = [Status(status) for status in state.found.statuses if status]
-        known = left if state.places else state.found.residuals.tolist()
+        done = [Status(column.status) for column in state.columns if column.status]
+        known = left if state.places else [column.residual for column in state.columns]
         residual = max(math.inf if math.isnan(size) else size for size in known)
         progress = SolveProgress(residual=residual, num_converged=done.count(Status.CONVERGED))
-        status = Status.NON_FINITE if suspect is not None else None if state.places else worst(done)
+        status = Status.NON_FINITE if suspects else None if state.places else worst(done)
         num_steps = max(LEAST_STEPS, assessment_interval(self.op, state.num_steps))
-        return Assessment(state, progress, num_steps, status, suspect)
-
-    def _relative(self, state: SystemState, sizes: Sequence[float]) -> list[float]:
-        """Return norms of vectors of the rows at work over those of their right-hand sides."""
-        return [size / self._lengths[place] for size, place in zip(sizes, state.places, strict=True)]
+        state = replace(state, due=state.num_steps + num_steps, is_ready=False)
+        return Assessment(state, progress, num_steps, status, suspects[0] if suspects else None)
 
     def _goals(self, state: SystemState) -> list[float]:
-        """Return what a residual by recurrence has to reach: tol, or the rounding of its matvecs."""
-        sizes, norms = self._relative(state, self._norms(state.iterates.x).tolist()), state.iterates.norms
+        """Return what residuals by recurrence have to reach: tol, or the rounding of their matvecs."""
+        sizes, precision = self._inner.norms([row.x for row in state.rows]), self.op.precision
         return [
-            max(self.tol, self.op.precision * norm * size) for norm, size in zip(norms, sizes, strict=True)
+            max(self.tol * self._lengths[place], precision * row.norm * size)
+            for row, place, size in zip(state.rows, state.places, sizes, strict=True)
         ]
 
     def finalize(self, state: SystemState, status: Status) -> SolveResult:
         """Return the best solutions, those at work verified."""
-        unknown = [row for row, place in enumerate(state.places) if place not in state.fresh]
+        unknown = [number for number, place in enumerate(state.places) if place not in state.fresh]
         if unknown:
-            state, _, _ = self._verified(state, unknown)
-        statuses = list(state.found.statuses)
-        for place in state.places:
-            small = float(state.found.residuals[place]) <= self.tol
-            statuses[place] = Status.CONVERGED if small and status is not Status.NON_FINITE else status
-        x = state.found.best.clone()
-        lost = self._scale_(x, state.scale)
-        residuals = torch.where(lost, torch.inf, state.found.residuals)
-        found = [
-            Status.ROUNDING_LIMITED if out and one == Status.CONVERGED else Status(one)
-            for out, one in zip(lost.tolist(), statuses, strict=True)
-        ]
-        overall, negative = worst(found), None
-        if len(state.found.direction):
-            negative = NegativeCurvature(
-                state.found.direction[0], state.found.curvature * state.scale, state.found.column
-            )
-        units = self.units.to("cpu", torch.float64)
+            with suppress(DeadlineReached):  # then x is the best one that was verified before
+                check_deadline_of(self.op.space.ranks)
+                state, _ = self._verified(state, unknown)
+        statuses, residuals, solutions = [], [], []
+        for place, (column, unit) in enumerate(zip(state.columns, self.units, strict=True)):
+            x, is_lost = self._times(column.best, unit, state.scale)
+            small = column.residual <= self.tol and status is not Status.NON_FINITE
+            ended = Status(column.status or status)
+            ended = Status.CONVERGED if small and place in state.places else ended
+            statuses.append(Status.ROUNDING_LIMITED if is_lost and ended.converged else ended)
+            residuals.append(math.inf if is_lost else column.residual)
+            solutions.append(x)
+        overall, negative = worst(statuses), None
+        if len(state.direction):
+            negative = NegativeCurvature(state.direction[0], state.curvature * state.scale, state.column)
+        parts = zip(residuals, self._lengths, self.units, strict=True)
         return SolveResult(
-            x.mT,
-            residuals * self._sizes * units,
-            residuals,
+            torch.stack(solutions, dim=1),
+            torch.tensor([residual * length * unit for residual, length, unit in parts], dtype=torch.float64),
+            torch.tensor(residuals, dtype=torch.float64),
             state.num_matvecs,
             state.num_passes,
             overall,
-            tuple(found),
+            tuple(statuses),
             MESSAGES[overall],
             0.0,
             (),
@@ -285,141 +300,110 @@ class LinearSystem:
             negative,
         )
 
-    def _matrix(self, scales: list[float]) -> Matrix:
-        """Return A over its scale; of the first matvec, if there is no scale yet, which is then added to the list."""
+    def _times(self, x: Tensor, unit: float, scale: float) -> tuple[Tensor, bool]:
+        """Return a solution times its unit over the scale, and True if that leaves the dtype's range."""
+        exponent = math.frexp(unit)[1] - math.frexp(scale)[1]
+        if not exponent:
+            return x, False
+        limits, found, left = torch.finfo(x.dtype), x, exponent
+        most = math.frexp(limits.max)[1] // 2
+        while left:
+            part = max(-most, min(most, left))
+            found, left = found * math.ldexp(1.0, part), left - part
+        peak = float(self.op.space.peak(found))
+        # entries below the least normal number lose digits: in all no more than eps of the norm
+        is_safe = limits.tiny * math.sqrt(self.op.n) <= peak < math.inf
+        return found, not is_safe and float(self.op.space.peak(x)) > 0
 
-        def apply(rows: Tensor) -> Tensor:
-            images = self.op.product(rows.mT).mT
-            if not scales:
-                scales.append(_scale_of(self.op.space.peak(images), images.dtype))
-            return images if scales[0] == 1 else images / scales[0]
-
-        return Matrix(apply, self.preconditioner, self.op.space)
-
-    @cached_property
-    def _sizes(self) -> Tensor:
-        """Norms of the right-hand sides over their units ``[k]``."""
-        return self._norms(self.rhs)
-
-    @cached_property
-    def _lengths(self) -> list[float]:
-        """The same, as numbers."""
-        return self._sizes.tolist()
-
-    def _norms(self, rows: Tensor) -> Tensor:
-        """Return norms ``[k]`` in float64 on the CPU."""
-        return row_norms(self.op.space, rows).to("cpu", torch.float64)
-
-    def _verified(self, state: SystemState, rows: list[int]) -> tuple[SystemState, Tensor, Tensor]:
+    def _verified(
+        self, state: SystemState, numbers: Sequence[int]
+    ) -> tuple[SystemState, list[tuple[Tensor, Tensor, float]]]:
         """Verify rows at work by a matvec with their solutions; keep those that are the best so far.
 
         Returns:
-            The state, the true residuals ``[p, n]``, and their norms over those of b ``[p]``.
+            The state; and the solutions ``[n]``, their true residuals, and the norms of these over those of b.
         """
-        places = [state.places[row] for row in rows]
-        x = state.found.best[places] + state.iterates.x[rows]
-        residuals = self.rhs[places] - self.exact.product(x.mT).mT / state.scale
-        norms = (self._norms(residuals) / self._sizes[places]).nan_to_num(math.inf, posinf=math.inf)
-        found = state.found
-        better = norms < found.residuals[places]
-        taken = better.to(x.device)
-        best = _put(found.best, places, rows_where(taken, x, found.best[places]))
-        left = rows_where(~taken, state.iterates.x[rows], torch.zeros_like(x))
-        known = _put(found.residuals, places, torch.where(better, norms, found.residuals[places]))
+        places, columns = [state.places[number] for number in numbers], [*state.columns]
+        pairs = zip(numbers, places, strict=True)
+        solutions = [columns[place].best + state.rows[number].x for number, place in pairs]
+        images = over(images_of(self.exact, solutions), state.scale)
+        residuals = [self.rhs[place] - image for place, image in zip(places, images, strict=True)]
+        found = []
+        for place, x, r, size in zip(places, solutions, residuals, self._inner.norms(residuals), strict=True):
+            relative = size / self._lengths[place]
+            relative = math.inf if math.isnan(relative) else relative
+            found.append((x, r, relative))
+            if relative < columns[place].residual:
+                columns[place] = Column(x, relative, columns[place].least)
         state = replace(
             state,
-            iterates=replace(state.iterates, x=_put(state.iterates.x, rows, left)),
-            found=replace(found, best=best, residuals=known),
+            columns=tuple(columns),
             fresh=(*state.fresh, *places),
-            num_matvecs=state.num_matvecs + len(rows) * self.exact.cost,
+            num_matvecs=state.num_matvecs + len(places) * self.exact.cost,
             num_passes=state.num_passes + self.exact.cost,
         )
-        return state, residuals, norms
+        return state, found
 
-    def _judged(self, state: SystemState, ready: list[bool]) -> SystemState:
+    def _judged(self, state: SystemState, ready: Sequence[bool]) -> SystemState:
         """Verify rows at work; finish those that are ready, or begin again from their true residuals."""
-        reasons, least = state.iterates.stopped, state.iterates.least
-        rows, before = (
-            [row for row in range(len(ready)) if ready[row] or least[row] == 1],
-            state.found.residuals,
-        )
-        state, residuals, norms = self._verified(state, rows)
-        places = [place for place, one in zip(state.places, least, strict=True) if one == 1]
-        noted = tuple(2 if one == 1 else one for one in least)
-        state = replace(
-            state,
-            iterates=replace(state.iterates, least=noted),
-            found=replace(state.found, least=_put(state.found.least, places, state.found.residuals[places])),
-        )
-        statuses, again = list(state.found.statuses), []
-        for number, row in enumerate(rows):
-            place, reason, residual = state.places[row], reasons[row], float(norms[number])
+        before, rows = state.columns, [*state.rows]
+        numbers = [number for number, row in enumerate(rows) if ready[number] or row.least == 1]
+        state, found = self._verified(state, numbers)
+        columns = [*state.columns]
+        for number, (x, r, residual) in zip(numbers, found, strict=True):
+            place, row = state.places[number], rows[number]
+            column, status = columns[place], ""
+            least = column.residual if row.least == 1 else column.least
             if residual <= self.tol:
-                statuses[place] = str(Status.CONVERGED)
-            elif not ready[row]:
-                continue
-            elif reason == NEGATIVE:
-                statuses[place] = str(Status.NEGATIVE_CURVATURE)
-                state = self._with_direction(state, row, residual)
-            elif residual <= REFINES * float(before[place]):
-                again.append(number)
+                status = str(Status.CONVERGED)
+            elif not ready[number]:
+                left = torch.zeros_like(x) if column.best is x else row.x
+                rows[number] = replace(row, x=left, least=2)
+            elif row.stopped == NEGATIVE:
+                status, column = str(Status.NEGATIVE_CURVATURE), Column(x, residual)
+                state = self._with_direction(state, row, place)
+            elif residual <= REFINES * before[place].residual:
+                size = residual * self._lengths[place]
+                rows[number] = self.recurrence.begin(self._matrix(state.scale), r, size)
             else:
-                singular = (
-                    reason == SINGULAR
-                    or INCONSISTENT * state.found.least[place] < state.found.residuals[place]
-                )
-                statuses[place] = str(Status.SINGULAR if singular else Status.ROUNDING_LIMITED)
-        state = replace(state, found=replace(state.found, statuses=tuple(statuses)))
-        if again:
-            state = self._restarted(state, [rows[number] for number in again], residuals[again])
-        kept = [row for row, place in enumerate(state.places) if not statuses[place]]
+                is_singular = row.stopped == SINGULAR or INCONSISTENT * least < column.residual
+                status = str(Status.SINGULAR if is_singular else Status.ROUNDING_LIMITED)
+            columns[place] = Column(column.best, column.residual, least, status)
+        kept = [number for number, place in enumerate(state.places) if not columns[place].status]
         return replace(
             state,
-            iterates=rows_of(state.iterates, kept),
-            vectors=rows_of(state.vectors, kept),
-            places=tuple(state.places[row] for row in kept),
+            rows=tuple(rows[number] for number in kept),
+            places=tuple(state.places[number] for number in kept),
+            columns=tuple(columns),
         )
 
-    def _restarted(self, state: SystemState, rows: list[int], residuals: Tensor) -> SystemState:
-        """Begin the recurrence of these rows again from true residuals ``[p, n]``."""
-        begun = self.recurrence.begin(self._matrix([state.scale]), residuals)
-        return replace(
-            state,
-            iterates=with_rows(state.iterates, rows, Iterates.of(residuals, self._norms(residuals).tolist())),
-            vectors=with_rows(state.vectors, rows, begun),
-        )
-
-    def _with_direction(self, state: SystemState, row: int, residual: float) -> SystemState:
-        """Keep the iterate of a row that met negative curvature, and the first such direction."""
-        place, found = state.places[row], state.found
-        found = replace(
-            found,
-            best=_put(found.best, [place], found.best[[place]] + state.iterates.x[[row]]),
-            residuals=_put(found.residuals, [place], torch.tensor([residual], dtype=torch.float64)),
-        )
-        if not len(found.direction) and isinstance(state.vectors, Directions):
-            direction = state.vectors.p[row] / self.op.space.peak(state.vectors.p[row])
-            unit = direction / self.op.space.norm(direction)
-            found = replace(found, direction=unit[None], curvature=state.vectors.curvature[row], column=place)
-        return replace(state, found=found)
-
-    def _scale_(self, x: Tensor, scale: float) -> Tensor:
-        """Multiply solutions by their unit over the scale, in place; return where that left the dtype's range."""
-        exponents = (torch.log2(self.units) - math.log2(scale)).round()
-        half = (exponents / 2).floor()
-        before = x.clone()
-        for part in (half, exponents - half):
-            x.mul_(torch.exp2(part)[:, None])
-        back = x.clone()
-        for part in (half, exponents - half):
-            back.mul_(torch.exp2(-part)[:, None])
-        difference, size = self._norms(back - before), self._norms(before)
-        return ~(difference <= torch.finfo(x.dtype).eps * size)
+    def _with_direction(self, state: SystemState, row: Row, place: int) -> SystemState:
+        """Keep the first direction of negative curvature."""
+        if len(state.direction) or not isinstance(row, DirectionRow):
+            return state
+        direction = row.p / self.op.space.peak(row.p)
+        unit = direction / self.op.space.norm(direction)
+        return replace(state, direction=unit[None], curvature=row.curvature, column=place)
 
     def identity(self, **more: Any) -> dict[str, Any]:
         """Return what must be the same when a solve continues from a checkpoint; tol and limits may change."""
-        b = digest(self.op.space.whole((self.rhs * self.units[:, None]).mT, self.op.n).mT)
+        rows = [vector * unit for vector, unit in zip(self.rhs, self.units, strict=True)]
+        b = digest(self.op.space.whole(torch.stack(rows, dim=1), self.op.n).mT)
         return {"solver": self.method, **self.op.identity(), "b": b, **more}
+
+    def unpack(self, plain: dict[str, Any]) -> SystemState:
+        """Return the state of its plain data."""
+        like = self.rhs[0]
+
+        def moved(item: dict[str, Any]) -> dict[str, Any]:
+            return {
+                key: value.to(like) if isinstance(value, Tensor) else value for key, value in item.items()
+            }
+
+        lists: dict[str, Any] = {name: tuple(plain[name]) for name in ("places", "fresh")}
+        rows = tuple(self.recurrence.unpack(moved(row)) for row in plain["rows"])
+        columns = tuple(Column(**moved(column)) for column in plain["columns"])
+        return SystemState(**{**moved(plain), **lists, "rows": rows, "columns": columns})
 
     def resumed(self, state: SystemState) -> SystemState:
         """Verify by one matvec, counted, that a loaded state belongs to the operator.
@@ -429,49 +413,25 @@ class LinearSystem:
         Raises:
             ValueError: it belongs to another operator.
         """
-        rows = [*range(len(state.places))]
-        state = replace(state, iterates=rows_of(state.iterates, rows), vectors=rows_of(state.vectors, rows))
-        if not state.num_steps or not rows:
+        if not state.num_steps or not state.rows:
             return state
-        places, weights, space = [*state.places], coefficients(len(rows)).to(self.rhs), self.op.space
-        x = weights @ (state.found.best[places] + state.iterates.x)
-        b, r = weights @ self.rhs[places], weights @ state.iterates.r
+        weights, space = coefficients(len(state.rows)).to(self.rhs[0]), self.op.space
+        places = state.places
+        x = torch.stack(
+            [state.columns[place].best + row.x for place, row in zip(places, state.rows, strict=True)]
+        )
+        image = torch.stack([self.rhs[place] - row.r for place, row in zip(places, state.rows, strict=True)])
+        x, image, b = (
+            weights @ x,
+            weights @ image,
+            weights @ torch.stack([self.rhs[place] for place in places]),
+        )
         # rounding leaves the recurrence's residuals as far from the true ones as the norms of A and x say
-        size = max(float(space.norm(b)), max(state.iterates.norms) * float(space.norm(x)))
-        cost = Witness(x, b - r, len(rows)).check(self.op, state.scale, size)
+        size = max(float(space.norm(b)), max(row.norm for row in state.rows) * float(space.norm(x)))
+        cost = Witness(x, image, len(places)).check(self.op, state.scale, size)
         return replace(state, num_matvecs=state.num_matvecs + cost, num_passes=state.num_passes + cost)
-
-
-def _scale_of(peak: Tensor, dtype: torch.dtype) -> float:
-    """Return 1 where the squares of images with this peak are well within the dtype's range, else a power of two."""
-    scale, most = float(power_of_two(peak)), torch.finfo(dtype).max ** SAFE
-    return 1.0 if 1 / most <= scale <= most else scale
 
 
 def worst(statuses: list[Status]) -> Status:
     """Return the worst status."""
     return max(statuses, key=RANKS.index)
-
-
-def rows_of(tree: T, rows: list[int]) -> T:
-    """Return these rows of each tensor and tuple of a dataclass."""
-    return type(tree)(
-        **{
-            name: tuple(value[row] for row in rows) if isinstance(value, tuple) else value[rows]
-            for name, value in vars(tree).items()
-        }
-    )
-
-
-def with_rows(tree: T, rows: list[int], new: T) -> T:
-    """Return a dataclass of tensors and tuples with rows replaced by those of ``new``."""
-    return type(tree)(**{name: _put(value, rows, getattr(new, name)) for name, value in vars(tree).items()})
-
-
-def _put(values: V, rows: list[int], new: V) -> V:
-    if isinstance(values, tuple):
-        fresh = dict(zip(rows, new, strict=True))
-        return tuple(fresh.get(row, value) for row, value in enumerate(values))
-    values = values.clone()
-    values[rows] = new
-    return values
