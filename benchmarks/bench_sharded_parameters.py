@@ -88,7 +88,7 @@ class Traffic:
     def __enter__(self) -> Traffic:
         share = (self.size - 1) / self.size
         self._count(ranks, "_all_gather", lambda args, _: share * args[0].nbytes)
-        self._count(ranks, "_reduce_scatter", lambda args, _: share * args[1].nbytes)
+        self._count(ranks, "_all_to_all", lambda args, _: share * args[1].nbytes)
         for name, end in (("broadcast", "group_src"), ("reduce", "group_dst")):
             self._count(dist, name, lambda args, o, end=end: args[0].nbytes * (o[end] != self.rank))
         return self

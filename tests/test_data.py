@@ -3,7 +3,9 @@ from __future__ import annotations
 import random
 from collections import UserDict, namedtuple
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +25,9 @@ from torch.utils.data import (
 )
 
 import hvpkit as hk
+from hvpkit._utils.ranks import Ranks
 from hvpkit.data import random_state
+from hvpkit.data.sources import DatasetBatches, TensorBatches, evenly
 
 N = 11
 X = torch.randn(N, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -978,3 +982,25 @@ def test_a_mean_can_be_weighted_where_all_examples_of_a_batch_weigh_the_same() -
     chosen = torch.cat([y for _, y in sample.data]).long()
     mean = torch.autograd.functional.hessian(lambda p: ((X[chosen] @ p - Y[chosen]) ** 4).mean(), P)
     assert torch.allclose(sample @ torch.eye(3, dtype=torch.float64), mean, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 40])
+@pytest.mark.parametrize("num_examples", [1, 4, 8, 21, 30])
+def test_even_shares_have_each_example_once_and_are_of_one_size(
+    num_examples: int, batch_size: int, num_ranks: int
+) -> None:
+    x = torch.arange(num_examples)
+    for source in (TensorBatches(x, batch_size), DatasetBatches.of(x, batch_size)):
+        given = list(x.split(batch_size))
+        found: list[int] = []
+        for rank in range(num_ranks):
+            ranks = SimpleNamespace(size=num_ranks, rank=rank)
+            ranks.part = partial(Ranks.part, ranks)
+            parts = list(evenly(source, ranks))
+            assert sum(len(batch) for *_, batch in parts) <= -(-num_examples // num_ranks)
+            for number, start, batch in parts:
+                assert batch.tolist() == x[start : start + len(batch)].tolist()
+                assert set(batch.tolist()) <= set(given[number].tolist())
+            found += torch.cat([batch for *_, batch in parts]).tolist() if parts else []
+        assert sorted(found) == x.tolist()

@@ -24,7 +24,7 @@ def test_one_process_answers_all_questions(monkeypatch: pytest.MonkeyPatch) -> N
     for owner, name in (
         (torch.distributed, "all_reduce"),
         (ranks, "_all_gather"),
-        (ranks, "_reduce_scatter"),
+        (ranks, "_all_to_all"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # they are counted, and put back
     found = bench.answer(None, "tiny")
@@ -35,11 +35,32 @@ def test_one_process_answers_all_questions(monkeypatch: pytest.MonkeyPatch) -> N
     assert {one["bytes"] for one in found.values()} == {0}
 
 
-def test_ratios_are_of_the_slowest_rank() -> None:
-    one = {"values": [2.0, 0.0], "seconds": 4.0, "cpu_seconds": 4.0, "bytes": 0, "peak_mib": 10.0}
+def test_a_half_has_half_of_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.PROBLEMS, "tiny", tiny)
+    monkeypatch.setitem(bench.BATCH_SIZES, "tiny", 8)
+    monkeypatch.setattr(bench, "_count_bytes", list)
+    objective, params, (x, y) = tiny()
+    found = bench.answer(None, "tiny", 1)["both ends"]
+    values = torch.linalg.eigvalsh(hk.hessian(objective, params, (x[10:], y[10:])).to_dense())
+    assert found["values"][0] == pytest.approx(float(values[-1]), rel=1e-2)
+    assert found["num_matvecs"] == found["values"][2]
+
+
+def test_ratios_are_of_the_slowest_process() -> None:
+    one = {
+        "values": [2.0, 0.0],
+        "seconds": 4.0,
+        "cpu_seconds": 4.0,
+        "num_matvecs": 10.0,
+        "bytes": 0,
+        "peak_mib": 10.0,
+    }
     two = [{**one, "values": [2.1, 0.0], "seconds": s, "cpu_seconds": 2.0, "bytes": 8} for s in (2.0, 2.5)]
-    found = bench.compare([(one, two), ({**one, "seconds": 5.0}, two)])
+    halves = [{**one, "seconds": 2.2, "num_matvecs": 11.0}, {**one, "seconds": 1.8, "num_matvecs": 10.0}]
+    found = bench.compare([(one, two, halves), ({**one, "seconds": 5.0}, two, halves)])
     assert found["ratios"] == [1.6, 2.0]
+    assert found["possible_ratios"] == pytest.approx([2.0, 2.5])
+    assert found["seconds_of_halves"] == pytest.approx(2.0)
     assert found["cpu_ratios"] == [2.0, 2.0]
     assert found["error"] == pytest.approx(0.05)
     assert found["bytes"] == 8

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import hvpkit as hk
 from distributed.ranks import run
+from hvpkit.curvature.batches import weighted_batches
 
 NUM_RANKS = 3
 N = 61  # examples: of no size that ranks or batches divide
@@ -108,6 +109,18 @@ def two_batches_for_three_ranks(mesh: DeviceMesh | None) -> Tensor:
     return hessian(mesh, batch_size=40) @ V
 
 
+def centred(params: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    outputs = batch[0] @ params
+    return (outputs - outputs.mean()) ** 4  # of examples, and of the batch that they are in
+
+
+@question
+def losses_that_depend_on_their_batch(mesh: DeviceMesh | None) -> list[Tensor]:
+    examples, v = data(mesh, batch_size=25), torch.ones(5, dtype=torch.float64)
+    mean = hk.hessian(lambda params, batch: ((batch[0] @ params) ** 4).mean(), v, examples)
+    return [hk.hessian(centred, v, examples) @ v, mean @ v]
+
+
 @question
 def kept_graphs(mesh: DeviceMesh | None) -> list[Tensor]:
     H = hessian(mesh)
@@ -143,6 +156,12 @@ SOLVERS: dict[str, Callable[[hk.CurvatureOperator], hk.EigenResult]] = {
     "chebyshev": lambda H: hk.chebyshev(H, 2, which="LA", tol=1e-6),
     "power": lambda H: hk.power(H, 1, which="LA", tol=1e-3),
     "accelerated power": lambda H: hk.accelerated_power(H, 1, which="LA", tol=1e-3),
+    "SciPy's LOBPCG": lambda H: hk.scipy_lobpcg(H, 2, which="LA", tol=1e-6),
+    "Oja": lambda H: hk.oja(H, which="LA", max_matvecs=20),
+    "stochastic power": lambda H: hk.stochastic_power(H, which="LM", max_matvecs=20),
+    "preconditioned and shifted": lambda H: hk.lanczos(
+        hk.precondition(2 * H.shift(0.3), torch.linspace(1, 2, H.n, dtype=H.dtype)), 2, which="BE", tol=1e-8
+    ),
     "ARPACK": lambda H: hk.eigsh(H, 2, which="BE", tol=1e-6),
     "top": lambda H: hk.top_eigenvalues(H, 3, which="LA"),
     "multifidelity": lambda H: hk.multifidelity([H.coarsen(20), H]),
@@ -209,7 +228,8 @@ def conjugate_gradients(mesh: DeviceMesh | None) -> list[Any]:
 @question
 def blocks(mesh: DeviceMesh | None) -> list[Any]:
     found = hk.blocks(OBJECTIVE, PARAMS, data(mesh, batch_size=7))
-    return [[one.name, one.extremes.largest.value, one.trace.value] for one in found.blocks]
+    vectors = [one.extremes.full_tensor().largest.vector.abs() for one in found.blocks]
+    return [vectors, [[one.name, one.extremes.largest.value, one.trace.value] for one in found.blocks]]
 
 
 @question
@@ -265,6 +285,24 @@ def own_parts(mesh: DeviceMesh | None) -> list[Any]:
         found.largest.value,
         H.num_examples,
     ]
+
+
+def shares(mesh: DeviceMesh) -> list[list[int]]:
+    """Return the sizes of this rank's batches: of losses of examples, of those that depend on a batch, and of means."""
+    point = torch.ones(5, dtype=torch.float64)
+    operators = [
+        hessian(mesh, batch_size=25),
+        hessian(mesh, "dataset", batch_size=25),
+        hk.hessian(centred, point, data(mesh, batch_size=25)),
+        hk.hessian(lambda params, batch: ((batch[0] @ params) ** 4).mean(), point, data(mesh, batch_size=25)),
+    ]
+    return [[batch.size for batch in weighted_batches(H.data)] for H in operators]
+
+
+def test_ranks_have_as_many_examples_where_batches_can_be_cut() -> None:
+    (found,) = run(2, shares)
+    assert found[0] == [[25, 6], [25, 6], [25, 11], [25, 11]]
+    assert found[1] == [[25, 5], [25, 5], [25], [25]]
 
 
 def close(found: Any, expected: Any, rtol: float, atol: float) -> bool:

@@ -344,7 +344,7 @@ def counted(mesh: DeviceMesh) -> Any:
             for owner, function, passes, place in (
                 (torch.distributed, "all_reduce", 2, 0),
                 (ranks, "_all_gather", 1, 0),
-                (ranks, "_reduce_scatter", 1, 1),
+                (ranks, "_all_to_all", 1, 1),
             ):
                 call = partial(count, getattr(owner, function), H.space.ranks, sent, passes, place)
                 patch.setattr(owner, function, call)

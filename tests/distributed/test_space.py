@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 import hvpkit
 from distributed.ranks import run
@@ -45,6 +46,30 @@ def test_parts_have_the_figures_of_the_whole(size: int) -> None:
         for rank in of_ranks:
             for one, other in zip(rank, expected, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
+def summed(mesh: DeviceMesh) -> list[list[torch.Tensor]]:
+    """Return this rank's parts of sums: by an exchange, as on a CPU, and by reduce_scatter, as on GPUs."""
+    ranks, found = Ranks(mesh), []
+    for n in (1, 3, 4, 37):
+        rows = torch.arange(2 * n, dtype=torch.float64).view(2, n) + 100 * ranks.rank
+        part = slice(*ranks.part(n).indices(n)[:2])
+        parts = [ranks.sum_parts(rows), torch.empty(2, part.stop - part.start, dtype=torch.float64)]
+        sizes = [len(range(n)[ranks.part(n, rank)]) for rank in range(ranks.size)]
+        for row, own in zip(rows, parts[1], strict=True):
+            ranks._reduce_and_scatter(row, own, sizes)
+        total = ranks.size * torch.arange(2 * n, dtype=torch.float64).view(2, n)
+        total += 100 * sum(range(ranks.size))
+        found.append([*parts, total[:, part]])
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_both_ways_to_sum_parts_give_each_rank_its_own(size: int) -> None:
+    for of_rank in run(size, summed)[0]:
+        for exchanged, scattered, expected in of_rank:
+            assert torch.equal(exchanged, expected)
+            assert torch.equal(scattered, expected)
 
 
 def test_ranks_hold_parts_of_equal_size_but_the_last() -> None:

@@ -15,10 +15,11 @@ from distributed import training
 from distributed.ranks import launch
 
 
-@pytest.mark.parametrize("library", ["lightning", "transformers"])
+@pytest.mark.parametrize("library", ["lightning", "lightning-fsdp2", "transformers"])
 def test_all_ranks_share_a_measurement_and_have_its_numbers(library: str, tmp_path: Path) -> None:
-    pytest.importorskip(library)
-    import_module(f"hvpkit.train.{library}")  # before ranks are forked
+    package = library.removesuffix("-fsdp2")
+    pytest.importorskip(package)
+    import_module(f"hvpkit.train.{package}")  # before ranks are forked
     done = launch(2, training.__file__, library, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
@@ -37,7 +38,7 @@ def test_all_ranks_share_a_measurement_and_have_its_numbers(library: str, tmp_pa
     ex = hk.extreme_eigenvalues(hk.hessian(objective, params, (training.X, training.Y)), tol=1e-4)
     assert first["numbers"][-1][1] == pytest.approx(ex.largest.value, rel=3e-4)
     assert first["numbers"][-1][2] == pytest.approx(ex.smallest.value, rel=3e-4)
-    if library == "lightning":
+    if library.startswith("lightning"):
         assert first["epochs"] == second["epochs"] == 1  # stopped by the spectrum
         assert first["best"] == second["best"] == "epoch=0.ckpt"
         assert (tmp_path / "epoch=0.ckpt").exists()

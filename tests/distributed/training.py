@@ -1,4 +1,4 @@
-"""A training by two processes as of torchrun, with a callback: ``training.py lightning|transformers FOLDER``.
+"""A training by two processes as of torchrun, with a callback: ``training.py LIBRARY FOLDER``.
 
 Each process writes what it has into the folder.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hvpkit.objective.fully_sharded import gathered
 from hvpkit.train import SpectrumTracker
 
 G = torch.Generator().manual_seed(0)
@@ -35,9 +37,11 @@ def tracker(folder: Path) -> SpectrumTracker:
     )
 
 
-def with_lightning(folder: Path) -> dict[str, Any]:
+def with_lightning(folder: Path, *, sharded: bool = False) -> dict[str, Any]:
     import lightning
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
     from torch.utils.data import DataLoader, TensorDataset
 
     from hvpkit.train.lightning import SpectrumCallback
@@ -46,6 +50,10 @@ def with_lightning(folder: Path) -> dict[str, Any]:
         def __init__(self) -> None:
             super().__init__()
             self.net = Net()
+
+        def configure_model(self) -> None:
+            if sharded:
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x)
@@ -64,7 +72,7 @@ def with_lightning(folder: Path) -> dict[str, Any]:
     trainer = lightning.Trainer(
         max_epochs=4,
         accelerator="cpu",
-        strategy="ddp",
+        strategy=ModelParallelStrategy(2, 1) if sharded else "ddp",
         devices=2,
         callbacks=[SpectrumCallback(own), stop, best],
         logger=False,
@@ -121,7 +129,7 @@ def with_transformers(folder: Path) -> dict[str, Any]:
 
 
 def found(own: SpectrumTracker, model: nn.Module, rank: int) -> dict[str, Any]:
-    state = {name: value.tolist() for name, value in model.state_dict().items()}
+    state = {name: gathered(value).tolist() for name, value in model.state_dict().items()}
     numbers = [[step, ex.largest.value, ex.smallest.value, ex.num_matvecs] for step, ex in own.results]
     return {"rank": rank, "numbers": numbers, "state": state}
 
@@ -129,5 +137,10 @@ def found(own: SpectrumTracker, model: nn.Module, rank: int) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target = Path(sys.argv[2])
-    result = {"lightning": with_lightning, "transformers": with_transformers}[sys.argv[1]](target)
+    libraries = {
+        "lightning": with_lightning,
+        "lightning-fsdp2": partial(with_lightning, sharded=True),
+        "transformers": with_transformers,
+    }
+    result = libraries[sys.argv[1]](target)
     (target / f"rank{result['rank']}.json").write_text(json.dumps(result))

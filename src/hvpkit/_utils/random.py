@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from numbers import Integral
 
 import numpy as np
@@ -30,15 +29,17 @@ def resolve_seed(seed: Seed) -> int:
 
 def generator(seed: int, stream: int = 0) -> torch.Generator:
     """Return a CPU generator for stream number ``stream`` of ``seed``; streams are independent of each other."""
-    word = int(np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(word)
+    return _generators(seed, stream, 1)[0]
 
 
-CHUNK = 2**20
-"""Numbers that are drawn at a time where not all are kept. Chosen by feel."""
+def _generators(seed: int, stream: int, count: int) -> list[torch.Generator]:
+    """Return independent generators for the pieces of a stream; the first ones do not depend on how many there are."""
+    words = np.random.SeedSequence((seed, stream)).generate_state(count, np.uint64).tolist()
+    return [torch.Generator().manual_seed(word) for word in words]
 
-LEAST = 16
-"""The fewest numbers that are drawn at a time: torch fills vectors by 16."""
+
+PIECE = 2**16
+"""Numbers that are drawn by one generator: a rank draws only the pieces that its part of a vector touches."""
 
 
 def normal_vector(
@@ -52,7 +53,7 @@ def normal_vector(
 ) -> Tensor:
     """Draw a standard normal vector ``[n]`` on the CPU and move it: the same numbers on every device.
 
-    With ``part`` only those entries are returned, the same numbers again, and never held all at once.
+    With ``part`` only those entries are returned, the same numbers again, and few more are drawn.
 
     Example:
         >>> import torch
@@ -60,14 +61,12 @@ def normal_vector(
         torch.Size([3])
     """
     sample_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    random = generator(seed, stream)
-    if part is None:
-        return torch.randn(n, generator=random, dtype=sample_dtype).to(device, dtype)
-    bounds = [bound for bound in range(0, n, CHUNK) if bound == 0 or n - bound >= LEAST] + [n]
+    part = slice(0, n) if part is None else part
     kept = torch.empty(part.stop - part.start, dtype=sample_dtype)
-    for start, stop in pairwise(bounds):
-        drawn = torch.randn(stop - start, generator=random, dtype=sample_dtype)
+    for number, random in enumerate(_generators(seed, stream, -(-part.stop // PIECE))):
+        start, stop = number * PIECE, min((number + 1) * PIECE, n)
         first, last = max(start, part.start), min(stop, part.stop)
         if first < last:
+            drawn = torch.randn(stop - start, generator=random, dtype=sample_dtype)
             kept[first - part.start : last - part.start] = drawn[first - start : last - start]
     return kept.to(device, dtype)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import pad
 
 from hvpkit._utils.deadline import DeadlineReached, check_deadline, has_deadline
 from hvpkit._utils.signals import signals_deferred
@@ -27,6 +28,11 @@ T = TypeVar("T")
 # by their names since torch 2.13, or those before
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_to_all = dist.all_to_all_single
+
+
+DIGESTED = 2**16
+"""Entries of a vector that are digested at a time: of 10.6 million in float32 in 9 ms, all at once in 56 ms."""
 
 
 class _State(IntEnum):
@@ -177,15 +183,38 @@ class Ranks:
             dist.all_reduce(total, group=self.group)
             return total
 
-    def sum_part(self, rows: Tensor, size: int) -> Tensor:
-        """Return this rank's ``size`` columns, counted from its rank times ``size``, of the sum of ``[k, n]``."""
-        padded = rows.new_zeros(len(rows), self.size * size)
-        padded[:, : rows.shape[1]] = rows
-        parts = padded.view(len(rows), self.size, size).transpose(0, 1).contiguous()
-        part = rows.new_empty(len(rows), size)
+    def sum_parts(self, rows: Tensor) -> Tensor:
+        """Return this rank's columns, as :meth:`part` has them, of the sum of rows ``[k, n]``; after a meeting."""
+        n = rows.shape[1]
+        sizes = [len(range(n)[self.part(n, rank)]) for rank in range(self.size)]
+        part = rows.new_empty(len(rows), sizes[self.rank])
+        sum_part = self._exchange_and_sum if rows.device.type == "cpu" else self._reduce_and_scatter
         with answering():
-            _reduce_scatter(part.view(-1), parts.view(-1), group=self.group)
+            for row, own in zip(
+                rows, part, strict=True
+            ):  # one by one, so that nothing is moved to lie together
+                sum_part(row.contiguous(), own, sizes)
         return part
+
+    def _exchange_and_sum(self, share: Tensor, own: Tensor, sizes: list[int]) -> None:
+        # reduce_scatter of gloo sums all entries on every rank: twice the bytes
+        received = share.new_empty(self.size, len(own))
+        _all_to_all(received.view(-1), share, [len(own)] * self.size, sizes, group=self.group)
+        torch.sum(received, dim=0, out=own)
+
+    def _reduce_and_scatter(self, share: Tensor, own: Tensor, sizes: list[int]) -> None:
+        summed = share.new_empty(sizes[0])
+        _reduce_scatter(summed, _padded(share, self.size * sizes[0]), group=self.group)
+        own.copy_(summed[: len(own)])
+
+    def gather_parts(self, part: Tensor, n: int) -> Tensor:
+        """Return the rows ``[k, n]`` of which each rank has its columns."""
+        size = -(-n // self.size)
+        rows = part.new_empty(len(part), self.size * size)
+        with answering():
+            for own, row in zip(_padded(part, size), rows, strict=True):
+                _all_gather(row, own.contiguous(), group=self.group)
+        return rows[:, :n]
 
     def concatenate(self, part: Tensor) -> Tensor:
         """Return the ranks' tensors, of one shape, one after the other along the first dimension."""
@@ -252,6 +281,12 @@ class Ranks:
         with answering():
             dist.all_gather_object(held, value, group=self._control)
         return held
+
+
+def _padded(tensor: Tensor, size: int) -> Tensor:
+    """Return the tensor with zeros behind it, so that its last dimension has this size."""
+    missing = size - tensor.shape[-1]
+    return pad(tensor, (0, missing)) if missing else tensor
 
 
 def is_shards(value: object) -> bool:
@@ -338,7 +373,8 @@ def check_deadline_of(ranks: Ranks | None) -> None:
 def fingerprint(tensor: Tensor) -> int:
     """Return a sum of the tensor's bits: of equal tensors it is equal, whatever rank computes it."""
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
-    return int(tensor.contiguous().view(words).sum(dtype=torch.int64))
+    pieces = tensor.contiguous().view(words).view(-1).split(DIGESTED)  # torch converts all that it sums first
+    return int(torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum())
 
 
 @contextmanager

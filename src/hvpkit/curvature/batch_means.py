@@ -16,8 +16,11 @@ NUM_EXAMPLES = 32
 
 def check_batch_mean(
     loss_fn: LossFn, params: Tree, data: Data, first: Data, *, resized: bool = False
-) -> None:
+) -> bool:
     """Raise ValueError if a 0-d loss is a sum over its batch, or no mean over examples that batches can be cut from.
+
+    Return True for losses of examples, and several ranks, if those of the halves of a batch are those of the batch:
+    then ranks may cut batches. Of a 0-d loss the first examples do not show it, if all of them have as many tokens.
 
     Batches that come as the caller made them, are read whole, or are declared as fixed (``batchnorm="batch"``) are
     not cut: their losses may be of any form but a sum.
@@ -30,23 +33,26 @@ def check_batch_mean(
         resized: batches of another size will be cut from the data.
 
     Cost:
-        For a 0-d loss three forward passes with 32 examples, else one.
+        Three forward passes with 32 examples; one for losses of examples where a process is alone.
     """
     few = first.first(NUM_EXAMPLES)
     size = few.num_examples
     if size < 2 or data.whole or goes_by_batches(loss_fn):
-        return
+        return False
     parts = [few.subset(torch.arange(start, stop)) for start, stop in ((0, size // 2), (size // 2, size))]
     with torch.enable_grad():  # a loss may differentiate by its inputs
         whole = loss_fn(params, _batch(few)).detach()
-        if whole.ndim > 0:
-            return
+        if whole.ndim > 0 and data.ranks is None:
+            return False
         halves = [loss_fn(params, _batch(part)).detach() for part in parts]
+    if whole.ndim > 0:
+        joined = torch.cat(halves)
+        return joined.shape == whole.shape and _close(whole, joined, [joined])
     mean = sum(
         (half * (part.num_examples / size) for half, part in zip(halves, parts, strict=True)), 0 * whole
     )
     if _close(whole, mean, halves):
-        return
+        return False
     if _close(whole, halves[0] + halves[1], halves):
         raise ValueError(
             "loss_fn returns a sum over its batch, and a 0-d loss is taken for the mean, so that the Hessian would be "
@@ -62,6 +68,7 @@ def check_batch_mean(
             "that are meant (which are kept as they are), losses of examples [B], or for a weighted mean "
             "hvpkit.Objective(forward, output_loss, example_weight)"
         )
+    return False
 
 
 def _batch(data: Data) -> Batch:
@@ -70,9 +77,9 @@ def _batch(data: Data) -> Batch:
 
 def _close(found: Tensor, expected: Tensor, parts: list[Tensor]) -> bool:
     """Return True if two values agree to half of the digits of what they were added up from; NaN agrees."""
-    scale = torch.stack([found.abs(), *(part.abs() for part in parts)]).max()
+    scale = torch.stack([found.abs(), *(part.abs() for part in parts)])
     apart = (found - expected).abs()
-    return not bool(apart > torch.finfo(found.dtype).eps ** 0.5 * scale)
+    return not bool((apart > torch.finfo(found.dtype).eps ** 0.5 * scale.max()).any())
 
 
 def _is_cut(data: Data, first: Data) -> bool:

@@ -143,7 +143,7 @@ class WeightedBatch:
 
 def weighted_batches(data: Data) -> Generator[WeightedBatch, None, None]:
     """Iterate over the batches of the data, or this rank's share of them, with their place in the mean."""
-    for batch, size, weights, number, start in data.share():
+    for batch, size, weights, number, start in data.even_share():
         yield WeightedBatch(batch, size, weights, data.num_examples, number, start)
 
 

@@ -355,7 +355,9 @@ def _specify(loss_fn: LossFn, params: Tree, data: object, options: _Options) -> 
         value = check_loss(next(loss_shares(problem.loss_fn, problem.layout, first)), problem.leaves)
         if problem.shards is None or not problem.shards.ranks.any(first.num_examples < 2):
             resized = options.batch_size == "auto"
-            check_batch_mean(problem.loss_fn, problem.params, examples, first, resized=resized)
+            can_cut = check_batch_mean(problem.loss_fn, problem.params, examples, first, resized=resized)
+            if problem.shards is None:  # else ranks take as many batches, whatever their sizes
+                problem = problem.over(replace(examples, can_cut=agreed(ranks, can_cut)))
         if not all_finite([value]):
             raise NonFiniteError("loss_fn gave NaN or infinity on batch 0 of data (counted from 0)")
         if ranks is not None:

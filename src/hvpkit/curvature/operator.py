@@ -35,7 +35,7 @@ from hvpkit.curvature.mode_selection import Recipe, lower_precision
 from hvpkit.curvature.sharded_problem import parameters_of
 from hvpkit.data import Data, as_data, digest_of
 from hvpkit.objective import Objective, goes_by_batches
-from hvpkit.operators.algebra import combined_product
+from hvpkit.operators.algebra import combination, combined_product
 from hvpkit.operators.base import LinearOperator, Product
 from hvpkit.operators.space import Space
 
@@ -93,13 +93,9 @@ class Curvature:
         ranks = self.problem.data.ranks
         if ranks is None:
             return self._share(vectors).mT
-        with ranks.together(self.question(vectors)):
+        with ranks.together(("matvec", self.name, vectors.shape, fingerprint(vectors))):
             rows = self._share(vectors)
         return ranks.sum(rows).mT
-
-    def question(self, vectors: Tensor) -> object:
-        """Return what all ranks must be at to multiply these columns together."""
-        return "matvec", self.name, vectors.shape, fingerprint(vectors)
 
     def share(self, vectors: Tensor) -> Tensor:
         """Return the images ``[k, n]`` of columns ``[n, k]`` by this rank's batches."""
@@ -115,10 +111,10 @@ class Curvature:
 
     def _share(self, vectors: Tensor) -> Tensor:
         split = self.problem.layout.split
-        columns = [split(vector) for vector in vectors.mT.contiguous()]
+        columns = [split(vector.contiguous()) for vector in vectors.mT]
         with self.settings():
-            rows = vectors.new_zeros(len(columns), self.problem.layout.n)
-            sums = [split(row) for row in rows]
+            images = vectors.new_zeros(len(columns), self.problem.layout.n)
+            sums = [split(row) for row in images]
             share = len(columns) * self.data_share / self.cache.count_batches(self.problem.data)
             # closed at once if a batch is interrupted, so that what reading data sets is reset before anything else
             with closing(self.cache.linearized(self._batches, self.recipe.mode)) as linear_maps:
@@ -127,7 +123,7 @@ class Curvature:
                     handle_waiting_signals()
                     _add_(sums, linear(columns, retain_graph=kept))
                     advance(share, self.stage)
-        return rows
+        return images
 
     @property
     def _shows_bar(self) -> bool:
@@ -310,21 +306,19 @@ class CurvatureOperator(LinearOperator):
         ranks = space.ranks
         assert ranks is not None
 
-        def of_parts(vectors: Tensor) -> Tensor:
-            images = sum(coefficient * term.of_parts(vectors) for coefficient, term in self.terms)
-            assert isinstance(images, Tensor)
+        def shifted(images: Tensor, vectors: Tensor) -> Tensor:
             return images + sigma * vectors if self.is_shifted else images
 
         if all(term.problem.shards is not None and term.scale is None for _, term in self.terms):
-            return of_parts
+            parts = combination([(coefficient, term.of_parts) for coefficient, term in self.terms])
+            return lambda vectors: shifted(parts(vectors), vectors)
+        share = combination([(coefficient, term.share) for coefficient, term in self.terms])
 
         def product(vectors: Tensor) -> Tensor:
             whole = space.whole(vectors, self.n)
-            with ranks.together(self.terms[0][1].question(whole)):
-                shares = sum(coefficient * term.share(whole) for coefficient, term in self.terms)
-            assert isinstance(shares, Tensor)
-            images = space.local_sum(shares)
-            return images + sigma * vectors if self.is_shifted else images
+            with ranks.together(("matvec", self.name, whole.shape)):  # gathered: the same on all
+                rows = share(whole)
+            return shifted(space.local_sum(rows), vectors)
 
         return product
 

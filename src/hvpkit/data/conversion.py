@@ -80,7 +80,8 @@ def as_data(
         mesh: of the processes (ranks) that share the work, as of ``torch.distributed.device_mesh.init_device_mesh``:
             what is made of the data then is asked by all ranks together, and each gets the same numbers. Of a loader
             with a ``DistributedSampler`` the dataset is taken, without the sampler.
-        split: with ``mesh``: every rank has all the data, and hvpkit gives each rank whole batches of them in turn;
+        split: with ``mesh``: every rank has all the data, and hvpkit gives each rank whole batches of them in turn,
+            and of the last ones parts, where the losses of examples do not depend on their batch (docs/distributed.md);
             False: each rank brings a part of its own, of any size, and the mean is over all parts.
 
     Raises:

@@ -21,11 +21,13 @@ from hvpkit._utils.typing import Batch
 from hvpkit._utils.validation import check_count
 from hvpkit.autodiff.pytree import flatten, plain, unflatten, usable
 from hvpkit.data.sources import (
+    DatasetBatches,
     IterableBatches,
     Source,
     TensorBatches,
     WholeBatches,
     count_examples,
+    evenly,
     every,
     name_batch,
     unstable,
@@ -65,6 +67,7 @@ class Data:
         ranks: that share the batches; None: this process has all of them.
         units_of_ranks: how many units each rank brought; None: every rank could read all of them.
         has_own_variables: each example has variables of its own, as a perturbation, so that none can be left out.
+        can_cut: the loss of an example does not depend on its batch, so that ranks may cut batches.
     """
 
     source: Source
@@ -74,6 +77,7 @@ class Data:
     ranks: Ranks | None = None
     units_of_ranks: tuple[int, ...] | None = None
     has_own_variables: bool = False
+    can_cut: bool = False
 
     def __repr__(self) -> str:
         size, batches = self.batch_size, ""
@@ -166,22 +170,39 @@ class Data:
             return self._parts(1, 0)
         return self._parts(self.ranks.size, self.ranks.rank)
 
+    def even_share(self) -> Iterator[Part]:
+        """Yield this rank's batches, the last ones cut, if they can be, so that ranks have as many examples.
+
+        Raises:
+            UnstableDataError: as :meth:`parts`.
+        """
+        ranks, source = self.ranks, self.source
+        is_cut = self.can_cut and self.units_of_ranks is None
+        if ranks is None or not is_cut or not isinstance(source, TensorBatches | DatasetBatches):
+            yield from self.share()
+        else:
+            for number, start, batch in name_batch(evenly(source, ranks)):
+                yield self._part(number, start, batch, count_examples(batch))
+
     def _parts(self, step: int, first: int) -> Iterator[Part]:
-        own, end = self.own_units.start, 0
+        end = 0
         for number, start, batch in name_batch(every(self.source, step, first)):
-            whole = isinstance(self.source, WholeBatches)
             size = (
                 self.source.sizes[number] if isinstance(self.source, WholeBatches) else count_examples(batch)
             )
             if size == 0:
                 continue
             end = start + size
-            units = number if whole else slice(own + start, own + end)
-            weights = None if self.weights is None else prepare(self.weights[units], self.device)
-            yield Part(prepare(batch, self.device, whole=whole), size, weights, number, start)
+            yield self._part(number, start, batch, size)
         expected = self.num_examples if self.units_of_ranks is None else len(self.source)
         if step == 1 and end != expected:
             raise unstable(end, expected)
+
+    def _part(self, number: int, start: int, batch: Batch, size: int) -> Part:
+        whole, own = isinstance(self.source, WholeBatches), self.own_units.start
+        units = number if whole else slice(own + start, own + start + size)
+        weights = None if self.weights is None else prepare(self.weights[units], self.device)
+        return Part(prepare(batch, self.device, whole=whole), size, weights, number, start)
 
     def first(self, num_examples: int | None = None) -> Data:
         """Return the first batch as data, cut to ``num_examples`` unless batches are read whole."""

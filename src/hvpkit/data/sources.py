@@ -15,6 +15,7 @@ from torch.utils.data import (
     DataLoader,
 )
 
+from hvpkit._utils.ranks import Ranks
 from hvpkit._utils.typing import Batch
 from hvpkit._utils.validation import check_count
 from hvpkit.autodiff.pytree import batch_size as leading_dimension
@@ -69,7 +70,11 @@ class TensorBatches:
         return "tensors"
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self), self.batch_size):
+        return self.batches_at(range(-(-len(self) // self.batch_size)))
+
+    def batches_at(self, positions: Iterable[int]) -> Iterator[Batch]:
+        """Yield the batches at these positions only."""
+        for start in (position * self.batch_size for position in positions):
             yield take(self.examples, slice(start, start + self.batch_size))
 
     def select(self, indices: Tensor) -> TensorBatches:
@@ -361,7 +366,7 @@ def every(source: Source, step: int, first: int) -> Iterator[tuple[int, int, Bat
 
     The start is the number of examples before the batch. Of a stream all batches are read.
     """
-    if step > 1 and isinstance(source, DatasetBatches):
+    if step > 1 and isinstance(source, TensorBatches | DatasetBatches):
         numbers = range(first, -(-len(source) // source.batch_size), step)
         for number, batch in zip(numbers, source.batches_at(numbers), strict=True):
             yield number, number * source.batch_size, batch
@@ -380,6 +385,25 @@ def every(source: Source, step: int, first: int) -> Iterator[tuple[int, int, Bat
                 start += source.sizes[number]
             else:
                 start += count_examples(batch)
+
+
+def evenly(source: TensorBatches | DatasetBatches, ranks: Ranks) -> Iterator[tuple[int, int, Batch]]:
+    """Yield a rank's batches as :func:`every` does, with no more examples than 1 / p of them, rounded up.
+
+    Batches are dealt in turn while there is one for every rank; the examples after them are cut into a part for each.
+    """
+    size = source.batch_size
+    num_dealt = len(source) // size // ranks.size * ranks.size
+    rest = ranks.part(len(source) - num_dealt * size)
+    low, high = (num_dealt * size + place for place in (rest.start, rest.stop))
+    cut = range(low // size, -(-high // size)) if low < high else range(0)
+    numbers = [*range(ranks.rank, num_dealt, ranks.size), *cut]
+    for number, batch in zip(numbers, source.batches_at(numbers), strict=True):
+        start = number * size
+        if number < num_dealt:
+            yield number, start, batch
+        else:
+            yield number, max(start, low), take(batch, slice(max(low - start, 0), high - start))
 
 
 def name_batch(batches: Iterable[R]) -> Iterator[R]:

@@ -75,7 +75,7 @@ def step(op: LinearOperator, plan: Plan, state: DiagonalState) -> DiagonalState:
     numbers = plan.next_block(state.num_probes)
     k, w = numbers.start, len(numbers)
     probes = draw(op, plan.probe, plan.seed, numbers)
-    images = op.product(probes.mT.contiguous()).mT
+    images = op.product(probes.mT).mT
     scale = state.scale if k else power_of_two(op.space.peak(images))
     images = images / scale
     found = probes * images

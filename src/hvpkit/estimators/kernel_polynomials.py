@@ -130,7 +130,7 @@ def step(op: LinearOperator, state: KernelState) -> KernelState:
     """Compute the next polynomial and its two moments."""
     band, current = state.band, state.current
     factor = (2 if state.degree else 1) / band.half_width
-    images = op.product(current.mT.contiguous()).mT.contiguous()  # sums over rows have the same bits again
+    images = op.product(current.mT).mT.contiguous()  # sums over rows have the same bits again
     new = torch.add(images, current, alpha=-band.center) * factor - state.previous
     odd, even = (op.space.reduce((new * other).sum(dim=1)) for other in (current, new))
     if state.degree:

@@ -38,7 +38,7 @@ def _one(op: LinearOperator, kind: str, seed: int, number: int) -> Tensor:
     like = torch.empty(0, dtype=op.dtype, device=op.device)
     vector = op.space.random(op.n, like=like, seed=seed, stream=number)
     if kind == "rademacher":
-        return torch.where(vector < 0, -1.0, 1.0).to(vector)
+        return torch.ones_like(vector).copysign_(vector)
     if kind == "sphere":
         vector = vector * (op.n**0.5 / op.space.norm(vector))
     return vector

@@ -136,7 +136,7 @@ def trim(state: SketchState) -> SketchState:
 
 
 def _multiply(op: LinearOperator, state: SketchState, rows: Tensor) -> tuple[Tensor, SketchState]:
-    images = op.product(rows.mT.contiguous()).mT
+    images = op.product(rows.mT).mT
     scale = state.scale if state.num_matvecs else power_of_two(op.space.peak(images))
     return images / scale, replace(state, scale=scale, num_matvecs=state.num_matvecs + len(rows) * op.cost)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,25 +21,36 @@ class HasProduct(Protocol):
     def product(self) -> Product: ...
 
 
+def combination(functions: Sequence[tuple[float, Callable[[Tensor], Tensor]]]) -> Callable[[Tensor], Tensor]:
+    """Return the linear combination of functions of a tensor; one alone, with the factor 1, is itself."""
+    (first, function), *rest = functions
+    if first == 1 and not rest:
+        return function
+
+    def combined(argument: Tensor) -> Tensor:
+        total = function(argument) if first == 1 else first * function(argument)
+        for coefficient, other in rest:
+            total = torch.add(total, other(argument), alpha=coefficient)
+        return total
+
+    return combined
+
+
 def combined_product(operands: Sequence[tuple[float, HasProduct]], sigma: float | Tensor = 0.0) -> Product:
     r"""Return the matvec of :math:`\sum_j c_j A_j + \sigma I` for ``operands`` :math:`(c_j, A_j)`.
 
     ``sigma`` may be a diagonal ``[n]``.
     """
-    (first, A), *rest = operands
-    diagonal = sigma if isinstance(sigma, Tensor) else None
-    shift = 0.0 if isinstance(sigma, Tensor) else sigma
+    images = combination([(coefficient, A.product) for coefficient, A in operands])
+    if not isinstance(sigma, Tensor) and not sigma:
+        return images
 
     def product(vectors: Tensor) -> Tensor:
-        total = A.product(vectors) if first == 1 else first * A.product(vectors)
-        for coefficient, B in rest:
-            total = torch.add(total, B.product(vectors), alpha=coefficient)
-        if diagonal is not None:
-            return torch.addcmul(total, diagonal[:, None], vectors)
-        return torch.add(total, vectors, alpha=shift) if shift else total
+        if isinstance(sigma, Tensor):
+            return torch.addcmul(images(vectors), sigma[:, None], vectors)
+        return torch.add(images(vectors), vectors, alpha=sigma)
 
-    alone = not rest and first == 1 and diagonal is None and not shift
-    return A.product if alone else product
+    return product
 
 
 def check_compatible(A: LinearOperator, B: LinearOperator) -> None:

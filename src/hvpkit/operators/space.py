@@ -52,16 +52,13 @@ class Space:
         ranks = self._shards
         if ranks is None:
             return local
-        padded = local.new_zeros(-(-n // ranks.size), *local.shape[1:])
-        padded[: len(local)] = local
-        return ranks.concatenate(padded)[:n]
+        if local.ndim == 1:
+            return ranks.gather_parts(local[None], n)[0]
+        return ranks.gather_parts(local.mT, n).mT
 
     def local_sum(self, shares: Tensor) -> Tensor:
         """Return the columns ``[n, k]``, as far as they are here, of the sum of what ranks have as rows ``[k, n]``."""
-        ranks, n = self._shards, shares.shape[1]
-        if ranks is None:
-            return shares.mT
-        return ranks.sum_part(shares, -(-n // ranks.size))[:, : self.size(n)].mT
+        return (shares if self._shards is None else self._shards.sum_parts(shares)).mT
 
     def part(self, n: int, rank: int | None = None) -> slice:
         """Return which of the n entries of a vector are here, or on another rank."""

@@ -177,7 +177,7 @@ def next_term(op: LinearOperator, state: Filter, scale: Tensor, locked: Tensor) 
     w, plan = state.num_active, state.plan
     factor = (1 if state.num_terms == 0 else 2) / plan.half_width
     vectors = state.current[:w]
-    images = op.product(vectors.mT.contiguous()).mT / scale
+    images = op.product(vectors.mT).mT / scale
     new = torch.add(images, vectors, alpha=-plan.center) * factor - state.previous[:w]
     new = torch.addmm(new, op.space.dots(locked, new.mT).mT, locked, alpha=-1.0)
     norms = row_norms(op.space, new)[:, None]

@@ -168,7 +168,7 @@ class Lobpcg:
 
 def _preconditioned(op: LinearOperator, preconditioner: Preconditioner, residuals: Tensor) -> Tensor:
     """Apply the caller's preconditioner to rows ``[m, n]``, whole, and check what it returns."""
-    whole = op.space.whole(residuals.mT.contiguous(), op.n)
+    whole = op.space.whole(residuals.mT, op.n).contiguous()
     result, shape = preconditioner(whole), whole.shape
     if not isinstance(result, Tensor) or result.shape != shape or result.dtype != residuals.dtype:
         found = (

@@ -1,4 +1,7 @@
-r"""Operators of low rank, :math:`\sum_i \theta_i u_i u_i^\top`: likenesses that cost no matvec."""
+r"""Operators of which the largest eigenpairs are known, :math:`\sum_i (\theta_i - c) u_i u_i^\top + c I`.
+
+As likenesses they cost no matvec.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from hvpkit.solvers.sample_space import SampleSpace
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank(LinearOperator):
-    """An operator known by its eigenpairs; all others are zero.
+    """An operator known by its largest eigenpairs; all others are as large as the smallest of these, or zero.
+
+    Those of the operator that it is like are smaller, or not known: errors are predicted with no larger gap than that.
 
     Attributes:
         rows: orthonormal eigenvectors ``[r, n]``.
@@ -29,17 +34,18 @@ class LowRank(LinearOperator):
 
 def low_rank(op: LinearOperator, rows: Tensor, values: Tensor, num_steps: int) -> LowRank:
     """Return the operator with these eigenpairs, in the space of ``op``."""
-    factors = values.to(rows)[:, None]
+    rest = max(0.0, float(values[0]))
+    factors = (values - rest).to(rows)[:, None]
 
     def product(vectors: Tensor) -> Tensor:
-        return rows.mT @ (factors * op.space.dots(rows, vectors))
+        return rows.mT @ (factors * op.space.dots(rows, vectors)) + rest * vectors
 
     name = f"likeness of {op.name}"
     return LowRank(product, op.n, op.dtype, op.device, name, None, 0.0, op.space, rows, values, num_steps)
 
 
 def low_rank_space(op: LowRank, k: int) -> SampleSpace:
-    """Return the k largest pairs as ends, and all of them as outliers."""
+    """Return the k largest pairs as ends, and all of them as outliers, of a spectrum that is else near zero."""
     largest = float(op.values.abs().max())
     scale = power_of_two(torch.tensor(largest, dtype=op.dtype, device=op.device))
     values = op.values / float(scale)

@@ -141,7 +141,6 @@ def follow_top(
     ncv: int | None = None,
     offload: bool = False,
     confidence: float = 0.99,
-    certify: bool = False,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
     seed: Seed = 0,
@@ -149,12 +148,12 @@ def follow_top(
 ) -> tuple[EigenResult, RecycledSpace]:
     r"""Compute the k largest eigenvalues, and the space that makes this cheap at the next step of training.
 
-    **With probability** ``confidence`` **over random starts, a converged value is off by at most twice the error
-    allowed** (once with ``certify``), however the operator has changed: as :func:`hvpkit.top_eigenvalues`, by
-    :func:`hvpkit.multifidelity`, of which the space makes the cheap level. Without a space, and where it does not help,
-    it is as :func:`hvpkit.lanczos` has it: of the largest value alone. From what the space knows only the passes
-    depend: where the operator has changed little, as in tens of steps of training, a half to an eighth of those of
-    :func:`hvpkit.lanczos`; where it has nothing to do with the space, up to twice as many.
+    **With probability** ``confidence`` **over random starts, a converged value is off by at most the error allowed**,
+    however the operator has changed: by :func:`hvpkit.multifidelity` with ``certify=True``, of which the space makes
+    the cheap level. Without a space, and where it does not help, that is by :func:`hvpkit.lanczos`, and for k > 1 of
+    the largest value alone. From what the space knows only the passes depend: where the operator has changed little, as
+    in tens of steps of training, they are a half to an eighth of Lanczos's; where it has nothing to do with the space,
+    up to twice as many.
 
     Args:
         H: symmetric operator, as from :func:`hvpkit.hessian`.
@@ -166,7 +165,6 @@ def follow_top(
         ncv: as for :func:`hvpkit.multifidelity`, and :func:`hvpkit.lanczos` without a space.
         offload: keep all vectors in host memory, those of the space too; only matvecs are on the device.
         confidence: of values and intervals, over random starts.
-        certify: continue until each interval is at most as wide as the error allowed.
         max_matvecs: full-data matvecs, at most.
         time_limit: seconds.
         seed: of random vectors; those of solves with one space after the other are independent for the same seed.
@@ -203,16 +201,17 @@ def follow_top(
     check_count("rank", rank, k)
     recycled = _unpacked(op, space, rank)
     options: dict[str, Any] = {"which": "LA", "tol": tol, "atol": atol, "confidence": confidence}
-    options |= {"certify": certify, "max_matvecs": max_matvecs, "time_limit": time_limit, "monitor": monitor}
+    options |= {"max_matvecs": max_matvecs, "time_limit": time_limit, "monitor": monitor}
     watched, seed = recorded(op, recycled.add), resolve_seed(seed)
     if space is None or len(recycled.values) < k:
-        found = lanczos(watched, k, ncv=ncv, seed=seed, **options)
+        found = lanczos(watched, k, ncv=ncv, seed=seed, certify=k == 1, **options)
         num_cold = found.num_matvecs
     else:
         like = low_rank(op, recycled.rows, recycled.values, int(space.num_cold) // 2)
         found = multifidelity(
             [like, watched],
             k,
+            certify=True,
             ncv=ncv or default_ncv(fitting - COPIES * rank),
             seed=seed + GENERATION * space.num_solves,
             **options,

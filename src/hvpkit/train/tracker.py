@@ -305,7 +305,7 @@ class SpectrumTracker:
         if self._k is None:
             return extreme_eigenvalues(asked, seed=seed, **self._solve)
         if self._recycles:
-            options = {name: value for name, value in self._solve.items() if name != "method"}
+            options = {name: self._solve[name] for name in self._solve.keys() - {"method", "certify"}}
             found, self._space = follow_top(asked, self._k, self._space, seed=seed, **options)
         else:
             found = top_eigenvalues(asked, self._k, which=self._which, seed=seed, **self._solve)

@@ -88,7 +88,7 @@ def multiply(op: LinearOperator, state: S, width: int, *, is_scaled: bool = Fals
     """
     width = min(width, state.num_new)
     new = slice(state.num_rows, state.num_rows + width)
-    images = op.product(state.rows[new].mT.contiguous()).mT
+    images = op.product(state.rows[new].mT).mT
     if state.num_matvecs == 0 and not is_scaled:
         state = replace(state, scale=power_of_two(op.space.peak(images)))
     torch.div(images, state.scale, out=state.images[new])
