@@ -122,8 +122,8 @@ def table(found: Record, tasks: Collection[str] = tuple(TITLES)) -> str:
     machine = found["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     note = (
-        f"Seconds, passes over the data and ratios to hvpkit in the same round: medians, ranges over rounds. "
-        f"{machine['cpu']}, {machine['threads']} threads, Python {machine['python']}, torch {machine['torch']}; "
+        f"Processor seconds, passes over the data and ratios to hvpkit in the same round: medians, ranges over rounds. "
+        f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, Python {machine['python']}, torch {machine['torch']}; "
         f"{versions}."
     )
     told = (
