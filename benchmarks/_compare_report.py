@@ -123,8 +123,8 @@ def table(found: Record, tasks: Collection[str] = tuple(TITLES)) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     note = (
         f"Processor seconds, passes over the data and ratios to hvpkit in the same round: medians, ranges over rounds. "
-        f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, Python {machine['python']}, torch {machine['torch']}; "
-        f"{versions}."
+        f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, "
+        f"Python {machine['python']}, torch {machine['torch']}; {versions}."
     )
     told = (
         "hessian-eigenthings' Lanczos runs for a given number of steps and reports afterwards whether they were "

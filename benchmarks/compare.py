@@ -8,13 +8,13 @@ Every answer is compared with a stored reference. A library whose first answer i
 marked as wrong, with its error, and is not timed at that task. Memory is that of a product, each time in a process of
 its own.
 
-Seconds are of the processor, all threads together, so that other programs on the machine disturb them less. They include
-making the library's operator, except for products, gradients and memory, which are measured with an operator that
-exists; the product is the third with the same operator. A run ends at twenty times hvpkit's passes, at
-least 100 and at most 400: "not converged". After ``--seconds`` no further round of a task begins. Trace, density and
-top-5 are measured on the problems with cheap products; ``--tasks`` runs the tasks that it names on any. Results are
-merged into ``--out`` by problem and task; ``--report`` only makes the tables and the picture from it, and
-``--document FILE`` puts the tables between the markers in that file.
+Seconds are of the processor, all threads together, so that other programs on the machine disturb them less. They
+include making the library's operator, except for products, gradients and memory, which are measured with an operator
+that exists; the product is the third with the same operator. A run ends at twenty times hvpkit's passes, at least 100
+and at most 400: "not converged". After ``--seconds`` no further round of a task begins. Trace, density and top-5 are
+measured on the problems with cheap products; ``--tasks`` runs the tasks that it names on any. Results are merged into
+``--out`` by problem and task; ``--report`` only makes the tables and the picture from it, and ``--document FILE`` puts
+the tables between the markers in that file.
 """
 
 from __future__ import annotations
