@@ -271,7 +271,7 @@ def report(study: Record) -> str:
 
 
 def draw(study: Record) -> Figure:
-    """Draw top eigenvalue and trace along training, and the final spectrum of the first seed, by depth."""
+    """Draw top eigenvalue and trace by depth, along training or at its end; and the first seed's final spectrum."""
     import matplotlib.pyplot as plt
 
     from hvpkit.plots.style import STYLE
@@ -279,6 +279,7 @@ def draw(study: Record) -> Figure:
     runs = list(study["runs"].values())
     depths = sorted({run["depth"] for run in runs})
     variants = sorted({run["variant"] for run in runs})
+    along = any(len(run["measured"]) > 1 for run in runs)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             3, len(depths), figsize=(3.4 * len(depths), 8), squeeze=False, sharey="row"
@@ -289,7 +290,7 @@ def draw(study: Record) -> Figure:
                 for run in own:
                     first = {"label": variant} if run is own[0] else {}
                     for place, quantity in enumerate(QUANTITIES):
-                        steps = [found["epoch"] for found in run["measured"]]
+                        steps = [found["epoch"] if along else variant for found in run["measured"]]
                         values = [found[quantity] for found in run["measured"]]
                         axes[place, column].plot(steps, values, ".-", color=f"C{color}", alpha=0.7, **first)
                 if own and own[0]["status"] != "diverged":
@@ -297,10 +298,12 @@ def draw(study: Record) -> Figure:
                     beyond = share_beyond(density["nodes"], density["weights"])
                     axes[2, column].plot(*beyond, color=f"C{color}", label=variant)
             for place, quantity in enumerate(QUANTITIES):
-                axes[place, column].set(yscale="symlog", xlabel="epoch", title=f"{depth} layers: {quantity}")
+                axes[place, column].set(title=f"{depth} layers: {quantity}")
+                if along:
+                    axes[place, column].set(yscale="symlog", xlabel="epoch")
             axes[2, column].set(yscale="log", xlabel="eigenvalue", title=f"{depth} layers: share beyond")
             axes[2, column].set_xscale("symlog", linthresh=0.1)
-        axes[0, 0].legend()
+        axes[0 if along else 2, 0].legend()
     return figure
 
 
