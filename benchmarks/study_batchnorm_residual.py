@@ -303,7 +303,7 @@ def draw(study: Record) -> Figure:
                     axes[place, column].set(yscale="symlog", xlabel="epoch")
             axes[2, column].set(yscale="log", xlabel="eigenvalue", title=f"{depth} layers: share beyond")
             axes[2, column].set_xscale("symlog", linthresh=0.1)
-        axes[0 if along else 2, 0].legend()
+        axes[0, 0].legend()
     return figure
 
 
