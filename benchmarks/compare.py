@@ -8,12 +8,13 @@ Every answer is compared with a stored reference. A library whose first answer i
 marked as wrong, with its error, and is not timed at that task. Memory is that of a product, each time in a process of
 its own.
 
-Seconds include making the library's operator, except for products, gradients and memory, which are measured with an
-operator that exists; the product is the third with the same operator. A run ends at twenty times hvpkit's passes, at
-least 100 and at most 400: "not converged". After ``--seconds`` no further round of a task begins. Trace, density and
-top-5 are measured on the problems with cheap products; ``--tasks`` runs the tasks that it names on any. Results are
-merged into ``--out`` by problem and task; ``--report`` only makes the tables and the picture from it, and
-``--document FILE`` puts the tables between the markers in that file.
+Seconds are of the processor, all threads together, so that other programs on the machine disturb them less. They
+include making the library's operator, except for products, gradients and memory, which are measured with an operator
+that exists; the product is the third with the same operator. A run ends at twenty times hvpkit's passes, at least 100
+and at most 400: "not converged". After ``--seconds`` no further round of a task begins. Trace, density and top-5 are
+measured on the problems with cheap products; ``--tasks`` runs the tasks that it names on any. Results are merged into
+``--out`` by problem and task; ``--report`` only makes the tables and the picture from it, and ``--document FILE`` puts
+the tables between the markers in that file.
 """
 
 from __future__ import annotations
@@ -56,17 +57,17 @@ def seed_global_generators(seed: int) -> None:
 def run_once(
     task: str, library: type[Library], problem: Problem, seed: int, effort: Any, limit: float
 ) -> tuple[Any, float, float]:
-    """Return answer, seconds and passes of one run."""
+    """Return answer, processor seconds and passes of one run."""
     seed_global_generators(seed)
     with derivable():
-        begin = time.perf_counter()
+        begin = time.process_time()
         instance, before = library(problem, limit), 0.0
         if task in ONE_PASS:
             for _ in range(2 if task == "product" else 0):
                 instance.product(probe(problem.n), effort)
-            begin, before = time.perf_counter(), instance.passes
+            begin, before = time.process_time(), instance.passes
         answer = getattr(instance, task)(probe(problem.n) if task == "product" else seed, effort)
-        return answer, time.perf_counter() - begin, instance.passes - before
+        return answer, time.process_time() - begin, instance.passes - before
 
 
 def attempt(

@@ -4,13 +4,14 @@
     python benchmarks/study_batchnorm_residual.py --cifar10 FOLDER --device cuda --out DIR
     python benchmarks/study_batchnorm_residual.py --cifar10 FOLDER --seeds 0 --depths 20 --out DIR --results FILE
 
-Source: Yao, Gholami, Keutzer, Mahoney, PyHessian, arXiv:1912.07145. Networks with and without either are trained in
-the same way; the ends of the spectrum, its trace and its density are measured along training, over all training
-examples. CLAIMS lists the paper's findings in our words. Each claim is tested at each depth by the ratios between both
-networks of a pair at the end of training, over several seeds. The full size is the paper's networks, on CIFAR-10 on a
-GPU. ``--small``, on one core, is narrow networks on small images (digits, or CIFAR-10): it shows that the study runs,
-and is no evidence about the paper's networks. One network follows the other, all variants of the first depth and seed
-first. ``--results`` adds to the networks of a published file.
+Source: Yao, Gholami, Keutzer, Mahoney, PyHessian, arXiv:1912.07145. Networks with and without either are trained in the
+same way; the ends of the spectrum, its trace and its density are measured along training, over the first
+``--hessian-examples`` of the training examples, or only at its end with ``--measurements 0``. CLAIMS lists the paper's
+findings in our words. Each claim is tested at each depth by the ratios between both networks of a pair at the end of
+training, over several seeds. The full size is the paper's networks, on CIFAR-10 on a GPU. ``--small``, on one core, is
+narrow networks on small images (digits, or CIFAR-10): it shows that the study runs, and is no evidence about the
+paper's networks. One network follows the other, all variants of the first depth and seed first. ``--results`` adds to
+the networks of a published file.
 
 After the last fall of the rate training goes on until the loss settles, for at most as many epochs again: none of
 ``--patience`` epochs is lower by 1 %. Where a deep network does not train, ``--warmup`` epochs of a rising rate and
@@ -52,6 +53,7 @@ FULL: Record = {
     "width": 16,
     "pixels": 32,
     "examples": 50_000,
+    "hessian_examples": 50_000,
     "epochs": 180,
     "measurements": 10,
     "lr": 0.1,
@@ -72,6 +74,7 @@ SMALL: Record = FULL | {
     "width": 4,
     "pixels": 8,
     "examples": 120,
+    "hessian_examples": 120,
     "epochs": 24,
     "measurements": 2,
     "lr": 0.05,
@@ -154,9 +157,9 @@ def run(settings: Record, data: Data, depth: int, variant: str, seed: int, stem:
     model = network(settings, depth, variant, seed).to(data[0].device)
     optimizer = sgd(model, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(factor, settings))
-    due = {
-        round(number * epochs / settings["measurements"]) for number in range(settings["measurements"] + 1)
-    }
+    parts = settings["measurements"]
+    due = {round(number * epochs / parts) for number in range(parts + 1 if parts else 0)}
+    seen = tuple(part[: settings["hessian_examples"]] for part in data)
     measured: list[Record] = []
     losses: list[float] = []
     for epoch in range(2 * epochs + 1):
@@ -164,7 +167,7 @@ def run(settings: Record, data: Data, depth: int, variant: str, seed: int, stem:
         is_last = (epoch >= epochs and is_settled is not False) or epoch == 2 * epochs
         if epoch in due or is_last:
             frozen = recompute_batchnorm(model, data[0], batch_size)
-            H, loss = operator(frozen, data, batch_size)
+            H, loss = operator(frozen, seen, batch_size)
             try:
                 found = measure(H, settings)
             except hk.NonFiniteError:
@@ -268,7 +271,7 @@ def report(study: Record) -> str:
 
 
 def draw(study: Record) -> Figure:
-    """Draw top eigenvalue and trace along training, and the final spectrum of the first seed, by depth."""
+    """Draw top eigenvalue and trace by depth, along training or at its end; and the first seed's final spectrum."""
     import matplotlib.pyplot as plt
 
     from hvpkit.plots.style import STYLE
@@ -276,6 +279,7 @@ def draw(study: Record) -> Figure:
     runs = list(study["runs"].values())
     depths = sorted({run["depth"] for run in runs})
     variants = sorted({run["variant"] for run in runs})
+    along = any(len(run["measured"]) > 1 for run in runs)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             3, len(depths), figsize=(3.4 * len(depths), 8), squeeze=False, sharey="row"
@@ -286,15 +290,17 @@ def draw(study: Record) -> Figure:
                 for run in own:
                     first = {"label": variant} if run is own[0] else {}
                     for place, quantity in enumerate(QUANTITIES):
-                        steps = [found["epoch"] for found in run["measured"]]
+                        steps = [found["epoch"] if along else variant for found in run["measured"]]
                         values = [found[quantity] for found in run["measured"]]
-                        axes[place, column].plot(steps, values, color=f"C{color}", alpha=0.7, **first)
+                        axes[place, column].plot(steps, values, ".-", color=f"C{color}", alpha=0.7, **first)
                 if own and own[0]["status"] != "diverged":
                     density = own[0]["measured"][-1]["density"]
                     beyond = share_beyond(density["nodes"], density["weights"])
                     axes[2, column].plot(*beyond, color=f"C{color}", label=variant)
             for place, quantity in enumerate(QUANTITIES):
-                axes[place, column].set(yscale="symlog", xlabel="epoch", title=f"{depth} layers: {quantity}")
+                axes[place, column].set(title=f"{depth} layers: {quantity}")
+                if along:
+                    axes[place, column].set(yscale="symlog", xlabel="epoch")
             axes[2, column].set(yscale="log", xlabel="eigenvalue", title=f"{depth} layers: share beyond")
             axes[2, column].set_xscale("symlog", linthresh=0.1)
         axes[0, 0].legend()

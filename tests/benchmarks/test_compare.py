@@ -353,6 +353,20 @@ def test_tasks_are_merged_and_other_machines_are_not(bench, tmp_path):
     assert json.loads(file.read_text()) == whole
 
 
+def test_fastest_other_is_right_and_does_not_know_the_answer():
+    right = {"status": "right", "ratios": [1.0]}
+    quick, slow = {**right, "ratios": [2.0, 3.0, 9.0]}, {**right, "ratios": [5.0]}
+    told = {report.GIVEN: {**right, "ratios": [0.5]}}
+    problems = {
+        "a": {"hvpkit": right, "one": slow, "two": quick, **told},
+        "b": {"hvpkit": right, "one": {**right, "ratios": [12.0]}, "two": {"status": "wrong"}},
+        "c": {"hvpkit": right, "one": {"status": "failed"}},
+    }
+    found = {"problems": {name: {"tasks": {"extremes": cells}} for name, cells in problems.items()}}
+    assert report.fastest(found, "extremes").endswith("times hvpkit's: a 3.00; b 12.00; geometric mean 6.00.")
+    assert report.fastest(found, "product") == ""
+
+
 def test_mean_is_geometric_and_of_the_ratios_that_are_there():
     cells = [{"ratios": [1.0, 2.0, 9.0]}, {"ratios": [8.0]}, {"status": "wrong"}]
     assert report.mean_ratio(cells) == "4.00 x, on 2 of 3"

@@ -19,6 +19,7 @@ import bench_warm
 import interval_coverage
 import profile_solve
 import soak
+import study_batchnorm_residual
 import study_edge_of_stability
 import study_negative_curvature
 import study_optimizers
@@ -57,6 +58,7 @@ STUDIES = {
     "outliers": study_outliers,
     "wide_minima": study_wide_minima,
     "optimizers": study_optimizers,
+    "batchnorm_residual": study_batchnorm_residual,
 }
 
 

@@ -79,6 +79,21 @@ def test_training_goes_on_until_the_loss_settles(
     assert (f"| {epochs} (falling) |" in (tmp_path / "study.md").read_text()) == (settled is False)
 
 
+def test_curvature_may_be_of_the_first_examples_and_at_the_end_alone(tmp_path, no_window):  # noqa: ARG001
+    few = ["--measurements", "0", "--hessian-examples", "20"]
+    (run,) = finished(tmp_path, *few)["runs"].values()
+    (last,) = run["measured"]
+    model = hk.zoo.cifar_resnet(8, width=1, shortcut="projection", seed=5)
+    model.load_state_dict(torch.load(tmp_path / "resnet8-both-0.pt", weights_only=True))
+    x, y = hk.zoo.digits()
+    objective, params = hk.from_module(model.eval(), torch.nn.functional.cross_entropy)
+    seen = x[:20].expand(-1, 3, -1, -1), y[:20]
+    assert last["epoch"] == 2
+    assert last["loss"] == pytest.approx(float(hk.loss(objective, params, seen)), rel=1e-5)
+    found = hk.extreme_eigenvalues(hk.hessian(objective, params, seen), tol=1e-3)
+    assert last["largest"] == pytest.approx(found.largest.value, rel=0.1)
+
+
 def test_gradients_are_clipped():
     model = torch.nn.Linear(2, 2)
     before = [p.detach().clone() for p in model.parameters()]
