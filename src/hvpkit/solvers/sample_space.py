@@ -22,6 +22,10 @@ ROUGH_TOL = 0.05
 ROUGH_CONFIDENCE = 0.95
 """Probability over random starts that no eigenvalue hides from a :class:`SampleSpace`. Chosen by feel."""
 
+TOP_TOL, TOP_CONFIDENCE = 1e-4, 0.999
+"""The same where the largest eigenvalues alone are asked for: to find these takes few steps, and to know the outliers
+below them for the metric some more."""
+
 OUTLIER_RESIDUAL = 0.05
 """Residual of an outlier, at most, in units of its value. With 0.1 the operator that is left has eigenvalues outside of
 the interval of its Ritz values, and steps of a certificate on the dense network rise from 10 to 40."""
@@ -59,14 +63,16 @@ def sample_space(
     """Return the space after a rough solve for ``k`` ends, or after ``num_steps`` Lanczos steps.
 
     The ends are as accurate as :func:`hvpkit.lanczos` with ``tol=ROUGH_TOL, confidence=ROUGH_CONFIDENCE`` has them,
-    unless ``num_steps`` end it before. No matvec verifies them.
+    the largest alone with ``TOP_TOL`` and ``TOP_CONFIDENCE``, unless ``num_steps`` end it before. No matvec verifies
+    them.
     """
+    tol, confidence = (TOP_TOL, TOP_CONFIDENCE) if which == "LA" else (ROUGH_TOL, ROUGH_CONFIDENCE)
     num_steps = max(num_steps, k)
     limits = Limits(num_steps, None, reserve=0.0, minimum=k)
-    request = Request(k, which, ROUGH_TOL, default_atol(ROUGH_TOL), v0, limits, seed)
+    request = Request(k, which, tol, default_atol(tol), v0, limits, seed)
     # a basis that is never full
     counted = replace(op, cost=1.0)  # one that costs nothing is counted by its steps too
-    ended = iterate(Lanczos(counted, request, num_steps + 1, confidence=ROUGH_CONFIDENCE))
+    ended = iterate(Lanczos(counted, request, num_steps + 1, confidence=confidence))
     state, (pairs, _) = ended.state, krylov.project(op, ended.state)
     rows = state.basis[: state.num_multiplied]
 
