@@ -46,7 +46,7 @@ def low_rank(op: LinearOperator, rows: Tensor, values: Tensor, num_steps: int) -
 
 def low_rank_space(op: LowRank, k: int) -> SampleSpace:
     """Return the k largest pairs as ends, and all of them as outliers, of a spectrum that is else near zero."""
-    largest = float(op.values.abs().max())
+    largest = max(-float(op.values[0]), float(op.values[-1]))
     scale = power_of_two(torch.tensor(largest, dtype=op.dtype, device=op.device))
     values = op.values / float(scale)
     return SampleSpace(
