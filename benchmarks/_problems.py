@@ -40,19 +40,22 @@ def mnist() -> Data:
     return F.avg_pool2d(x, 2), torch.from_numpy(table[:, -1]).long()
 
 
-def shifted_mnist() -> Data:
-    """Return 40,000 digits: each of 5,000 eight times, shifted by up to two pixels, with noise."""
+def shifted_mnist(copies: int = 8) -> Data:
+    """Return 40,000 digits: each of 5,000 eight times, shifted by up to two pixels, with noise.
+
+    Fewer copies are the first of these.
+    """
     x, y = mnist()
     g = torch.Generator().manual_seed(0)
     padded = F.pad(x, (2, 2, 2, 2)).squeeze(1)
     images = []
-    for _ in range(8):
+    for _ in range(copies):
         down, right = torch.randint(5, (2, len(x)), generator=g)
         rows = down[:, None, None] + torch.arange(14)[None, :, None]
         columns = right[:, None, None] + torch.arange(14)[None, None, :]
         shifted = padded[torch.arange(len(x))[:, None, None], rows, columns]
         images.append(shifted + 0.1 * torch.randn(shifted.shape, generator=g))
-    return torch.cat(images).flatten(1), y.repeat(8)
+    return torch.cat(images).flatten(1), y.repeat(copies)
 
 
 def cifar() -> Data:

@@ -15,6 +15,7 @@ import bench_solve
 import bench_solvers
 import bench_top
 import bench_tracking
+import bench_trend
 import bench_warm
 import interval_coverage
 import profile_solve
@@ -39,6 +40,7 @@ def result(name):
         (bench_fidelity, "fidelity", "docs/solvers.md"),
         (bench_fidelity, "fidelity", "docs/multifidelity.md"),
         (bench_top, "top", "docs/multifidelity.md"),
+        (bench_trend, "trend", "docs/multifidelity.md"),
         (bench_blocks, "blocks", "docs/performance.md"),
         (bench_distributed, "distributed", "docs/distributed.md"),
         (bench_sharded_parameters, "sharded_parameters", "docs/distributed.md"),
