@@ -190,9 +190,8 @@ class Ranks:
         part = rows.new_empty(len(rows), sizes[self.rank])
         sum_part = self._exchange_and_sum if rows.device.type == "cpu" else self._reduce_and_scatter
         with answering():
-            for row, own in zip(
-                rows, part, strict=True
-            ):  # one by one, so that nothing is moved to lie together
+            # one by one, so that nothing is moved to lie together
+            for row, own in zip(rows, part, strict=True):
                 sum_part(row.contiguous(), own, sizes)
         return part
 
