@@ -187,9 +187,7 @@ class Data:
     def _parts(self, step: int, first: int) -> Iterator[Part]:
         end = 0
         for number, start, batch in name_batch(every(self.source, step, first)):
-            size = (
-                self.source.sizes[number] if isinstance(self.source, WholeBatches) else count_examples(batch)
-            )
+            size = self._size_of(number, start, batch)
             if size == 0:
                 continue
             end = start + size
@@ -198,10 +196,18 @@ class Data:
         if step == 1 and end != expected:
             raise unstable(end, expected)
 
+    def _size_of(self, number: int, start: int, batch: Batch) -> int:
+        if isinstance(self.source, WholeBatches):
+            return self.source.sizes[number]
+        if isinstance(self.source, TensorBatches):
+            return min(self.source.batch_size, len(self.source) - start)
+        return count_examples(batch)
+
     def _part(self, number: int, start: int, batch: Batch, size: int) -> Part:
-        whole, own = isinstance(self.source, WholeBatches), self.own_units.start
-        units = number if whole else slice(own + start, own + start + size)
-        weights = None if self.weights is None else prepare(self.weights[units], self.device)
+        whole, weights = isinstance(self.source, WholeBatches), self.weights
+        if weights is not None:
+            first = self.own_units.start + start
+            weights = prepare(weights[number if whole else slice(first, first + size)], self.device)
         return Part(prepare(batch, self.device, whole=whole), size, weights, number, start)
 
     def first(self, num_examples: int | None = None) -> Data:

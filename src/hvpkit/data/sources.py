@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar
 
@@ -59,6 +60,10 @@ class TensorBatches:
     batch_size: int
 
     def __len__(self) -> int:
+        return self._size
+
+    @cached_property
+    def _size(self) -> int:
         return count_examples(self.examples)
 
     @property
@@ -366,7 +371,7 @@ def every(source: Source, step: int, first: int) -> Iterator[tuple[int, int, Bat
 
     The start is the number of examples before the batch. Of a stream all batches are read.
     """
-    if step > 1 and isinstance(source, TensorBatches | DatasetBatches):
+    if isinstance(source, TensorBatches) or (step > 1 and isinstance(source, DatasetBatches)):
         numbers = range(first, -(-len(source) // source.batch_size), step)
         for number, batch in zip(numbers, source.batches_at(numbers), strict=True):
             yield number, number * source.batch_size, batch
