@@ -157,7 +157,7 @@ SOLVERS: dict[str, Callable[[hk.CurvatureOperator], hk.EigenResult]] = {
     "power": lambda H: hk.power(H, 1, which="LA", tol=1e-3),
     "accelerated power": lambda H: hk.accelerated_power(H, 1, which="LA", tol=1e-3),
     "SciPy's LOBPCG": lambda H: hk.scipy_lobpcg(H, 2, which="LA", tol=1e-6),
-    "Oja": lambda H: hk.oja(H, which="LA", max_matvecs=20),
+    "Oja": lambda H: hk.oja(H, which="LA", max_matvecs=5),
     "stochastic power": lambda H: hk.stochastic_power(H, which="LM", max_matvecs=20),
     "preconditioned and shifted": lambda H: hk.lanczos(
         hk.precondition(2 * H.shift(0.3), torch.linspace(1, 2, H.n, dtype=H.dtype)), 2, which="BE", tol=1e-8

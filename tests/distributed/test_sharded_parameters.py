@@ -77,6 +77,10 @@ class Attention(nn.Module):
         return self.out(self.encoder(self.embedding(tokens)).mean(1))
 
 
+def layer() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 3), nn.Tanh())
+
+
 def small() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 3))
 
@@ -152,6 +156,7 @@ MAIN = ("perceptron", "normalised", "convolutional", "GPT", "tied")
 """Problems for all numbers of ranks; the others are for three."""
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
+    "layer": (layer, nn.CrossEntropyLoss(), (X, Y)),
     "small": (small, nn.CrossEntropyLoss(), (X, Y)),
     "perceptron": (perceptron, nn.CrossEntropyLoss(), (X, Y)),
     "normalised": (normalised, nn.CrossEntropyLoss(), (X, Y)),
@@ -194,7 +199,8 @@ def vectors(n: int) -> Tensor:
     return torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def sharded_hessian(mesh: DeviceMesh, name: str = "perceptron", **options: Any) -> hk.CurvatureOperator:
+@cache
+def sharded_hessian(mesh: DeviceMesh, name: str, **options: Any) -> hk.CurvatureOperator:
     loss_fn, params, data = problem(name)
     options = {"batch_size": 4, "shard_params": True, **options}
     return hk.hessian(loss_fn, params, hk.as_data(data, mesh=mesh), **options)
@@ -209,17 +215,17 @@ def product(mesh: DeviceMesh, name: str) -> Tensor:
 
 
 def products_in_parts(mesh: DeviceMesh) -> list[Any]:
-    H = sharded_hessian(mesh)
+    H = sharded_hessian(mesh, "perceptron")
     S, V = sharded(H), vectors(H.n)
     part = S.space.local(V)
     tree = H @ H.unflatten(V[:, 0])
-    combined = (2 * H - 0.5 * sharded_hessian(mesh)).shift(0.3)
+    combined = (2 * H - 0.5 * sharded_hessian(mesh, "perceptron", batch_size=20)).shift(0.3)
     parts = [sharded(combined).product(part), S.product(part)]
     return [part.shape[0], *(S.space.whole(one, H.n) for one in parts), combined @ V, H.flatten(tree)]
 
 
 def kinds(mesh: DeviceMesh) -> list[Tensor]:
-    loss_fn, params, data = problem("perceptron")
+    loss_fn, params, data = problem("small")
     examples = hk.as_data(data, mesh=mesh)
     makers = (hk.ggn, hk.fisher, partial(hk.fisher, num_samples=3), hk.empirical_fisher)
     made = [make(loss_fn, params, examples, batch_size=4, shard_params=True) for make in makers]
@@ -227,10 +233,10 @@ def kinds(mesh: DeviceMesh) -> list[Tensor]:
 
 
 def one_process(mesh: DeviceMesh | None) -> hk.CurvatureOperator:
-    loss_fn, params, data = problem("small")
+    loss_fn, params, data = problem("layer")
     if mesh is None:
         return hk.hessian(loss_fn, params, data, batch_size=6)
-    return sharded_hessian(mesh, "small", batch_size=6)
+    return sharded_hessian(mesh, "layer", batch_size=6)
 
 
 def questions(mesh: DeviceMesh | None) -> list[Any]:
@@ -259,12 +265,12 @@ def parts_of_examples(mesh: DeviceMesh) -> Tensor:
 
 
 def one_batch(mesh: DeviceMesh) -> Tensor:
-    H = sharded_hessian(mesh, batch_size=20)
+    H = sharded_hessian(mesh, "perceptron", batch_size=20)
     return H @ vectors(H.n)
 
 
 def blocks_of_parameters(mesh: DeviceMesh) -> list[Any]:
-    H = sharded_hessian(mesh, wrt=["4.*", "0.bias"])
+    H = sharded_hessian(mesh, "perceptron", wrt=("4.*", "0.bias"))
     return [H.n, H @ vectors(H.n)]
 
 
@@ -348,7 +354,7 @@ def test_parts_of_vectors_go_in_and_come_out(size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_all_kinds_of_curvature_are_those_of_dense_matrices(size: int) -> None:
-    objective, params, batch = problem("perceptron")
+    objective, params, batch = problem("small")
     G = oracles.ggn_by_jacobian(objective.forward, objective.output_loss, params, batch)
     F = oracles.second_moment(objective, params, batch)
     sampled, V = hk.fisher(objective, params, batch, num_samples=3), vectors(len(G))
@@ -361,7 +367,7 @@ def test_all_kinds_of_curvature_are_those_of_dense_matrices(size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_questions_have_the_answers_of_one_process(size: int) -> None:
-    values = torch.linalg.eigvalsh(dense("small"))
+    values = torch.linalg.eigvalsh(dense("layer"))
     expected = questions(None)
     for extremes, top, estimates, others in answers_of(size)["questions"]:
         torch.testing.assert_close(torch.tensor(extremes[:2]), values[[-1, 0]].float(), rtol=1e-6, atol=1e-6)
