@@ -241,3 +241,11 @@ def test_a_damaged_space_is_said_and_costs_passes_alone(tmp_path: Path) -> None:
     objective, params = hk.from_module(model, F.cross_entropy)
     truth = hk.lanczos(hk.hessian(objective, params, data()), 1, which="LA", tol=1e-6)
     assert float(found.values[0]) == pytest.approx(float(truth.values[0]), rel=1e-2)
+
+
+def test_a_continued_tracker_refuses_other_parameters(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"k": 1, "path": tmp_path / "top.jsonl"}
+    SpectrumTracker.for_module(F.cross_entropy, data(), **options)(module())
+    again = SpectrumTracker.for_module(F.cross_entropy, data(), **options)
+    with pytest.raises(ValueError, match=r"^params has .* parameters in all, and .* in the last measurement"):
+        again(nn.Sequential(module(), nn.Linear(module()[-1].out_features, 6).double()))

@@ -47,8 +47,8 @@ RANK, MIN_RANK = 40, 8
 docs/performance.md."""
 
 COPIES = 6
-"""Vectors for each one of a space that are alive together, at most, while matvecs are merged: the space, matvecs that
-wait with their images, the basis of both, and what becomes of it."""
+"""Vectors for each one of a space that are alive together, at most, while matvecs are merged: the space, matvecs with
+their images, the basis of both, and what becomes of it."""
 
 GENERATION = 2**48
 """Distance of the seeds of consecutive solves: a start must not be one that the space is made of."""
@@ -85,12 +85,12 @@ class Recycled:
         """Merge the matvecs that wait."""
         if not self.waiting:
             return
-        rows, images = (torch.stack(list(each)) for each in zip(*self.waiting, strict=True))
+        rows, images = (torch.stack(each) for each in zip(*self.waiting, strict=True))
         self.waiting = []
         finite = self.op.space.finite(rows) & self.op.space.finite(images)
-        self.rows, self.values = merged(
-            self.op, rows[finite], images[finite], self.rows, self.values, self.rank
-        )
+        if not bool(finite.all()):
+            rows, images = rows[finite], images[finite]
+        self.rows, self.values = merged(self.op, rows, images, self.rows, self.values, self.rank)
 
 
 def merged(
@@ -107,19 +107,17 @@ def merged(
         rank: the most pairs.
     """
     space = op.space
-    norms = space.row_norms(rows)
-    scaled = norms > 0
-    rows, images = rows[scaled] / norms[scaled, None], images[scaled] / norms[scaled, None]
     gram = space.dots(rows, rows.mT).to("cpu", torch.float64)
-    sizes, combinations = torch.linalg.eigh((gram + gram.mT) / 2)
+    norms = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
+    sizes, combinations = torch.linalg.eigh((gram + gram.mT) / (2 * norms[:, None] * norms))
     independent = sizes > NEARLY_DEPENDENT
-    coefficients = (combinations[:, independent] * sizes[independent].rsqrt()).mT.to(rows)
+    coefficients = (combinations[:, independent] * sizes[independent].rsqrt() / norms[:, None]).mT
     num_new = len(coefficients)
     basis = rows.new_empty(num_new + len(known), rows.shape[1])
-    basis[:num_new], images = coefficients @ rows, coefficients @ images
+    torch.mm(coefficients.to(rows), rows, out=basis[:num_new])
     basis = basis[: num_new + extend_(space, basis, num_new, known)]
     projected = torch.zeros(len(basis), len(basis), dtype=torch.float64)
-    coupling = space.dots(basis, images.mT).to("cpu", torch.float64)
+    coupling = space.dots(basis, images.mT).to("cpu", torch.float64) @ coefficients.mT
     projected[:, :num_new], projected[:num_new] = coupling, coupling.mT
     projected[:num_new, :num_new] = (coupling[:num_new] + coupling[:num_new].mT) / 2
     if len(known):
@@ -152,8 +150,8 @@ def follow_top(
     however the operator has changed: by :func:`hvpkit.multifidelity` with ``certify=True``, of which the space makes
     the cheap level. Without a space, and where it does not help, that is by :func:`hvpkit.lanczos`, and for k > 1 of
     the largest value alone. From what the space knows only the passes depend: where the operator has changed little, as
-    in tens of steps of training, they are a half to an eighth of Lanczos's; where it has nothing to do with the space,
-    up to twice as many.
+    in tens of steps of training, they are a half to a seventh of Lanczos's; where it has nothing to do with the space,
+    up to twice as many (docs/performance.md).
 
     Args:
         H: symmetric operator, as from :func:`hvpkit.hessian`.

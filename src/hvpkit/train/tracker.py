@@ -36,7 +36,7 @@ from hvpkit.curvature.param_selection import check_selection
 from hvpkit.curvature.preconditioning import coordinates_of
 from hvpkit.curvature.preconditioning import precondition as scaled
 from hvpkit.data import as_data, digest_of
-from hvpkit.errors import UnsavedWarning
+from hvpkit.errors import RemoteError, UnsavedWarning
 from hvpkit.extreme import METHODS, extreme_eigenvalues, top_eigenvalues
 from hvpkit.objective import from_module
 from hvpkit.results.eigen import EigenResult, ExtremeResult
@@ -94,7 +94,8 @@ class SpectrumTracker:
             spectrum that an adaptive optimizer feels. Vectors and gradients are then in its coordinates.
         tol: relative error of both eigenvalues.
         atol: size up to which a value counts as zero, as for :func:`hvpkit.extreme_eigenvalues`.
-        method, ncv, offload: as for :func:`hvpkit.extreme_eigenvalues`.
+        method, ncv, offload, certify: as for :func:`hvpkit.extreme_eigenvalues`. The k largest by
+            :func:`hvpkit.follow_top` are always certified.
         max_matvecs: the most passes over the data for a measurement; the values found by then are recorded.
         time_limit: the most seconds for a measurement; the values found by then are recorded.
         batch_size, wrt, mode: as for :func:`hvpkit.hessian`.
@@ -222,6 +223,8 @@ class SpectrumTracker:
             if self.results:
                 self._num_calls = self.results[-1][0] + 1
                 self._space = _read_space(self._path) if self._recycles else None
+            if self._space is not None:
+                self._num_parameters = len(self._space.vectors)
 
     def share(self, model: nn.Module) -> None:
         """Share the work of each measurement among all processes, as of data-parallel training of ``model``.
@@ -381,7 +384,7 @@ class SpectrumTracker:
             return
         try:
             self._space.save(beside(self._path, "space"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RemoteError) as error:
             warnings.warn(
                 f"path: what is recycled could not be written beside {self._path} ({error}); a continued tracker "
                 "takes more passes for its first measurement",

@@ -20,7 +20,7 @@ from hvpkit.estimators import sketch, spectral_density
 from hvpkit.estimators.sampling import make_plan
 from hvpkit.extreme import method_for
 from hvpkit.linear_systems import VECTORS_PER_COLUMN
-from hvpkit.solvers import lanczos, multifidelity
+from hvpkit.solvers import lanczos, multifidelity, recycling
 from hvpkit.solvers.common import vector_memory
 from hvpkit.solvers.common.vector_memory import check_room, vectors_that_fit
 
@@ -72,6 +72,27 @@ def test_levels_take_no_more_vectors_than_they_say(ncv: int) -> None:
     assert found.converged
     assert 0.5 * multifidelity.num_vectors(ncv) * VECTOR < made.peak
     assert made.peak <= (multifidelity.num_vectors(ncv) + 2) * VECTOR
+
+
+def test_what_is_recycled_takes_no_more_vectors_than_it_says() -> None:
+    op, rank, ncv = diagonal(spectrum()), 20, 12
+    _, space = hk.follow_top(op, rank=rank)
+    said = multifidelity.num_vectors(ncv) + recycling.COPIES * rank
+    with Allocations() as made:
+        found, _ = hk.follow_top(diagonal(1.1 * spectrum()), space=space, rank=rank, ncv=ncv)
+    assert found.converged
+    assert made.peak <= (said + 2) * VECTOR
+
+
+def test_merging_takes_as_many_vectors_as_it_says() -> None:
+    rank, rows = 20, torch.linalg.qr(torch.randn(N, 20, generator=torch.Generator().manual_seed(1))).Q.mT
+    said = (recycling.COPIES - 1) * rank  # the space was there before
+    recycled = recycling.Recycled(diagonal(spectrum()), rows, torch.arange(20.0).double(), rank)
+    vectors = torch.randn(N, rank, generator=torch.Generator().manual_seed(2))
+    with Allocations() as made:
+        recycled.add(vectors, vectors)
+    assert not recycled.waiting
+    assert 0.8 * said * VECTOR < made.peak <= (said + 1) * VECTOR
 
 
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])

@@ -102,15 +102,8 @@ class Minres:
 
     def steps(self, matrix: Matrix, row: LanczosRow, goal: float) -> Steps:
         """Take steps until the row ends."""
-        x, residual, v, z, v_before, d, d_before = (
-            row.x,
-            row.residual,
-            row.v,
-            row.z,
-            row.v_before,
-            row.d,
-            row.d_before,
-        )
+        x, residual, v, z = row.x, row.residual, row.v, row.z
+        v_before, d, d_before = row.v_before, row.d, row.d_before
         share, beta, phibar, dbar, epsilon = row.share, row.beta, row.phibar, row.dbar, row.epsilon
         cosine, sine, gamma, gamma_before = row.cosine, row.sine, row.gamma, row.gamma_before
         size, stopped, norm, least, largest = row.size, row.stopped, row.norm, row.least, row.largest

@@ -193,10 +193,8 @@ def take_steps(
     runs = [recurrence.steps(matrix, row, goal) for row, goal in zip(rows, goals, strict=True)]
     asked, taken, waits = [next(run) for run in runs], 0, matrix.inner.waits
     while True:
-        asked, taken = (
-            [run.send(image) for run, image in zip(runs, matrix.images(asked), strict=True)],
-            taken + 1,
-        )
+        asked = [run.send(image) for run, image in zip(runs, matrix.images(asked), strict=True)]
+        taken += 1
         while waits and (waiting := [place for place, one in enumerate(asked) if type(one) is tuple]):
             found = matrix.inner.numbers([asked[place] for place in waiting])
             for place, numbers in zip(waiting, found, strict=True):

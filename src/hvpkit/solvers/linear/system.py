@@ -89,7 +89,7 @@ MESSAGES = {
 
 @dataclass(frozen=True)
 class Column:
-    """What is verified of a right-hand side.
+    """The verified solution of a right-hand side, so far.
 
     Attributes:
         best: the solution with the least true residual so far ``[n]``; zero at first.
