@@ -21,9 +21,10 @@ def aslinearoperator(A: Any, *, device: torch.device | str | None = None) -> Lin
     """Wrap a symmetric matrix or the operator of another library as a :class:`LinearOperator`.
 
     Args:
-        A: a dense or sparse tensor or a NumPy array ``[n, n]``, which is copied, and on a CPU multiplied by NumPy; a SciPy sparse matrix or operator; an object of
-            another library with ``shape``, ``dtype`` and ``@``; or a tuple ``(matvec, n, dtype)`` with
-            ``matvec`` on tensors ``[n]``. Symmetry is assumed here; solvers test it as they go.
+        A: a dense or sparse tensor or a NumPy array ``[n, n]``, which is copied, and on a CPU multiplied by NumPy; a
+            SciPy sparse matrix or operator; an object of another library with ``shape``, ``dtype`` and ``@``; or a
+            tuple ``(matvec, n, dtype)`` with ``matvec`` on tensors ``[n]``. Symmetry is assumed here; solvers test it
+            as they go.
         device: where vectors live; by default the tensor's own, else the CPU.
 
     Raises:

@@ -32,10 +32,13 @@ class Arithmetic:
     Attributes:
         space: of the vectors.
         eps: of the dtype.
+        is_short: True if vectors are arrays.
         waits: True if :attr:`dot` is not known at once, as on a GPU, or where each rank has a part: then rows ask
             :meth:`numbers` for theirs together.
         dot: of two vectors: the number; where that waits, a sum over what is here, 0-d.
     """
+
+    is_short = False
 
     def __init__(self, op: LinearOperator) -> None:
         self.space, self.waits = op.space, not _is_here(op)
@@ -89,6 +92,8 @@ class Arithmetic:
 
 class ShortArithmetic(Arithmetic):
     """NumPy's."""
+
+    is_short = True
 
     def _dot_of(self, op: LinearOperator) -> Callable[[Vector, Vector], Any]:  # noqa: ARG002
         return lambda v, w: float(v.dot(w))

@@ -50,9 +50,10 @@ until they are called limited."""
 INCONSISTENT = 0.5
 """Share of the residual where it was nearly the least of all that a system is called singular above. Chosen by feel."""
 
-LEAST_STEPS, OVERSHOOT = 16, 8
-"""Steps between two assessments, unless a row is ready before, and one over their share of those so far, at most: an
-assessment costs what a cheap step does, and shows no more than that rounding limits a row."""
+LEAST_STEPS, LEAST_SHORT_STEPS, OVERSHOOT = 16, 64, 8
+"""Steps between two assessments, unless a row is ready before: of long and of short vectors, and one over their share of
+those so far, at most. An assessment costs what one or two cheap steps do, and shows no more than that rounding limits a
+row."""
 
 SHORT = 1e-2
 """Seconds of steps that are taken at once: what an interruption loses, at most, of those before it. Chosen by feel."""
@@ -217,7 +218,7 @@ class LinearSystem:
             num_steps,
             state.num_matvecs + len(rows) * cost,
             state.num_passes + cost,
-            is_ready=is_ready or num_steps >= _due(state.num_steps),
+            is_ready=is_ready or num_steps >= self._due(state.num_steps),
         )
 
     def _most_steps(self, state: SystemState) -> int:
@@ -229,7 +230,14 @@ class LinearSystem:
             return 1
         left = self.limits.remaining(state.num_matvecs) - self.step_cost
         affordable = 1 + int(left / (len(state.rows) * self.op.cost))
-        return max(1, min(_due(state.num_steps) - state.num_steps, affordable))
+        return max(1, min(self._due(state.num_steps) - state.num_steps, affordable))
+
+    def _due(self, num_steps: int) -> int:
+        """Return the number of steps at the next assessment: a multiple of a power of two that grows with them."""
+        interval = LEAST_SHORT_STEPS if self.arithmetic.is_short else LEAST_STEPS
+        while interval * OVERSHOOT * 2 <= num_steps:
+            interval *= 2
+        return num_steps - num_steps % interval + interval
 
     def assess(self, state: SystemState) -> Assessment[SystemState]:
         """Compare residuals with tol, verify those that are small enough, and finish or begin again."""
@@ -247,7 +255,7 @@ class LinearSystem:
         residual = max([math.inf if math.isnan(size) else size for size in known])
         progress = SolveProgress(residual=residual, num_converged=done.count(Status.CONVERGED))
         status = Status.NON_FINITE if suspects else None if state.places else worst(done)
-        num_steps = _due(state.num_steps) - state.num_steps
+        num_steps = self._due(state.num_steps) - state.num_steps
         return Assessment(state, progress, num_steps, status, suspects[0] if suspects else None)
 
     def finalize(self, state: SystemState, status: Status) -> SolveResult:
@@ -424,14 +432,6 @@ class LinearSystem:
         size = max(float(space.norm(b)), max(row.norm for row in state.rows) * float(space.norm(x)))
         cost = Witness(x, image, len(places)).check(self.op, state.scale, size)
         return replace(state, num_matvecs=state.num_matvecs + cost, num_passes=state.num_passes + cost)
-
-
-def _due(num_steps: int) -> int:
-    """Return the number of steps at the next assessment: a multiple of a power of two that grows with them."""
-    interval = LEAST_STEPS
-    while interval * OVERSHOOT * 2 <= num_steps:
-        interval *= 2
-    return num_steps - num_steps % interval + interval
 
 
 def worst(statuses: list[Status]) -> Status:
