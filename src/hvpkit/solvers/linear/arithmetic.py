@@ -86,7 +86,7 @@ class Arithmetic:
         return product(torch.stack([*vectors]).mT).mT.contiguous().unbind()
 
     def context(self) -> AbstractContextManager[Any]:
-        """Return the context of steps: numbers out of range are a row's own affair."""
+        """Return the context of steps, in which numbers may be out of range: rows look for that."""
         return nullcontext()
 
 
@@ -118,7 +118,7 @@ class ShortArithmetic(Arithmetic):
         return [*np.ascontiguousarray(_array(product(torch.from_numpy(np.array(vectors).T))).T)]
 
     def context(self) -> AbstractContextManager[Any]:
-        """Return the context of steps: numbers out of range are a row's own affair."""
+        """Return the context of steps: no warnings, as of matvecs, where numbers are out of range."""
         return np.errstate(all="ignore")
 
 

@@ -51,9 +51,8 @@ INCONSISTENT = 0.5
 """Share of the residual where it was nearly the least of all that a system is called singular above. Chosen by feel."""
 
 LEAST_STEPS, LEAST_SHORT_STEPS, OVERSHOOT = 16, 64, 8
-"""Steps between two assessments, unless a row is ready before: of long and of short vectors, and one over their share of
-those so far, at most. An assessment costs what one or two cheap steps do, and shows no more than that rounding limits a
-row."""
+"""Steps between two assessments, of long and of short vectors, unless a row is ready before; and one over their share
+of those so far, at most. An assessment costs what one or two cheap steps do, and finds only rows that rounding limits."""
 
 SHORT = 1e-2
 """Seconds of steps that are taken at once: what an interruption loses, at most, of those before it. Chosen by feel."""
