@@ -379,6 +379,27 @@ def test_same_bits_again_and_nothing_of_the_callers_changes(method: str) -> None
     assert torch.equal(b, before)
 
 
+@each_arithmetic
+@each_method
+def test_solves_are_assessed_each_so_many_steps_and_saved_between(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system_module, "SHORT", 0.0)
+    monkeypatch.setattr(checkpoint_module, "SAVE_INTERVAL", 0.0)
+    A, file, saved = matrix(torch.linspace(1e-3, 1, 200).tolist()), tmp_path / "solve.pt", []
+
+    def product(v: Tensor) -> Tensor:
+        saved.append(file.exists())
+        return A @ v
+
+    op = replace(hk.aslinearoperator(A), product=product)
+    is_short = arithmetic_module.arithmetic_of(op).is_short
+    found = hk.solve(op, block(200, 1)[:, 0], method=method, tol=1e-10, max_matvecs=80, checkpoint=file)
+    counts = [entry.num_matvecs for entry in found.history]
+    assert counts == ([64, 79] if is_short else [16, 32, 48, 64, 79])
+    assert saved == [False, *[True] * 79]
+
+
 @each_method
 def test_monitor_sees_the_history(method: str) -> None:
     seen: list[hk.SolveProgress] = []

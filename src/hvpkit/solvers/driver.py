@@ -161,7 +161,7 @@ class Solver(Protocol[S, R_co]):
     """An iterative method on an operator, in four methods over an explicit, frozen state.
 
     :func:`run` calls ``init`` once, then ``assess`` and as many times ``step`` as that says, in turn, until ``assess``
-    returns a status or a limit is reached, and ``finalize`` once.
+    returns a status or a limit is reached, and ``finalize`` once. A solver with ``first_steps`` takes these before.
     """
 
     @property
@@ -314,7 +314,7 @@ def iterate(
     """Step and assess until the solver says that it is over, or another step would exceed a limit."""
     state, now, time_limit = solver.init(), time.perf_counter(), solver.limits.time_limit
     seconds = math.inf if time_limit is None else time_limit
-    saved, end = Saved(state, 0, (), 0.0), now + seconds
+    saved, end = Saved(state, getattr(solver, "first_steps", 0), (), 0.0), now + seconds
     if checkpoint is not None:
         try:
             with deadline(end):

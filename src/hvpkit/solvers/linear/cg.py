@@ -90,9 +90,9 @@ class ConjugateGradients:
             length = rz / pAp
             x, r = add(x, p, length), add(r, image, -length)
             z = r if precondition is None else matrix.preconditioned(r)
-            ends = (dot(r, r),) if z is r else (dot(r, r), dot(r, z))
-            rr, *others = (yield ends) if waits else ends
-            rz_next = others[0] if others else rr
+            rr = dot(r, r)
+            ends = rr, rr if z is r else dot(r, z)
+            rr, rz_next = (yield ends) if waits else ends
             size, p, rz = math.sqrt(rr), add(z, p, rz_next / (rz or 1.0)), rz_next
             if size <= goal:
                 break

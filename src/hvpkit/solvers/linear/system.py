@@ -52,7 +52,8 @@ INCONSISTENT = 0.5
 
 LEAST_STEPS, LEAST_SHORT_STEPS, OVERSHOOT = 16, 64, 8
 """Steps between two assessments, of long and of short vectors, unless a row is ready before; and one over their share
-of those so far, at most. An assessment costs what one or two cheap steps do, and finds only rows that rounding limits."""
+of those so far, at most. An assessment costs what one or two cheap steps do, and finds only rows that rounding
+limits."""
 
 SHORT = 1e-2
 """Seconds of steps that are taken at once: what an interruption loses, at most, of those before it. Chosen by feel."""
@@ -165,6 +166,11 @@ class LinearSystem:
     def step_cost(self) -> float:
         """Full-data matvecs of a step, at most."""
         return len(self.rhs) * self.op.cost
+
+    @property
+    def first_steps(self) -> int:
+        """Steps before the first assessment; none if all right-hand sides are zero."""
+        return self._due(0) if any(self.lengths) else 0
 
     @property
     def exact(self) -> LinearOperator:
