@@ -7,9 +7,9 @@ is too large. ``spectra`` are dense matrices of 400 with a damping of a thousand
 next to nothing; the networks are trained ones, with their Gauss-Newton matrices and the same damping: also with the
 preconditioner from a sample, whose matvecs count by their share of the data. All methods take turns in rounds; ratios
 of seconds, those of the processor, are to hvpkit's default, ``minres``, in the same round. SciPy's solvers multiply by
-the same torch matrix; ``array``: by NumPy's array of it, whose products are another library's. They are given the
-number of steps that is enough, as their own tests differ; curvlinops's has its thresholds for small numbers off, with
-which it stops early.
+the same torch matrix; ``array``: by NumPy's array of it, whose products are another library's, as hvpkit's of an array.
+They are given the number of steps that is enough, as their own tests differ; curvlinops's has its thresholds for small
+numbers off, with which it stops early.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 SCIPY = {"scipy cg": scipy.sparse.linalg.cg, "scipy minres": scipy.sparse.linalg.minres}
 ARRAYS = {f"{name}, array": name for name in SCIPY}
-PEERS = (*SCIPY, *ARRAYS, "curvlinops cg")
+OWN_ARRAYS = {f"{name}, array": name for name in ("cg", "minres")}
+PEERS = (*SCIPY, *OWN_ARRAYS, *ARRAYS, "curvlinops cg")
 MOST_STEPS = 2000
 SHARP = {"eps": 1e-30, "stop_updating_after": 1e-30}
 
@@ -176,13 +177,14 @@ def joined(parts: Sequence[Record]) -> Record:
 def on_spectrum(spectrum: str, n: int, seeds: int, rounds: int) -> Record:
     """Return the runs of each method on a dense matrix; errors are relative to a direct solution."""
     A, parts = dense(spectrum, n), []
-    op = hk.aslinearoperator(A)
+    op, of_array = hk.aslinearoperator(A), hk.aslinearoperator(A.numpy())
     for seed in range(seeds):
         b = right_hand_side(n, seed)
         products = Counted(lambda v: A @ v, b)
         solvers: dict[str, Solver | None] = {
             method: by_hvpkit(op, b, method=method) for method in ("cg", "minres")
         }
+        solvers |= {name: by_hvpkit(of_array, b, method=method) for name, method in OWN_ARRAYS.items()}
         solvers |= {peer: by_scipy(peer, products, b) for peer in SCIPY}
         solvers |= {peer: by_scipy(name, products, b, A.numpy()) for peer, name in ARRAYS.items()}
         solvers["curvlinops cg"] = by_curvlinops(_tensor_operator(A, products), b, products)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,9 @@ from hvpkit._utils.deadline import check_deadline
 from hvpkit.linear_systems import make_system
 from hvpkit.operators.space import Space
 from hvpkit.solvers import checkpoint as checkpoint_module
+from hvpkit.solvers.checkpoint import Saved
+from hvpkit.solvers.driver import _Loop
+from hvpkit.solvers.linear import arithmetic as arithmetic_module
 from hvpkit.solvers.linear import system as system_module
 from oracles import hessian_by_double_backward, relative_error
 from problems import SPECTRA, matrix, network
@@ -28,6 +32,14 @@ F64 = torch.float64
 each_method = pytest.mark.parametrize("method", ["cg", "minres"])
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 each_spectrum = pytest.mark.parametrize("spectrum", SPECTRA)
+each_arithmetic = pytest.mark.usefixtures("arithmetic")
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let vectors count as short, as all of these are, or as long."""
+    if request.param == "torch":
+        monkeypatch.setattr(arithmetic_module, "SHORT_VECTOR", 0)
 
 
 def block(n: int, k: int, dtype: torch.dtype = F64, seed: int = 1) -> Tensor:
@@ -57,6 +69,7 @@ def check_solution(found: hk.SolveResult, A: Tensor, b: Tensor, tol: float) -> N
     assert found.message
 
 
+@each_arithmetic
 @each_method
 @each_spectrum
 @each_dtype
@@ -73,6 +86,7 @@ def test_definite_systems_are_solved(method: str, spectrum: str, dtype: torch.dt
         assert relative_error(found.x, exact) <= 2 * TOL[dtype] * condition
 
 
+@each_arithmetic
 @each_spectrum
 @each_dtype
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
@@ -87,6 +101,7 @@ def test_minres_takes_every_spectrum_at_every_scale(spectrum: str, dtype: torch.
     assert bool((found.relative_residual <= 1).all())
 
 
+@each_arithmetic
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 @each_method
 def test_scales_of_matrix_and_right_hand_side_do_not_matter(scale: float, method: str) -> None:
@@ -98,6 +113,7 @@ def test_scales_of_matrix_and_right_hand_side_do_not_matter(scale: float, method
     assert abs(both.num_matvecs - plain.num_matvecs) <= 2  # rounding of the scaled entries
 
 
+@each_arithmetic
 def test_solution_out_of_the_range_of_the_dtype_is_not_converged() -> None:
     A, b = torch.eye(4) * 1e30, torch.full((4,), 1e-30)
     found = hk.solve(hk.aslinearoperator(A), b)
@@ -109,6 +125,7 @@ def consistent(A: Tensor) -> Tensor:
     return A @ block(len(A), 2)
 
 
+@each_arithmetic
 @pytest.mark.parametrize("spectrum", ["rank_deficient", "clustered"])
 def test_singular_consistent_system_is_solved_and_inconsistent_one_is_reported(spectrum: str) -> None:
     A = matrix(SPECTRA[spectrum])
@@ -129,6 +146,7 @@ def test_singular_consistent_system_is_solved_and_inconsistent_one_is_reported(s
     assert not found.converged
 
 
+@each_arithmetic
 def test_conjugate_gradients_report_a_direction_of_negative_curvature() -> None:
     for spectrum in ("indefinite", "negative_dominant", "multiple", "n1", "n2"):
         A = matrix(SPECTRA[spectrum])
@@ -196,6 +214,7 @@ def test_matvecs_and_passes_are_those_put_through_the_operator(method: str, cost
     assert counting.calls < counting.columns / 2.5
 
 
+@each_arithmetic
 @each_method
 def test_columns_converge_separately(method: str) -> None:
     A = matrix(definite("clustered"))
@@ -234,9 +253,12 @@ def test_state_that_is_assessed_goes_on(method: str) -> None:
     while not state.is_ready:
         state = system.step(state)
     assert state.rows[0].size <= 0.5 * float(b.norm())
-    found = replace(system, tol=1e-8).assess(state)  # as from a checkpoint of a larger tol
-    assert found.status is None
-    assert not found.state.is_ready
+    # as from a checkpoint of a larger tol
+    loop = _Loop(replace(system, tol=1e-8), Saved(state, 0, (), 0.0), math.inf, None, None)
+    assert loop.assess().status is None
+    loop.advance()
+    assert loop.state.num_steps > state.num_steps
+    assert loop.state.rows[0].size < state.rows[0].size
 
 
 def test_minres_takes_no_more_matvecs_than_conjugate_gradients() -> None:
@@ -247,6 +269,7 @@ def test_minres_takes_no_more_matvecs_than_conjugate_gradients() -> None:
         assert counts[0] <= counts[1]
 
 
+@each_arithmetic
 @each_method
 def test_residual_is_refined_to_the_accuracy_that_rounding_allows(method: str) -> None:
     A, b = matrix(definite("bulk_with_outliers"), dtype=torch.float32), block(300, 1, torch.float32)[:, 0]
@@ -277,6 +300,7 @@ def test_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counting.columns <= 7
 
 
+@each_arithmetic
 @each_method
 @pytest.mark.parametrize("budget", [None, 17, 40])
 def test_steps_taken_at_once_are_those_taken_one_by_one(
@@ -298,7 +322,8 @@ def test_steps_taken_at_once_are_those_taken_one_by_one(
 
 
 @each_method
-def test_rows_that_wait_for_their_numbers_have_the_same(method: str) -> None:
+def test_rows_that_wait_for_their_numbers_have_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic_module, "SHORT_VECTOR", 0)  # rows that wait are torch's
     A, b = matrix(definite("clustered")), block(100, 3)
     b[:, 1] = torch.linalg.eigh(A).eigenvectors[:, 3]
     op = hk.aslinearoperator(A)
@@ -327,6 +352,7 @@ def test_deadline_in_the_final_check_leaves_what_was_verified(
     assert not found.x.any()
 
 
+@each_arithmetic
 @each_method
 def test_matvec_that_is_not_finite_keeps_the_iterate_before(method: str) -> None:
     counting = Counting(matrix(definite("clustered")), good=6)
@@ -340,6 +366,7 @@ def test_matvec_that_is_not_finite_keeps_the_iterate_before(method: str) -> None
     assert not first.x.any()
 
 
+@each_arithmetic
 @each_method
 def test_same_bits_again_and_nothing_of_the_callers_changes(method: str) -> None:
     op, b = hk.aslinearoperator(matrix(definite("indefinite"))), block(100, 3)
@@ -350,6 +377,27 @@ def test_same_bits_again_and_nothing_of_the_callers_changes(method: str) -> None
     assert torch.equal(torch.random.get_rng_state(), state)
     found.x.zero_()
     assert torch.equal(b, before)
+
+
+@each_arithmetic
+@each_method
+def test_solves_are_assessed_each_so_many_steps_and_saved_between(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system_module, "SHORT", 0.0)
+    monkeypatch.setattr(checkpoint_module, "SAVE_INTERVAL", 0.0)
+    A, file, saved = matrix(torch.linspace(1e-3, 1, 200).tolist()), tmp_path / "solve.pt", []
+
+    def product(v: Tensor) -> Tensor:
+        saved.append(file.exists())
+        return A @ v
+
+    op = replace(hk.aslinearoperator(A), product=product)
+    is_short = arithmetic_module.arithmetic_of(op).is_short
+    found = hk.solve(op, block(200, 1)[:, 0], method=method, tol=1e-10, max_matvecs=80, checkpoint=file)
+    counts = [entry.num_matvecs for entry in found.history]
+    assert counts == ([64, 79] if is_short else [16, 32, 48, 64, 79])
+    assert saved == [False, *[True] * 79]
 
 
 @each_method
@@ -367,6 +415,7 @@ class Interrupted(Exception):
     pass
 
 
+@each_arithmetic
 @each_method
 @pytest.mark.parametrize("fails_at", [3, 11, 30])
 def test_interrupted_solve_goes_on_to_the_same_bits(method: str, fails_at: int, tmp_path: Path) -> None:
@@ -502,6 +551,7 @@ def teacher(num_examples: int, seed: int = 0) -> tuple[Callable[..., Tensor], Te
     return (lambda p, batch: 0.5 * (batch @ p) ** 2), torch.zeros(60, dtype=F64), x
 
 
+@each_arithmetic
 @each_method
 def test_sample_preconditions_to_the_same_solution_in_fewer_passes(method: str) -> None:
     loss, params, x = teacher(4000)

@@ -42,6 +42,24 @@ def test_numpy_matrices_may_lie_in_memory_as_they_like(layout: str) -> None:
     assert (A @ torch.ones(3).double()).tolist() == array.sum(1).tolist()
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_numpy_matrices_multiply_as_tensors_do(dtype: type) -> None:
+    array = np.random.default_rng(0).standard_normal((30, 30)).astype(dtype)
+    of_array, of_tensor = hk.aslinearoperator(array), hk.aslinearoperator(torch.from_numpy(array))
+    assert of_array.dtype == of_tensor.dtype
+    v = torch.randn(30, 3, generator=torch.Generator().manual_seed(1)).to(of_array.dtype)
+    eps = torch.finfo(of_array.dtype).eps
+    for vectors in (v, v[:, 0], v.mT.contiguous().mT):
+        torch.testing.assert_close(of_array @ vectors, of_tensor @ vectors, rtol=0, atol=200 * eps)
+    array[:] = 0  # the operator keeps a copy
+    assert (of_array @ v).any()
+
+
+def test_numpy_matrices_give_nan_without_a_warning() -> None:
+    A = hk.aslinearoperator(np.full((2, 2), 1e300))
+    assert not torch.isfinite(A.product(torch.tensor([[1e300], [-torch.inf]], dtype=torch.float64))).any()
+
+
 def test_an_operator_is_its_own_operator() -> None:
     A = hk.aslinearoperator(torch.eye(2))
     assert hk.aslinearoperator(A) is A

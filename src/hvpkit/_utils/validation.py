@@ -164,8 +164,11 @@ def check_dense(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def check_like(leaf: Tensor, reference: Tensor, *, name: str = "v") -> Tensor:
-    """Return ``leaf`` detached; raise TypeError or ValueError unless it is dense and of the same dtype and device."""
+def check_like(leaf: Tensor, reference: Any, *, name: str = "v") -> Tensor:
+    """Return ``leaf`` detached; raise TypeError or ValueError unless it is dense and of the same dtype and device.
+
+    ``reference`` is a tensor, or an operator.
+    """
     if leaf.is_nested or leaf.layout != torch.strided or type(leaf).__name__ == "DTensor":
         check_dense(name, leaf)
     for what in ("dtype", "device"):

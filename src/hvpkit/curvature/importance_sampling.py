@@ -233,7 +233,7 @@ def sampling_error(sample: CurvatureOperator, vectors: Tensor, *, seed: Seed = 0
     weights, chances = _weights(sample)
     if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(vectors) != sample.n:
         raise ValueError(f"vectors must be a tensor of shape [{sample.n}] or [{sample.n}, k]")
-    check_like(vectors, torch.empty(0, dtype=sample.dtype, device=sample.device), name="vectors")
+    check_like(vectors, sample, name="vectors")
     uncertain = (chances < 1).nonzero().flatten()
     if len(uncertain) < 2:
         raise ValueError(f"sample must have two examples that are in it by chance, and {sample!r} has fewer")

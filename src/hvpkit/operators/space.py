@@ -72,8 +72,8 @@ class Space:
         """Return the largest magnitude of the entries, 0-d; NaN if there is one."""
         ranks = self._shards
         if ranks is None:
-            return entries.abs().max()
-        here = entries.abs().max() if entries.numel() else entries.new_zeros(())
+            return entries.abs().amax()
+        here = entries.abs().amax() if entries.numel() else entries.new_zeros(())
         return torch.stack(list(ranks.concatenate(here[None]))).max()  # a reduction by max may lose NaN
 
     def peaks(self, rows: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ def as_columns(op: LinearOperator, v: Tree, name: str = "v") -> tuple[Tensor, Ca
     else:
         vectors, back = v, lambda found: found
     shape = _check_shape(op, vectors, name)
-    columns = check_like(vectors, _like(op), name=name).reshape(op.n, -1)
-    if not bool(torch.isfinite(columns).all()):
+    columns = check_like(vectors, op, name=name).reshape(op.n, -1)
+    if not math.isfinite(columns.abs().amax()):
         raise ValueError(f"{name} contains NaN or infinity")
     return op.space.local(columns), lambda found: back(op.space.whole(found, op.n).reshape(shape))
 
@@ -72,7 +72,7 @@ def _from_shards(op: LinearOperator, v: Any, name: str) -> tuple[Tensor, Callabl
                 f"{name} must be Shard(0) on the mesh of the data, {ranks.mesh}; got {v.placements} on "
                 f"{v.device_mesh}: use {name}.redistribute(mesh, [Shard(0)])"
             )
-        columns = check_like(part, _like(op), name=name).reshape(len(part), math.prod(shape[1:]))
+        columns = check_like(part, op, name=name).reshape(len(part), math.prod(shape[1:]))
     split = space if space.sharded else type(space)(ranks, sharded=True)
     if not bool(split.finite(columns.mT).all()):
         raise ValueError(f"{name} contains NaN or infinity")
@@ -100,14 +100,10 @@ def is_one(op: LinearOperator, v: Tree) -> bool:
     return not isinstance(v, Tensor | np.ndarray) or v.ndim == 1 or (isinstance(v, Tensor) and is_tree(op, v))
 
 
-def _like(op: LinearOperator) -> Tensor:
-    return torch.empty(0, dtype=op.dtype, device=op.device)
-
-
 def _from_tree(op: LinearOperator, v: Tree, name: str) -> Tensor:
     if op.layout is None:
         raise TypeError(f"{name} must be a tensor: {op!r} knows no tree of parameters")
-    leaves = [check_like(leaf, _like(op), name=name) for leaf in op.layout.leaves(v, name=name)]
+    leaves = [check_like(leaf, op, name=name) for leaf in op.layout.leaves(v, name=name)]
     return torch.cat([leaf.reshape(-1) for leaf in leaves])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import Field, dataclass, replace
 from functools import wraps
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, TypeVar
@@ -161,7 +161,7 @@ class Solver(Protocol[S, R_co]):
     """An iterative method on an operator, in four methods over an explicit, frozen state.
 
     :func:`run` calls ``init`` once, then ``assess`` and as many times ``step`` as that says, in turn, until ``assess``
-    returns a status or a limit is reached, and ``finalize`` once.
+    returns a status or a limit is reached, and ``finalize`` once. A solver with ``first_steps`` takes these before.
     """
 
     @property
@@ -245,12 +245,14 @@ def full_precision(
         ranks = op.space.ranks
         if ranks is not None:
             ranks.meet(solver.__name__)
-        with (
-            watching(ranks),
-            monitored(kwargs.get("monitor") if ranks is None or ranks.is_first else None),
-            torch.inference_mode(False),
+        nothing, device = nullcontext(), op.device.type
+        monitor = kwargs.get("monitor") if ranks is None or ranks.is_first else None
+        with (  # what is not needed would take a small solve as long as a step
+            nothing if ranks is None else watching(ranks),
+            nothing if monitor is None else monitored(monitor),
+            torch.inference_mode(False) if torch.is_inference_mode_enabled() else nothing,
             torch.no_grad(),
-            _without_autocast(op.device.type),
+            torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nothing,
         ):
             found = solver(op, *args, **kwargs)
             if isinstance(found, EigenResult):
@@ -258,12 +260,6 @@ def full_precision(
             return found
 
     return solve
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def assessment_interval(op: LinearOperator, num_steps: int) -> int:
@@ -318,7 +314,7 @@ def iterate(
     """Step and assess until the solver says that it is over, or another step would exceed a limit."""
     state, now, time_limit = solver.init(), time.perf_counter(), solver.limits.time_limit
     seconds = math.inf if time_limit is None else time_limit
-    saved, end = Saved(state, 0, (), 0.0), now + seconds
+    saved, end = Saved(state, getattr(solver, "first_steps", 0), (), 0.0), now + seconds
     if checkpoint is not None:
         try:
             with deadline(end):
@@ -331,7 +327,7 @@ def iterate(
     try:
         while True:
             loop.advance()
-            if loop.limit is not None or (checkpoint is not None and checkpoint.due()):
+            if loop.limit is not None:
                 loop.save()
             found = loop.assess()
             if found.status or found.handover or loop.limit:
@@ -368,10 +364,11 @@ class _Loop(Generic[S]):
         self.solver, self.monitor, self.checkpoint, self.end = solver, monitor, checkpoint, end
         self.state, self.num_steps, self.history = saved.state, saved.num_steps, list[Entry](saved.history)
         self.began, self.verified = time.perf_counter() - saved.seconds, saved.verified
-        limits, space = solver.limits, solver.op.space
-        self.limits = replace(limits, max_matvecs=limits.max_matvecs + saved.verified)
-        if limits.time_limit is not None:
-            self.limits = replace(self.limits, time_limit=limits.time_limit + saved.seconds)
+        self.limits, space = solver.limits, solver.op.space
+        if saved.seconds:
+            most, seconds = self.limits.max_matvecs + saved.verified, self.limits.time_limit
+            seconds = None if seconds is None else seconds + saved.seconds
+            self.limits = replace(self.limits, max_matvecs=most, time_limit=seconds)
         self.ranks, self.sharded = space.ranks, space.sharded
         self.assessing = False
         self.limit: Status | None = None
@@ -380,7 +377,7 @@ class _Loop(Generic[S]):
         """Take the steps until the next assessment, or until another one would exceed a limit, which is noted."""
         step, cost, is_timed = self.solver.step, self.solver.step_cost, self.limits.time_limit is not None
         plain = nullcontext()
-        while self.num_steps and not getattr(self.state, "is_ready", False):
+        while self.num_steps:
             seconds = agreed(self.ranks, time.perf_counter() - self.began) if is_timed else 0.0
             self.limit = self.limits.exceeded_by(cost, self.state.num_matvecs, seconds)
             if self.limit is not None:
@@ -394,6 +391,10 @@ class _Loop(Generic[S]):
                 _reraise_before(self.end, self.ranks)
                 self.limit = Status.TIME_LIMIT
                 return
+            if getattr(self.state, "is_ready", False):
+                self.num_steps = 0
+            if self.checkpoint is not None and self.checkpoint.due():
+                self.save()
 
     def assess(self) -> Assessment[S]:
         """Assess the state and continue from what that says; note its values, and tell the monitor."""

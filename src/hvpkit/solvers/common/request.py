@@ -163,7 +163,7 @@ def check_start(op: LinearOperator, v0: Start | None) -> Tensor | None:
     if not isinstance(v0, Tensor) or v0.ndim not in (1, 2) or v0.shape[0] != op.n or not v0.numel():
         found = list(v0.shape) if isinstance(v0, Tensor) else type(v0).__name__
         raise ValueError(f"v0 must be a tensor of shape [{op.n}] or [{op.n}, p], got {found}")
-    check_like(v0, torch.empty(0, dtype=op.dtype, device=op.device), name="v0")
+    check_like(v0, op, name="v0")
     columns = v0.detach().reshape(op.n, -1)
     if not bool(torch.isfinite(columns).all()) or bool((columns == 0).all(dim=0).any()):
         raise ValueError("v0 has a column that is zero or contains NaN or infinity")

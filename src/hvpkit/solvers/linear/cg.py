@@ -63,35 +63,41 @@ class ConjugateGradients:
 
     def begin(self, matrix: Matrix, r: Tensor, size: float) -> DirectionRow:
         """Return a row before its first step."""
-        z = matrix.preconditioned(r)
-        rz = size * size if z is r else matrix.inner.numbers([(matrix.inner.dot(r, z),)])[0][0]
+        z, rz = r, size * size
+        if matrix.precondition is not None:
+            z = matrix.precondition(r)
+            rz = matrix.arithmetic.inner_product(r, z)
         return DirectionRow(torch.zeros_like(r), size, RUNNING, 0.0, 0, r, z, rz, 0.0)
 
     def steps(self, matrix: Matrix, row: DirectionRow, goal: float) -> Steps:
         """Take steps until the row ends."""
-        x, r, p, rz, size, norm = row.x, row.residual, row.p, row.rz, row.size, row.norm
-        inner, preconditioned, add = matrix.inner, matrix.preconditioned, torch.add
-        dot, waits = inner.dot, inner.waits
-        curvature, stopped, noise = row.curvature, row.stopped, FLATNESS * matrix.eps
+        arithmetic, precondition = matrix.arithmetic, matrix.precondition
+        add, dot, waits = arithmetic.add, arithmetic.dot, arithmetic.waits
+        x, r, p = arithmetic.vectors((row.x, row.residual, row.p))
+        rz, size, norm, curvature, stopped = row.rz, row.size, row.norm, row.curvature, row.stopped
+        noise = FLATNESS * arithmetic.eps
         image = yield p
         while image is not None:
             sums = dot(p, image), dot(p, p), dot(image, image)
             pAp, square, image_square = (yield sums) if waits else sums
-            curvature, norm = pAp / (square or 1.0), norm_seen(norm, square, image_square)
+            curvature = pAp / (square or 1.0)
+            if image_square > norm * norm * square:
+                norm = norm_seen(norm, square, image_square)
             if not (curvature > noise * norm and math.isfinite(pAp)):
                 negative = NEGATIVE if curvature < -noise * norm else SINGULAR
                 stopped = negative if math.isfinite(pAp) else NON_FINITE
                 break
             length = rz / pAp
-            x, r = add(x, p, alpha=length), add(r, image, alpha=-length)
-            z = preconditioned(r)
-            ends = (dot(r, r),) if z is r else (dot(r, r), dot(r, z))
-            rr, *others = (yield ends) if waits else ends
-            rz_next = others[0] if others else rr
-            size, p, rz = math.sqrt(rr), add(z, p, alpha=rz_next / (rz or 1.0)), rz_next
+            x, r = add(x, p, length), add(r, image, -length)
+            z = r if precondition is None else matrix.preconditioned(r)
+            rr = dot(r, r)
+            ends = rr, rr if z is r else dot(r, z)
+            rr, rz_next = (yield ends) if waits else ends
+            size, p, rz = math.sqrt(rr), add(z, p, rz_next / (rz or 1.0)), rz_next
             if size <= goal:
                 break
             image = yield p
+        x, r, p = arithmetic.tensors((x, r, p))
         yield DirectionRow(x, size, stopped, norm, row.least, r, p, rz, curvature)
 
     def unpack(self, plain: dict[str, Any]) -> DirectionRow:

@@ -92,9 +92,10 @@ class Minres:
 
     def begin(self, matrix: Matrix, r: Tensor, size: float) -> LanczosRow:
         """Return a row before its first step."""
-        z, norm = matrix.preconditioned(r), size
-        if z is not r:
-            norm = math.sqrt(max(matrix.inner.numbers([(matrix.inner.dot(r, z),)])[0][0], 0.0))
+        z, norm = r, size
+        if matrix.precondition is not None:
+            z = matrix.precondition(r)
+            norm = math.sqrt(max(matrix.arithmetic.inner_product(r, z), 0.0))
         v, zero = r * _inverse(norm), torch.zeros_like(r)
         z = v if z is r else z * _inverse(norm)
         numbers = (1.0, 0.0, norm, 0.0, 0.0, -1.0, 0.0, 1.0, 1.0, 0.0)
@@ -102,29 +103,30 @@ class Minres:
 
     def steps(self, matrix: Matrix, row: LanczosRow, goal: float) -> Steps:
         """Take steps until the row ends."""
-        x, residual, v, z = row.x, row.residual, row.v, row.z
-        v_before, d, d_before = row.v_before, row.d, row.d_before
+        arithmetic, precondition = matrix.arithmetic, matrix.precondition
+        add, dot, waits = arithmetic.add, arithmetic.dot, arithmetic.waits
+        x, residual, v, z = arithmetic.vectors((row.x, row.residual, row.v, row.z))
+        v_before, d, d_before = arithmetic.vectors((row.v_before, row.d, row.d_before))
         share, beta, phibar, dbar, epsilon = row.share, row.beta, row.phibar, row.dbar, row.epsilon
         cosine, sine, gamma, gamma_before = row.cosine, row.sine, row.gamma, row.gamma_before
         size, stopped, norm, least, largest = row.size, row.stopped, row.norm, row.least, row.largest
-        inner, preconditioned, add = matrix.inner, matrix.preconditioned, torch.add
-        dot, waits = inner.dot, inner.waits
-        noise, nearly = FLATNESS * matrix.eps, matrix.eps**NEARLY_LEAST
+        noise, nearly = FLATNESS * arithmetic.eps, arithmetic.eps**NEARLY_LEAST
         image = yield z
         while image is not None:
-            rest = add(image, v_before, alpha=-beta)
+            rest = add(image, v_before, -beta)
             alpha = dot(z, rest)
             (alpha,) = (yield (alpha,)) if waits else (alpha,)
-            rest = add(rest, v, alpha=-alpha)
-            z_next = preconditioned(rest)
+            rest = add(rest, v, -alpha)
+            z_next = rest if precondition is None else matrix.preconditioned(rest)
             if z_next is rest:  # the basis is orthonormal
                 square = dot(rest, rest)
                 (square,) = (yield (square,)) if waits else (square,)
-                norm = norm_seen(norm, 1.0, alpha * alpha + square + beta * beta)
+                z_square, image_square = 1.0, alpha * alpha + square + beta * beta
             else:
                 sums = dot(rest, z_next), dot(z, z), dot(image, image)
-                square, *seen = (yield sums) if waits else sums
-                norm = norm_seen(norm, *seen)
+                square, z_square, image_square = (yield sums) if waits else sums
+            if image_square > norm * norm * z_square:
+                norm = norm_seen(norm, z_square, image_square)
             beta_next = math.sqrt(max(square, 0.0))
             if not math.isfinite(alpha + beta_next):
                 stopped = NON_FINITE
@@ -141,11 +143,11 @@ class Minres:
             if least < 2 and phibar > 0 and math.hypot(gbar, dbar_next) <= nearly * peak:
                 least = 1
                 break
-            d_next = add(add(z, d_before, alpha=-epsilon / gamma_before), d, alpha=-delta / gamma)
+            d_next = add(add(z, d_before, -epsilon / gamma_before), d, -delta / gamma)
             d, d_before, dbar, epsilon = d_next, d, dbar_next, sine * beta_next
             beta, largest, gamma, gamma_before = beta_next, peak, gamma_next, gamma
             cosine, sine = gbar / gamma, beta / gamma
-            x, phibar = add(x, d, alpha=cosine * phibar / gamma), sine * phibar
+            x, phibar = add(x, d, cosine * phibar / gamma), sine * phibar
             unit = _inverse(beta)
             v, v_before = rest * unit, v
             z = v if z_next is rest else z_next * unit
@@ -153,7 +155,7 @@ class Minres:
                 residual, share = residual * share, 1.0
             share *= sine * sine
             if share:
-                residual = add(residual, v, alpha=-phibar * cosine / share)
+                residual = add(residual, v, -phibar * cosine / share)
             size = phibar
             if z is not v:
                 square = dot(residual, residual)
@@ -164,6 +166,8 @@ class Minres:
             if is_broken or size <= goal:
                 break
             image = yield z
+        x, residual, v, z = arithmetic.tensors((x, residual, v, z))
+        v_before, d, d_before = arithmetic.tensors((v_before, d, d_before))
         vectors = residual, v, z, v_before, d, d_before
         numbers = share, beta, phibar, dbar, epsilon, cosine, sine, gamma, gamma_before, largest
         yield LanczosRow(x, size, stopped, norm, least, *vectors, *numbers)

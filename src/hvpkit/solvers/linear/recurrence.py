@@ -11,15 +11,15 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
-from hvpkit.operators.space import LOCAL, inner_product_of
 from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.common.orthogonalize import unit_of
+from hvpkit.solvers.linear.arithmetic import Arithmetic, Vector
 
 RUNNING, INVARIANT, NEGATIVE, SINGULAR, NON_FINITE = range(5)
 """Reasons why a row's recurrence stopped: none, an invariant space, negative curvature, none at all, NaN."""
@@ -69,84 +69,41 @@ class Row:
         return self.size <= goal or self.stopped != RUNNING
 
 
-class InnerProducts:
-    """Inner products of vectors ``[n]`` as numbers.
-
-    Attributes:
-        space: of the vectors.
-        waits: True if :attr:`dot` is not known at once, as on a GPU, or where each rank has a part: then rows ask
-            :meth:`numbers` for theirs together.
-        dot: of two vectors: the number; where that waits, a sum over what is here, 0-d.
-    """
-
-    def __init__(self, op: LinearOperator) -> None:
-        self.space, self.waits = op.space, op.device.type != "cpu" or op.space is not LOCAL
-        dot = inner_product_of(op.dtype, op.device, op.space.size(op.n))
-        self.dot: Callable[[Tensor, Tensor], Any] = dot if self.waits else lambda v, w: dot(v, w).item()
-
-    def numbers(self, asked: Sequence[Sequence[Any]]) -> Sequence[Sequence[float]]:
-        """Return the numbers of several lists of inner products."""
-        if not self.waits:
-            return asked
-        sums = torch.stack([one for several in asked for one in several])
-        found = iter(self.space.reduce(sums).tolist())
-        return [[next(found) for _ in several] for several in asked]
-
-    def norms(self, vectors: Sequence[Tensor]) -> list[float]:
-        """Return the norms of vectors."""
-        squares = self.numbers([[self.dot(vector, vector) for vector in vectors]])[0] if vectors else []
-        return [math.sqrt(square) for square in squares]
-
-
 @dataclass
 class Matrix:
     """The matrix A over its scale, and the inverse of a preconditioner.
 
     Attributes:
         op: A.
-        inner: inner products.
+        arithmetic: of vectors.
         precondition: None: the identity.
         scale: what images are divided by; None: a power of two by the first ones.
     """
 
     op: LinearOperator
-    inner: InnerProducts
+    arithmetic: Arithmetic
     precondition: Apply | None
     scale: float | None = None
 
-    @property
-    def eps(self) -> float:
-        """Of the dtype."""
-        return torch.finfo(self.op.dtype).eps
-
-    def images(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the images of vectors ``[n]``, by one matvec with all."""
-        images = images_of(self.op, vectors)
+    def images(self, vectors: Sequence[Vector]) -> Sequence[Vector]:
+        """Return the images of vectors, by one matvec with all."""
+        images = self.arithmetic.images(self.op.product, vectors)
         if self.scale is None:
-            self.scale = _scale_of(float(self.op.space.peak(torch.stack([*images]))), self.op.dtype)
-        return over(images, self.scale)
+            peaks = [float(self.op.space.peak(image)) for image in self.arithmetic.tensors(images)]
+            self.scale = _scale_of(max(peaks), self.op.dtype)
+        return images if self.scale == 1 else [image / self.scale for image in images]
 
-    def preconditioned(self, vector: Tensor) -> Tensor:
-        """Apply the inverse of the preconditioner."""
-        return vector if self.precondition is None else self.precondition(vector)
+    def preconditioned(self, vector: Vector) -> Vector:
+        """Apply the inverse of the preconditioner, which there is."""
+        assert self.precondition is not None
+        (tensor,) = self.arithmetic.tensors([vector])
+        return self.arithmetic.vectors([self.precondition(tensor)])[0]
 
 
 def _scale_of(peak: float, dtype: torch.dtype) -> float:
     """Return 1 where the squares of images with this peak are well within the dtype's range, else a power of two."""
     scale, most = unit_of(peak), torch.finfo(dtype).max ** SAFE
     return 1.0 if 1 / most <= scale <= most else scale
-
-
-def images_of(op: LinearOperator, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the images of vectors ``[n]`` by one matvec with all, each of consecutive entries."""
-    if len(vectors) == 1:
-        return (op.product(vectors[0].unsqueeze(1)).reshape(-1),)
-    return op.product(torch.stack([*vectors]).mT).mT.contiguous().unbind()
-
-
-def over(images: Sequence[Tensor], scale: float) -> Sequence[Tensor]:
-    """Return images over a scale."""
-    return images if scale == 1 else [image / scale for image in images]
 
 
 R = TypeVar("R", bound=Row)
@@ -191,18 +148,24 @@ def take_steps(
         The rows, and the number of steps.
     """
     runs = [recurrence.steps(matrix, row, goal) for row, goal in zip(rows, goals, strict=True)]
-    asked, taken, waits = [next(run) for run in runs], 0, matrix.inner.waits
-    while True:
-        asked = [run.send(image) for run, image in zip(runs, matrix.images(asked), strict=True)]
-        taken += 1
-        while waits and (waiting := [place for place, one in enumerate(asked) if type(one) is tuple]):
-            found = matrix.inner.numbers([asked[place] for place in waiting])
-            for place, numbers in zip(waiting, found, strict=True):
-                asked[place] = runs[place].send(numbers)
-        ended = [isinstance(one, Row) for one in asked]
-        if any(ended) or taken >= most or time.perf_counter() >= end:
-            pairs = zip(runs, asked, ended, strict=True)
-            return tuple(one if is_row else run.send(None) for run, one, is_row in pairs), taken
+    arithmetic, taken, is_over = matrix.arithmetic, 0, False
+    waits = arithmetic.waits
+    with arithmetic.context():
+        asked = [next(run) for run in runs]
+        while not is_over:
+            asked = [run.send(image) for run, image in zip(runs, matrix.images(asked), strict=True)]
+            taken += 1
+            while waits and (waiting := [place for place, one in enumerate(asked) if type(one) is tuple]):
+                found = arithmetic.numbers([asked[place] for place in waiting])
+                for place, numbers in zip(waiting, found, strict=True):
+                    asked[place] = runs[place].send(numbers)
+            is_over = taken >= most or time.perf_counter() >= end
+            for one in asked:
+                is_over = is_over or isinstance(one, Row)
+        ended = [
+            one if isinstance(one, Row) else run.send(None) for run, one in zip(runs, asked, strict=True)
+        ]
+    return tuple(cast("list[R]", ended)), taken
 
 
 def norm_seen(norm: float, square: float, image_square: float) -> float:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ from hvpkit.results.eigen import Status
 from hvpkit.results.linear import NegativeCurvature, SolveProgress, SolveResult
 from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.checkpoint import Witness, coefficients
-from hvpkit.solvers.driver import Assessment, Limits, assessment_interval
+from hvpkit.solvers.driver import Assessment, Limits
+from hvpkit.solvers.linear.arithmetic import Arithmetic
 from hvpkit.solvers.linear.cg import ConjugateGradients, DirectionRow
 from hvpkit.solvers.linear.minres import Minres
 from hvpkit.solvers.linear.preconditioner import SamplePreconditioner
@@ -34,12 +34,9 @@ from hvpkit.solvers.linear.recurrence import (
     NEGATIVE,
     NON_FINITE,
     SINGULAR,
-    InnerProducts,
     Matrix,
     Recurrence,
     Row,
-    images_of,
-    over,
     take_steps,
 )
 
@@ -53,9 +50,10 @@ until they are called limited."""
 INCONSISTENT = 0.5
 """Share of the residual where it was nearly the least of all that a system is called singular above. Chosen by feel."""
 
-LEAST_STEPS = 8
-"""Steps between two assessments, unless a row is ready before: an assessment costs what a cheap step does. Chosen by
-feel."""
+LEAST_STEPS, LEAST_SHORT_STEPS, OVERSHOOT = 16, 64, 8
+"""Steps between two assessments, of long and of short vectors, unless a row is ready before; and one over their share
+of those so far, at most. An assessment costs what one or two cheap steps do, and finds only rows that rounding
+limits."""
 
 SHORT = 1e-2
 """Seconds of steps that are taken at once: what an interruption loses, at most, of those before it. Chosen by feel."""
@@ -116,7 +114,6 @@ class SystemState:
         curvature, column: of the direction.
         scale: what matvecs are divided by.
         num_steps: so far.
-        due: steps by which the next assessment is due.
         num_matvecs: full-data matvecs, with those of the preconditioner.
         num_passes: the same, where a block counts once.
         fresh: rows whose solution at work is verified.
@@ -131,7 +128,6 @@ class SystemState:
     column: int = -1
     scale: float = 1.0
     num_steps: int = 0
-    due: int = 0
     num_matvecs: float = 0.0
     num_passes: float = 0.0
     fresh: tuple[int, ...] = ()
@@ -144,7 +140,10 @@ class LinearSystem:
 
     Attributes:
         op: A, damping included.
+        arithmetic: of vectors.
+        precision: relative error of matvecs.
         rhs: right-hand sides over their units, ``[n]`` each.
+        lengths: their norms.
         units: powers of two.
         method: a key of ``METHODS``.
         tol: relative residual norm.
@@ -153,7 +152,10 @@ class LinearSystem:
     """
 
     op: LinearOperator
+    arithmetic: Arithmetic
+    precision: float
     rhs: tuple[Tensor, ...]
+    lengths: tuple[float, ...]
     units: tuple[float, ...]
     method: str
     tol: float
@@ -166,6 +168,11 @@ class LinearSystem:
         return len(self.rhs) * self.op.cost
 
     @property
+    def first_steps(self) -> int:
+        """Steps before the first assessment; none if all right-hand sides are zero."""
+        return self._due(0) if any(self.lengths) else 0
+
+    @property
     def exact(self) -> LinearOperator:
         """The operator that true residuals are of: in native arithmetic."""
         return self.op.exact or self.op
@@ -175,33 +182,24 @@ class LinearSystem:
         """The method."""
         return METHODS[self.method]
 
-    @cached_property
-    def _inner(self) -> InnerProducts:
-        return InnerProducts(self.op)
-
-    @cached_property
-    def _lengths(self) -> list[float]:
-        """Norms of the right-hand sides over their units."""
-        return self._inner.norms(self.rhs)
-
     def _matrix(self, scale: float | None = None) -> Matrix:
         """Return A over its scale; None: that of the next matvec."""
-        return Matrix(self.op, self._inner, self.preconditioner, scale)
+        return Matrix(self.op, self.arithmetic, self.preconditioner, scale)
 
     def init(self) -> SystemState:
         """Return x = 0; rows of b that are zero are finished."""
-        lengths, matrix = self._lengths, self._matrix()
-        places = tuple(place for place, length in enumerate(lengths) if length)
+        matrix = self._matrix()
+        places = tuple(place for place, length in enumerate(self.lengths) if length)
         done = str(Status.CONVERGED)
         spent = self.preconditioner.spent if self.preconditioner else 0.0
         return SystemState(
-            tuple(self.recurrence.begin(matrix, self.rhs[place], lengths[place]) for place in places),
+            tuple(self.recurrence.begin(matrix, self.rhs[place], self.lengths[place]) for place in places),
             places,
             tuple(
                 Column(torch.zeros_like(b), float(length > 0), status="" if length else done)
-                for b, length in zip(self.rhs, lengths, strict=True)
+                for b, length in zip(self.rhs, self.lengths, strict=True)
             ),
-            self.rhs[0].unsqueeze(0)[:0],
+            self.rhs[0].new_empty((0, len(self.rhs[0]))),
             num_matvecs=spent,
             num_passes=spent,
         )
@@ -209,7 +207,7 @@ class LinearSystem:
     def step(self, state: SystemState) -> SystemState:
         """Take a step with each row at work, or several short ones; the first matvec sets the scale."""
         matrix = self._matrix(state.scale if state.num_steps else None)
-        goals = [self.tol * self._lengths[place] for place in state.places]
+        goals = [self.tol * self.lengths[place] for place in state.places]
         end = min(time.perf_counter() + SHORT, current_deadline())
         rows, taken = take_steps(self.recurrence, matrix, state.rows, goals, self._most_steps(state), end)
         num_steps, cost, scale = state.num_steps + taken, taken * self.op.cost, matrix.scale
@@ -223,47 +221,47 @@ class LinearSystem:
             state.column,
             1.0 if scale is None else scale,
             num_steps,
-            state.due,
             state.num_matvecs + len(rows) * cost,
             state.num_passes + cost,
-            is_ready=is_ready or num_steps >= state.due,
+            is_ready=is_ready or num_steps >= self._due(state.num_steps),
         )
 
     def _most_steps(self, state: SystemState) -> int:
         """Return how many steps may be taken at once: those before an assessment or the limit of matvecs.
 
-        One where ranks step together, whose clocks differ; and the first alone, which sets the scale.
+        One where ranks step together, whose clocks differ.
         """
-        if self.op.space.ranks is not None or not state.num_steps:
+        if self.op.space.ranks is not None:
             return 1
         left = self.limits.remaining(state.num_matvecs) - self.step_cost
         affordable = 1 + int(left / (len(state.rows) * self.op.cost))
-        return max(1, min(state.due - state.num_steps, affordable))
+        return max(1, min(self._due(state.num_steps) - state.num_steps, affordable))
+
+    def _due(self, num_steps: int) -> int:
+        """Return the number of steps at the next assessment: a multiple of a power of two that grows with them."""
+        interval = LEAST_SHORT_STEPS if self.arithmetic.is_short else LEAST_STEPS
+        while interval * OVERSHOOT * 2 <= num_steps:
+            interval *= 2
+        return num_steps - num_steps % interval + interval
 
     def assess(self, state: SystemState) -> Assessment[SystemState]:
         """Compare residuals with tol, verify those that are small enough, and finish or begin again."""
-        goals = self._goals(state)
-        ready = [row.is_ready(goal) for row, goal in zip(state.rows, goals, strict=True)]
-        left = [row.size / self._lengths[place] for row, place in zip(state.rows, state.places, strict=True)]
+        ready, left, sizes = [], [], self.arithmetic.norms([row.x for row in state.rows])
+        for row, place, size in zip(state.rows, state.places, sizes, strict=True):
+            length = self.lengths[place]
+            # what a residual by recurrence has to reach: tol, or the rounding of its matvecs
+            ready.append(row.is_ready(max(self.tol * length, self.precision * row.norm * size)))
+            left.append(row.size / length)
         suspects = [row.multiplied.unsqueeze(1) for row in state.rows if row.stopped == NON_FINITE]
-        if not suspects and (any(ready) or any(row.least == 1 for row in state.rows)):
+        if not suspects and (True in ready or any([row.least == 1 for row in state.rows])):
             state = self._judged(state, ready)
         done = [Status(column.status) for column in state.columns if column.status]
         known = left if state.places else [column.residual for column in state.columns]
-        residual = max(math.inf if math.isnan(size) else size for size in known)
+        residual = max([math.inf if math.isnan(size) else size for size in known])
         progress = SolveProgress(residual=residual, num_converged=done.count(Status.CONVERGED))
         status = Status.NON_FINITE if suspects else None if state.places else worst(done)
-        num_steps = max(LEAST_STEPS, assessment_interval(self.op, state.num_steps))
-        state = replace(state, due=state.num_steps + num_steps, is_ready=False)
+        num_steps = self._due(state.num_steps) - state.num_steps
         return Assessment(state, progress, num_steps, status, suspects[0] if suspects else None)
-
-    def _goals(self, state: SystemState) -> list[float]:
-        """Return what residuals by recurrence have to reach: tol, or the rounding of their matvecs."""
-        sizes, precision = self._inner.norms([row.x for row in state.rows]), self.op.precision
-        return [
-            max(self.tol * self._lengths[place], precision * row.norm * size)
-            for row, place, size in zip(state.rows, state.places, sizes, strict=True)
-        ]
 
     def finalize(self, state: SystemState, status: Status) -> SolveResult:
         """Return the best solutions, those at work verified."""
@@ -284,9 +282,9 @@ class LinearSystem:
         overall, negative = worst(statuses), None
         if len(state.direction):
             negative = NegativeCurvature(state.direction[0], state.curvature * state.scale, state.column)
-        parts = zip(residuals, self._lengths, self.units, strict=True)
+        parts = zip(residuals, self.lengths, self.units, strict=True)
         return SolveResult(
-            torch.stack(solutions, dim=1),
+            solutions[0].unsqueeze(1) if len(solutions) == 1 else torch.stack(solutions, dim=1),
             torch.tensor([residual * length * unit for residual, length, unit in parts], dtype=torch.float64),
             torch.tensor(residuals, dtype=torch.float64),
             state.num_matvecs,
@@ -306,14 +304,15 @@ class LinearSystem:
         if not exponent:
             return x, False
         limits, found, left = torch.finfo(x.dtype), x, exponent
-        most = math.frexp(limits.max)[1] // 2
+        highest = math.frexp(limits.max)[1]
         while left:
-            part = max(-most, min(most, left))
+            part = max(-highest // 2, min(highest // 2, left))
             found, left = found * math.ldexp(1.0, part), left - part
-        peak = float(self.op.space.peak(found))
+        mantissa, power = math.frexp(float(self.op.space.peak(x)))
         # entries below the least normal number lose digits: in all no more than eps of the norm
-        is_safe = limits.tiny * math.sqrt(self.op.n) <= peak < math.inf
-        return found, not is_safe and float(self.op.space.peak(x)) > 0
+        least, power = limits.tiny * math.sqrt(self.op.n), power + exponent
+        is_safe = power <= highest and math.ldexp(mantissa, power) >= least
+        return found, mantissa > 0 and not is_safe
 
     def _verified(
         self, state: SystemState, numbers: Sequence[int]
@@ -326,11 +325,12 @@ class LinearSystem:
         places, columns = [state.places[number] for number in numbers], [*state.columns]
         pairs = zip(numbers, places, strict=True)
         solutions = [columns[place].best + state.rows[number].x for number, place in pairs]
-        images = over(images_of(self.exact, solutions), state.scale)
-        residuals = [self.rhs[place] - image for place, image in zip(places, images, strict=True)]
+        residuals = self._residuals(places, solutions, state.scale)
         found = []
-        for place, x, r, size in zip(places, solutions, residuals, self._inner.norms(residuals), strict=True):
-            relative = size / self._lengths[place]
+        for place, x, r, size in zip(
+            places, solutions, residuals, self.arithmetic.norms(residuals), strict=True
+        ):
+            relative = size / self.lengths[place]
             relative = math.inf if math.isnan(relative) else relative
             found.append((x, r, relative))
             if relative < columns[place].residual:
@@ -343,6 +343,13 @@ class LinearSystem:
             num_passes=state.num_passes + self.exact.cost,
         )
         return state, found
+
+    def _residuals(self, places: Sequence[int], solutions: Sequence[Tensor], scale: float) -> list[Tensor]:
+        """Return the true residuals of solutions over their units and the scale, by one matvec with all."""
+        arithmetic = self.arithmetic
+        matrix = Matrix(self.exact, arithmetic, None, scale)
+        images = arithmetic.tensors(matrix.images(arithmetic.vectors(solutions)))
+        return [self.rhs[place] - image for place, image in zip(places, images, strict=True)]
 
     def _judged(self, state: SystemState, ready: Sequence[bool]) -> SystemState:
         """Verify rows at work; finish those that are ready, or begin again from their true residuals."""
@@ -363,7 +370,7 @@ class LinearSystem:
                 status, column = str(Status.NEGATIVE_CURVATURE), Column(x, residual)
                 state = self._with_direction(state, row, place)
             elif residual <= REFINES * before[place].residual:
-                size = residual * self._lengths[place]
+                size = residual * self.lengths[place]
                 rows[number] = self.recurrence.begin(self._matrix(state.scale), r, size)
             else:
                 is_singular = row.stopped == SINGULAR or INCONSISTENT * least < column.residual
