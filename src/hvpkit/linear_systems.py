@@ -77,7 +77,7 @@ def solve(
         time_limit: seconds.
         seed: of the sample and its start vector; nothing else is random.
         monitor: called with a :class:`hvpkit.SolveProgress` after each assessment, as :func:`hvpkit.progress_bar` is:
-            each sixteenth step at first, and each 64th of at most 8,192 unknowns on a CPU.
+            each eighth step at first, and each 64th of a matrix of at most 8,192 unknowns on a CPU.
         checkpoint: a file. The solve is saved there every minute, at a limit and when it is interrupted, and the same
             call continues from it; deleted on convergence.
 

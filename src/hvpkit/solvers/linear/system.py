@@ -50,10 +50,10 @@ until they are called limited."""
 INCONSISTENT = 0.5
 """Share of the residual where it was nearly the least of all that a system is called singular above. Chosen by feel."""
 
-LEAST_STEPS, LEAST_SHORT_STEPS, OVERSHOOT = 16, 64, 8
-"""Steps between two assessments, of long and of short vectors, unless a row is ready before; and one over their share
-of those so far, at most. An assessment costs what one or two cheap steps do, and finds only rows that rounding
-limits."""
+LEAST_STEPS, LEAST_SHORT_STEPS, OVERSHOOT = 8, 64, 8
+"""Steps between two assessments, at least, unless a row is ready before: of operators over examples or of long vectors,
+and of others, whose steps may cost less than an assessment, which finds only rows that rounding limits; and one over
+their share of those so far, at most."""
 
 SHORT = 1e-2
 """Seconds of steps that are taken at once: what an interruption loses, at most, of those before it. Chosen by feel."""
@@ -239,7 +239,8 @@ class LinearSystem:
 
     def _due(self, num_steps: int) -> int:
         """Return the number of steps at the next assessment: a multiple of a power of two that grows with them."""
-        interval = LEAST_SHORT_STEPS if self.arithmetic.is_short else LEAST_STEPS
+        is_cheap = self.arithmetic.is_short and not hasattr(self.op, "num_examples")
+        interval = LEAST_SHORT_STEPS if is_cheap else LEAST_STEPS
         while interval * OVERSHOOT * 2 <= num_steps:
             interval *= 2
         return num_steps - num_steps % interval + interval
