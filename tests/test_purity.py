@@ -261,6 +261,8 @@ def test_tensors_made_in_inference_mode_are_as_good_as_others(mode: str) -> None
             found = hk.hvp(objective, copies[0], batch, copies[1], mode=mode)
             H = hk.hessian(objective, copies[0], hk.as_data(batch, batch_size=100), mode=mode)
             again = H @ copies[1]
+            sample = H.coarsen(3)
+            assert sample.num_examples == 3
         for name, leaf in expected.items():
             assert torch.equal(found[name], leaf)
             assert torch.equal(again[name], leaf)

@@ -124,8 +124,8 @@ def scores(problem: Problem, importance: Importance) -> Tensor:
             f"importance must be one of {', '.join(SCORES)}, a function, or None; got {importance!r}"
         )
     ranks = data.ranks
-    found = torch.zeros(data.num_units, dtype=torch.float64)
     with together(ranks, "scores"), exact_derivatives(problem.device):
+        found = torch.zeros(data.num_units, dtype=torch.float64)  # inside: not an inference tensor
         for batch, size, _, number, start in data.share():
             check_deadline()
             values = score(loss_fn, params, batch, None if data.whole else size)
