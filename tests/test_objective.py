@@ -122,6 +122,21 @@ def test_per_example_criteria_are_used_unchanged(criterion: Callable) -> None:
     assert torch.equal(losses_of(criterion, SCORES, CLASSES), criterion(SCORES, CLASSES))
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("shapes", [((6, 1), (6,)), ((6,), (6, 1)), ((1, 1), (1,)), ((6, 6, 6), (6, 6))])
+@pytest.mark.parametrize(
+    "criterion", [nn.MSELoss(), F.l1_loss, nn.SmoothL1Loss(reduction="sum"), nn.HuberLoss()]
+)
+def test_outputs_that_would_be_paired_with_all_targets_are_refused(
+    criterion: Callable, shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    outputs, targets = (torch.ones(shape) for shape in shapes)
+    with pytest.raises(
+        ValueError, match=r"criterion would pair each output with all targets: .*give both the same"
+    ):
+        losses_of(criterion, outputs, targets)
+
+
 def test_switching_a_criterion_leaves_the_callers_own_as_it_was() -> None:
     criterion = nn.CrossEntropyLoss()
     losses_of(criterion, SCORES, CLASSES)
