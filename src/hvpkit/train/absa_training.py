@@ -42,6 +42,7 @@ from hvpkit._utils.validation import (
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import Layout, check_params, flatten, snapshot, unflatten
 from hvpkit.autodiff.pytree import batch_size as count_examples
+from hvpkit.curvature.batch_means import check_batch_mean
 from hvpkit.curvature.batch_sums import all_finite, sum_over
 from hvpkit.curvature.batches import MODES, check_loss, gradient_of, loss_shares
 from hvpkit.curvature.constructors import hessian
@@ -188,6 +189,7 @@ def absa(
     loss_fn = normalized(loss_fn, examples)
     with exact_derivatives(device):
         check_loss(next(loss_shares(loss_fn, layout, examples)), leaves)
+        check_batch_mean(loss_fn, params, examples, examples.first())
     if resume is not None:
         layout.leaves(resume.params, name="resume.params")
         run = resume

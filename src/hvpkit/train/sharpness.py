@@ -31,6 +31,7 @@ from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count, check_monitor, check_positive, check_tolerance
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import Layout, check_params, join
+from hvpkit.curvature.batch_means import check_batch_mean
 from hvpkit.curvature.batch_sums import all_finite, blame_batch, sum_over
 from hvpkit.curvature.batches import (
     Leaves,
@@ -253,7 +254,9 @@ def keskar_sharpness(
     examples = as_data(data, device=leaves[0].device)
     with exact_derivatives(leaves[0].device):
         loss_fn = normalized(loss_fn, examples)
-        check_loss(next(loss_shares(loss_fn, layout, examples.first())), leaves)
+        first = examples.first()
+        check_loss(next(loss_shares(loss_fn, layout, first)), leaves)
+        check_batch_mean(loss_fn, params, examples, first)
         box = _box(loss_fn, layout, examples, join(leaves), epsilon, subspace_dim, seed)
     base = best = box.at(torch.zeros_like(box.radius))
     if base.loss <= -1:
