@@ -18,6 +18,7 @@ from torch import Tensor
 from hvpkit._utils.ranks import Ranks
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit.autodiff.captured import evaluate_unchanged, warn_captured
+from hvpkit.autodiff.forward_mode import jvp
 from hvpkit.autodiff.overrides import fixed_padding
 from hvpkit.autodiff.pytree import Layout, unflatten
 from hvpkit.autodiff.randomness import check_repeatable
@@ -314,7 +315,7 @@ def _forward_over_reverse(function: LossShare, leaves: Leaves) -> LinearMap:
 
     def matvecs(vectors: Sequence[Leaves], *, retain_graph: bool = False) -> list[Leaves]:  # noqa: ARG001
         with torch.no_grad():  # nothing is recorded for what loss_fn closes over
-            return [list(torch.func.jvp(gradient, (leaves,), (vector,))[1]) for vector in vectors]
+            return [list(jvp(gradient, (leaves,), (vector,))[1]) for vector in vectors]
 
     return matvecs
 

@@ -46,8 +46,8 @@ def hvp(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree, *, mode: str = "fo
             ``"reverse-over-reverse"``: the gradient of the gradient's inner product with ``v``, least
             memory; ``"finite-difference"``: central differences of the gradient with step
             :math:`\epsilon^{1/3} \max(1, \|p\|) / \|v\|`, about two thirds of the dtype's digits, where
-            the others lack a derivative. Values that the loss detaches are constants in the others, and move
-            with the parameters in differences.
+            the others lack a derivative. Values that the loss detaches, or computes under ``torch.no_grad``, are
+            constants in the others, and move with the parameters in differences.
 
     Returns:
         A tree shaped like ``params``. Nothing of the caller's is written to.
