@@ -283,3 +283,33 @@ def test_runs_repeat_bitwise_whatever_the_global_seeds() -> None:
             torch.default_generator.manual_seed(seed)
             runs.append(use_everything(things, things["loader"], MODES[1]))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+class Centred(nn.Module):
+    """A network that works on its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 1.0
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("form", ["tensors", "list", "loader"])
+@pytest.mark.parametrize("first", [Centred(), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3))])
+def test_losses_that_write_to_their_batch_are_refused_before_they_write_to_data(
+    first: nn.Module, form: str
+) -> None:
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    before = x.clone()
+    data = {"tensors": (x, y), "list": [(x, y)], "loader": DataLoader(TensorDataset(x, y), 5)}[form]
+    objective, params = hk.from_module(first, cross_entropy)
+    for ask in (hk.hessian, hk.ggn, hk.fisher, hk.empirical_fisher, hk.train.keskar_sharpness):
+        with pytest.raises(ValueError, match=r"loss_fn writes to its batch in place .*as x\.clone\(\)"):
+            ask(objective, params, data)
+        assert torch.equal(x, before)
+    for ask in (hk.grad, hk.loss):
+        with pytest.raises(ValueError, match="loss_fn writes to its batch in place"):
+            ask(objective, params, data)

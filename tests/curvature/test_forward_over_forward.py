@@ -145,7 +145,9 @@ class Square(torch.autograd.Function):
 
 
 def test_custom_functions_whose_saved_tensors_torch_takes_for_constants_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"loss_fn calls a torch\.autograd\.Function, which torch gets wrong"):
+    with pytest.raises(
+        ValueError, match=r"loss_fn calls a torch\.autograd\.Function, which torch gets wrong"
+    ):
         quadratic_form(lambda p, x: Square.apply(x @ p), normal(2), normal(3, 2), normal(2))
     assert Square.apply(torch.ones(2)).tolist() == [1.0, 1.0]
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from hvpkit._utils.ranks import Ranks
 from hvpkit._utils.typing import Batch, LossFn, Tree
@@ -130,7 +131,12 @@ class WeightedBatch:
 
     @contextmanager
     def noting(self, leaves: Leaves) -> Iterator[None]:
-        """Add a note to errors of the loss: which batch it is of, and what that holds."""
+        """Add a note to errors of the loss: which batch it is of, and what that holds.
+
+        Raises:
+            ValueError: the loss wrote to the batch: another call would see other data.
+        """
+        versions = _versions(self.batch)
         try:
             yield
         except Exception as error:
@@ -140,6 +146,20 @@ class WeightedBatch:
                 f"{last}: {describe(self.batch, leaves[0].dtype, self.start)}"
             )
             raise
+        if _versions(self.batch) != versions:
+            raise ValueError(
+                f"loss_fn writes to its batch in place ({describe(self.batch, leaves[0].dtype, self.start)}), as "
+                "x.sub_(mean) does, or a first layer with inplace=True, so that the next call sees other data: let it "
+                "work on a copy, as x.clone()"
+            )
+
+
+def _versions(batch: Batch) -> list[int]:
+    """Return how often each tensor of a batch has been written to; nothing while torch compiles."""
+    if torch.compiler.is_compiling():
+        return []
+    tensors = (leaf for leaf in _pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
+    return [leaf._version for leaf in tensors if not leaf.is_inference()]
 
 
 def weighted_batches(data: Data) -> Generator[WeightedBatch, None, None]:

@@ -211,11 +211,14 @@ class Data:
         return Part(prepare(batch, self.device, whole=whole), size, weights, number, start)
 
     def first(self, num_examples: int | None = None) -> Data:
-        """Return the first batch as data, cut to ``num_examples`` unless batches are read whole."""
+        """Return the first batch as data, cut to ``num_examples`` and a copy unless batches are read whole."""
         batch, size, weights, _, _ = next(self.parts())
         if self.whole:
             source = WholeBatches([batch], (size,), lambda _: size)
             return Data(source, size, None if weights is None else weights.reshape(1), self.device)
+        batch = _pytree.tree_map(
+            torch.clone, batch
+        )  # a loss that writes to it shall not have written to the data
         data = whole_batch(batch, weights)
         if num_examples is None or num_examples >= size:
             return data
