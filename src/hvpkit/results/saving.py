@@ -46,6 +46,7 @@ class Result:
     _classes: ClassVar[dict[str, type[Result]]] = {}
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # of typing.Generic
         if cls.__module__.startswith("hvpkit."):
             Result._classes[cls.__name__] = cls
 
