@@ -96,7 +96,7 @@ def means_checked(loss_fn: LossFn, data: Data) -> LossFn:
 def _parts(data: Data, cut: int) -> list[Data]:
     """Return the examples before ``cut`` and the others; those there are."""
     ends = [(0, cut), (cut, data.num_examples)]
-    return [data.subset(torch.arange(start, stop)) for start, stop in ends if start < stop]
+    return [data.subset(torch.arange(start, stop, device="cpu")) for start, stop in ends if start < stop]
 
 
 def _spread(data: Data, size: int) -> Data | None:
@@ -104,7 +104,7 @@ def _spread(data: Data, size: int) -> Data | None:
     if isinstance(data.source, IterableBatches):
         return None
     alone = data.alone
-    places = torch.linspace(0, len(alone.source) - 1, size, dtype=torch.float64).round()
+    places = torch.linspace(0, len(alone.source) - 1, size, dtype=torch.float64, device="cpu").round()
     return alone.subset(places.to(torch.int64)).first()
 
 

@@ -30,6 +30,7 @@ from hvpkit.data.random_state import (
     is_alone,
     isolated,
     isolated_apart,
+    loader_generator,
     warn_shared,
 )
 from hvpkit.errors import UnstableDataError
@@ -120,17 +121,15 @@ class DatasetBatches:
         return type(self.examples.dataset).__name__
 
     def __iter__(self) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(0)  # of workers; else a loader draws from the global one
         examples: Any = self.examples
-        return iter(DataLoader(examples, self.batch_size, generator=generator, **self._options))
+        return iter(DataLoader(examples, self.batch_size, generator=loader_generator(), **self._options))
 
     def batches_at(self, positions: Iterable[int]) -> Iterator[Batch]:
         """Yield the batches at these positions only."""
-        generator = torch.Generator().manual_seed(0)
         starts = (position * self.batch_size for position in positions)
         chosen = [[*range(start, min(start + self.batch_size, len(self)))] for start in starts]
         examples: Any = self.examples
-        return iter(DataLoader(examples, batch_sampler=chosen, generator=generator, **self._options))
+        return iter(DataLoader(examples, batch_sampler=chosen, generator=loader_generator(), **self._options))
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -226,7 +225,7 @@ def count_stream(
 
 def _count(stream: Stream, size_of: Callable[[Batch], int], *, reseed: bool) -> tuple[Stream, list[int]]:
     sizes: list[int] = []
-    first, draws, contents = None, stream.draws, torch.zeros(2, dtype=torch.float64)
+    first, draws, contents = None, stream.draws, torch.zeros(2, dtype=torch.float64, device="cpu")
     for batch, drew in name_batch(stream.read()):
         first = batch if not sizes else first
         sizes.append(size_of(batch))
@@ -271,7 +270,9 @@ class IterableBatches:
     def _within(self, start: int, size: int) -> Tensor:
         """Return the (sorted) indices that lie in a batch, relative to its start."""
         assert self.indices is not None
-        low, high = torch.searchsorted(self.indices, torch.tensor([start, start + size])).tolist()
+        low, high = torch.searchsorted(
+            self.indices, torch.tensor([start, start + size], device="cpu")
+        ).tolist()
         return self.indices[low:high] - start
 
     def select(self, indices: Tensor) -> IterableBatches:
@@ -379,7 +380,9 @@ def every(source: Source, step: int, first: int) -> Iterator[tuple[int, int, Bat
         numbers = range(first, len(source), step)
         if numbers:
             starts = [0, *accumulate(source.sizes)]
-            for number, batch in zip(numbers, source.select(torch.tensor(numbers)), strict=True):
+            for number, batch in zip(
+                numbers, source.select(torch.tensor(numbers, device="cpu")), strict=True
+            ):
                 yield number, starts[number], batch
     else:
         start = 0

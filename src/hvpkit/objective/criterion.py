@@ -62,7 +62,7 @@ class Criterion:
 
     def weights(self, targets: Sequence[Any]) -> Tensor:
         """Return the sum of the weights of each example's targets, ``[B]``, as torch's weighted means have them."""
-        target = torch.as_tensor(targets[0])
+        target = targets[0] if isinstance(targets[0], Tensor) else torch.as_tensor(targets[0])
         if hasattr(self.original, "example_weight"):
             weights: Tensor = self.original.example_weight(target)
             return weights

@@ -145,7 +145,9 @@ class Box:
 
     def start(self, seed: int, number: int, gradient: Tensor) -> Tensor:
         """Draw a random point of the box; the first one on the side that the gradient at the origin points to."""
-        uniform = torch.rand(len(self.radius), generator=generator(seed, number + 1), dtype=torch.float64)
+        uniform = torch.rand(
+            len(self.radius), generator=generator(seed, number + 1), dtype=torch.float64, device="cpu"
+        )
         unit = (2 * uniform - 1).to(self.radius)
         if number == 0:
             unit = torch.where(gradient == 0, unit, gradient.sign() * unit.abs())

@@ -96,7 +96,7 @@ class StartPolynomial:
     @classmethod
     def of_start(cls, n: int, share: float) -> StartPolynomial:
         """Return the polynomial 1."""
-        return cls(n, share, torch.empty(0, dtype=torch.float64))
+        return cls(n, share, torch.empty(0, dtype=torch.float64, device="cpu"))
 
     def restarted(self, discarded: Tensor, norms: Tensor) -> StartPolynomial:
         """Return the polynomial after a restart that discards Ritz values; ``norms`` are those since the last one."""
