@@ -287,8 +287,12 @@ class LinearSystem:
         parts = zip(residuals, self._lengths, self.units, strict=True)
         return SolveResult(
             torch.stack(solutions, dim=1),
-            torch.tensor([residual * length * unit for residual, length, unit in parts], dtype=torch.float64),
-            torch.tensor(residuals, dtype=torch.float64),
+            torch.tensor(
+                [residual * length * unit for residual, length, unit in parts],
+                dtype=torch.float64,
+                device="cpu",
+            ),
+            torch.tensor(residuals, dtype=torch.float64, device="cpu"),
             state.num_matvecs,
             state.num_passes,
             overall,
