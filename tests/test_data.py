@@ -1004,3 +1004,31 @@ def test_even_shares_have_each_example_once_and_are_of_one_size(
                 assert set(batch.tolist()) <= set(given[number].tolist())
             found += torch.cat([batch for *_, batch in parts]).tolist() if parts else []
         assert sorted(found) == x.tolist()
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        (
+            [(torch.ones(3), torch.tensor(0)), (torch.ones(3), torch.tensor(1))],
+            "of single examples pass .*DataLoader",
+        ),
+        ([(np.ones(3), 1)], "A list is one of batches"),
+        (((torch.ones(4, 3), torch.ones(4)), (torch.ones(2, 3), torch.ones(2))), "several go in a list"),
+        (DataLoader(TensorDataset(torch.ones(4, 3), torch.ones(4)), batch_size=None), "has batch_size=None"),
+        ((torch.ones(4, 3), torch.ones(5)), r"got shapes \(4, 3\), \(5,\)\. Batches of any other form"),
+        (tuple(torch.ones(n) for n in range(1, 10)), r"\(6,\) and 3 more\. Batches"),
+    ],
+)
+def test_what_is_no_batch_is_refused_with_what_may_have_been_meant(data: object, hint: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=hint):
+        hk.as_data(data)
+
+
+def test_a_dataset_without_a_length_says_so() -> None:
+    class Endless(Dataset):
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.ones(3) * index
+
+    with pytest.raises(TypeError, match="got Endless, which has no __len__"):
+        hk.as_data(Endless())
