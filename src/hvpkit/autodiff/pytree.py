@@ -20,7 +20,6 @@ from torch.utils import _pytree
 from hvpkit._utils.typing import Tree
 from hvpkit._utils.validation import check_dense
 
-
 MAX_SHAPES = 6
 """Shapes that a message lists."""
 

@@ -226,7 +226,9 @@ _SEVERAL = "A tuple is one batch; several go in a list"
 _OF_LISTS = (
     "A list is one of batches; of single examples pass torch.utils.data.DataLoader(data, batch_size=256)"
 )
-_OF_LOADERS = "The loader has batch_size=None, so that it gives what the dataset holds; give it one if those are examples"
+_OF_LOADERS = (
+    "The loader has batch_size=None, and gives what the dataset holds: give it one if these are examples"
+)
 
 
 def _is_nested(data: object) -> bool:
