@@ -1032,3 +1032,29 @@ def test_a_dataset_without_a_length_says_so() -> None:
 
     with pytest.raises(TypeError, match="got Endless, which has no __len__"):
         hk.as_data(Endless())
+
+
+def test_tensors_that_are_written_to_later_are_refused_by_name() -> None:
+    x, y = torch.randn(12, 3), torch.randn(12)
+    loss_fn = lambda p, batch: (batch[0] @ p - batch[1]) ** 2  # noqa: E731
+    p, v = torch.ones(3), torch.ones(3)
+    operators = [
+        hk.hessian(loss_fn, p, data, memory_limit=limit)
+        for data in ((x, y), hk.as_data((x, y), batch_size=5))
+        for limit in (0, None)
+    ]
+    sample = hk.as_data((x, y)).subset([1, 2])  # a copy
+    for H in operators:
+        assert torch.equal(H @ v, H @ v)
+    x.mul_(2)
+    for H in operators[::2]:
+        with pytest.raises(
+            hk.UnstableDataError, match=r"data has been written to, in place, .* another operator"
+        ):
+            H @ v
+    for H in operators[1::2]:  # of kept graphs torch tells
+        with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+            H @ v
+        assert "has been written to since a graph of it was kept" in caught.value.__notes__[-1]
+    assert len(list(sample)) == 1
+    assert torch.allclose(hk.hessian(loss_fn, p, (x, y)).to_dense(), 2 * x.mT @ x / 12)

@@ -200,6 +200,14 @@ def snapshot(leaf: Tensor) -> Tensor:
         return leaf.detach().clone()
 
 
+def versions(tree: Tree) -> list[int]:
+    """Return how often each tensor of a tree has been written to; nothing while torch compiles."""
+    if torch.compiler.is_compiling():
+        return []
+    tensors = (leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+    return [leaf._version for leaf in tensors if not leaf.is_inference()]
+
+
 def usable(leaf: Tensor) -> Tensor:
     """Return the tensor, or a copy if it was made in inference mode, so that autograd can use it."""
     return snapshot(leaf) if leaf.is_inference() else leaf

@@ -14,14 +14,13 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from hvpkit._utils.ranks import Ranks
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit.autodiff.captured import evaluate_unchanged, warn_captured
 from hvpkit.autodiff.forward_mode import jvp
 from hvpkit.autodiff.overrides import fixed_padding
-from hvpkit.autodiff.pytree import Layout, unflatten
+from hvpkit.autodiff.pytree import Layout, unflatten, versions
 from hvpkit.autodiff.randomness import check_repeatable
 from hvpkit.curvature.sharded_parameters import Shards
 from hvpkit.data import Data, describe
@@ -136,7 +135,7 @@ class WeightedBatch:
         Raises:
             ValueError: the loss wrote to the batch: another call would see other data.
         """
-        versions = _versions(self.batch)
+        before = versions(self.batch)
         try:
             yield
         except Exception as error:
@@ -146,20 +145,12 @@ class WeightedBatch:
                 f"{last}: {describe(self.batch, leaves[0].dtype, self.start)}"
             )
             raise
-        if _versions(self.batch) != versions:
+        if versions(self.batch) != before:
             raise ValueError(
                 f"loss_fn writes to its batch in place ({describe(self.batch, leaves[0].dtype, self.start)}), as "
                 "x.sub_(mean) does, or a first layer with inplace=True, so that the next call sees other data: let it "
                 "work on a copy, as x.clone()"
             )
-
-
-def _versions(batch: Batch) -> list[int]:
-    """Return how often each tensor of a batch has been written to; nothing while torch compiles."""
-    if torch.compiler.is_compiling():
-        return []
-    tensors = (leaf for leaf in _pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
-    return [leaf._version for leaf in tensors if not leaf.is_inference()]
 
 
 def weighted_batches(data: Data) -> Generator[WeightedBatch, None, None]:
@@ -309,6 +300,12 @@ def _naming_modes(matrix: str, mode: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
+        if "modified by an inplace operation" in str(error):
+            error.add_note(
+                "hvpkit: data, or what the loss closes over, has been written to since a graph of it was kept: make "
+                "another operator of what it is now"
+            )
+            raise
         failed = any(note.startswith(LOSS_FAILED) for note in getattr(error, "__notes__", ()))
         if failed and mode != "forward-over-reverse":
             raise  # in a plain forward pass, as of all modes

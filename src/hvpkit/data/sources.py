@@ -20,7 +20,7 @@ from hvpkit._utils.ranks import Ranks
 from hvpkit._utils.typing import Batch
 from hvpkit._utils.validation import check_count
 from hvpkit.autodiff.pytree import batch_size as leading_dimension
-from hvpkit.autodiff.pytree import flatten, unflatten
+from hvpkit.autodiff.pytree import flatten, unflatten, versions
 from hvpkit.data.augmentation import OTHER_SEED, check_examples, check_stream, summarize
 from hvpkit.data.loaders import draws_in_workers, loader_options
 from hvpkit.data.random_state import (
@@ -55,10 +55,21 @@ def count_examples(batch: Batch) -> int:
 
 @dataclass(frozen=True)
 class TensorBatches:
-    """Slices of one tree of tensors, which holds all examples."""
+    """Slices of one tree of tensors, which holds all examples.
+
+    Attributes:
+        examples: the tensors.
+        batch_size: of all slices but the last one.
+        versions: how often the tensors had been written to; None: take what it is now.
+    """
 
     examples: Batch
     batch_size: int
+    versions: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.versions is None:
+            object.__setattr__(self, "versions", versions(self.examples))
 
     def __len__(self) -> int:
         return self._size
@@ -79,12 +90,21 @@ class TensorBatches:
         return self.batches_at(range(-(-len(self) // self.batch_size)))
 
     def batches_at(self, positions: Iterable[int]) -> Iterator[Batch]:
-        """Yield the batches at these positions only."""
+        """Yield the batches at these positions only.
+
+        Raises:
+            UnstableDataError: the tensors have been written to since they were passed in.
+        """
+        if versions(self.examples) != self.versions:
+            raise UnstableDataError(
+                "data has been written to, in place, since it was passed in; a mean over examples needs the same ones "
+                "in every pass: make another operator of what it is now, or pass a copy"
+            )
         for start in (position * self.batch_size for position in positions):
             yield take(self.examples, slice(start, start + self.batch_size))
 
     def select(self, indices: Tensor) -> TensorBatches:
-        return replace(self, examples=take(self.examples, indices))
+        return TensorBatches(take(self.examples, indices), self.batch_size)
 
     def resized(self, batch_size: int) -> TensorBatches:
         return replace(self, batch_size=batch_size)
