@@ -204,8 +204,9 @@ def versions(tree: Tree) -> list[int]:
     """Return how often each tensor of a tree has been written to; nothing while torch compiles."""
     if torch.compiler.is_compiling():
         return []
-    tensors = (leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
-    return [leaf._version for leaf in tensors if not leaf.is_inference()]
+    leaves = [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    with torch._C.DisableTorchFunction():  # twice as fast under overridden functions
+        return [leaf._version for leaf in leaves if not leaf.is_inference()]
 
 
 def usable(leaf: Tensor) -> Tensor:
