@@ -512,6 +512,7 @@ SHARED: list[tuple[str, dict[str, Any], str]] = [
     ("seed: a string", {"seed": "0"}, "seed must be an int"),
     ("monitor: a number", {"monitor": 5}, "monitor must be a function.*5"),
     ("monitor: a list", {"monitor": [print]}, "monitor must be a function"),
+    ("monitor: what makes one", {"monitor": hk.progress_bar}, "monitor must take the arguments of monitor"),
 ]
 PAIRS: list[tuple[str, dict[str, Any], str]] = [
     ("atol: negative", {"atol": -1.0}, "atol must be"),

@@ -1004,3 +1004,57 @@ def test_even_shares_have_each_example_once_and_are_of_one_size(
                 assert set(batch.tolist()) <= set(given[number].tolist())
             found += torch.cat([batch for *_, batch in parts]).tolist() if parts else []
         assert sorted(found) == x.tolist()
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        (
+            [(torch.ones(3), torch.tensor(0)), (torch.ones(3), torch.tensor(1))],
+            "of single examples pass .*DataLoader",
+        ),
+        ([(np.ones(3), 1)], "A list is one of batches"),
+        (((torch.ones(4, 3), torch.ones(4)), (torch.ones(2, 3), torch.ones(2))), "several go in a list"),
+        (DataLoader(TensorDataset(torch.ones(4, 3), torch.ones(4)), batch_size=None), "has batch_size=None"),
+        ((torch.ones(4, 3), torch.ones(5)), r"got shapes \(4, 3\), \(5,\)\. Batches of any other form"),
+        (tuple(torch.ones(n) for n in range(1, 10)), r"\(6,\) and 3 more\. Batches"),
+    ],
+)
+def test_what_is_no_batch_is_refused_with_what_may_have_been_meant(data: object, hint: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=hint):
+        hk.as_data(data)
+
+
+def test_a_dataset_without_a_length_says_so() -> None:
+    class Endless(Dataset):
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.ones(3) * index
+
+    with pytest.raises(TypeError, match="got Endless, which has no __len__"):
+        hk.as_data(Endless())
+
+
+def test_tensors_that_are_written_to_later_are_refused_by_name() -> None:
+    x, y = torch.randn(12, 3), torch.randn(12)
+    loss_fn = lambda p, batch: (batch[0] @ p - batch[1]) ** 2  # noqa: E731
+    p, v = torch.ones(3), torch.ones(3)
+    operators = [
+        hk.hessian(loss_fn, p, data, memory_limit=limit)
+        for data in ((x, y), hk.as_data((x, y), batch_size=5))
+        for limit in (0, None)
+    ]
+    sample = hk.as_data((x, y)).subset([1, 2])  # a copy
+    for H in operators:
+        assert torch.equal(H @ v, H @ v)
+    x.mul_(2)
+    for H in operators[::2]:
+        with pytest.raises(
+            hk.UnstableDataError, match=r"data has been written to, in place, .* another operator"
+        ):
+            H @ v
+    for H in operators[1::2]:  # of kept graphs torch tells
+        with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+            H @ v
+        assert "has been written to since a graph of it was kept" in caught.value.__notes__[-1]
+    assert len(list(sample)) == 1
+    assert torch.allclose(hk.hessian(loss_fn, p, (x, y)).to_dense(), 2 * x.mT @ x / 12)

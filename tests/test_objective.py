@@ -122,6 +122,21 @@ def test_per_example_criteria_are_used_unchanged(criterion: Callable) -> None:
     assert torch.equal(losses_of(criterion, SCORES, CLASSES), criterion(SCORES, CLASSES))
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("shapes", [((6, 1), (6,)), ((6,), (6, 1)), ((1, 1), (1,)), ((6, 6, 6), (6, 6))])
+@pytest.mark.parametrize(
+    "criterion", [nn.MSELoss(), F.l1_loss, nn.SmoothL1Loss(reduction="sum"), nn.HuberLoss()]
+)
+def test_outputs_that_would_be_paired_with_all_targets_are_refused(
+    criterion: Callable, shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    outputs, targets = (torch.ones(shape) for shape in shapes)
+    with pytest.raises(
+        ValueError, match=r"criterion would pair each output with all targets: .*give both the same"
+    ):
+        losses_of(criterion, outputs, targets)
+
+
 def test_switching_a_criterion_leaves_the_callers_own_as_it_was() -> None:
     criterion = nn.CrossEntropyLoss()
     losses_of(criterion, SCORES, CLASSES)
@@ -538,6 +553,40 @@ def test_later_training_does_not_change_an_objective(batchnorm: str) -> None:
             tensor.mul_(2).add_(1)
     model.requires_grad_(False)
     assert torch.equal(objective(params, (X3, Y3)), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "reason"),
+    [
+        (
+            lambda p: {name: p[name] for name in p if name != "0.weight"},
+            ValueError,
+            "params lacks '0.weight' .*wrt=",
+        ),
+        (
+            lambda p: {f"module.{name}": p[name] for name in p},
+            ValueError,
+            "params lacks '0.bias', '0.weight', ",
+        ),
+        (
+            lambda p: p | {"1.running_mean": torch.ones(4)},
+            ValueError,
+            "params has '1.running_mean', no parameter",
+        ),
+        (lambda p: list(p.values()), TypeError, "params must be a dict .* got list"),
+    ],
+)
+def test_other_parameters_than_those_of_the_network_are_refused(
+    change: Callable, error: type[Exception], reason: str
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model[2].bias.requires_grad_(False)
+    objective, params = hk.from_module(model, nn.CrossEntropyLoss())
+    data = torch.randn(6, 3), torch.arange(6) % 2
+    for ask in (hk.loss, hk.grad, hk.hessian):
+        with pytest.raises(error, match=reason):
+            ask(objective, change(params), data)
+    assert hk.hessian(objective, dict(model.named_parameters()), data).n == 34  # frozen ones as variables
 
 
 def test_an_objective_accepts_parameters_of_a_later_training_step() -> None:

@@ -261,6 +261,8 @@ def test_tensors_made_in_inference_mode_are_as_good_as_others(mode: str) -> None
             found = hk.hvp(objective, copies[0], batch, copies[1], mode=mode)
             H = hk.hessian(objective, copies[0], hk.as_data(batch, batch_size=100), mode=mode)
             again = H @ copies[1]
+            sample = H.coarsen(3)
+            assert sample.num_examples == 3
         for name, leaf in expected.items():
             assert torch.equal(found[name], leaf)
             assert torch.equal(again[name], leaf)
@@ -281,3 +283,73 @@ def test_runs_repeat_bitwise_whatever_the_global_seeds() -> None:
             torch.default_generator.manual_seed(seed)
             runs.append(use_everything(things, things["loader"], MODES[1]))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+class Centred(nn.Module):
+    """A network that works on its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 1.0
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("form", ["tensors", "list", "loader"])
+@pytest.mark.parametrize("first", [Centred(), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3))])
+def test_losses_that_write_to_their_batch_are_refused_before_they_write_to_data(
+    first: nn.Module, form: str
+) -> None:
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    before = x.clone()
+    data = {"tensors": (x, y), "list": [(x, y)], "loader": DataLoader(TensorDataset(x, y), 5)}[form]
+    objective, params = hk.from_module(first, cross_entropy)
+    for ask in (hk.hessian, hk.ggn, hk.fisher, hk.empirical_fisher, hk.train.keskar_sharpness):
+        with pytest.raises(ValueError, match=r"loss_fn writes to its batch in place .*as x\.clone\(\)"):
+            ask(objective, params, data)
+        assert torch.equal(x, before)
+    for ask in (hk.grad, hk.loss):
+        with pytest.raises(ValueError, match="loss_fn writes to its batch in place"):
+            ask(objective, params, data)
+
+
+def test_nothing_of_hvpkit_lies_on_another_default_device() -> None:
+    """As after torch.set_default_device("cuda"); what is made on "meta" by mistake has no values."""
+    objective, params = hk.from_module(
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), cross_entropy
+    )
+    data, ones = (torch.randn(40, 4), torch.arange(40) % 3), torch.ones(43)
+
+    def answers() -> list[float]:
+        H, G = (make(objective, params, data, batch_size=16) for make in (hk.hessian, hk.ggn))
+        found = [
+            *hk.extreme_eigenvalues(H).to_frame()["value"],
+            hk.multifidelity([H.coarsen(20), H], 1).values.sum(),
+            hk.top_eigenvalues(H, 2).values.sum(),
+            hk.lobpcg(H).values.sum(),
+            hk.chebyshev(H).values.sum(),
+            hk.eigsh(H).values.sum(),
+            hk.follow_top(H, 1)[0].values.sum(),
+            hk.trace(H).interval(0.9)[0],
+            hk.logdet(G, damping=1.0).value,
+            hk.spectral_density(H, num_steps=9, num_probes=2).cdf(0.1),
+            hk.diagonal(H).value.sum(),
+            hk.solve(G, ones, damping=1.0).x.sum(),
+            (hk.inverse(G, damping=1.0) @ ones).sum(),
+            hk.matrix_function(H, torch.exp, ones).x.sum(),
+            hk.loss(objective, params, data),
+            hk.train.keskar_sharpness(objective, params, [data], max_steps=2).value,
+            hk.train.absa(objective, params, data, hk.train.absa_init(8, 0.1), num_epochs=1)
+            .history[0]
+            .eigenvalue,
+            hk.blocks(objective, params, data)["0"].extremes.largest.value,
+        ]
+        assert hk.check(H).ok
+        assert hk.plan(H).tasks
+        return [float(value) for value in found]
+
+    expected = answers()
+    with torch.device("meta"):
+        assert answers() == pytest.approx(expected, rel=1e-4)  # modes are chosen by time

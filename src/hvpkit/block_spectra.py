@@ -382,9 +382,9 @@ def _trace(
     """Estimate the trace: that on the basis exactly, and the rest by probes that are independent of it."""
     began, m, scale = time.perf_counter(), state.num_multiplied, float(state.scale)
     captured = float(state.projected[:m, :m].diagonal().double().sum()) * scale
-    forms, reason, spent = torch.zeros(0, dtype=torch.float64), status, 0
+    forms, reason, spent = torch.zeros(0, dtype=torch.float64, device="cpu"), status, 0
     if m == op.n:
-        forms, reason = torch.zeros(m, dtype=torch.float64), Status.INVARIANT_SUBSPACE
+        forms, reason = torch.zeros(m, dtype=torch.float64, device="cpu"), Status.INVARIANT_SUBSPACE
     elif status not in (Status.NON_FINITE, Status.TIME_LIMIT):
         basis, probes = state.basis[:m], draw(op, "rademacher", seed, range(num_probes))
         for _ in range(2):  # as orthogonal as rounding allows

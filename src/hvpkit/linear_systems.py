@@ -193,12 +193,12 @@ def inverse(
         space = sharded(H).space
         found = run(make_system(H, space.local(vectors), damping, method, tol, made, max_matvecs, None))
         if not found.converged:
-            worst = float(torch.as_tensor(found.relative_residual).max())
+            worst = float(torch.as_tensor(found.relative_residual, device="cpu").max())
             raise NotConvergedError(
                 f"a solve with {H!r} ended {found.status} at a relative residual of {worst:.1e}, where tol is "
                 f"{tol:.1e}: {found.message}"
             )
-        return space.whole(torch.as_tensor(found.x), H.n)
+        return space.whole(torch.as_tensor(found.x, device=H.device), H.n)
 
     shifted = f"({H.name} + {damping:g} I)" if damping else H.name
     return InverseOperator(
@@ -268,7 +268,7 @@ def _like_b(op: LinearOperator, found: SolveResult, back: Callable[[Tensor], Any
         negative = replace(negative, direction=back_one(negative.direction))
     norms: tuple[float | Tensor, ...] = found.residual_norm, found.relative_residual
     if is_one(op, b):
-        norms = tuple(float(torch.as_tensor(norm)) for norm in norms)
+        norms = tuple(float(torch.as_tensor(norm, device="cpu")) for norm in norms)
     return replace(
         found, x=x, residual_norm=norms[0], relative_residual=norms[1], negative_curvature=negative
     )

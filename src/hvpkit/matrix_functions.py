@@ -112,7 +112,7 @@ def matrix_function(
     worst = max(statuses, key=[*MESSAGES].index)
     bad = next((one.suspect for one in found if one.suspect is not None), None)
     message = MESSAGES[worst] if bad is None else f"{MESSAGES[worst]}; {op.blame(bad[:, None])}"
-    errors = torch.tensor([one.error for one in found], dtype=torch.float64)
+    errors = torch.tensor([one.error for one in found], dtype=torch.float64, device="cpu")
     return FunctionResult(
         back(torch.stack([one.x for one in found], dim=1)),
         float(errors) if is_one(H, b) else errors,
@@ -188,7 +188,7 @@ class _Settling:
     def __call__(self, pairs: RitzPairs, *, cut: bool = False) -> bool:
         check_symmetric(self.op, pairs.asymmetry, pairs.norm)
         nodes = pairs.values * self.scale
-        values = torch.as_tensor(self.f(nodes)).to("cpu", torch.float64)
+        values = torch.as_tensor(self.f(nodes), device="cpu").to(torch.float64)
         if values.shape != nodes.shape:
             raise ValueError(f"f must return a tensor of shape {list(nodes.shape)}, got {list(values.shape)}")
         if not bool(torch.isfinite(values).all()):

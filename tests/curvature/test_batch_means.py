@@ -117,3 +117,52 @@ def test_declared_batches_and_whole_batches_are_kept() -> None:
     whole = hk.as_data([DATA, DATA], num_examples=lambda batch: len(batch[0]))
     H = hk.hessian(contrastive, PARAMS, whole)
     assert relative_error(dense(H), hessian_by_double_backward(contrastive, PARAMS, DATA)) < 1e-12
+
+
+def sorted_by_class(p: dict[str, Tensor], batch: Batch) -> Tensor:
+    return F.cross_entropy(outputs(p, batch), batch[1], weight=torch.tensor([0.2, 3.0], dtype=f64))
+
+
+def padded(p: dict[str, Tensor], batch: Batch) -> Tensor:
+    return (outputs(p, batch)[:, 0] * batch[3]).sum() / batch[3].sum()
+
+
+ORDER = Y.argsort(stable=True)
+SORTED = tuple(part[ORDER] for part in DATA)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "data"),
+    [
+        (sorted_by_class, SORTED),  # the first batch has one class, and its weighted mean is the mean
+        (
+            padded,
+            (*DATA[:3], torch.cat([torch.ones(16, dtype=f64), MASK[16:]])),
+        ),  # the first batches are full
+        (
+            padded,
+            (*DATA[:3], torch.tensor([1.0, 1, 0, 1] * 6, dtype=f64)),
+        ),  # the halves of a batch weigh the same
+        (
+            padded,
+            (*DATA[:3], torch.tensor([1.0] * 20 + [0.0] * 4, dtype=f64)),
+        ),  # the mean of the last ones is NaN
+    ],
+)
+def test_weighted_means_are_refused_though_the_first_batch_is_a_mean(loss_fn: Callable, data: Batch) -> None:
+    loader = DataLoader(TensorDataset(*data), batch_size=8)
+    message = "0-d loss that is no mean over examples"
+    for examples in (hk.as_data(data, batch_size=8), loader):
+        for ask in (hk.hessian, hk.grad, hk.loss, hk.train.keskar_sharpness):
+            with pytest.raises(ValueError, match=message):
+                ask(loss_fn, PARAMS, examples)
+        with pytest.raises(ValueError, match=message):
+            hk.train.absa(loss_fn, PARAMS, examples, hk.train.absa_init(8, 0.1), num_epochs=1)
+    assert hk.loss(loss_fn, PARAMS, data) == loss_fn(PARAMS, data)
+    assert hk.hessian(loss_fn, PARAMS, data, batch_size=24).num_examples == 24
+
+
+def test_sums_are_refused_by_losses_and_gradients_too() -> None:
+    for ask in (hk.grad, hk.loss, hk.train.keskar_sharpness):
+        with pytest.raises(ValueError, match="loss_fn returns a sum over its batch"):
+            ask(total, PARAMS, DATA)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,28 @@ def test_functions_that_stay_wrong_are_refused_by_name(function: Callable, name:
 
     with pytest.raises(ValueError, match=f"loss_fn calls {name}, which torch gets wrong"):
         quadratic_form(loss, normal(3, 3), normal(2), normal(3, 3))
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * tangent
+
+
+def test_custom_functions_whose_saved_tensors_torch_takes_for_constants_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"loss_fn calls a torch\.autograd\.Function, which torch gets wrong"
+    ):
+        quadratic_form(lambda p, x: Square.apply(x @ p), normal(2), normal(3, 2), normal(2))
+    assert Square.apply(torch.ones(2)).tolist() == [1.0, 1.0]
 
 
 def test_functions_without_forward_mode_say_what_may_do() -> None:

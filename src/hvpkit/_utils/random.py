@@ -62,11 +62,11 @@ def normal_vector(
     """
     sample_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     part = slice(0, n) if part is None else part
-    kept = torch.empty(part.stop - part.start, dtype=sample_dtype)
+    kept = torch.empty(part.stop - part.start, dtype=sample_dtype, device="cpu")
     for number, random in enumerate(_generators(seed, stream, -(-part.stop // PIECE))):
         start, stop = number * PIECE, min((number + 1) * PIECE, n)
         first, last = max(start, part.start), min(stop, part.stop)
         if first < last:
-            drawn = torch.randn(stop - start, generator=random, dtype=sample_dtype)
+            drawn = torch.randn(stop - start, generator=random, dtype=sample_dtype, device="cpu")
             kept[first - part.start : last - part.start] = drawn[first - start : last - start]
     return kept.to(device, dtype)

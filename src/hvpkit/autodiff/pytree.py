@@ -20,6 +20,9 @@ from torch.utils import _pytree
 from hvpkit._utils.typing import Tree
 from hvpkit._utils.validation import check_dense
 
+MAX_SHAPES = 6
+"""Shapes that a message lists."""
+
 
 def flatten(tree: Tree, *, name: str = "tree") -> tuple[list[Tensor], _pytree.TreeSpec]:
     """Return the leaves of ``tree`` and its structure.
@@ -36,7 +39,8 @@ def flatten(tree: Tree, *, name: str = "tree") -> tuple[list[Tensor], _pytree.Tr
                     "for a module pass dict(model.named_parameters()), or what hvpkit.from_module returns"
                 )
             raise TypeError(
-                f"{name} must be a tree of tensors, but has a leaf of type {type(leaf).__name__}: {leaf!r:.80}; "
+                f"{name} must be a tree of tensors, but has a leaf of type {type(leaf).__name__}: "
+                f"{' '.join(repr(leaf).split()):.80}; "
                 f"{remedy}"
             )
     return leaves, spec
@@ -103,7 +107,9 @@ def batch_size(batch: Tree) -> int:
         check_dense("data", leaf)
     sizes = [leaf.shape[0] if leaf.ndim else None for leaf in leaves]
     if None in sizes or len(set(sizes)) > 1:
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves[:MAX_SHAPES])
+        if len(leaves) > MAX_SHAPES:
+            shapes += f" and {len(leaves) - MAX_SHAPES} more"
         raise ValueError(
             "data: the tensors of a batch must share their first dimension, the examples; "
             f"got shapes {shapes}"
@@ -192,6 +198,15 @@ def snapshot(leaf: Tensor) -> Tensor:
     """Return a detached copy that autograd can use, even inside inference mode."""
     with torch.inference_mode(False):
         return leaf.detach().clone()
+
+
+def versions(tree: Tree) -> list[int]:
+    """Return how often each tensor of a tree has been written to; nothing while torch compiles."""
+    if torch.compiler.is_compiling():
+        return []
+    leaves = [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    with torch._C.DisableTorchFunction():  # twice as fast under overridden functions
+        return [leaf._version for leaf in leaves if not leaf.is_inference()]
 
 
 def usable(leaf: Tensor) -> Tensor:

@@ -73,7 +73,9 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ]
     found = [f"{kind}: {', '.join(names[:5])}{_more(len(names) - 5)}" for kind, names in differences if names]
     if found:
-        raise ValueError(f"checkpoint: {path} is not of this model; {'; '.join(found)}. Is --arch right?")
+        raise ValueError(
+            f"checkpoint: {path} is not of this model; {'; '.join(found)}. Of a built-in network, is --arch right?"
+        )
     model.load_state_dict(content)
 
 

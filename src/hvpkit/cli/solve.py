@@ -117,7 +117,7 @@ def _sizes(H: hk.LinearOperator, b: Any, found: hk.SolveResult) -> dict[str, lis
         "rhs_norm": right.norm(dim=0).tolist(),
         "x_norm": x.norm(dim=0).tolist(),
         "inner_product": (right * x).sum(dim=0).tolist(),
-        "residual_norm": torch.as_tensor(found.residual_norm).reshape(-1).tolist(),
+        "residual_norm": torch.as_tensor(found.residual_norm, device="cpu").reshape(-1).tolist(),
     }
 
 

@@ -102,7 +102,7 @@ def _with_optimizer(
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         # batches of nearly equal size: none is too small for BatchNorm
         random = generator(plan.seed, epoch)
-        for indices in torch.randperm(len(x), generator=random).tensor_split(num_steps):
+        for indices in torch.randperm(len(x), generator=random, device="cpu").tensor_split(num_steps):
             indices = indices.to(x.device)
             images = x[indices]
             if plan.augmentation:
@@ -133,12 +133,14 @@ def _with_optimizer(
 def shifted(images: Tensor, random: torch.Generator, *, mirror: bool) -> Tensor:
     """Return images shifted by up to an eighth of their size, with zeros at the border; half of them mirrored."""
     size, pad = images.shape[-1], images.shape[-1] // 8
-    down, across = torch.randint(2 * pad + 1, (2, len(images)), generator=random).to(images.device)
+    down, across = torch.randint(2 * pad + 1, (2, len(images)), generator=random, device="cpu").to(
+        images.device
+    )
     windows = F.pad(images, (pad,) * 4).unfold(2, size, 1).unfold(3, size, 1)
     images = windows[torch.arange(len(images), device=images.device), :, down, across]
     if not mirror:
         return images
-    chosen = torch.rand(len(images), generator=random).to(images.device) < 0.5
+    chosen = torch.rand(len(images), generator=random, device="cpu").to(images.device) < 0.5
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 

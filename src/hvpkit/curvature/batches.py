@@ -18,8 +18,9 @@ from torch import Tensor
 from hvpkit._utils.ranks import Ranks
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit.autodiff.captured import evaluate_unchanged, warn_captured
+from hvpkit.autodiff.forward_mode import jvp
 from hvpkit.autodiff.overrides import fixed_padding
-from hvpkit.autodiff.pytree import Layout, unflatten
+from hvpkit.autodiff.pytree import Layout, unflatten, versions
 from hvpkit.autodiff.randomness import check_repeatable
 from hvpkit.curvature.sharded_parameters import Shards
 from hvpkit.data import Data, describe
@@ -129,7 +130,12 @@ class WeightedBatch:
 
     @contextmanager
     def noting(self, leaves: Leaves) -> Iterator[None]:
-        """Add a note to errors of the loss: which batch it is of, and what that holds."""
+        """Add a note to errors of the loss: which batch it is of, and what that holds.
+
+        Raises:
+            ValueError: the loss wrote to the batch: another call would see other data.
+        """
+        before = versions(self.batch)
         try:
             yield
         except Exception as error:
@@ -139,6 +145,12 @@ class WeightedBatch:
                 f"{last}: {describe(self.batch, leaves[0].dtype, self.start)}"
             )
             raise
+        if versions(self.batch) != before:
+            raise ValueError(
+                f"loss_fn writes to its batch in place ({describe(self.batch, leaves[0].dtype, self.start)}), as "
+                "x.sub_(mean) does, or a first layer with inplace=True, so that the next call sees other data: let it "
+                "work on a copy, as x.clone()"
+            )
 
 
 def weighted_batches(data: Data) -> Generator[WeightedBatch, None, None]:
@@ -288,6 +300,12 @@ def _naming_modes(matrix: str, mode: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
+        if "modified by an inplace operation" in str(error):
+            error.add_note(
+                "hvpkit: data, or what the loss closes over, has been written to since a graph of it was kept: make "
+                "another operator of what it is now"
+            )
+            raise
         failed = any(note.startswith(LOSS_FAILED) for note in getattr(error, "__notes__", ()))
         if failed and mode != "forward-over-reverse":
             raise  # in a plain forward pass, as of all modes
@@ -314,7 +332,7 @@ def _forward_over_reverse(function: LossShare, leaves: Leaves) -> LinearMap:
 
     def matvecs(vectors: Sequence[Leaves], *, retain_graph: bool = False) -> list[Leaves]:  # noqa: ARG001
         with torch.no_grad():  # nothing is recorded for what loss_fn closes over
-            return [list(torch.func.jvp(gradient, (leaves,), (vector,))[1]) for vector in vectors]
+            return [list(jvp(gradient, (leaves,), (vector,))[1]) for vector in vectors]
 
     return matvecs
 

@@ -178,7 +178,7 @@ class BlockDiagonal:
 
     def coordinates(self, number: int) -> Tensor:
         """Return the coordinates of a block in vectors of the whole ``[n_b]``."""
-        split = self.curvature.problem.layout.split(torch.arange(self.H.n))
+        split = self.curvature.problem.layout.split(torch.arange(self.H.n, device="cpu"))
         return torch.cat([split[place].flatten() for place in self.blocks[number]])
 
     def operators(self) -> list[BlockOperator]:

@@ -58,7 +58,9 @@ def compiled_kind(kind: Kind, problem: Problem) -> Kind | None:
     # Uniform weights are given where they can be, so that those of samples do not make it compile again.
     uniform = leaves[0].new_full((first.size,), 1 / first.size) if by_example else None
     weights = uniform if first.weights is None else first.weights
-    vector = [torch.sin(torch.arange(leaf.numel()).to(leaf) + 1).view(leaf.shape) for leaf in leaves]
+    vector = [
+        torch.sin(torch.arange(leaf.numel(), device="cpu").to(leaf) + 1).view(leaf.shape) for leaf in leaves
+    ]
     try:
         found = matvec(leaves, vector, first.batch, weights)
     except torch.OutOfMemoryError:

@@ -110,7 +110,7 @@ def _compare(
     total = [a + b for a, b in zip(v, w, strict=True)]
     linear, longer = (replace(problem, step=h).linearize("finite-difference") for h in (step, 2 * step))
     hv, hw, both, again = (join(leaves) for leaves in (*linear([v, w, total]), *longer([v])))
-    errors = torch.tensor([norm(both - hv - hw), norm(again - hv)])
+    errors = torch.tensor([norm(both - hv - hw), norm(again - hv)], device="cpu")
     return Comparison(
         expected=hv,
         error=float(errors.max()),  # NaN if one of them is

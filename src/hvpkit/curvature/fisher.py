@@ -139,7 +139,7 @@ def find_likelihood(objective: Objective, problem: Problem, name: str | None) ->
     if like.ndim > 1:
         candidates += [Likelihood("categorical", dim) for dim in dict.fromkeys((1, like.ndim - 1))]
     random = generator(0)
-    z, u = (torch.randn(like.shape, generator=random).to(like) for _ in range(2))
+    z, u = (torch.randn(like.shape, generator=random, device="cpu").to(like) for _ in range(2))
     expected = curvature(z, u)
     for likelihood in candidates:
         weights = likelihood.weights(curvature, like)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit._utils.validation import check_like
 from hvpkit.autodiff.exact import exact_derivatives
-from hvpkit.autodiff.overrides import FunctionOverrides, Table
+from hvpkit.autodiff.forward_mode import jvp
+from hvpkit.autodiff.overrides import FunctionOverrides, Table, replaced
 from hvpkit.autodiff.pytree import batch_size, check_params, unflatten
 from hvpkit.curvature.batches import INDEPENDENT, Leaves, check_losses
 from hvpkit.data import prepare
@@ -36,7 +37,7 @@ def quadratic_form(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree) -> Tens
     Raises:
         TypeError: as :func:`hvpkit.hvp`.
         ValueError: as :func:`hvpkit.hvp`; a function that torch gets wrong in forward mode over itself (determinants,
-            linear systems).
+            linear systems, any ``torch.autograd.Function``).
         NotImplementedError: a function without forward mode, or without it twice.
 
     Cost:
@@ -61,7 +62,12 @@ def quadratic_form(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree) -> Tens
     def first_derivatives(leaves: Leaves) -> Tensor:
         return _along(losses, leaves, direction, strict=True)
 
-    with exact_derivatives(leaves[0].device), FunctionOverrides(FORWARD_TWICE), torch.no_grad():
+    with (
+        exact_derivatives(leaves[0].device),
+        FunctionOverrides(FORWARD_TWICE),
+        replaced(torch.autograd.Function, "apply", _refused("a torch.autograd.Function")),
+        torch.no_grad(),
+    ):
         try:
             return _along(first_derivatives, leaves, direction)
         except NotImplementedError as error:
@@ -75,7 +81,7 @@ def _along(
     function: Callable[[Leaves], Tensor], leaves: Leaves, v: Leaves, *, strict: bool = False
 ) -> Tensor:
     try:
-        derivative: Tensor = torch.func.jvp(function, (leaves,), (v,), strict=strict)[1]
+        derivative: Tensor = jvp(function, (leaves,), (v,), strict=strict)[1]
     except RuntimeError as error:
         if "strict=True" in str(error):
             raise ValueError(INDEPENDENT) from error

@@ -14,6 +14,7 @@ from hvpkit._utils.validation import check_choice, check_like
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import check_params, unflatten
 from hvpkit.autodiff.randomness import check_repeatable
+from hvpkit.curvature.batch_means import means_checked
 from hvpkit.curvature.batch_sums import all_finite, blame_batch, sum_over
 from hvpkit.curvature.batches import (
     INDEPENDENT,
@@ -45,8 +46,8 @@ def hvp(loss_fn: LossFn, params: Tree, batch: Batch, v: Tree, *, mode: str = "fo
             ``"reverse-over-reverse"``: the gradient of the gradient's inner product with ``v``, least
             memory; ``"finite-difference"``: central differences of the gradient with step
             :math:`\epsilon^{1/3} \max(1, \|p\|) / \|v\|`, about two thirds of the dtype's digits, where
-            the others lack a derivative. Values that the loss detaches are constants in the others, and move
-            with the parameters in differences.
+            the others lack a derivative. Values that the loss detaches, or computes under ``torch.no_grad``, are
+            constants in the others, and move with the parameters in differences.
 
     Returns:
         A tree shaped like ``params``. Nothing of the caller's is written to.
@@ -112,7 +113,8 @@ def grad(loss_fn: LossFn, params: Tree, data: object) -> Tree:
         data: tensors, a Dataset, a DataLoader or a re-iterable of batches: see :func:`hvpkit.as_data`.
 
     Raises:
-        TypeError, ValueError: as :func:`hvp` and :func:`hvpkit.as_data`.
+        TypeError, ValueError: as :func:`hvp` and :func:`hvpkit.as_data`; a 0-d loss that is a sum over its batch, or
+            no mean over examples where data is cut into batches.
         NonFiniteError: the gradient is not finite; names the first batch at fault.
 
     Cost:
@@ -127,7 +129,7 @@ def grad(loss_fn: LossFn, params: Tree, data: object) -> Tree:
     check_loss_fn(loss_fn, params)
     layout, leaves = check_params(params)
     examples = as_data(data, device=leaves[0].device)
-    loss_fn = normalized(loss_fn, examples)
+    loss_fn = means_checked(normalized(loss_fn, examples), examples)
 
     def gradient(share: LossShare) -> Leaves:
         return gradient_of(share, leaves)
@@ -178,7 +180,7 @@ def loss(loss_fn: LossFn, params: Tree, data: object) -> Tensor:
     check_loss_fn(loss_fn, params)
     layout, leaves = check_params(params)
     examples = as_data(data, device=leaves[0].device)
-    loss_fn = normalized(loss_fn, examples)
+    loss_fn = means_checked(normalized(loss_fn, examples), examples)
 
     def value(share: LossShare) -> Leaves:
         return [share(leaves).detach()]

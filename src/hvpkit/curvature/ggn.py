@@ -14,6 +14,7 @@ from torch.utils import _pytree
 
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit.autodiff.cross_entropy import cross_entropy
+from hvpkit.autodiff.forward_mode import jvp
 from hvpkit.autodiff.overrides import FunctionOverrides
 from hvpkit.autodiff.pytree import Layout, unflatten
 from hvpkit.curvature.batches import (
@@ -235,7 +236,7 @@ def _push_forward(
     outputs_at: Callable[[Leaves], Leaves], leaves: Leaves, vector: Leaves
 ) -> tuple[Leaves, Leaves]:
     with torch.no_grad():
-        values, tangents, *_ = torch.func.jvp(outputs_at, (leaves,), (vector,))
+        values, tangents, *_ = jvp(outputs_at, (leaves,), (vector,))
     return values, tangents
 
 

@@ -113,7 +113,7 @@ def scores(problem: Problem, importance: Importance) -> Tensor:
     """
     loss_fn, data = problem.loss_fn, problem.data
     if importance is None:
-        return torch.ones(data.num_units, dtype=torch.float64)
+        return torch.ones(data.num_units, dtype=torch.float64, device="cpu")
     params = problem.params
     if callable(importance):
         score: Score = lambda loss_fn, params, batch, size: importance(params, batch)  # noqa: E731, ARG005
@@ -124,8 +124,10 @@ def scores(problem: Problem, importance: Importance) -> Tensor:
             f"importance must be one of {', '.join(SCORES)}, a function, or None; got {importance!r}"
         )
     ranks = data.ranks
-    found = torch.zeros(data.num_units, dtype=torch.float64)
     with together(ranks, "scores"), exact_derivatives(problem.device):
+        found = torch.zeros(
+            data.num_units, dtype=torch.float64, device="cpu"
+        )  # inside: not an inference tensor
         for batch, size, _, number, start in data.share():
             check_deadline()
             values = score(loss_fn, params, batch, None if data.whole else size)
@@ -156,7 +158,7 @@ def inclusion(scores: Tensor, num_examples: int, uniform_share: float = UNIFORM_
     """
     size = scores.double() / scores.sum()
     size = (1 - uniform_share) * size + uniform_share / len(scores)
-    certain = torch.zeros(len(scores), dtype=torch.bool)
+    certain = torch.zeros(len(scores), dtype=torch.bool, device="cpu")
     while True:
         left, rest = num_examples - int(certain.sum()), size[~certain].sum()
         chances = torch.where(certain, 1.0, size * (left / rest if float(rest) > 0 else 0.0))
@@ -172,8 +174,8 @@ def systematic(chances: Tensor, seed: int) -> Tensor:
     The size is the sum of the probabilities, rounded down or up.
     """
     source = generator(seed)
-    order = torch.randperm(len(chances), generator=source)
-    begin = torch.rand((), generator=source, dtype=torch.float64)
+    order = torch.randperm(len(chances), generator=source, device="cpu")
+    begin = torch.rand((), generator=source, dtype=torch.float64, device="cpu")
     marks = torch.cat([begin[None], begin + torch.cumsum(chances[order], 0)]).floor()
     return order[marks.diff() >= 1].sort().values
 
@@ -237,7 +239,9 @@ def sampling_error(sample: CurvatureOperator, vectors: Tensor, *, seed: Seed = 0
     uncertain = (chances < 1).nonzero().flatten()
     if len(uncertain) < 2:
         raise ValueError(f"sample must have two examples that are in it by chance, and {sample!r} has fewer")
-    shuffled = uncertain[torch.randperm(len(uncertain), generator=generator(resolve_seed(seed)))]
+    shuffled = uncertain[
+        torch.randperm(len(uncertain), generator=generator(resolve_seed(seed)), device="cpu")
+    ]
     shares = weights * (1 - chances).sqrt()
     columns = vectors.reshape(sample.n, -1)
     forms = []

@@ -190,6 +190,9 @@ def _arbitrate(
         (chosen,) = right
         wrong = other if chosen == preferred else preferred
         if SURE * off[chosen] <= off[wrong] or (compared.decisive and math.isnan(off[wrong])):
+            _check_symmetric(
+                compared, f"{differ}, and only {chosen} agrees with finite differences", preferred
+            )
             reason = f"{chosen}: {wrong} is wrong by {distance:.0e} here, as finite differences say"
             return Recipe(chosen, reason, arithmetic, refuted=(wrong,))
     elif right and (distance <= LARGEST_GAP or (compared.in_float64 and compared.decisive)):

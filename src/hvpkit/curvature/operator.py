@@ -442,7 +442,7 @@ class CurvatureOperator(LinearOperator):
         if self.subset is None:
             super().coarsen()  # raises
         check_count("num_examples", num_examples, 1, self.num_examples)
-        combined = torch.zeros(self.data.num_units, dtype=torch.float64)
+        combined = torch.zeros(self.data.num_units, dtype=torch.float64, device="cpu")
         for coefficient, term in self.terms:
             combined += abs(coefficient) * scores(term.problem, importance)
         indices, weights = importance_sample(combined, self.data, num_examples, resolve_seed(seed))

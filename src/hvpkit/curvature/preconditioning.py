@@ -83,6 +83,6 @@ def _name_of(H: LinearOperator, place: int) -> str:
     """Return the parameter of a place of a vector, in words; nothing where there are none."""
     if H.layout is None:
         return f" at {place}"
-    ends = torch.tensor(H.layout.numels).cumsum(0)
+    ends = torch.tensor(H.layout.numels, device="cpu").cumsum(0)
     leaf: Tensor = torch.searchsorted(ends, place, right=True)
     return f" for {H.layout.names[int(leaf)]!r}"

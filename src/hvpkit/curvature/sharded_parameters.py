@@ -96,7 +96,7 @@ class Shards:
         found, gradients = list(tensors), list(_given(indices))
         for rank in range(self.ranks.size):
             pieces = [tensors[place].reshape(-1)[self.own(index, rank)] for place, index in gradients]
-            total = torch.cat(pieces) if pieces else torch.empty(0)
+            total = torch.cat(pieces) if pieces else torch.empty(0, device="cpu")
             if len(total):
                 self.ranks.sum_on(total, rank)
             if rank == self.ranks.rank:

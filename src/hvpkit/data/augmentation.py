@@ -22,6 +22,7 @@ from hvpkit.data.random_state import (
     can_fork,
     check_transfer,
     is_alone,
+    loader_generator,
     read_apart,
 )
 from hvpkit.errors import UnstableDataError
@@ -69,7 +70,7 @@ def check_examples(dataset: SeededExamples, batch_size: int, options: Mapping[st
             (found,) = read_apart(examples, **reading | {"collate_fn": replace(probe, transfer=True)})
         dataset.movable = found is not None
     if found is None:
-        (found,) = DataLoader(examples, generator=torch.Generator(), **reading)
+        (found,) = DataLoader(examples, generator=loader_generator(), **reading)
     fault, dataset.draws = found
     if fault:
         raise UnstableDataError(f"data: {REMEDIES[fault]}")
@@ -140,11 +141,13 @@ def check_stream(again: Iterable[Batch], first: Batch, contents: Tensor) -> None
 
 def summarize(batch: Batch) -> Tensor:
     """Return two sums ``[2]`` over the examples of a batch that tell other examples from another order of the same."""
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu")
     for leaf in _pytree.tree_leaves(plain(batch)):
         if isinstance(leaf, Tensor) and _is_dense(leaf) and not leaf.is_complex() and leaf.numel():
             rows = leaf.detach().reshape(len(leaf) if leaf.ndim else 1, -1).to("cpu", torch.float64)
-            places = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64).sin()  # a flip moves them
+            places = torch.arange(
+                1, rows.shape[1] + 1, dtype=torch.float64, device="cpu"
+            ).sin()  # a flip moves them
             marks = rows @ places
             sums += torch.stack([marks.abs().sum(), marks.square().sum()])
     return sums

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -158,7 +159,8 @@ def _source(data: Any, batch_size: int | None, num_examples: Callable[[Batch], i
     if isinstance(data, Tensor | tuple | Mapping):
         if num_examples is not None:
             return _stream([data], None, num_examples)
-        count_examples(data)
+        with _hinting(_SEVERAL if _is_nested(data) else ""):
+            count_examples(data)
         return TensorBatches(data, batch_size or DEFAULT_BATCH_SIZE)
     if isinstance(data, DataLoader):
         if covers_dataset(data):
@@ -177,9 +179,10 @@ def _source(data: Any, batch_size: int | None, num_examples: Callable[[Batch], i
         return _in_batches(DatasetBatches.of(data, batch_size or DEFAULT_BATCH_SIZE), num_examples)
     if isinstance(data, Iterable) and not isinstance(data, str | bytes):
         return _stream(data, batch_size, num_examples)
+    without = ", which has no __len__" if hasattr(data, "__getitem__") else ""
     raise TypeError(
         "data must be tensors, a Dataset, a DataLoader or a re-iterable of batches, "
-        f"got {type(data).__name__}"
+        f"got {type(data).__name__}{without}"
     )
 
 
@@ -210,6 +213,34 @@ def _size_in_stream(batches: object) -> Callable[[Batch], int]:
                 "data is a list of tensors, which could be all examples or one batch each; pass the tuple "
                 "(x, y) for all examples, or a list of tuples, one for each batch"
             )
-        return count_examples(batch)
+        with _hinting(hint):
+            return count_examples(batch)
 
+    hint = _OF_LISTS if isinstance(batches, list) else ""
+    if isinstance(batches, DataLoader) and batches.batch_sampler is None:
+        hint = _OF_LOADERS
     return size
+
+
+_SEVERAL = "A tuple is one batch; several go in a list"
+_OF_LISTS = (
+    "A list is one of batches; of single examples pass torch.utils.data.DataLoader(data, batch_size=256)"
+)
+_OF_LOADERS = (
+    "The loader has batch_size=None, and gives what the dataset holds: give it one if these are examples"
+)
+
+
+def _is_nested(data: object) -> bool:
+    return isinstance(data, tuple) and any(isinstance(part, tuple | list | Mapping) for part in data)
+
+
+@contextmanager
+def _hinting(hint: str) -> Iterator[None]:
+    """Add a hint to an error of what a batch is."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not hint:
+            raise
+        raise type(error)(f"{error}. {hint}") from None

@@ -121,8 +121,8 @@ class Data:
     def unit_sizes(self) -> Tensor:
         """Return how many examples each unit holds, ``[num_units]``, float64."""
         if isinstance(self.source, WholeBatches):
-            return torch.tensor(self.source.sizes, dtype=torch.float64)
-        return torch.ones(self.num_units, dtype=torch.float64)
+            return torch.tensor(self.source.sizes, dtype=torch.float64, device="cpu")
+        return torch.ones(self.num_units, dtype=torch.float64, device="cpu")
 
     @property
     def smallest_batch(self) -> int | None:
@@ -211,15 +211,20 @@ class Data:
         return Part(prepare(batch, self.device, whole=whole), size, weights, number, start)
 
     def first(self, num_examples: int | None = None) -> Data:
-        """Return the first batch as data, cut to ``num_examples`` unless batches are read whole."""
+        """Return the first batch as data, cut to ``num_examples`` and a copy unless batches are read whole."""
         batch, size, weights, _, _ = next(self.parts())
         if self.whole:
             source = WholeBatches([batch], (size,), lambda _: size)
             return Data(source, size, None if weights is None else weights.reshape(1), self.device)
+        batch = _pytree.tree_map(
+            torch.clone, batch
+        )  # a loss that writes to it shall not have written to the data
         data = whole_batch(batch, weights)
         if num_examples is None or num_examples >= size:
             return data
-        return data.subset(torch.arange(num_examples), None if weights is None else weights[:num_examples])
+        return data.subset(
+            torch.arange(num_examples, device="cpu"), None if weights is None else weights[:num_examples]
+        )
 
     def subset(self, indices: Tensor | Sequence[int], weights: Tensor | None = None) -> Data:
         """Select the examples at ``indices`` ``[m]`` (a repeated index counts again), each with its weight.
@@ -254,7 +259,9 @@ class Data:
             raise ValueError(f"indices must be in [0, {self.num_units}), the {units} of the data")
         order = torch.argsort(indices, stable=True)
         if weights is not None:
-            weights = torch.as_tensor(weights).detach()
+            weights = (
+                weights.detach() if isinstance(weights, Tensor) else torch.as_tensor(weights, device="cpu")
+            )
             if weights.shape != indices.shape:
                 raise ValueError(
                     f"weights must have one entry for each index: got shape {tuple(weights.shape)} "
@@ -265,7 +272,7 @@ class Data:
             weights = weights[order.to(weights.device)]
         chosen, of_ranks = indices[order], None
         if self.ranks is not None and self.units_of_ranks is not None:
-            ends = torch.tensor(self.units_of_ranks).cumsum(0)
+            ends = torch.tensor(self.units_of_ranks, device="cpu").cumsum(0)
             of_ranks = torch.bucketize(chosen, ends, right=True).bincount(minlength=self.ranks.size).tolist()
             start = sum(of_ranks[: self.ranks.rank])
             chosen = chosen[start : start + of_ranks[self.ranks.rank]] - self.own_units.start
@@ -301,7 +308,7 @@ class Data:
         Where batches are read whole, it is as many batches as hold ``num_examples`` on average, at least one.
         """
         check_count("num_examples", num_examples, 1, self.num_examples)
-        order = torch.randperm(self.num_units, generator=random)
+        order = torch.randperm(self.num_units, generator=random, device="cpu")
         return self.restrict(order[: self.count_units(num_examples)])
 
     def restrict(self, units: Tensor) -> Data:

@@ -6,7 +6,6 @@ from contextlib import suppress
 from copy import copy
 from typing import Any
 
-import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -17,7 +16,7 @@ from torch.utils.data import (
 )
 
 from hvpkit.data.augmentation import check_examples
-from hvpkit.data.random_state import SeededExamples
+from hvpkit.data.random_state import SeededExamples, loader_generator
 
 
 def loader_options(like: DataLoader[Any] | None) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def with_own_random_numbers(loader: DataLoader[Any]) -> DataLoader[Any]:
     Raises:
         UnstableDataError: examples or batches are random, and seeds cannot fix them.
     """
-    generator = torch.Generator()
+    generator = loader_generator()
     if isinstance(loader.dataset, IterableDataset):
         own = copy(loader)
         own.generator, own._iterator = generator, None
@@ -68,7 +67,7 @@ def _with_own_generator(sampler: Any) -> Any:
         return sampler
     own = copy(sampler)
     if _is_of_torch(sampler) and hasattr(own, "generator"):
-        own.generator = torch.Generator()
+        own.generator = loader_generator()
     if hasattr(own, "sampler"):
         own.sampler = _with_own_generator(own.sampler)
     return own

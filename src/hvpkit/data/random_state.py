@@ -103,10 +103,19 @@ def can_fork() -> bool:
 
 def read_apart(dataset: Any, **options: Any) -> DataLoader[Any]:
     """Return a loader that reads in one forked process, whose global generators are its own."""
-    generator = torch.Generator().manual_seed(0)  # of the worker; else a loader draws from the global one
     return DataLoader(
-        dataset, generator=generator, **options | {"num_workers": 1, "multiprocessing_context": "fork"}
+        dataset,
+        generator=loader_generator(),
+        **options | {"num_workers": 1, "multiprocessing_context": "fork"},
     )
+
+
+def loader_generator() -> torch.Generator:
+    """Return a generator for a loader, which else draws the seeds of its workers from the global one.
+
+    Loaders of torch draw on the default device, which is another one after ``torch.set_default_device``.
+    """
+    return torch.Generator(torch.get_default_device()).manual_seed(0)
 
 
 def check_transfer(batch: object) -> None:

@@ -67,7 +67,9 @@ def _contents(data: Data) -> dict[str, object]:
     if isinstance(source, WholeBatches):
         found["the sizes of the batches of data"] = digest(list(source.sizes))
     if isinstance(source, DatasetBatches):
-        spread = torch.linspace(0, data.num_examples - 1, min(NUM_COMPARED, data.num_examples)).round()
+        spread = torch.linspace(
+            0, data.num_examples - 1, min(NUM_COMPARED, data.num_examples), device="cpu"
+        ).round()
         found["the digest of examples all over the data"] = digest_of(data.subset(spread.long()))
     return found
 

@@ -20,7 +20,7 @@ from hvpkit._utils.ranks import Ranks
 from hvpkit._utils.typing import Batch
 from hvpkit._utils.validation import check_count
 from hvpkit.autodiff.pytree import batch_size as leading_dimension
-from hvpkit.autodiff.pytree import flatten, unflatten
+from hvpkit.autodiff.pytree import flatten, unflatten, versions
 from hvpkit.data.augmentation import OTHER_SEED, check_examples, check_stream, summarize
 from hvpkit.data.loaders import draws_in_workers, loader_options
 from hvpkit.data.random_state import (
@@ -30,6 +30,7 @@ from hvpkit.data.random_state import (
     is_alone,
     isolated,
     isolated_apart,
+    loader_generator,
     warn_shared,
 )
 from hvpkit.errors import UnstableDataError
@@ -54,10 +55,21 @@ def count_examples(batch: Batch) -> int:
 
 @dataclass(frozen=True)
 class TensorBatches:
-    """Slices of one tree of tensors, which holds all examples."""
+    """Slices of one tree of tensors, which holds all examples.
+
+    Attributes:
+        examples: the tensors.
+        batch_size: of all slices but the last one.
+        versions: how often the tensors had been written to; None: take what it is now.
+    """
 
     examples: Batch
     batch_size: int
+    versions: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.versions is None:
+            object.__setattr__(self, "versions", versions(self.examples))
 
     def __len__(self) -> int:
         return self._size
@@ -78,12 +90,21 @@ class TensorBatches:
         return self.batches_at(range(-(-len(self) // self.batch_size)))
 
     def batches_at(self, positions: Iterable[int]) -> Iterator[Batch]:
-        """Yield the batches at these positions only."""
+        """Yield the batches at these positions only.
+
+        Raises:
+            UnstableDataError: the tensors have been written to since they were passed in.
+        """
+        if versions(self.examples) != self.versions:
+            raise UnstableDataError(
+                "data has been written to, in place, since it was passed in; a mean over examples needs the same ones "
+                "in every pass: make another operator of what it is now, or pass a copy"
+            )
         for start in (position * self.batch_size for position in positions):
             yield take(self.examples, slice(start, start + self.batch_size))
 
     def select(self, indices: Tensor) -> TensorBatches:
-        return replace(self, examples=take(self.examples, indices))
+        return TensorBatches(take(self.examples, indices), self.batch_size)
 
     def resized(self, batch_size: int) -> TensorBatches:
         return replace(self, batch_size=batch_size)
@@ -120,17 +141,15 @@ class DatasetBatches:
         return type(self.examples.dataset).__name__
 
     def __iter__(self) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(0)  # of workers; else a loader draws from the global one
         examples: Any = self.examples
-        return iter(DataLoader(examples, self.batch_size, generator=generator, **self._options))
+        return iter(DataLoader(examples, self.batch_size, generator=loader_generator(), **self._options))
 
     def batches_at(self, positions: Iterable[int]) -> Iterator[Batch]:
         """Yield the batches at these positions only."""
-        generator = torch.Generator().manual_seed(0)
         starts = (position * self.batch_size for position in positions)
         chosen = [[*range(start, min(start + self.batch_size, len(self)))] for start in starts]
         examples: Any = self.examples
-        return iter(DataLoader(examples, batch_sampler=chosen, generator=generator, **self._options))
+        return iter(DataLoader(examples, batch_sampler=chosen, generator=loader_generator(), **self._options))
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -226,7 +245,7 @@ def count_stream(
 
 def _count(stream: Stream, size_of: Callable[[Batch], int], *, reseed: bool) -> tuple[Stream, list[int]]:
     sizes: list[int] = []
-    first, draws, contents = None, stream.draws, torch.zeros(2, dtype=torch.float64)
+    first, draws, contents = None, stream.draws, torch.zeros(2, dtype=torch.float64, device="cpu")
     for batch, drew in name_batch(stream.read()):
         first = batch if not sizes else first
         sizes.append(size_of(batch))
@@ -271,7 +290,9 @@ class IterableBatches:
     def _within(self, start: int, size: int) -> Tensor:
         """Return the (sorted) indices that lie in a batch, relative to its start."""
         assert self.indices is not None
-        low, high = torch.searchsorted(self.indices, torch.tensor([start, start + size])).tolist()
+        low, high = torch.searchsorted(
+            self.indices, torch.tensor([start, start + size], device="cpu")
+        ).tolist()
         return self.indices[low:high] - start
 
     def select(self, indices: Tensor) -> IterableBatches:
@@ -379,7 +400,9 @@ def every(source: Source, step: int, first: int) -> Iterator[tuple[int, int, Bat
         numbers = range(first, len(source), step)
         if numbers:
             starts = [0, *accumulate(source.sizes)]
-            for number, batch in zip(numbers, source.select(torch.tensor(numbers)), strict=True):
+            for number, batch in zip(
+                numbers, source.select(torch.tensor(numbers, device="cpu")), strict=True
+            ):
                 yield number, starts[number], batch
     else:
         start = 0

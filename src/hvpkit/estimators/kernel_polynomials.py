@@ -152,15 +152,15 @@ def jackson(count: int) -> Tensor:
         >>> jackson(3)
         tensor([1.0000, 0.7071, 0.2500], dtype=torch.float64)
     """
-    j, angle = torch.arange(count, dtype=torch.float64), math.pi / (count + 1)
+    j, angle = torch.arange(count, dtype=torch.float64, device="cpu"), math.pi / (count + 1)
     return ((count - j + 1) * torch.cos(j * angle) + torch.sin(j * angle) / math.tan(angle)) / (count + 1)
 
 
 def measure(band: Band, moments: Tensor) -> Measure:
     """Return the rules ``[b, 2 N]`` at Chebyshev's nodes with these moments ``[b, N]``, the first of them one."""
     count = moments.shape[1]
-    angles = (torch.arange(2 * count, dtype=torch.float64) + 0.5) * (math.pi / (2 * count))
-    series = torch.cos(torch.arange(count, dtype=torch.float64)[:, None] * angles) / count
+    angles = (torch.arange(2 * count, dtype=torch.float64, device="cpu") + 0.5) * (math.pi / (2 * count))
+    series = torch.cos(torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * angles) / count
     series[0] /= 2
     weights, masses = moments @ series, (moments * jackson(count)) @ series
     nodes = band.center + band.half_width * torch.cos(angles)

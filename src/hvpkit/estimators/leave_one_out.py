@@ -78,7 +78,7 @@ def _factor(found: Small, squares: Tensor, num_lost: Tensor, normalise: bool) ->
 def angles(lost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return cosines and sines between columns, and a mask of distinct, nonparallel pairs; each ``[k, k]``."""
     cosines = lost.mT @ lost
-    pairs = (1 - cosines**2 > 1e-8) & ~torch.eye(len(cosines), dtype=torch.bool)
+    pairs = (1 - cosines**2 > 1e-8) & ~torch.eye(len(cosines), dtype=torch.bool, device="cpu")
     return cosines, torch.where(pairs, 1 - cosines**2, 1.0).sqrt(), pairs
 
 

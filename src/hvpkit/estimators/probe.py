@@ -31,7 +31,7 @@ def draw(op: LinearOperator, kind: str, seed: int, numbers: range) -> Tensor:
 
 def unit_order(n: int, seed: int) -> Tensor:
     """Return the index of the one in each unit probe, ``[n]``."""
-    return torch.randperm(n, generator=generator(seed))
+    return torch.randperm(n, generator=generator(seed), device="cpu")
 
 
 def _one(op: LinearOperator, kind: str, seed: int, number: int) -> Tensor:

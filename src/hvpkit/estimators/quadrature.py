@@ -134,7 +134,7 @@ def init(op: LinearOperator, goal: Goal, group: int = 0, buffer: Tensor | None =
         return QuadratureState(
             krylov.start(op, size * (goal.num_steps + 1), size, seed, buffer=buffer), *none
         )
-    normal = torch.randn(op.n, op.n, generator=generator(seed), dtype=torch.float64)
+    normal = torch.randn(op.n, op.n, generator=generator(seed), dtype=torch.float64, device="cpu")
     everything = op.space.local(torch.linalg.qr(normal).Q.to(op.device, op.dtype).mT).mT.contiguous()
     start = krylov.start(op, op.n, 1, seed)
     whole = replace(start, basis=everything, alive=torch.ones_like(start.alive), num_frontier=op.n)

@@ -236,4 +236,4 @@ def moments(
         monitor=monitor,
         checkpoint=checkpoint,
     )
-    return d.integrate(d.nodes[:, None] ** torch.arange(order + 1))
+    return d.integrate(d.nodes[:, None] ** torch.arange(order + 1, device="cpu"))

@@ -38,6 +38,8 @@ class Criterion:
         """Return losses ``[B]``, or their mean (0-d) where single ones are not to be had."""
         arguments = _arguments(self.original, outputs, targets)
         values = self.unreduced(*arguments)
+        if self.is_torch and self.reduction is not None:
+            _check_not_broadcast(arguments, values)
         if self.is_torch and self.reduction == "mean" and _function(self.original) in _CTC:
             values = values / torch.as_tensor(arguments[3], device=values.device).clamp(min=1)
         if self.reduction is None or not isinstance(values, Tensor) or values.ndim < 2:
@@ -60,7 +62,7 @@ class Criterion:
 
     def weights(self, targets: Sequence[Any]) -> Tensor:
         """Return the sum of the weights of each example's targets, ``[B]``, as torch's weighted means have them."""
-        target = torch.as_tensor(targets[0])
+        target = targets[0] if isinstance(targets[0], Tensor) else torch.as_tensor(targets[0])
         if hasattr(self.original, "example_weight"):
             weights: Tensor = self.original.example_weight(target)
             return weights
@@ -90,6 +92,19 @@ class Criterion:
     def reduced(self, outputs: Any, targets: Sequence[Any]) -> Tensor:
         """Return the loss as the criterion itself reduces it."""
         return self.original(*_arguments(self.original, outputs, targets))
+
+
+def _check_not_broadcast(arguments: Sequence[Any], values: Tensor) -> None:
+    """Raise ValueError if single losses are of all pairs of outputs and targets, as of shapes [B, 1] and [B]."""
+    if len(arguments) < 2 or not all(isinstance(argument, Tensor) for argument in arguments[:2]):
+        return
+    outputs, target = arguments[0].shape, arguments[1].shape
+    if len(outputs) != len(target) and values.ndim == max(len(outputs), len(target)):
+        raise ValueError(
+            f"criterion would pair each output with all targets: the outputs have shape {list(outputs)} and the "
+            f"targets {list(target)}, which broadcast to {list(values.shape)}; give both the same shape, as by "
+            "targets.unsqueeze(1) or outputs.squeeze(1)"
+        )
 
 
 _CTC = (nn.CTCLoss, F.ctc_loss)

@@ -24,7 +24,9 @@ def changed_parameters(params: Mapping[str, Tensor], like: Tensor, scale: float 
     """Return other values of all parameters, the same ones in each call, of the dtype and device of ``like``."""
 
     def changed(p: Tensor) -> Tensor:
-        direction = torch.sin(torch.arange(p.numel()) + 1.0).view(p.shape).to(p)  # no random number is drawn
+        direction = (
+            torch.sin(torch.arange(p.numel(), device="cpu") + 1.0).view(p.shape).to(p)
+        )  # no random number is drawn
         moved = p + scale * RELATIVE_CHANGE * (1 + p.abs()) * direction
         return moved.to(like.device, like.dtype)
 

@@ -111,8 +111,9 @@ def from_module(
             parameters; an unknown ``batchnorm``, ``"eval"`` without running statistics, or ``"batch"`` with a
             ``SyncBatchNorm``; an embedding with ``max_norm``; a ``FractionalMaxPool`` without ``_random_samples``; a
             ``CrossMapLRN2d``. On call: a criterion that reads parameters of the model or values that its forward
-            pass stored; one whose reduction is no mean or sum over examples; one example only, under batch
-            statistics; dropout of a tensor whose first dimension is not the examples, or inside a recurrent layer.
+            pass stored; one whose reduction is no mean or sum over examples; outputs ``[B, 1]`` and targets ``[B]``,
+            which torch's losses would pair, each with all; one example only, under batch statistics; dropout of a
+            tensor whose first dimension is not the examples, or inside a recurrent layer.
 
     Warns:
         UserWarning: a hook or an attribute of the model cannot be copied.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hvpkit._utils.typing import Batch, Tree
+from hvpkit.autodiff.captured import listed
 from hvpkit.autodiff.fixed_random import fixed_random_numbers
 from hvpkit.autodiff.pytree import batch_size, snapshot
 from hvpkit.objective.first_call import run_original
@@ -37,6 +38,7 @@ class Network:
         originals: the tensors of the original module.
         batchnorm: as in :func:`hvpkit.from_module`.
         dropout: as in :func:`hvpkit.from_module`.
+        variables: the names of the parameters that it is a function of.
     """
 
     module: nn.Module
@@ -46,6 +48,7 @@ class Network:
     originals: NamedTensors
     batchnorm: str
     dropout: int | None
+    variables: frozenset[str]
 
     @classmethod
     def of(
@@ -68,12 +71,14 @@ class Network:
         }
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         originals = NamedTensors({name: copied.originals[tensor] for name, tensor in tensors.items()})
-        return cls(module, tensors, constants, buffers, originals, batchnorm, dropout), variables
+        names = frozenset(variables)
+        return cls(module, tensors, constants, buffers, originals, batchnorm, dropout, names), variables
 
     def __call__(self, params: Tree, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the outputs for the inputs ``args`` and ``kwargs`` of a batch."""
         if self.batchnorm == "batch":
             check_statistics(batch_size(batch))
+        self.check_names(params)
         values = self.values(params)
         if torch.compiler.is_compiling():  # after a first call without, which has checked the module
             with self.dropouts(batch):
@@ -82,6 +87,28 @@ class Network:
         access = ParameterAccess(replaced, self.originals, BESIDE_COPY)
         with attributes_restored(self.module), access, self.dropouts(batch):
             return torch.func.functional_call(self.module, values, args, kwargs)
+
+    def check_names(self, params: Tree) -> None:
+        """Raise TypeError or ValueError unless ``params`` has every variable by name, and perhaps frozen parameters."""
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                "params must be a dict of the network's parameters by name, as hvpkit.from_module returns it, got "
+                f"{type(params).__name__}"
+            )
+        if params.keys() == self.variables:
+            return
+        missing = [name for name in self.variables if name not in params]
+        unknown = [name for name in params if name not in self.variables and name not in self.constants]
+        if missing:
+            raise ValueError(
+                f"params lacks {listed(sorted(missing))} of the network; pass all that hvpkit.from_module returned, "
+                "and wrt= for the block of some"
+            )
+        if unknown:
+            raise ValueError(
+                f"params has {listed(unknown)}, no parameter of the network; pass what hvpkit.from_module returned: a "
+                "state_dict() holds buffers, and shared parameters twice"
+            )
 
     def values(self, params: Tree) -> dict[str, Tensor]:
         """Return the values of all tensors; buffers are copies, as modules may write to them."""

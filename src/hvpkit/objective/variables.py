@@ -258,7 +258,7 @@ def _examples(data: object, params: Tree, shared: bool) -> tuple[Data, Batch]:
         )
     tensors = examples.source.examples
     numbered = (torch.arange(examples.num_examples, device=flatten(tensors)[0][0].device), tensors)
-    source = replace(examples.source, examples=numbered)
+    source = TensorBatches(numbered, examples.source.batch_size)
     return replace(examples, source=source, has_own_variables=True), first
 
 

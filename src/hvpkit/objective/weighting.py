@@ -61,7 +61,7 @@ def _scaled(objective: Objective, factor: float) -> Objective:
 
 def _mean_weight(example_weight: Any, data: Data) -> float:
     """Return the mean of the weights over the data, each example as it counts there."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     with together(data.ranks, "weights"):
         for batch, size, shares, _, _ in data.share():
             weights = example_weight(batch)

@@ -195,7 +195,7 @@ class LinearOperator:
         for first in range(0, self.n, block_size):
             size = min(block_size, self.n - first)
             unit = torch.zeros(self.n, size, dtype=self.dtype, device=self.device)
-            unit[torch.arange(first, first + size), torch.arange(size)] = 1
+            unit[torch.arange(first, first + size, device="cpu"), torch.arange(size, device="cpu")] = 1
             matrix[:, first : first + size] = self._columns(unit)
         return matrix
 

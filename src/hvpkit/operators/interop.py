@@ -44,7 +44,7 @@ def aslinearoperator(A: Any, *, device: torch.device | str | None = None) -> Lin
     if isinstance(A, tuple):
         return _from_matvec(A, torch.device(device or "cpu"))
     if isinstance(A, np.ndarray):
-        matrix = torch.tensor(np.ascontiguousarray(A))
+        matrix = torch.tensor(np.ascontiguousarray(A), device="cpu")
         return _from_dense(matrix.to(device or "cpu"), by_numpy=True)
     if isinstance(A, Tensor):
         return _from_dense(A.detach() if device is None else A.detach().to(device))
@@ -142,7 +142,7 @@ def to_scipy(A: LinearOperator, dtype: Any = None) -> scipy.sparse.linalg.Linear
     torch_dtype = torch.from_numpy(np.empty(0, numpy_dtype)).dtype
 
     def apply(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        vectors = torch.tensor(np.ascontiguousarray(array)).to(A.device, A.dtype)
+        vectors = torch.tensor(np.ascontiguousarray(array), device="cpu").to(A.device, A.dtype)
         result: np.ndarray[Any, Any] = (A @ vectors).to("cpu", torch_dtype).numpy()
         return result
 

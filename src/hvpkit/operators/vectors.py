@@ -110,4 +110,4 @@ def _from_tree(op: LinearOperator, v: Tree, name: str) -> Tensor:
 def _from_array(op: LinearOperator, v: np.ndarray[Any, Any], name: str) -> Tensor:
     if v.dtype.kind not in "fiu":
         raise TypeError(f"{name} is an array of dtype {v.dtype}; real numbers are expected")
-    return torch.tensor(np.ascontiguousarray(v)).to(op.device, op.dtype)
+    return torch.tensor(np.ascontiguousarray(v), device="cpu").to(op.device, op.dtype)

@@ -41,7 +41,7 @@ def residuals(found: SolveResult, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.subplots()[1]
     passes, sizes = zip(*points, strict=True)
     ax.plot(passes, sizes, color=COLORS["measured"], label="by the recurrence")
-    true = float(torch.as_tensor(found.relative_residual).max())
+    true = float(torch.as_tensor(found.relative_residual, device="cpu").max())
     if 0 < true < math.inf:
         ax.plot(found.num_matvecs, true, "o", color=COLORS["largest"], label="true")
     ax.set_yscale("log")

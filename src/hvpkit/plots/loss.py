@@ -66,7 +66,7 @@ def loss_along_eigenvector(
         check_positive("distance", distance)
     ax = ax or plt.subplots()[1]
     here, derivative, distance = _line(loss_fn, params, data, pair, distance)
-    t = torch.linspace(-distance, distance, 41, dtype=torch.float64)
+    t = torch.linspace(-distance, distance, 41, dtype=torch.float64, device="cpu")
     change = loss_along(loss_fn, params, data, pair.vector, t).double().cpu() - here
     parabola = derivative * t + pair.value * t**2 / 2
     ax.plot(t, change, color=COLORS["measured"], label="loss")
@@ -101,7 +101,7 @@ def _line(
     norm = max(float(layout.flatten(params).norm()), 1.0)
     distance = min(float((2 * max(here, 1e-6) / curvature) ** 0.5), norm)
     for _ in range(12):
-        ends = torch.tensor([-distance, distance], dtype=torch.float64)
+        ends = torch.tensor([-distance, distance], dtype=torch.float64, device="cpu")
         change = loss_along(loss_fn, params, examples, vector, ends).double().cpu() - here
         quadratic = curvature * distance**2 / 2
         misfit = change - derivative * ends - pair.value * ends**2 / 2
@@ -166,7 +166,7 @@ def loss_landscape(
     ax = ax or plt.subplots()[1]
     wished = distances or (None, None)
     reach = [_line(loss_fn, params, data, pair, wish)[2] for pair, wish in zip(pairs, wished, strict=True)]
-    s, t = (torch.linspace(-r, r, num_points, dtype=torch.float64) for r in reach)
+    s, t = (torch.linspace(-r, r, num_points, dtype=torch.float64, device="cpu") for r in reach)
     here = float(loss(loss_fn, params, data))
     change = loss_on_plane(loss_fn, params, data, directions, s, t).double().cpu().T - here
     levels = _levels(float(change.min()), float(change.max()))
@@ -196,9 +196,9 @@ def _levels(low: float, high: float) -> list[float]:
 
 def _label_places(lines: ContourSet, reach: Sequence[float]) -> list[tuple[float, float]]:
     """Return the point of each contour line that is nearest to the middle; none that is near the frame."""
-    size, places = torch.tensor(reach, dtype=torch.float64), []
+    size, places = torch.tensor(reach, dtype=torch.float64, device="cpu"), []
     for path in lines.get_paths():
-        points = torch.as_tensor(path.vertices, dtype=torch.float64) / size
+        points = torch.as_tensor(path.vertices, dtype=torch.float64, device="cpu") / size
         if len(points):
             point = points[points.square().sum(1).argmin()]
             if float(point.abs().max()) < LABELLED:

@@ -12,6 +12,8 @@ from hvpkit.results.density import Density
 from hvpkit.results.drawing import COLORS, WIDTH, styled
 from hvpkit.results.eigen import ExtremeResult, Progress
 from hvpkit.results.estimate import Estimate, plus_minus
+from hvpkit.results.saving import Result
+from hvpkit.results.tables import Columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +70,7 @@ class BlockSpectrum:
 
 
 @dataclass(frozen=True, repr=False)
-class BlockSpectra:
+class BlockSpectra(Result):
     """The spectra of the diagonal blocks of a Hessian.
 
     Attributes:
@@ -136,6 +138,20 @@ class BlockSpectra:
     def __repr__(self) -> str:
         return f"<BlockSpectra: {len(self.blocks)} blocks of {self.operator}, {self.num_passes} passes>"
 
+    def _columns(self) -> Columns:
+        columns: dict[str, list[Any]] = {
+            name: [getattr(block, name) for block in self.blocks] for name in ("name", "n")
+        }
+        for end in ("smallest", "largest"):
+            pairs = [getattr(block.extremes, end) for block in self.blocks]
+            columns[end] = [pair.value for pair in pairs]
+            for side in ("lower", "upper"):
+                columns[f"{end}_{side}"] = [getattr(pair.interval, side) for pair in pairs]
+        for name in ("value", "stderr"):
+            found = [getattr(block.trace, name, math.nan) for block in self.blocks]
+            columns["trace" if name == "value" else "trace_stderr"] = found
+        return columns | {"status": [str(block.extremes.status) for block in self.blocks]}
+
     def summary(self) -> str:
         """Return a table of both ends with intervals, trace and status of each block, and a line of passes and time."""
         wide = max(len("block"), *(len(name) for name in self.names))
@@ -169,7 +185,10 @@ class BlockSpectra:
         check_flag("log", log)
         densities = self.densities
         if not densities:
-            raise ValueError("there are no densities to draw; call hk.blocks(..., density=True)")
+            raise ValueError(
+                "there are no densities to draw; call hk.blocks(..., density=True), or draw both ends of each block by "
+                "hvpkit.plots.layers(found.extremes)"
+            )
         columns = min(PANELS, len(densities))
         rows = math.ceil(len(densities) / columns)
         size = (max(WIDTH, WIDTH / 2 * columns), max(2.0, rows) * PANEL_HEIGHT)

@@ -95,10 +95,10 @@ class Density(Result):
         """Return the share of eigenvalues up to ``x``: a step at each node; NaN if nothing was measured."""
         if not isinstance(x, Tensor):
             check_number("x", x)
-        points = torch.as_tensor(x, dtype=torch.float64)
+        points = torch.as_tensor(x, dtype=torch.float64, device="cpu")
         if not len(self.nodes):
             return torch.full_like(points, torch.nan)
-        below = torch.cat([torch.zeros(1, dtype=torch.float64), self.masses.cumsum(dim=0)])
+        below = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), self.masses.cumsum(dim=0)])
         return below[torch.searchsorted(self.nodes, points, right=True)]
 
     def expectation(self, f: Callable[[Tensor], Tensor]) -> Estimate[float]:
@@ -131,7 +131,7 @@ class Density(Result):
             tensor(True)
         """
         check_function("f", f, "f(nodes)", 1)
-        values = torch.as_tensor(f(self.nodes)).to("cpu", torch.float64)
+        values = torch.as_tensor(f(self.nodes), device="cpu").to(torch.float64)
         if values.shape != self.nodes.shape:
             raise ValueError(
                 f"f must return a tensor of shape {list(self.nodes.shape)}, got {list(values.shape)}"
@@ -164,7 +164,7 @@ class Density(Result):
         if not len(self.nodes):
             return self.nodes, self.nodes
         ends = (self.nodes.diff() > OUTLIER_GAP * self.width).nonzero().flatten() + 1
-        clusters = torch.arange(len(self.nodes)).tensor_split(ends)
+        clusters = torch.arange(len(self.nodes), device="cpu").tensor_split(ends)
         masses = torch.stack([self.masses[c].sum() for c in clusters])
         found = [
             place
@@ -198,7 +198,11 @@ class Density(Result):
                 "the density has no eigenvalue that is not zero to rounding, and so no logarithms"
             )
         grid = torch.linspace(
-            float(logs.min()) - 4 * width, float(logs.max()) + 4 * width, num_points, dtype=torch.float64
+            float(logs.min()) - 4 * width,
+            float(logs.max()) + 4 * width,
+            num_points,
+            dtype=torch.float64,
+            device="cpu",
         )
         masses, positive = self.masses[seen], self.nodes[seen] > 0
         both = torch.stack([masses * positive, masses * ~positive])

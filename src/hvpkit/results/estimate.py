@@ -110,11 +110,14 @@ class Estimate(Result, Generic[V]):
             lower, upper = self._part().interval(confidence)
             return like_shards(lower, self.value), like_shards(upper, self.value)
         k = self.num_samples
-        value, stderr = (torch.as_tensor(x, dtype=torch.float64) for x in (self.value, self.stderr))
+        value, stderr = (
+            torch.as_tensor(x, dtype=torch.float64, device=getattr(x, "device", "cpu"))
+            for x in (self.value, self.stderr)
+        )
         from scipy.special import stdtrit
 
         student = float(stdtrit(k - 1, (1 + confidence) / 2)) if k > 1 else math.inf
-        reach = torch.tensor([-student, student], dtype=torch.float64).to(value.device)
+        reach = torch.tensor([-student, student], dtype=torch.float64, device="cpu").to(value.device)
         low, high = reach.reshape(2, *(1,) * value.ndim)
         if k > 2 and len(self.samples) == k:
             skewness = _skewness(self.samples)
@@ -143,7 +146,7 @@ class Estimate(Result, Generic[V]):
             check_dense("value", self.value)
             return {
                 "value": self.value.flatten().tolist(),
-                "stderr": torch.as_tensor(self.stderr).flatten().tolist(),
+                "stderr": torch.as_tensor(self.stderr, device="cpu").flatten().tolist(),
             }
         return {"sample": self.samples.tolist()}
 

@@ -41,8 +41,10 @@ class FunctionResult(Result):
         return self.status.converged
 
     def _columns(self) -> Columns:
-        return {"error_estimate": torch.as_tensor(self.error_estimate).double().flatten().tolist()}
+        return {
+            "error_estimate": torch.as_tensor(self.error_estimate, device="cpu").double().flatten().tolist()
+        }
 
     def __repr__(self) -> str:
-        worst = float(torch.as_tensor(self.error_estimate).max())
+        worst = float(torch.as_tensor(self.error_estimate, device="cpu").max())
         return f"<FunctionResult: {self.status}, error about {worst:.2g}, {self.num_matvecs:g} matvecs>"

@@ -95,11 +95,14 @@ class SolveResult(Result):
         norms = {name: getattr(self, name) for name in ("residual_norm", "relative_residual")}
         return {
             "status": [str(status) for status in self.statuses],
-            **{name: torch.as_tensor(norm).double().flatten().tolist() for name, norm in norms.items()},
+            **{
+                name: torch.as_tensor(norm, device="cpu").double().flatten().tolist()
+                for name, norm in norms.items()
+            },
         }
 
     def __repr__(self) -> str:
-        worst = float(torch.as_tensor(self.relative_residual).max())
+        worst = float(torch.as_tensor(self.relative_residual, device="cpu").max())
         return (
             f"<SolveResult: {len(self.statuses)} right-hand side{'s' * (len(self.statuses) > 1)}, {self.status}, "
             f"relative residual {worst:.2g}, {self.num_matvecs:g} matvecs>"

@@ -98,6 +98,8 @@ def decode(kind: Any, plain: Any, build: Build, *, at: str = "") -> Any:
         return _decode_first(choices, plain, build, at)
     if kind is Any:
         return _decode_tree(plain, build, at)
+    if is_dataclass(get_origin(kind)):  # as Estimate[float]
+        kind = get_origin(kind)
     if is_dataclass(kind):
         return _decode_dataclass(kind, plain, build, at)
     if get_origin(kind) is tuple:
@@ -136,7 +138,7 @@ def _decode_dataclass(kind: Any, plain: Any, build: Build, at: str) -> Any:
         if name in plain:
             values[name] = decode(hints[name], plain[name], build, at=_join(at, name))
         elif field.metadata.get("long"):
-            values[name] = torch.empty(0)
+            values[name] = torch.empty(0, device="cpu")
         elif field.default is MISSING:
             raise ValueError(f"{_join(at, name)} is missing")
     return kind(**values)
@@ -185,7 +187,7 @@ def with_nonfinite(kind: Any, plain: Any, at: str) -> Any:
     name = at.rsplit(".", maxsplit=1)[-1]
     unknown = math.inf if name in INFINITE else -math.inf if name == "lower" else math.nan
     if kind is Tensor and isinstance(plain, list):
-        return torch.tensor(_replaced(plain, unknown), dtype=torch.float64)
+        return torch.tensor(_replaced(plain, unknown), dtype=torch.float64, device="cpu")
     if kind is float and (plain is None or (isinstance(plain, Real) and not isinstance(plain, bool))):
         return unknown if plain is None else plain
     raise ValueError(f"{at} is {plain!r:.80}, not a {'list' if kind is Tensor else 'number'}")

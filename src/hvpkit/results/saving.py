@@ -46,6 +46,7 @@ class Result:
     _classes: ClassVar[dict[str, type[Result]]] = {}
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # of typing.Generic
         if cls.__module__.startswith("hvpkit."):
             Result._classes[cls.__name__] = cls
 
@@ -246,7 +247,7 @@ def _store(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, float):
         names = [name for name, other in NONFINITE.items() if repr(other) == repr(value)]
         return names[0] if names else value
-    tensor = torch.tensor(value) if isinstance(value, np.ndarray) else value.detach()
+    tensor = torch.tensor(value, device="cpu") if isinstance(value, np.ndarray) else value.detach()
     about = {"numpy": isinstance(value, np.ndarray), "complex": tensor.is_complex()}
     tensor = torch.view_as_real(tensor.resolve_conj()) if about["complex"] else tensor
     name = f"{at}#{len(tensors)}" if at in tensors else at  # keys of trees may hold dots

@@ -43,7 +43,7 @@ class Measure:
 def join(measures: list[Measure]) -> Measure:
     """Join measures into one, nodes ascending."""
     if not measures:
-        nothing = torch.empty(0, 0, dtype=torch.float64)
+        nothing = torch.empty(0, 0, dtype=torch.float64, device="cpu")
         return Measure(nothing.flatten(), nothing, nothing, nothing.flatten(), nothing)
     order = torch.argsort(torch.cat([m.nodes for m in measures]), stable=True)
     return Measure(
@@ -70,8 +70,8 @@ def deflate(nodes: Tensor, weights: Tensor, residual_norms: Tensor, n: int, nois
     clusters of b nodes may have further ones, and are left as they are; of a single vector, so are all.
     """
     ends = (nodes.diff() > residual_norms[1:] + residual_norms[:-1] + noise).nonzero().flatten() + 1
-    known = torch.zeros(len(nodes), dtype=torch.bool)
-    for cluster in torch.arange(len(nodes)).tensor_split(ends):
+    known = torch.zeros(len(nodes), dtype=torch.bool, device="cpu")
+    for cluster in torch.arange(len(nodes), device="cpu").tensor_split(ends):
         first, last = int(cluster[0]), int(cluster[-1])
         outside = torch.cat([nodes[first] - nodes[:first], nodes[last + 1 :] - nodes[last]])
         apart = bool(len(outside)) and residual_norms[cluster].max() <= CONVERGED * outside.min()
@@ -105,6 +105,6 @@ def smoothed(nodes: Tensor, masses: Tensor, width: float, grid: Tensor) -> Tenso
 
 def grid_around(nodes: Tensor, width: float) -> Tensor:
     """Return points wherever Gaussians at the nodes are not zero, four to a width."""
-    steps = torch.arange(-4 * REACH, 4 * REACH + 1, dtype=torch.float64)
+    steps = torch.arange(-4 * REACH, 4 * REACH + 1, dtype=torch.float64, device="cpu")
     places: Tensor = torch.unique((nodes[:, None] / width * 4).round() + steps)
     return places * (width / 4)

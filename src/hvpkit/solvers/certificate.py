@@ -52,7 +52,7 @@ SETTLED = 0.3
 Chosen by feel."""
 
 
-NOTHING = torch.empty(0, dtype=torch.float64)
+NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
 """No amounts."""
 
 

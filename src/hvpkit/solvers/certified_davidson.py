@@ -126,7 +126,7 @@ class CertifiedDavidsonState(BlockSubspace):
 
     sample: SampleSpace | None = None
     ends: Mapping[int, End] = field(default_factory=dict)
-    gram: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
+    gram: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64, device="cpu"))
     target: int | None = None
     certificate: Certificate | None = None
     expected: float = 0.0
@@ -451,7 +451,7 @@ class CertifiedDavidson:
         ]
         exact = [*dict.fromkeys([*further_out, *distinct(state.ends, state.num_rows)])]
         vectors = torch.stack([state.ends[other].vector for other in exact])
-        values = torch.tensor([state.ends[other].value for other in exact], dtype=torch.float64)
+        values = torch.tensor([state.ends[other].value for other in exact], dtype=torch.float64, device="cpu")
         # those further out get values inside, where the shift is as far from them as from zero
         distances = outward * (sigma - values[: len(further_out)])
         inside = sigma - outward * distances.clamp(min=abs(sigma))
@@ -519,7 +519,9 @@ class CertifiedDavidson:
 
     def _allowed(self, state: CertifiedDavidsonState, value: float) -> float:
         """Return the error allowed of a value, over scale: as asked for, or what rounding allows."""
-        asked = float(self.request.allowed(torch.tensor(value, dtype=torch.float64), state.norm))
+        asked = float(
+            self.request.allowed(torch.tensor(value, dtype=torch.float64, device="cpu"), state.norm)
+        )
         return max(asked, attainable_accuracy(self.op, state.norm))
 
     def _is_accurate(self, state: CertifiedDavidsonState, end: End) -> bool:
@@ -544,8 +546,8 @@ class CertifiedDavidson:
         )
         if not whole and not done:
             return None
-        values = torch.tensor([end.value for end in ends], dtype=torch.float64)
-        bounds = torch.tensor([end.error for end in ends], dtype=torch.float64)
+        values = torch.tensor([end.value for end in ends], dtype=torch.float64, device="cpu")
+        bounds = torch.tensor([end.error for end in ends], dtype=torch.float64, device="cpu")
         best = Status.INVARIANT_SUBSPACE if whole else Status.CONVERGED
         attainable = attainable_accuracy(self.op, state.norm)
         bounds = bounds + rounding(self.op, state.norm)
@@ -555,7 +557,9 @@ class CertifiedDavidson:
         if not state.ends:
             return Progress()
         values, bounds = (
-            torch.tensor([getattr(state.ends[place], name) for place in (0, -1)], dtype=torch.float64)
+            torch.tensor(
+                [getattr(state.ends[place], name) for place in (0, -1)], dtype=torch.float64, device="cpu"
+            )
             for name in ("value", "error")
         )
         bounds = bounds.clamp(min=rounding(self.op, state.norm))
@@ -578,7 +582,7 @@ class CertifiedDavidson:
         slack = attainable_accuracy(self.op, state.norm) * unit
         where = list(convergence.intervals(found, self.request, slack, kind))
         known = distinct(self.wanted, state.num_rows) if state.ends else []
-        errors = torch.tensor([state.ends[place].error for place in known], dtype=torch.float64)
+        errors = torch.tensor([state.ends[place].error for place in known], dtype=torch.float64, device="cpu")
         for index, place in enumerate(known if kind != "exact" else []):
             distance = max(self._reach(state, place), float(errors[index])) * unit
             if math.isfinite(distance):

@@ -116,9 +116,9 @@ def make_plan(
         values: ascending ``[m]``, over scale.
         norms: of residuals ``[m]``, over scale.
     """
-    places, num_low = torch.arange(len(values)), num_at_low_end(request.k, request.which)
-    wanted = torch.isin(places, torch.tensor(select(values, request.k, request.which)))
-    block = torch.isin(places, torch.tensor(select(values, width, request.which)))
+    places, num_low = torch.arange(len(values), device="cpu"), num_at_low_end(request.k, request.which)
+    wanted = torch.isin(places, torch.tensor(select(values, request.k, request.which), device="cpu"))
+    block = torch.isin(places, torch.tensor(select(values, width, request.which), device="cpu"))
     needed = wanted & ~is_converged(op, request.allowed(values, norm), norm, norms)
     gaps = (values[:, None] - values[needed]).abs().amin(dim=1)
     aims = request.allowed(values, norm).clamp(min=attainable_accuracy(op, norm)) - rounding(op, norm)

@@ -349,7 +349,7 @@ class Witness:
 
 def coefficients(count: int, first: int = 0) -> Tensor:
     """Return the random coefficients of ``count`` vectors from number ``first`` on, float64."""
-    return torch.randn(count, generator=generator(count, first), dtype=torch.float64)
+    return torch.randn(count, generator=generator(count, first), dtype=torch.float64, device="cpu")
 
 
 def argument_of(path: str | os.PathLike[str], name: str, ranks: Ranks | None) -> Any:

@@ -139,6 +139,8 @@ def reach_of(ends: Mapping[int, End], gram: Tensor, place: int, bound: Bound) ->
     if len(beyond) != bound.count or places.index(place) not in beyond:
         return math.inf
     order = beyond[:: int(sign)]
-    values = torch.tensor([sign * ends[places[index]].value for index in order], dtype=torch.float64)
+    values = torch.tensor(
+        [sign * ends[places[index]].value for index in order], dtype=torch.float64, device="cpu"
+    )
     distances = reach(values, gram[order][:, order], sign * bound.at)
     return float(distances[order.index(places.index(place))])

@@ -254,7 +254,7 @@ def _drop_zero_rows(state: S) -> S:
 def restart(state: S, pairs: RitzPairs, norms: Tensor, chosen: list[int]) -> S:
     """Reduce the basis to the chosen Ritz vectors and the frontier; pairs and norms are those of :func:`project`."""
     m, f, kept = state.num_multiplied, state.num_frontier, len(chosen)
-    discarded = torch.ones(m, dtype=torch.bool)
+    discarded = torch.ones(m, dtype=torch.bool, device="cpu")
     discarded[chosen] = False
     basis, projected = state.basis, state.projected
     rotation = pairs.vectors[:, chosen]

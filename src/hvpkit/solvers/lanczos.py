@@ -274,7 +274,7 @@ class Lanczos:
         """
         if state.num_products < state.search_until and state.num_frontier:
             return True, state
-        before = torch.tensor(state.search_from, dtype=torch.float64)
+        before = torch.tensor(state.search_from, dtype=torch.float64, device="cpu")
         allowed = bounds + self.request.allowed(values, float(state.norm))
         if len(before) and not bool(((values - before).abs() > allowed).any()):
             return False, state
@@ -334,7 +334,9 @@ class Lanczos:
                 status, num_matvecs = Status.NON_FINITE, num_matvecs + op.cost
             else:
                 num_matvecs += op.cost
-                norms = found.residual_norms.hypot(torch.tensor(difference, dtype=torch.float64))
+                norms = found.residual_norms.hypot(
+                    torch.tensor(difference, dtype=torch.float64, device="cpu")
+                )
                 found = replace(found, residual_norms=norms)
                 bounds, noise = bounds + difference, max(noise, difference)
                 if status not in (Status.MAX_MATVECS, Status.TIME_LIMIT):
@@ -405,7 +407,9 @@ def _gaps_around(values: Tensor, beyond: Tensor, sigma: float, roots: Tensor) ->
     radius = float((values[farthest] - sigma).abs() - beyond[farthest])
     inner = torch.cat([values - beyond, values + beyond, roots])
     inner = inner[(inner - sigma).abs() < radius]
-    places = torch.cat([inner, torch.tensor([sigma - radius, sigma + radius][: 2 * (radius > 0)]).to(inner)])
+    places = torch.cat(
+        [inner, torch.tensor([sigma - radius, sigma + radius][: 2 * (radius > 0)], device="cpu").to(inner)]
+    )
     near = ((places[:, None] - values).abs() < beyond * (1 - 1e-9)).any(dim=1)
     return places[~near].tolist()
 

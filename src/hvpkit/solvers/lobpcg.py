@@ -153,7 +153,7 @@ class Lobpcg:
         """Keep these wanted pairs as the best ones, unless they are no further out and less accurate."""
         best = state.best
         if len(best.values) == len(found.values):
-            outward = torch.ones(len(best.values), dtype=torch.float64)
+            outward = torch.ones(len(best.values), dtype=torch.float64, device="cpu")
             outward[: num_at_low_end(len(best.values), self.request.which)] = -1.0
             gain = float(outward @ (found.values - best.values))
             worse = bool(found.residual_norms.max() > best.residual_norms.max())

@@ -27,8 +27,8 @@ class LowRank(LinearOperator):
         num_steps: Lanczos steps that a rough answer about the operator that it is like took.
     """
 
-    rows: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    values: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, 0, device="cpu"))
+    values: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu"))
     num_steps: int = 0
 
 

@@ -116,7 +116,7 @@ def merged(
     basis = rows.new_empty(num_new + len(known), rows.shape[1])
     torch.mm(coefficients.to(rows), rows, out=basis[:num_new])
     basis = basis[: num_new + extend_(space, basis, num_new, known)]
-    projected = torch.zeros(len(basis), len(basis), dtype=torch.float64)
+    projected = torch.zeros(len(basis), len(basis), dtype=torch.float64, device="cpu")
     coupling = space.dots(basis, images.mT).to("cpu", torch.float64) @ coefficients.mT
     projected[:, :num_new], projected[:num_new] = coupling, coupling.mT
     projected[:num_new, :num_new] = (coupling[:num_new] + coupling[:num_new].mT) / 2
@@ -224,7 +224,7 @@ def _unpacked(op: LinearOperator, space: RecycledSpace | None, rank: int) -> Rec
     """Return the vectors of a space as ``op`` holds them, the largest values only."""
     if space is None:
         nothing = torch.empty(0, op.space.size(op.n), dtype=op.dtype, device=op.device)
-        return Recycled(op, nothing, torch.empty(0, dtype=torch.float64), rank)
+        return Recycled(op, nothing, torch.empty(0, dtype=torch.float64, device="cpu"), rank)
     check_type("space", space, RecycledSpace)
     columns, _ = as_columns(op, space.vectors.to(op.device, op.dtype), "space.vectors")
     rows = columns.mT[-rank:].contiguous()  # the same bits for a loaded space

@@ -42,6 +42,7 @@ from hvpkit._utils.validation import (
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import Layout, check_params, flatten, snapshot, unflatten
 from hvpkit.autodiff.pytree import batch_size as count_examples
+from hvpkit.curvature.batch_means import check_batch_mean
 from hvpkit.curvature.batch_sums import all_finite, sum_over
 from hvpkit.curvature.batches import MODES, check_loss, gradient_of, loss_shares
 from hvpkit.curvature.constructors import hessian
@@ -188,6 +189,7 @@ def absa(
     loss_fn = normalized(loss_fn, examples)
     with exact_derivatives(device):
         check_loss(next(loss_shares(loss_fn, layout, examples)), leaves)
+        check_batch_mean(loss_fn, params, examples, examples.first())
     if resume is not None:
         layout.leaves(resume.params, name="resume.params")
         run = resume
@@ -195,11 +197,13 @@ def absa(
         start, zero = [snapshot(leaf) for leaf in leaves], [torch.zeros_like(leaf) for leaf in leaves]
         state = replace(state, max_batch_size=min(state.max_batch_size, N))
         run = AbsaResult(unflatten(start, layout.spec), unflatten(zero, layout.spec), state, ())
-    measured = torch.randperm(N, generator=generator(number))[:hessian_examples]
+    measured = torch.randperm(N, generator=generator(number), device="cpu")[:hessian_examples]
     while (epoch := 1 + len(run.history)) <= num_epochs:
         used, source = run.state, generator(number, epoch)
         adversarial_loss = _with_adversarial_share(loss_fn, used.adversarial_share, epsilon, source)
-        batches = torch.randperm(N, generator=source).tensor_split(math.ceil(N / used.batch_size))
+        batches = torch.randperm(N, generator=source, device="cpu").tensor_split(
+            math.ceil(N / used.batch_size)
+        )
         with exact_derivatives(device):
             subsets = (examples.restrict(indices) for indices in batches)
             run = _train_epoch(adversarial_loss, layout, subsets, run, momentum, weight_decay)
@@ -218,7 +222,7 @@ def _with_adversarial_share(loss_fn: LossFn, share: float, epsilon: float, sourc
 
     def adversarial_loss(params: Tree, batch: Batch) -> Tensor:
         size = count_examples(batch)
-        indices = torch.randperm(size, generator=source)[: round(share * size)]
+        indices = torch.randperm(size, generator=source, device="cpu")[: round(share * size)]
         if len(indices):
             (inputs, *others), spec = flatten(batch)
             indices = indices.to(inputs.device)

@@ -31,6 +31,7 @@ from hvpkit._utils.typing import LossFn, Seed, Tree
 from hvpkit._utils.validation import check_choice, check_count, check_monitor, check_positive, check_tolerance
 from hvpkit.autodiff.exact import exact_derivatives
 from hvpkit.autodiff.pytree import Layout, check_params, join
+from hvpkit.curvature.batch_means import check_batch_mean
 from hvpkit.curvature.batch_sums import all_finite, blame_batch, sum_over
 from hvpkit.curvature.batches import (
     Leaves,
@@ -144,7 +145,9 @@ class Box:
 
     def start(self, seed: int, number: int, gradient: Tensor) -> Tensor:
         """Draw a random point of the box; the first one on the side that the gradient at the origin points to."""
-        uniform = torch.rand(len(self.radius), generator=generator(seed, number + 1), dtype=torch.float64)
+        uniform = torch.rand(
+            len(self.radius), generator=generator(seed, number + 1), dtype=torch.float64, device="cpu"
+        )
         unit = (2 * uniform - 1).to(self.radius)
         if number == 0:
             unit = torch.where(gradient == 0, unit, gradient.sign() * unit.abs())
@@ -253,7 +256,9 @@ def keskar_sharpness(
     examples = as_data(data, device=leaves[0].device)
     with exact_derivatives(leaves[0].device):
         loss_fn = normalized(loss_fn, examples)
-        check_loss(next(loss_shares(loss_fn, layout, examples.first())), leaves)
+        first = examples.first()
+        check_loss(next(loss_shares(loss_fn, layout, first)), leaves)
+        check_batch_mean(loss_fn, params, examples, first)
         box = _box(loss_fn, layout, examples, join(leaves), epsilon, subspace_dim, seed)
     base = best = box.at(torch.zeros_like(box.radius))
     if base.loss <= -1:

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,3 +129,12 @@ def test_bound_by_the_number_of_steps_holds_and_is_infinite_when_there_are_few()
         assert ends[1] + reach >= 1.0
         assert ends[0] - reach <= -1.0
         assert reach < 0.1
+
+
+def test_a_component_is_found_where_numpy_raises_for_underflow() -> None:
+    values, norms = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    residuals = torch.tensor([1e-200, 1.0], dtype=torch.float64)
+    polynomial = StartPolynomial.of_start(100, 1.0)
+    expected = polynomial.log_component(3.0, values, residuals, norms)
+    with np.errstate(all="raise"):
+        assert polynomial.log_component(3.0, values, residuals, norms) == expected

@@ -84,8 +84,8 @@ class Recorder:
         )  # rows, images, SciPy's own, measured
         self.rows = torch.empty(self.capacity, self.op.n, dtype=self.op.dtype, device=self.op.device)
         self.images = torch.empty_like(self.rows)
-        self.projected = torch.zeros(self.capacity, self.capacity, dtype=torch.float64)
-        self.growth = torch.ones(self.capacity, dtype=torch.float64)
+        self.projected = torch.zeros(self.capacity, self.capacity, dtype=torch.float64, device="cpu")
+        self.growth = torch.ones(self.capacity, dtype=torch.float64, device="cpu")
         self.scale = self.rows.new_ones(())
 
     @property

@@ -111,7 +111,7 @@ def _to_scipy(op: LinearOperator, product: Product) -> scipy.sparse.linalg.Linea
     dtype = np.dtype(str(op.dtype).removeprefix("torch.") if own else "float32")
 
     def apply(array: Array) -> Array:
-        vectors = torch.tensor(array.reshape(op.n, -1)).to(op.device, op.dtype)
+        vectors = torch.tensor(array.reshape(op.n, -1), device="cpu").to(op.device, op.dtype)
         images: Array = product(vectors).to("cpu", torch.float64).numpy()
         return images.reshape(array.shape).astype(dtype)
 
@@ -160,7 +160,7 @@ def _lobpcg(seen: Recorder, start: Tensor) -> RitzPairs | None:
         if not isinstance(error.__cause__ or error, np.linalg.LinAlgError):
             raise
         return None
-    claimed = torch.full((goal.k,), float(np.max(norms[-1])), dtype=torch.float64)
+    claimed = torch.full((goal.k,), float(np.max(norms[-1])), dtype=torch.float64, device="cpu")
     return None if float(claimed[0]) > tol else _answer(seen, values, vectors, claimed)
 
 

@@ -96,7 +96,7 @@ class StartPolynomial:
     @classmethod
     def of_start(cls, n: int, share: float) -> StartPolynomial:
         """Return the polynomial 1."""
-        return cls(n, share, torch.empty(0, dtype=torch.float64))
+        return cls(n, share, torch.empty(0, dtype=torch.float64, device="cpu"))
 
     def restarted(self, discarded: Tensor, norms: Tensor) -> StartPolynomial:
         """Return the polynomial after a restart that discards Ritz values; ``norms`` are those since the last one."""
@@ -105,14 +105,18 @@ class StartPolynomial:
 
     def log_component(self, at: float, values: Tensor, residual_norms: Tensor, norms: Tensor) -> float:
         r"""Return :math:`\log G(\lambda)` at ``at``, for Ritz values, residuals ``[m]`` and norms ``[l]``."""
-        distances = np.abs(at - values.numpy()).clip(TINY)  # a call of NumPy costs a third of one of torch
-        outside = np.abs(at - self.roots.numpy()).clip(TINY)
-        with np.errstate(divide="ignore"):
+        with np.errstate(
+            divide="ignore", over="ignore", under="ignore"
+        ):  # whatever the caller's np.seterr says
+            distances = np.abs(at - values.numpy()).clip(
+                TINY
+            )  # a call of NumPy costs a third of one of torch
+            outside = np.abs(at - self.roots.numpy()).clip(TINY)
             log_norms = self.log_norms + float(np.log(norms.numpy()).sum())
-        log_p = float(np.log(distances).sum() + np.log(outside).sum()) - log_norms
-        ratios = residual_norms.numpy() / distances
-        peak = max(float(ratios.max()), 1.0)
-        return -log_p - math.log(peak) - 0.5 * math.log(peak**-2 + float(np.square(ratios / peak).sum()))
+            log_p = float(np.log(distances).sum() + np.log(outside).sum()) - log_norms
+            ratios = residual_norms.numpy() / distances
+            peak = max(float(ratios.max()), 1.0)
+            return -log_p - math.log(peak) - 0.5 * math.log(peak**-2 + float(np.square(ratios / peak).sum()))
 
     def probability(self, log_component: float) -> float:
         r"""Return the probability that :math:`|x'v|` is at most that.

@@ -45,7 +45,7 @@ class RitzPairs:
 
 def no_pairs(vectors: Tensor) -> RitzPairs:
     """Return no pair at all, in the space, dtype and device of ``vectors`` ``[n, p]``."""
-    nothing = torch.zeros(0, dtype=torch.float64)
+    nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
     return RitzPairs(nothing, vectors[:, :0], nothing)
 
 

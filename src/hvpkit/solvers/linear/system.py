@@ -286,8 +286,12 @@ class LinearSystem:
         parts = zip(residuals, self.lengths, self.units, strict=True)
         return SolveResult(
             solutions[0].unsqueeze(1) if len(solutions) == 1 else torch.stack(solutions, dim=1),
-            torch.tensor([residual * length * unit for residual, length, unit in parts], dtype=torch.float64),
-            torch.tensor(residuals, dtype=torch.float64),
+            torch.tensor(
+                [residual * length * unit for residual, length, unit in parts],
+                dtype=torch.float64,
+                device="cpu",
+            ),
+            torch.tensor(residuals, dtype=torch.float64, device="cpu"),
             state.num_matvecs,
             state.num_passes,
             overall,
