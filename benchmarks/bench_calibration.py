@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -240,7 +241,7 @@ def short(record: Record) -> Record:
     return {key: rounded(value) for key, value in record.items()}
 
 
-def ratios(directions: Sequence[Sequence[object]]) -> dict[str, list[float]]:
+def ratios(directions: Sequence[Sequence[Any]]) -> dict[str, list[float]]:
     """Return true over predicted errors of the kinds of directions, those of returned values first."""
     found: dict[str, list[float]] = {}
     for returned in (True, False):
