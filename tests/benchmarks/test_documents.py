@@ -7,6 +7,7 @@ import pytest
 import _compare_report
 import _harness as harness
 import bench_blocks
+import bench_calibration
 import bench_distributed
 import bench_fidelity
 import bench_products
@@ -39,6 +40,7 @@ def result(name):
     [
         (bench_fidelity, "fidelity", "docs/solvers.md"),
         (bench_fidelity, "fidelity", "docs/multifidelity.md"),
+        (bench_calibration, "calibration", "docs/multifidelity.md"),
         (bench_top, "top", "docs/multifidelity.md"),
         (bench_trend, "trend", "docs/multifidelity.md"),
         (bench_blocks, "blocks", "docs/performance.md"),

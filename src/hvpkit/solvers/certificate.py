@@ -43,7 +43,7 @@ MAX_STEPS = 60
 """Steps of a certificate, at most: one that takes more comes from a poor likeness. Chosen by feel: good ones take 4 to
 32."""
 
-SPREAD_STEPS, MAX_SPREAD = 2, 8.0
+SPREAD_STEPS, MAX_SPREAD = 2, 7.0
 """Steps after which the largest Ritz value of B may be at most the second: B is near 1 for a good likeness; a twentieth
 of 40,000 examples gives 2 to 4, a tenth of 1,500 up to 4."""
 

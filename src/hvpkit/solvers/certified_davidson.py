@@ -17,7 +17,7 @@ A likeness is poor if a direction gains much less than it predicts, if the certi
 identity, or if several certificates of an end have no bound. After the last one the solver hands over.
 
 Cost: for each direction a matvec of the last level and a few of a cheap one; for each step of a certificate one of the
-last level and four of a cheap one. Memory: see :func:`hvpkit.solvers.multifidelity.num_vectors`.
+last level and up to six of a cheap one. Memory: see :func:`hvpkit.solvers.multifidelity.num_vectors`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from hvpkit.solvers.common.orthogonalize import residuals_of, row_norms
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, most_at_one_end, select
 from hvpkit.solvers.common.request import Request
 from hvpkit.solvers.congruence import (
+    DEAR,
+    DEAR_DEGREE,
     MAX_DEGREE,
     Congruence,
     congruent_operator,
@@ -77,8 +79,9 @@ MARGIN = 8.0
 """The shift of a search lies beyond the value by the predicted gain and this times the error allowed. With 6 or 8 a
 solve takes 55 passes in the mean of 12 of the dense network."""
 
-PREDICTION_FACTOR = 3.0
-"""The error bound in units of the predicted error. Evidence: docs/multifidelity.md."""
+PREDICTION_FACTOR, CLAMPED_FACTOR, INNER_FACTOR = 1.5, 4.0, 9.0
+"""The error bound in units of the predicted error, and of the part of it that the clamp makes small: of an outermost
+value, and further in, where more eigenvalues are near. Evidence: docs/multifidelity.md."""
 
 NEAR = 10.0
 """In units of the error allowed: eigenvalues nearer to an end than that count as this far away in its error bound.
@@ -97,7 +100,7 @@ MAX_SPENT = 2.0
 """Full-data matvecs of the levels, at most, in units of the steps that the likeness took, of which Lanczos takes about
 1.5 times as many on all data. The default takes 0.9 of them on trained networks."""
 
-FIRST_SHARE = 0.6
+FIRST_SHARE = 0.8
 """Share of the probability of failure for the first certificate of an end; each further one has this share of the rest,
 so that all together have no more than was asked for."""
 
@@ -174,7 +177,7 @@ class CertifiedDavidson:
         cheap = self.levels[:-1]
         on_level = max(self.inner_steps(level) * level.cost for level in cheap)
         # a certificate's vector, C twice, and C once more to judge it
-        return max(on_level, self.op.cost + 3 * MAX_DEGREE * max(level.cost for level in cheap))
+        return max(on_level, self.op.cost + 3 * max(self._max_degree(level) * level.cost for level in cheap))
 
     @property
     def sides(self) -> list[list[int]]:
@@ -190,6 +193,10 @@ class CertifiedDavidson:
         """Return the most Lanczos steps on a level for a direction."""
         worth = round(self.op.cost / level.cost) if level.cost else MAX_INNER_STEPS
         return min(self.num_inner or min(MAX_INNER_STEPS, max(MIN_INNER_STEPS, worth)), level.n)
+
+    def _max_degree(self, level: LinearOperator) -> int:
+        """Return the highest degree of the polynomial of a level in a certificate."""
+        return MAX_DEGREE if level.cost < DEAR * self.op.cost else DEAR_DEGREE
 
     def init(self) -> CertifiedDavidsonState:
         """Return a state with room for the first rows."""
@@ -236,20 +243,23 @@ class CertifiedDavidson:
     def _find_direction(self, state: CertifiedDavidsonState, place: int) -> CertifiedDavidsonState:
         """Find a direction for an end, and its predicted error."""
         level, end = self.levels[state.level], state.ends[place]
+        assert state.sample is not None
         direction = davidson.find_direction(
             level,
+            state.sample,
             end.residual,
             end.value,
             -outwards(place),
             max(state.norm, abs(end.value)),
             attainable_accuracy(self.op, state.norm),
             num_steps=self.inner_steps(level),
-            scale=state.scale,
         )
         state = replace(state, num_matvecs=state.num_matvecs + direction.num_steps * level.cost)
         if not math.isfinite(direction.gain):
-            return _with_end(state, place, direction=Direction(end.residual, 0.0, 0))
-        error = min(end.error, PREDICTION_FACTOR * max([1.0, *state.gains]) * direction.gain)
+            return _with_end(state, place, direction=Direction(end.residual, 0.0, 0.0, 0))
+        predicted = PREDICTION_FACTOR * (direction.gain - direction.clamped)
+        predicted += (INNER_FACTOR if rank(place) else CLAMPED_FACTOR) * direction.clamped
+        error = min(end.error, max([1.0, *state.gains]) * predicted)
         return _with_end(state, place, direction=direction, error=error)
 
     def assess(self, state: CertifiedDavidsonState) -> Assessment[CertifiedDavidsonState]:
@@ -467,6 +477,7 @@ class CertifiedDavidson:
             -outward,
             state.norm,
             lifted=known,
+            max_degree=self._max_degree(self.levels[state.level]),
         )
         op = self.certificate_operator(state, congruence, place, sigma, amounts)
         # independent of the sample's start, of earlier certificates, and of the solve that the caller's start is from

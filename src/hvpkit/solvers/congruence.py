@@ -32,14 +32,22 @@ from hvpkit.results.plain_data import LONG
 from hvpkit.solvers.common.orthogonalize import extend_, row_norms
 from hvpkit.solvers.sample_space import SampleSpace
 
-CLAMP_LOW, CLAMP_HIGH = 1.0, 0.1
-"""The clamp c in units of the shift, at the low and at the high end. Low: from 0.25 to 1 as many steps are needed, with
-2 a tenth more; with 1 the metric of vectors near the end is 1.0 to 1.7 c in 8 solves of the dense network, with 0.5 it
-is 1.1 to 2.6 c. High: outliers of a sample are those of all data."""
+CLAMP_KNOWN, CLAMP_SEARCH, CLAMP_HIGH = 0.25, 1.0, 0.1
+"""The clamp c in units of the shift, at the low end for a known value and for a search, and at the high end. Evidence
+for the first: docs/multifidelity.md. Search: with 1 the metric of vectors near the end is 1.0 to 1.7 c in 8 solves of
+the dense network, with 0.5 it is 1.1 to 2.6 c. High: outliers of a sample are those of all data."""
 
-MAX_DEGREE, FIT = 2, 0.3
-"""Degree of q, at most, and relative error of q with which a lower one is enough. With degree 1 a certificate of the
-dense network takes a fifth more steps, with 4 and 6 as many as with 2."""
+OVERSHOOT = 2.0
+"""The same clamp of a known value, at least, in units of the distance by which the likeness has eigenvalues beyond the
+shift: of those that nearer ones of H become in it, it says nothing."""
+
+MAX_DEGREE, DEAR_DEGREE, FIT = 3, 2, 0.3
+"""Degree of q, at most, the same for a dear likeness, and relative error of q with which a lower one is enough.
+Evidence: docs/multifidelity.md."""
+
+DEAR = 0.1
+"""Cost of a matvec of a dear likeness, at least, in those of H: a degree costs two more of them in each step of a
+certificate. Chosen by feel."""
 
 ROUNDING_FLOOR = 1000.0
 """In units of eps * norm: distances are at least this, so that the rounding of H in B is at most a thousandth of it."""
@@ -109,6 +117,7 @@ def make_congruence(
     norm: float,
     *,
     lifted: bool,
+    max_degree: int = MAX_DEGREE,
 ) -> Congruence:
     """Return C for a shift, from rows ``exact`` ``[k, n]`` with their Rayleigh quotients, and a sample's outliers.
 
@@ -117,7 +126,13 @@ def make_congruence(
     ``likeness`` and all numbers are over the scale of the sample; ``norm`` is that of H.
     """
     floor = ROUNDING_FLOOR * torch.finfo(exact.dtype).eps * norm
-    clamp = max((CLAMP_LOW if sign > 0 else CLAMP_HIGH) * abs(sigma), floor)
+    low, high = sample.low, sample.high
+    share = CLAMP_HIGH if sign < 0 else CLAMP_KNOWN if lifted else CLAMP_SEARCH
+    clamp = max(share * abs(sigma), floor)
+    if sign > 0:
+        low = min(low, sigma)
+        lowest = min([low, *sample.values.tolist()])
+        clamp = max(clamp, OVERSHOOT * (sigma - lowest)) if lifted else clamp
     space = likeness.space
     outside = sample.outliers - space.dots(exact, sample.outliers.mT).mT @ exact
     kept = (row_norms(space, outside) > MIN_REMAINDER).nonzero().flatten()
@@ -129,9 +144,7 @@ def make_congruence(
     first = len(exact) if lifted else 0
     distances[first:] = distances[first:].clamp(min=clamp)
     factors = distances.clamp(min=floor).rsqrt()
-    low, high = sample.low, sample.high
-    low = min(low, sigma) if sign > 0 else low
-    coefficients, largest = _fit(low, high, sigma, sign, clamp)
+    coefficients, largest = _fit(low, high, sigma, sign, clamp, max_degree)
     return Congruence(
         likeness,
         rows[:num_rows],
@@ -143,14 +156,16 @@ def make_congruence(
     )
 
 
-def _fit(low: float, high: float, sigma: float, sign: float, clamp: float) -> tuple[tuple[float, ...], float]:
+def _fit(
+    low: float, high: float, sigma: float, sign: float, clamp: float, max_degree: int
+) -> tuple[tuple[float, ...], float]:
     """Return coefficients of q, the least squares of its relative error at Chebyshev nodes, and its largest value.
 
     Of the lowest degree that is good enough.
     """
     nodes = np.cos(np.pi * (np.arange(200) + 0.5) / 200)
     wanted = np.maximum(sign * ((low + high) / 2 + (high - low) / 2 * nodes - sigma), clamp) ** -0.5
-    for degree in range(MAX_DEGREE + 1):
+    for degree in range(max_degree + 1):
         terms = np.polynomial.chebyshev.chebvander(nodes, degree) / wanted[:, None]
         coefficients = np.linalg.solve(terms.T @ terms, terms.sum(axis=0))
         if np.abs(terms @ coefficients - 1).max() <= FIT:

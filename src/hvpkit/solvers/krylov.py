@@ -36,7 +36,7 @@ from hvpkit.solvers.common.orthogonalize import (
 from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, ritz
 
 SETTLING_INTERVAL = 3
-"""Steps of :func:`krylov_space` between two tests of its accuracy. Chosen by feel."""
+"""Steps of :func:`krylov_space` between two tests of its accuracy, by default. Chosen by feel."""
 
 
 @dataclass(frozen=True)
@@ -289,10 +289,13 @@ def krylov_space(
     num_steps: int,
     scale: Tensor | None,
     enough: Callable[[RitzPairs], bool],
+    *,
+    interval: int = SETTLING_INTERVAL,
 ) -> KrylovSpace:
     """Return the space after ``num_steps`` Lanczos steps from ``vector`` ``[n]``, or as soon as it is ``enough``.
 
-    ``scale`` is what matvecs are divided by; None: a power of two near the first one.
+    That is tested each ``interval`` steps. ``scale`` is what matvecs are divided by; None: a power of two near the
+    first one.
     """
     rows = torch.empty(num_steps, op.space.size(op.n), dtype=op.dtype, device=op.device)
     projected = rows.new_zeros(num_steps + 1, num_steps)
@@ -310,7 +313,7 @@ def krylov_space(
             projected[:count, row], projected[count, row], alive[count] = orthonormalise_(
                 op.space, rows, count, image, norm
             )
-        if count % SETTLING_INTERVAL == 0 or count == num_steps:
+        if count % interval == 0 or count == num_steps:
             found = _ritz_space(rows[:count], projected[: count + 1, :count], alive[:count], scale)
             finite = bool(torch.isfinite(projected[count, row]))
             if count < num_steps and (not finite or enough(found.pairs)):
