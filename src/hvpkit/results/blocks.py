@@ -138,17 +138,30 @@ class BlockSpectra:
 
     def summary(self) -> str:
         """Return a table of both ends with intervals, trace and status of each block, and a line of passes and time."""
-        wide = max(len("block"), *(len(name) for name in self.names))
-        header = f"{'block':<{wide}}{'rows':>9}  {'smallest':<37}{'largest':<37}{'trace':<23}status"
+        heads = ("block", "rows", "smallest", "largest", "trace", "status")
         rows = [
-            f"{block.name:<{wide}}{block.n:>9}  {_end(block.extremes, 'smallest'):<37}"
-            f"{_end(block.extremes, 'largest'):<37}{_trace(block.trace):<23}{block.extremes.status}"
+            (
+                block.name,
+                str(block.n),
+                _end(block.extremes, "smallest"),
+                _end(block.extremes, "largest"),
+                _trace(block.trace),
+                str(block.extremes.status),
+            )
             for block in self.blocks
+        ]
+        wide = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if place == 1 else cell.ljust(w)
+                for place, (cell, w) in enumerate(zip(row, wide, strict=True))
+            ).rstrip()
+            for row in (heads, *rows)
         ]
         close = (
             f"{len(self.blocks)} blocks of {self.operator}: {self.num_passes} passes, {self.seconds:.3g} s"
         )
-        return "\n".join([header, *rows, close])
+        return "\n".join([*lines, close])
 
     @styled
     def plot(self, log: bool = True) -> list[Axes]:
