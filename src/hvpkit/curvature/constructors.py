@@ -285,7 +285,7 @@ def fisher(  # noqa: D417
     if likelihood is not None:
         check_choice("likelihood", likelihood, LIKELIHOODS)
     if num_samples is not None:
-        check_count("num_samples", num_samples, 1)
+        num_samples = check_count("num_samples", num_samples, 1)
     seed = resolve_seed(seed)
     options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress, shard_params)
     problem, first = _specify(objective, params, data, options)

@@ -51,8 +51,8 @@ def trace_of_function(
     ``jumps`` are where f is not continuous, if it is constant between them.
     """
     check_precision(op)
-    check_count("num_steps", num_steps, 1)
-    check_count("num_probes", num_probes, 2)
+    num_steps = check_count("num_steps", num_steps, 1)
+    num_probes = check_count("num_probes", num_probes, 2)
     if time_limit is not None:
         check_positive("time_limit", time_limit)
     goal = make_goal(op, "lanczos", num_steps, num_probes, None, resolve_seed(seed))

@@ -12,6 +12,8 @@ from hvpkit.results.density import Density
 from hvpkit.results.drawing import COLORS, WIDTH, styled
 from hvpkit.results.eigen import ExtremeResult, Progress
 from hvpkit.results.estimate import Estimate, plus_minus
+from hvpkit.results.saving import Result
+from hvpkit.results.tables import Columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +70,7 @@ class BlockSpectrum:
 
 
 @dataclass(frozen=True, repr=False)
-class BlockSpectra:
+class BlockSpectra(Result):
     """The spectra of the diagonal blocks of a Hessian.
 
     Attributes:
@@ -135,6 +137,25 @@ class BlockSpectra:
 
     def __repr__(self) -> str:
         return f"<BlockSpectra: {len(self.blocks)} blocks of {self.operator}, {self.num_passes} passes>"
+
+    def _columns(self) -> Columns:
+        """Return a row for each block."""
+        ends = ("smallest", "largest")
+        pairs = {end: [getattr(block.extremes, end) for block in self.blocks] for end in ends}
+        traces = [block.trace for block in self.blocks]
+        return {
+            "block": list(self.names),
+            "rows": [block.n for block in self.blocks],
+            **{end: [pair.value for pair in pairs[end]] for end in ends},
+            **{
+                f"{end}_{name}": [getattr(pair.interval, name) for pair in pairs[end]]
+                for end in ends
+                for name in ("lower", "upper")
+            },
+            "trace": [None if trace is None else trace.value for trace in traces],
+            "trace_stderr": [None if trace is None else trace.stderr for trace in traces],
+            "status": [str(block.extremes.status) for block in self.blocks],
+        }
 
     def summary(self) -> str:
         """Return a table of both ends with intervals, trace and status of each block, and a line of passes and time."""
