@@ -176,6 +176,15 @@ def test_bad_argument_is_named(ask: Callable[[hk.LinearOperator], object], name:
         ask(hk.aslinearoperator(torch.eye(4)))
 
 
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_nothing_is_known_of_what_is_not_finite(question: str) -> None:
+    op = hk.LinearOperator(lambda v: v * math.nan, 50, F64, torch.device("cpu"))
+    found = QUESTIONS[question][0](op)
+    assert found.status is hk.Status.NON_FINITE
+    assert math.isnan(found.value)
+    assert found.stderr == math.inf
+
+
 def test_same_seed_gives_the_same_bits() -> None:
     op = diagonal(SPREAD["even"])
     one, two, other = (hk.logdet(op, damping=0.1, num_steps=10, seed=seed) for seed in (3, 3, 4))

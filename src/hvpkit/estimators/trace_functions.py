@@ -284,6 +284,8 @@ def _bias(op: LinearOperator, found: Measured, f: Callable[[Tensor], Tensor], me
 def _rounding(op: LinearOperator, density: Density, f: Callable[[Tensor], Tensor]) -> float:
     """Return the error by the rounding of matvecs, which moves nodes, where it is more than that of the sum of f."""
     nodes, weights = density.nodes, density.weights
+    if not len(nodes):
+        return math.inf
     width = op.precision * float(nodes.abs().max())
     inward = torch.where(nodes * 2 <= nodes[0] + nodes[-1], width, -width)
     values = f(nodes)
