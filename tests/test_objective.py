@@ -6,6 +6,7 @@ import weakref
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -623,3 +624,39 @@ def test_spectral_normalisation_keeps_its_vectors() -> None:
         assert torch.equal(objective(params, data), expected)
     assert before
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda p: list(p.values()),
+            TypeError,
+            "params must be a dict of the network's parameters by name, got list",
+        ),
+        (
+            lambda p: torch.cat([t.flatten() for t in p.values()]),
+            TypeError,
+            "params must be a dict .* got Tensor",
+        ),
+        (
+            lambda p: {"weight": p["weight"]},
+            ValueError,
+            "params lacks 'bias', a parameter of the network; pass",
+        ),
+        (lambda p: {**p, "other": torch.ones(2)}, ValueError, "params has 'other', which is no parameter"),
+        (
+            lambda p: {**p, "bias": torch.ones(3)},
+            ValueError,
+            r"params\['bias'\] has shape \[3\], expected \[2\]",
+        ),
+    ],
+)
+def test_parameters_of_another_network_are_refused(
+    change: Callable[[Any], Any], error: type[Exception], message: str
+) -> None:
+    objective, params = hk.from_module(nn.Linear(3, 2), nn.MSELoss())
+    data = torch.ones(4, 3), torch.ones(4, 2)
+    for call in (objective, lambda p, batch: hk.hessian(objective, p, batch)):
+        with pytest.raises(error, match=f"^{message}"):
+            call(change(params), data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -84,9 +84,35 @@ class Network:
             return torch.func.functional_call(self.module, values, args, kwargs)
 
     def values(self, params: Tree) -> dict[str, Tensor]:
-        """Return the values of all tensors; buffers are copies, as modules may write to them."""
+        """Return the values of all tensors; buffers are copies, as modules may write to them.
+
+        Raises:
+            TypeError: ``params`` is no dict.
+            ValueError: it lacks a parameter, or has another name or shape.
+        """
+        if not torch.compiler.is_compiling():
+            self._check(params)
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         return {**self.constants, **buffers, **params}
+
+    def _check(self, params: Tree) -> None:
+        """Raise TypeError or ValueError unless ``params`` holds the variables, by name and in their shapes."""
+        remedy = "pass the dict that hvpkit.from_module returned, or one of other values with the same names"
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                f"params must be a dict of the network's parameters by name, got {type(params).__name__}; {remedy}"
+            )
+        known = (self.constants, self.buffers, params)
+        missing = [name for name in self.tensors if not any(name in values for values in known)]
+        if missing:
+            raise ValueError(f"params lacks {missing[0]!r}, a parameter of the network; {remedy}")
+        for name, value in params.items():
+            if name not in self.tensors:
+                raise ValueError(f"params has {name!r}, which is no parameter of the network; {remedy}")
+            if value.shape != (shape := self.tensors[name].shape):
+                raise ValueError(
+                    f"params[{name!r}] has shape {list(value.shape)}, expected {list(shape)}; {remedy}"
+                )
 
     def dropouts(self, batch: Batch) -> Any:
         """Return the context that fixes dropout masks."""
