@@ -289,7 +289,7 @@ def _rounding(op: LinearOperator, density: Density, f: Callable[[Tensor], Tensor
     width = op.precision * float(nodes.abs().max())
     inward = torch.where(nodes * 2 <= nodes[0] + nodes[-1], width, -width)
     values = f(nodes)
-    error = float((weights * (f(nodes + inward) - values)).norm())
+    error = float((weights * (f(nodes + inward) - values)).square().sum()) ** 0.5
     return error if error > 32 * op.precision * float(weights @ values.abs()) else 0.0
 
 
