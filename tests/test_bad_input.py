@@ -1237,3 +1237,22 @@ def test_solvers_and_estimators_refuse_before_the_first_product() -> None:
         with pytest.raises((TypeError, ValueError)):
             function(H(), **changes)
     assert not PRODUCTS
+
+
+def test_counts_may_be_integers_of_numpy() -> None:
+    op, many, few = hk.aslinearoperator(torch.diag(torch.arange(1.0, 31.0))), np.int64(4), np.int32(2)
+    for ask in (
+        lambda k, w: hk.lanczos(op, k, block_size=w).values,
+        lambda k, w: hk.top_eigenvalues(op, k).values,
+        lambda k, w: hk.follow_top(op, k)[0].values,
+        lambda k, w: hk.spectral_density(op, num_steps=k, num_probes=w, block_size=w).nodes,
+        lambda k, w: torch.tensor(hk.logdet(op, num_steps=k, num_probes=w).value),
+        lambda k, w: hk.moments(op, k).value,
+        lambda k, w: op.to_dense(w),
+        lambda k, w: (
+            hk.blocks(lambda p, b: (b @ p) ** 2, W, X, num_probes=w, num_steps=k, density=True)[
+                "params"
+            ].density.nodes
+        ),
+    ):
+        assert torch.equal(ask(few, many), ask(int(few), int(many)))

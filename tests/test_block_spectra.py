@@ -310,6 +310,7 @@ def test_summary_names_every_block(found):
     assert "3 blocks" in repr(found)
     assert "'2'" in repr(found["2"])
     assert len(found) == 3
+    assert all(line.count("]  ") == 2 for line in lines[1:-1])  # wide intervals keep columns apart
 
 
 def test_unknown_block_is_a_key_error(found):

@@ -573,6 +573,11 @@ def test_later_training_does_not_change_an_objective(batchnorm: str) -> None:
             ValueError,
             "params has '1.running_mean', no parameter",
         ),
+        (
+            lambda p: p | {"0.bias": torch.ones(3)},
+            ValueError,
+            r"params\['0.bias'\] has shape \[3\], expected \[4\]",
+        ),
         (lambda p: list(p.values()), TypeError, "params must be a dict .* got list"),
     ],
 )
@@ -583,7 +588,7 @@ def test_other_parameters_than_those_of_the_network_are_refused(
     model[2].bias.requires_grad_(False)
     objective, params = hk.from_module(model, nn.CrossEntropyLoss())
     data = torch.randn(6, 3), torch.arange(6) % 2
-    for ask in (hk.loss, hk.grad, hk.hessian):
+    for ask in (hk.Objective.__call__, hk.loss, hk.grad, hk.hessian):
         with pytest.raises(error, match=reason):
             ask(objective, change(params), data)
     assert hk.hessian(objective, dict(model.named_parameters()), data).n == 34  # frozen ones as variables

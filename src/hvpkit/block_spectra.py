@@ -195,8 +195,8 @@ def blocks(
     """
     for name, flag in (("trace", trace), ("density", density)):
         check_flag(name, flag)
-    check_count("num_steps", num_steps, 1)
-    check_count("num_probes", num_probes, 2)
+    num_steps = check_count("num_steps", num_steps, 1)
+    num_probes = check_count("num_probes", num_probes, 2)
     check_certainty(confidence, False)
     check_monitor(monitor)
     if max_matvecs is not None:

@@ -2,7 +2,8 @@ r"""Functions of an operator, applied to vectors: f(H) b.
 
 Method: :math:`f(H)\, b \approx \|b\| \sum_i f(\theta_i)\, s_{1i} V^\top s_i` with the Ritz pairs of the Krylov space of
 b, exact for polynomials of a degree below its dimension. As the bases of two dimensions are nested, the distance of
-their results is that of their coefficients; the error is estimated by the change over the last steps.
+their results is that of their coefficients; the error is estimated by the change over the last steps, and by what
+the rounding of matvecs does to the result, to first order: much where f is steep, as an inverse near zero.
 
 Cost: a matvec a step, and full reorthogonalisation. Memory: a vector a step.
 Source: Higham, Functions of Matrices, SIAM (2008), doi:10.1137/1.9780898717778, ch. 13.
@@ -36,6 +37,10 @@ from hvpkit.solvers.lanczos import BASIS_BYTES
 
 MESSAGES = {
     Status.CONVERGED: "the error estimate is at most tol * |f(H) b|",
+    Status.ROUNDING_LIMITED: (
+        "rounding of matvecs may change the result by more than tol; error_estimate says by how much; take float64, or "
+        "a smoother function, as with more damping"
+    ),
     Status.MAX_MATVECS: (
         "the matvecs or the memory of the basis are used up; error_estimate says how good x is; raise max_matvecs or "
         "tol, or take a smoother function"
@@ -65,7 +70,7 @@ def matrix_function(
 
     Args:
         H: symmetric operator.
-        f: from eigenvalues ``[m]``, float64, to values ``[m]``; defined on the whole spectrum.
+        f: from eigenvalues ``[m]``, float64, to real values ``[m]``; defined on the whole spectrum.
         b: a tensor or NumPy array ``[n]`` or ``[n, k]``, or a tree like the parameters; over a mesh also a DTensor,
             ``Shard(0)``. One Krylov space a column.
         tol: error estimate over the norm of the result.
@@ -74,13 +79,16 @@ def matrix_function(
 
     Returns:
         The result with its error estimate, the change over the last quarter of the steps: much larger than the error
-        where convergence is fast. A function that is not smooth converges slowly, and its error may be a few times the
-        estimate; one that changes where no eigenvalue was found yet can deceive it. To rounding exact where the Krylov
-        space is invariant.
+        where convergence is fast; and what rounding may change, which is all that is left where the Krylov space is
+        invariant. If that alone is more than ``tol``, the status is ``"rounding-limited"``, as for a function that is
+        steep at an eigenvalue: the inverse or the root near zero, or a step. A function that is not smooth converges
+        slowly, and its error may be a few times the estimate; one that changes where no eigenvalue was found yet can
+        deceive it.
 
     Raises:
+        TypeError: f gave complex numbers.
         ValueError: an argument out of its range; b of another shape, dtype or device, or not finite; f gave NaN or
-            infinity on a Ritz value, named, or another shape.
+            infinity on a Ritz value, named, or beside one by its rounding; or another shape.
         NotSymmetricError: ``H`` is not symmetric beyond rounding.
 
     Cost:
@@ -147,6 +155,7 @@ class _Settling:
         suspect: the first vector ``[n]`` whose matvec was not finite.
         coefficients: at each test ``[m]``.
         exact: True if the space is invariant.
+        rounding: the error by the rounding of matvecs.
     """
 
     f: Callable[[Tensor], Tensor]
@@ -157,12 +166,18 @@ class _Settling:
     suspect: Tensor | None = None
     coefficients: list[Tensor] = field(default_factory=list)
     exact: bool = False
+    rounding: float = 0.0
 
     @property
     def error(self) -> float:
+        """The estimate of the error: the change of the coefficients, and rounding."""
+        return math.hypot(self.change, self.rounding)
+
+    @property
+    def change(self) -> float:
         """The change over the last tests; infinite before there are enough."""
         if self.exact:
-            return 32 * self.op.precision * float(self.coefficients[-1].norm())
+            return 0.0
         lag = max(LAG, math.ceil(LAG_SHARE * len(self.coefficients)))
         if len(self.coefficients) <= lag:
             return math.inf
@@ -172,8 +187,13 @@ class _Settling:
 
     @property
     def small(self) -> bool:
-        """True if the error is small enough."""
-        return self.exact or self.error <= self.tol * float(self.coefficients[-1].norm())
+        """True if the error is small enough, or rounding hides the change."""
+        return self.exact or self.change <= self.rounding or self.has_converged
+
+    @property
+    def has_converged(self) -> bool:
+        """True if the error is at most ``tol`` times the norm of the result."""
+        return self.error <= self.tol * float(self.coefficients[-1].norm())
 
     def product(self, vectors: Tensor) -> Tensor:
         """Multiply by the operator; note the scale, and what is not finite."""
@@ -188,18 +208,50 @@ class _Settling:
     def __call__(self, pairs: RitzPairs, *, cut: bool = False) -> bool:
         check_symmetric(self.op, pairs.asymmetry, pairs.norm)
         nodes = pairs.values * self.scale
-        values = torch.as_tensor(self.f(nodes), device="cpu").to(torch.float64)
+        values = self._values(nodes)
+        self.rounding = self._rounding(nodes, values, pairs.vectors[0])
+        self.coefficients.append(pairs.vectors @ (values * pairs.vectors[0]))
+        rounding = 32 * self.op.precision * max(pairs.norm, torch.finfo(torch.float64).tiny)
+        self.exact = not cut and bool((pairs.residual_norms <= rounding).all())
+        return self.small
+
+    def _values(self, nodes: Tensor) -> Tensor:
+        """Return f at nodes ``[m]``, which it may write to.
+
+        Raises:
+            TypeError, ValueError: f does not return real, finite numbers, one for each.
+        """
+        values = torch.as_tensor(self.f(nodes.clone()), device="cpu")
+        if values.is_complex():
+            raise TypeError(
+                "f must return real numbers, got complex ones; take its real and imaginary part apart"
+            )
         if values.shape != nodes.shape:
             raise ValueError(f"f must return a tensor of shape {list(nodes.shape)}, got {list(values.shape)}")
+        values = values.to("cpu", torch.float64)
         if not bool(torch.isfinite(values).all()):
             where = float(nodes[~torch.isfinite(values)][0])
             raise ValueError(
                 f"f gave NaN or infinity at a Ritz value of {where:.6g}; shift it, or define it there"
             )
-        self.coefficients.append(pairs.vectors @ (values * pairs.vectors[0]))
-        rounding = 32 * self.op.precision * max(pairs.norm, torch.finfo(torch.float64).tiny)
-        self.exact = not cut and bool((pairs.residual_norms <= rounding).all())
-        return self.small
+        return values
+
+    def _rounding(self, nodes: Tensor, values: Tensor, weights: Tensor) -> float:
+        r"""Return the error by the rounding of matvecs: a perturbation E of the operator, of norm :math:`\delta`.
+
+        To first order it changes coefficient i by :math:`\sum_j f[\theta_i, \theta_j] E_{ij} w_j` (Daleckii and Krein),
+        with divided differences over :math:`\delta` at least, which stay in the range of the nodes.
+        """
+        width = self.op.precision * float(nodes.abs().max())
+        if not width:
+            return 0.0
+        inward = torch.where(nodes * 2 <= nodes[0] + nodes[-1], width, -width)
+        own = (self._values(nodes + inward) - values).abs() / width
+        distance = (nodes[:, None] - nodes).abs()
+        differences = (values[:, None] - values).abs() / distance.clamp(min=width)
+        mean = differences.square().mean(dim=0).sqrt()
+        steepest, own_rounding = torch.maximum(own, mean) * width, values * self.op.precision
+        return float((torch.hypot(steepest, own_rounding) * weights).norm())
 
 
 def _applied(
@@ -221,7 +273,9 @@ def _applied(
         )
     coefficients = test.coefficients[-1]
     x = size * (space.rows[: len(coefficients)].mT @ coefficients.to(space.rows))
-    status = Status.CONVERGED if test.small else Status.MAX_MATVECS
+    status = Status.MAX_MATVECS
+    if test.small:
+        status = Status.CONVERGED if test.has_converged else Status.ROUNDING_LIMITED
     if not finite:
         status = Status.NON_FINITE
     return _Applied(

@@ -41,7 +41,8 @@ def trained(
     """A network after some steps: with its data, the optimizer, the last gradient and the last change."""
     problem = network("mlp", num_examples=40)
     model, (x, y) = problem.model, problem.data
-    optimizer = make(model.parameters())
+    optimizer, gradient = make(model.parameters()), torch.zeros(0)
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     for step in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(model(x) * (1 + step), y).backward()
@@ -240,6 +241,38 @@ def test_blocks_and_twins_are_matched_by_value_and_name() -> None:
     )
     with pytest.raises(ValueError, match=r"several parameters .*'3.weight'; give it names"):
         hk.precondition(hessian_of(model, (x, y), wrt="3.*"), unnamed)
+
+
+def test_equal_parameters_in_groups_of_another_order_need_names() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    for layer in (model[0], model[2]):
+        nn.init.zeros_(layer.bias)
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+    def stepped(make: Callable[..., Optimizer], *groups: Any) -> Optimizer:
+        optimizer = make([{"params": group} for group in groups], lr=0.0)  # as at the start of a warm-up
+        F.cross_entropy(model(x), torch.arange(20) % 3).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer
+
+    H, named = hessian_of(model, (x, torch.arange(20) % 3)), dict(model.named_parameters())
+    weights, biases = ["2.weight", "0.weight"], ["2.bias", "0.bias"]
+    by_value = [[named[name] for name in names] for names in (weights, biases)]
+    with pytest.raises(ValueError, match=r"several parameters .*'0.bias'; give it names"):
+        hk.precondition(H, stepped(Adam, *by_value))
+    assert torch.equal(optimizer_scale(H, stepped(SGD, *by_value)), torch.ones(H.n, dtype=F64))
+    optimizer = stepped(Adam, *([(name, named[name]) for name in names] for names in (weights, biases)))
+    squares = [optimizer.state[p]["exp_avg_sq"].reshape(-1) for p in model.parameters()]
+    assert (
+        relative_error(optimizer_scale(H, optimizer), torch.cat(squares).div(1 - 0.999).sqrt() + 1e-8) < 1e-9
+    )
+
+
+def test_adagrad_has_a_state_but_no_scale_before_its_first_step() -> None:
+    model, data, optimizer, _, _ = trained(OPTIMIZERS["Adagrad"], steps=0)
+    with pytest.raises(ValueError, match=r"Adagrad has no state for .*it has not taken a step"):
+        hk.precondition(hessian_of(model, data), optimizer)
 
 
 def test_what_the_optimizer_lacks_is_named() -> None:

@@ -116,6 +116,40 @@ def test_outliers_are_counted_exactly() -> None:
     assert found.stderr < 1e-6
 
 
+@pytest.mark.parametrize("num_probes", [2, 8])
+def test_eigenvalues_between_nodes_are_in_the_standard_error(num_probes: int) -> None:
+    """No node falls into a short interval inside of a bulk, and probes agree on nothing."""
+    values = SPREAD["even"]
+    for lower in (0.2, 0.31, 0.42, 0.53, 0.64):
+        found = hk.count_eigenvalues(
+            diagonal(values), lower, lower + 0.02, num_steps=10, num_probes=num_probes
+        )
+        truth = float(((values > lower) & (values <= lower + 0.02)).sum())
+        assert abs(found.value - truth) <= 3 * found.stderr
+        assert found.stderr > 20  # of 30
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_eigenvalues_at_an_end_are_in_the_standard_error(exact: bool) -> None:
+    """Zeros are counted on either side, as rounding has them, and are known to be."""
+    A = matrix([0.0] * 40 + torch.linspace(1, 2, 60).tolist())
+    steps = 100 if exact else 30
+    found = hk.count_eigenvalues(hk.aslinearoperator(A), 0.0, math.inf, num_steps=steps, num_probes=2)
+    assert found.stderr == pytest.approx(40, rel=0.5)
+    assert 60 - 3 <= found.value <= 100 + 3
+    apart = hk.count_eigenvalues(hk.aslinearoperator(A), 0.5, math.inf, num_steps=steps, num_probes=2)
+    assert apart.value == pytest.approx(60, abs=1e-6 if exact else 20)
+    assert apart.stderr < (1e-6 if exact else 20)
+
+
+def test_rounding_is_in_the_standard_error_where_it_is_amplified() -> None:
+    A = matrix(torch.logspace(-7, 0, 50).tolist(), dtype=torch.float32)
+    truth = float((torch.linalg.eigvalsh(A.double()) + 1e-7).log().sum())
+    found = hk.logdet(hk.aslinearoperator(A), damping=1e-7)
+    assert found.stderr > 0.1
+    assert abs(found.value - truth) < 10 * found.stderr
+
+
 def test_what_is_not_positive_definite_is_refused_with_the_ritz_value() -> None:
     op = hk.aslinearoperator(matrix(SPECTRA["indefinite"]))
     with pytest.raises(ValueError, match=r"damping must make .* Ritz value of -5 .*damping is 1"):
@@ -140,6 +174,15 @@ def test_what_is_not_positive_definite_is_refused_with_the_ritz_value() -> None:
 def test_bad_argument_is_named(ask: Callable[[hk.LinearOperator], object], name: str) -> None:
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         ask(hk.aslinearoperator(torch.eye(4)))
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_nothing_is_known_of_what_is_not_finite(question: str) -> None:
+    op = hk.LinearOperator(lambda v: v * math.nan, 50, F64, torch.device("cpu"))
+    found = QUESTIONS[question][0](op)
+    assert found.status is hk.Status.NON_FINITE
+    assert math.isnan(found.value)
+    assert found.stderr == math.inf
 
 
 def test_same_seed_gives_the_same_bits() -> None:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.sparse
+import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
@@ -27,6 +29,31 @@ def test_scipy_leaves_its_own_arrays_alone() -> None:
     array.flags.writeable = False
     A = hk.aslinearoperator(torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)))
     assert A.to_scipy().matvec(array).tolist() == [2.0, 2.0, 0.0]
+
+
+def test_scipy_multiplies_by_complex_vectors() -> None:
+    matrix = np.array([[2.0, 1.0], [1.0, -3.0]])
+    v = np.array([1.0 + 2.0j, 3.0 - 1.0j])
+    A = hk.aslinearoperator(matrix).to_scipy()
+    assert np.allclose(A @ v, matrix @ v)
+    flow = scipy.sparse.linalg.expm_multiply(-1j * A, v, traceA=1j)
+    assert np.allclose(flow, scipy.linalg.expm(-1j * matrix) @ v)
+
+
+@pytest.mark.parametrize("dtype", [">f8", ">f4", "g"])
+def test_arrays_of_either_byte_order_and_wide_floats_are_converted(dtype: str) -> None:
+    matrix, v = np.array([[2.0, 1.0], [1.0, -3.0]]), np.array([1.0, 2.0], dtype=dtype)
+    assert (hk.aslinearoperator(matrix) @ v).tolist() == [4.0, -5.0]
+    if dtype != "g":
+        assert (hk.aslinearoperator(matrix.astype(dtype)) @ v).tolist() == [4.0, -5.0]
+
+
+def test_a_matvec_may_write_to_its_argument() -> None:
+    entries, v = torch.arange(1.0, 31.0, dtype=torch.float64), torch.ones(30, dtype=torch.float64)
+    A = hk.aslinearoperator((lambda w: w.mul_(entries), 30, torch.float64))
+    assert torch.equal(A @ v, entries)
+    assert torch.equal(v, torch.ones_like(v))
+    assert hk.lanczos(A, tol=1e-6).values.item() == pytest.approx(30.0)
 
 
 @pytest.mark.parametrize("layout", ["read-only", "reversed", "fortran"])
@@ -84,6 +111,8 @@ class Foreign:
         (torch.full((2, 2), float("nan")), ValueError, "A contains NaN or infinity"),
         (np.full((2, 2), np.inf), ValueError, "A contains NaN or infinity"),
         (np.ones((2, 2), dtype=np.int32), TypeError, "A must have a real floating dtype"),
+        (np.eye(2).astype(object), TypeError, "A must have a real floating dtype that torch has, got object"),
+        (np.eye(2, dtype="g"), TypeError, "A must have a real floating dtype that torch has, got"),
         (np.ones((2, 3)), ValueError, "A must be square"),
         (scipy.sparse.eye_array(2, dtype=np.int64), TypeError, "A must have a real floating dtype"),
         (scipy.sparse.csr_array(np.ones((2, 3))), ValueError, "A must be square"),
@@ -115,6 +144,10 @@ def test_what_is_no_symmetric_operator_is_refused(A: object, error: type[Excepti
         ((lambda v: v[:1], 2, torch.float64), r"A: matvec must return a tensor of shape \[2\], got \[1\]"),
         ((lambda v: v.numpy(), 2, torch.float64), r"A: matvec must return .* got ndarray"),
         (Foreign(), r"A: matvec must return a tensor of shape \[2\], got \[3\]"),
+        (
+            (lambda v: v.float(), 2, torch.float64),
+            r"A: matvec must return torch.float64, as .* got torch.float32",
+        ),
     ],
 )
 def test_a_product_of_another_shape_is_refused(A: object, reason: str) -> None:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 def check_count(name: str, value: int, low: int, high: int | None = None) -> int:
     """Return ``value``; raise TypeError or ValueError unless it is an integer in ``[low, high]``."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be an int, got {value!r:.80} of type {type(value).__name__}")
     if value < low or (high is not None and value > high):
         span = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} must be {span}, got {value}")
@@ -29,7 +29,7 @@ def check_count(name: str, value: int, low: int, high: int | None = None) -> int
 def check_number(name: str, value: float) -> float:
     """Return ``value``; raise TypeError unless it is a number."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {value!r:.80} of type {type(value).__name__}")
     return float(value)
 
 
@@ -71,7 +71,7 @@ def check_probability(name: str, value: float) -> float:
 def check_flag(name: str, value: bool) -> bool:
     """Return ``value``; raise TypeError unless it is True or False, which a string such as "no" is not."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be True or False, got {value!r:.80} of type {type(value).__name__}")
     return value
 
 
@@ -79,7 +79,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     """Return ``value``; raise ValueError unless it is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+        raise ValueError(f"{name} must be one of {listed}, got {value!r:.80}")
     return value
 
 
@@ -87,7 +87,7 @@ def check_path(name: str, value: str | os.PathLike[str]) -> Path:
     """Return ``value`` as a path; raise TypeError unless it is one."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(
-            f"{name} must be a path of a file or folder, got {value!r} of type {type(value).__name__}"
+            f"{name} must be a path of a file or folder, got {value!r:.80} of type {type(value).__name__}"
         )
     return Path(value)
 

@@ -199,7 +199,10 @@ def empirical_fisher(  # noqa: D417
     r"""Return the empirical Fisher matrix: the second moment of single gradients, :math:`\frac1N \sum_i g_i g_i^\top`.
 
     :math:`g_i` is the gradient of the loss of an **example**: for a sequence whose loss is a mean over its tokens, the
-    mean of their gradients. For a Fisher matrix of tokens let each token be an example.
+    mean of their gradients. For a Fisher matrix of tokens let each token be an example. The mean of all :math:`g_i` is
+    the gradient of the loss: where an objective has weights w of its examples, as by their classes or where targets are
+    ignored, :math:`g_i = N w_i \nabla \ell_i / \sum_j w_j`, and weights are squared, unlike in :func:`fisher`. Leave
+    examples out of the data whose targets are ignored: N / (number kept) is a factor of the matrix.
 
     Args:
         loss_fn: ``loss_fn(params, batch)``: losses ``[B]``. Pure.
@@ -285,7 +288,7 @@ def fisher(  # noqa: D417
     if likelihood is not None:
         check_choice("likelihood", likelihood, LIKELIHOODS)
     if num_samples is not None:
-        check_count("num_samples", num_samples, 1)
+        num_samples = check_count("num_samples", num_samples, 1)
     seed = resolve_seed(seed)
     options = _Options(wrt, batch_size, mode, arithmetic, memory_limit, progress, shard_params)
     problem, first = _specify(objective, params, data, options)

@@ -441,7 +441,7 @@ class CurvatureOperator(LinearOperator):
         self.check_whole("coarsen")
         if self.subset is None:
             super().coarsen()  # raises
-        check_count("num_examples", num_examples, 1, self.num_examples)
+        num_examples = check_count("num_examples", num_examples, 1, self.num_examples)
         combined = torch.zeros(self.data.num_units, dtype=torch.float64, device="cpu")
         for coefficient, term in self.terms:
             combined += abs(coefficient) * scores(term.problem, importance)

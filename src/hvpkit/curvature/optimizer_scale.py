@@ -108,11 +108,14 @@ def optimizer_scale(H: LinearOperator, optimizer: Optimizer) -> Tensor:
     problem, places = H.terms[0][1].problem, _places(H, optimizer)
     if formula is None:
         return torch.ones(H.n, dtype=torch.float64, device=H.device)
+    _check_order(H, optimizer, places)
     entry, of_state = formula
+    theirs = _parameters(optimizer)
+    found = [theirs[place] for place in places]
     missing = [
         name
-        for name, (_, p) in zip(problem.layout.names, places, strict=True)
-        if entry not in optimizer.state.get(p, {})
+        for name, (_, p) in zip(problem.layout.names, found, strict=True)
+        if not _has_stepped(optimizer.state.get(p, {}), entry)
     ]
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
@@ -120,7 +123,7 @@ def optimizer_scale(H: LinearOperator, optimizer: Optimizer) -> Tensor:
             f"scale: {type(optimizer).__name__} has no state for {', '.join(missing[:4])}{more}: it has not taken a "
             "step with a gradient of them; take one, or leave them out by wrt="
         )
-    parts = [of_state(group, _whole(optimizer.state[p])).reshape(-1) for group, p in places]
+    parts = [of_state(group, _whole(optimizer.state[p])).reshape(-1) for group, p in found]
     return torch.cat(parts).to(H.device)
 
 
@@ -129,20 +132,36 @@ def _whole(state: State) -> State:
     return {key: gathered(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
-def _places(H: CurvatureOperator, optimizer: Optimizer) -> list[tuple[State, Tensor]]:
-    """Return the optimizer's parameter for each leaf of H, with its group, by equal values, in order.
+def _has_stepped(state: State, entry: str) -> bool:
+    """Return True if a parameter has taken a step; Adagrad makes its state before."""
+    return entry in state and float(state.get("step", 1)) > 0
+
+
+def _parameters(optimizer: Optimizer) -> list[tuple[State, Tensor]]:
+    """Return the optimizer's parameters, each with its group."""
+    return [(group, p) for group in optimizer.param_groups for p in group["params"]]
+
+
+def _names(optimizer: Optimizer) -> list[str | None]:
+    """Return the names of the optimizer's parameters; None where they were given without."""
+    return [
+        name
+        for group in optimizer.param_groups
+        for name in group.get("param_names") or [None] * len(group["params"])
+    ]
+
+
+def _places(H: CurvatureOperator, optimizer: Optimizer) -> list[int]:
+    """Return the place of each leaf of H among the optimizer's parameters: by equal values, then name, then order.
 
     Raises:
         ValueError: there is none, or several and nothing to tell them apart.
     """
-    problem = H.terms[0][1].problem
+    problem, names = H.terms[0][1].problem, _names(optimizer)
     if any(problem.layout.spec.is_complex):
         raise TypeError("scale is an optimizer of complex parameters; pass its diagonal as a vector")
-    theirs = [(group, p) for group in optimizer.param_groups for p in group["params"]]
-    values = [gathered(p.detach()) for _, p in theirs]
-    names = [name for group in optimizer.param_groups for name in group.get("param_names", [])]
-    used: set[int] = set()
-    found = []
+    values = [gathered(p.detach()) for _, p in _parameters(optimizer)]
+    found: list[int] = []
     for name, leaf in zip(problem.layout.names, problem.leaves, strict=True):
         same = [
             place
@@ -155,14 +174,26 @@ def _places(H: CurvatureOperator, optimizer: Optimizer) -> list[tuple[State, Ten
                 "optimizes, after its last step"
             )
         twins = sum(torch.equal(leaf, other) for other in problem.leaves if other.shape == leaf.shape)
-        if len(same) > twins:
-            same = [place for place in same if len(names) == len(theirs) and names[place] == name]
-            if not same:
-                raise ValueError(
-                    f"scale: several parameters of the optimizer have the values of {name!r}; give it names, as "
-                    "torch.optim.Adam(model.named_parameters())"
-                )
-        place = next(place for place in same if place not in used)
-        used.add(place)
-        found.append(theirs[place])
+        named = [place for place in same if names[place] == name]
+        if len(same) > twins and not named:
+            raise _ambiguous(name)
+        found.append(next(place for place in named or same if place not in found))
     return found
+
+
+def _check_order(H: CurvatureOperator, optimizer: Optimizer, places: list[int]) -> None:
+    """Raise ValueError if places of equal parameters were chosen by an order that is not the optimizer's."""
+    if places == sorted(places):
+        return
+    problem, names = H.terms[0][1].problem, _names(optimizer)
+    for name, leaf, place in zip(problem.layout.names, problem.leaves, places, strict=True):
+        twins = sum(torch.equal(leaf, other) for other in problem.leaves if other.shape == leaf.shape)
+        if twins > 1 and names[place] != name:
+            raise _ambiguous(name)
+
+
+def _ambiguous(name: str) -> ValueError:
+    return ValueError(
+        f"scale: several parameters of the optimizer have the values of {name!r}; give it names, as "
+        "torch.optim.Adam(model.named_parameters())"
+    )

@@ -106,7 +106,7 @@ def as_data(
         (10, [4, 4, 2])
     """
     if batch_size is not None:
-        check_count("batch_size", batch_size, 1)
+        batch_size = check_count("batch_size", batch_size, 1)
     if num_examples is not None:
         _check_num_examples(num_examples, batch_size, data)
     target = None if device is None else check_device("device", device)

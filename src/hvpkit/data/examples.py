@@ -307,7 +307,7 @@ class Data:
 
         Where batches are read whole, it is as many batches as hold ``num_examples`` on average, at least one.
         """
-        check_count("num_examples", num_examples, 1, self.num_examples)
+        num_examples = check_count("num_examples", num_examples, 1, self.num_examples)
         order = torch.randperm(self.num_units, generator=random, device="cpu")
         return self.restrict(order[: self.count_units(num_examples)])
 

@@ -94,10 +94,10 @@ def spectral_density(
     """
     check_precision(op)
     check_choice("method", method, METHODS)
-    check_count("num_steps", num_steps, 1)
-    check_count("num_probes", num_probes, 1)
+    num_steps = check_count("num_steps", num_steps, 1)
+    num_probes = check_count("num_probes", num_probes, 1)
     if block_size is not None:
-        check_count("block_size", block_size, 1)
+        block_size = check_count("block_size", block_size, 1)
     if time_limit is not None:
         check_positive("time_limit", time_limit)
     goal = make_goal(op, method, num_steps, num_probes, block_size, resolve_seed(seed))

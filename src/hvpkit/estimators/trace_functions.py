@@ -1,8 +1,9 @@
 r"""Traces of functions of an operator by its spectral density: log-determinant, effective dimension, counts.
 
 Method: stochastic Lanczos quadrature, :mod:`hvpkit.estimators.quadrature`: :math:`\operatorname{tr} f(A)` is n times
-the mean of f over the density. Two errors add up: that of the random vectors, which their spread shows, and that of
-the quadrature, for which the rules from half of the steps are compared with those from all.
+the mean of f over the density. Errors add up: that of the random vectors, which their spread shows; that of the
+quadrature, for which the rules from half of the steps are compared with those from all, and of a count the mass at its
+ends that the steps do not resolve; and rounding, where f is steep or an eigenvalue lies at an end.
 
 Cost: one matvec per step and probe. Memory: the basis.
 Source: Ubaru, Chen, Saad, SIAM J. Matrix Anal. Appl. 38 (2017) 1075-1099, doi:10.1137/16M1104974; counts: Di Napoli,
@@ -23,9 +24,11 @@ from hvpkit._utils.random import resolve_seed
 from hvpkit._utils.typing import Seed
 from hvpkit._utils.validation import check_count, check_non_negative, check_number, check_positive
 from hvpkit.estimators import quadrature
+from hvpkit.estimators.quadrature import Measured
 from hvpkit.estimators.spectral_density import check_precision, density_of, make_goal, num_vectors
 from hvpkit.operators.base import LinearOperator
 from hvpkit.operators.sharded import sharded
+from hvpkit.results.density import Density
 from hvpkit.results.estimate import Estimate
 from hvpkit.solvers.common.vector_memory import check_room
 from hvpkit.solvers.driver import Monitor, full_precision
@@ -41,25 +44,28 @@ def trace_of_function(
     seed: Seed,
     monitor: Monitor | None,
     checkpoint: str | os.PathLike[str] | None,
+    jumps: tuple[float, ...] = (),
 ) -> Estimate[float]:
-    """Return the trace of f(A) for f on nodes ``[K]``, with both errors in its standard error."""
+    """Return the trace of f(A) for f on nodes ``[K]``, with all errors in its standard error.
+
+    ``jumps`` are where f is not continuous, if it is constant between them.
+    """
     check_precision(op)
-    check_count("num_steps", num_steps, 1)
-    check_count("num_probes", num_probes, 2)
+    num_steps = check_count("num_steps", num_steps, 1)
+    num_probes = check_count("num_probes", num_probes, 2)
     if time_limit is not None:
         check_positive("time_limit", time_limit)
     goal = make_goal(op, "lanczos", num_steps, num_probes, None, resolve_seed(seed))
     split = sharded(op)
     check_room(split, num_vectors(op.n, "lanczos", goal), "take fewer num_steps, or fewer parameters (wrt=)")
     found = quadrature.solve(split, goal, time_limit=time_limit, monitor=monitor, checkpoint=checkpoint)
-    mean = density_of(op, "lanczos", found).expectation(f)
-    bias = math.inf
-    if mean.stderr == 0:
-        bias = 0.0
-    elif len(found.shorter) == len(found.measures):
-        shorter = density_of(op, "lanczos", replace(found, measures=[*found.shorter])).expectation(f)
-        bias = abs(shorter.value - mean.value)
-    error = math.hypot(mean.stderr, bias)
+    density = density_of(op, "lanczos", found)
+    mean = density.expectation(f)
+    if jumps:
+        errors = [_unresolved(density, jump) for jump in jumps]
+    else:
+        errors = [_rounding(op, density, f), _bias(op, found, f, mean.value)]
+    error = math.hypot(mean.stderr, *errors)
     return replace(mean, value=op.n * mean.value, stderr=op.n * error, samples=op.n * mean.samples)
 
 
@@ -93,7 +99,8 @@ def logdet(
         checkpoint: a file to continue from, as for :func:`hvpkit.spectral_density`.
 
     Returns:
-        The estimate; its standard error is that over probes and the error of the quadrature, added as squares.
+        The estimate; its standard error is that over probes, the error of the quadrature, and that of rounding where it
+        is amplified, added as squares.
 
     Raises:
         ValueError: an argument out of its range; ``H + damping I`` is not positive definite, as a Ritz value shows; a
@@ -211,7 +218,8 @@ def count_eigenvalues(
     r"""Estimate the number of eigenvalues in an interval, lower < :math:`\lambda` <= upper.
 
     Converged single eigenvalues, such as outliers, count exactly. Inside of a bulk an end of the interval is resolved
-    to about the bulk's width over ``num_steps``, and the standard error shows what depends on it.
+    to about the bulk's width over ``num_steps``, and the standard error holds what lies there, as it holds eigenvalues
+    within rounding of an end: those that are zero are on either side of zero.
 
     Args:
         H: symmetric operator.
@@ -225,7 +233,8 @@ def count_eigenvalues(
         checkpoint: a file to continue from, as for :func:`hvpkit.spectral_density`.
 
     Returns:
-        The estimate, no whole number in general, with a standard error as of :func:`logdet`.
+        The estimate, no whole number in general; its standard error is that over probes and what is not resolved at the
+        two ends, added as squares.
 
     Raises:
         ValueError: an argument out of its range; ``lower`` is not below ``upper``; a checkpoint as for
@@ -260,7 +269,46 @@ def count_eigenvalues(
         seed=seed,
         monitor=monitor,
         checkpoint=checkpoint,
+        jumps=(lower, upper),
     )
+
+
+def _bias(op: LinearOperator, found: Measured, f: Callable[[Tensor], Tensor], mean: float) -> float:
+    """Return the error of the quadrature of a smooth f: its change over the second half of the steps."""
+    if len(found.shorter) != len(found.measures):
+        return math.inf
+    shorter = density_of(op, "lanczos", replace(found, measures=[*found.shorter]))
+    return abs(shorter.expectation(f).value - mean)
+
+
+def _rounding(op: LinearOperator, density: Density, f: Callable[[Tensor], Tensor]) -> float:
+    """Return the error by the rounding of matvecs, which moves nodes, where it is more than that of the sum of f."""
+    nodes, weights = density.nodes, density.weights
+    if not len(nodes):
+        return math.inf
+    width = op.precision * float(nodes.abs().max())
+    inward = torch.where(nodes * 2 <= nodes[0] + nodes[-1], width, -width)
+    values = f(nodes)
+    error = float((weights * (f(nodes + inward) - values)).square().sum()) ** 0.5
+    return error if error > 32 * op.precision * float(weights @ values.abs()) else 0.0
+
+
+def _unresolved(density: Density, jump: float) -> float:
+    """Return a standard error of the mass below a jump: that of nodes whose eigenvalues may lie beyond it.
+
+    By the inequalities of Chebyshev, Markov and Stieltjes a Gauss rule's mass below a point is wrong by no more than
+    its weight at the next node on either side; of vectors that share a basis, as many nodes lie close together.
+    Converged nodes stay on their side, but for those that rounding may move.
+    """
+    distance, weights = (density.nodes - jump).abs(), density.deflated_weights.mean(dim=0)
+    by_rounding = weights[distance <= density.noise].sum()
+    unknown = torch.where(density.residual_norms > distance, weights, 0.0)
+    num_below, num = int((density.nodes <= jump).sum()), len(density.probe_weights)
+    below, above = (
+        unknown[max(0, num_below - num) : num_below].sum(),
+        unknown[num_below : num_below + num].sum(),
+    )
+    return math.hypot(float(by_rounding), float(torch.maximum(below, above)) / 3**0.5)  # of a uniform error
 
 
 def _positive(nodes: Tensor, damping: float) -> Tensor:

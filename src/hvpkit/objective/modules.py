@@ -142,7 +142,7 @@ def from_module(
     """
     check_choice("batchnorm", batchnorm, ("eval", "batch"))
     if dropout is not None:
-        check_count("dropout", dropout, 0)
+        dropout = check_count("dropout", dropout, 0)
     check_flag("include_frozen", include_frozen)
     check_flag("shard_params", shard_params)
     _check_order(model, criterion)

@@ -78,7 +78,6 @@ class Network:
         """Return the outputs for the inputs ``args`` and ``kwargs`` of a batch."""
         if self.batchnorm == "batch":
             check_statistics(batch_size(batch))
-        self.check_names(params)
         values = self.values(params)
         if torch.compiler.is_compiling():  # after a first call without, which has checked the module
             with self.dropouts(batch):
@@ -88,32 +87,40 @@ class Network:
         with attributes_restored(self.module), access, self.dropouts(batch):
             return torch.func.functional_call(self.module, values, args, kwargs)
 
-    def check_names(self, params: Tree) -> None:
-        """Raise TypeError or ValueError unless ``params`` has every variable by name, and perhaps frozen parameters."""
+    def values(self, params: Tree) -> dict[str, Tensor]:
+        """Return the values of all tensors; buffers are copies, as modules may write to them.
+
+        Raises:
+            TypeError: ``params`` is no dict.
+            ValueError: it lacks a parameter, or has another name or shape.
+        """
+        if not torch.compiler.is_compiling():
+            self._check(params)
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        return {**self.constants, **buffers, **params}
+
+    def _check(self, params: Tree) -> None:
+        """Raise TypeError or ValueError unless ``params`` has every variable, and perhaps frozen parameters."""
         if not isinstance(params, Mapping):
             raise TypeError(
                 "params must be a dict of the network's parameters by name, as hvpkit.from_module returns it, got "
                 f"{type(params).__name__}"
             )
-        if params.keys() == self.variables:
-            return
-        missing = [name for name in self.variables if name not in params]
-        unknown = [name for name in params if name not in self.variables and name not in self.constants]
+        missing = sorted(self.variables - params.keys())
         if missing:
             raise ValueError(
-                f"params lacks {listed(sorted(missing))} of the network; pass all that hvpkit.from_module returned, "
-                "and wrt= for the block of some"
+                f"params lacks {listed(missing)} of the network; pass all that hvpkit.from_module returned, and wrt= "
+                "for the block of some"
             )
+        unknown = [name for name in params if name not in self.variables and name not in self.constants]
         if unknown:
             raise ValueError(
                 f"params has {listed(unknown)}, no parameter of the network; pass what hvpkit.from_module returned: a "
                 "state_dict() holds buffers, and shared parameters twice"
             )
-
-    def values(self, params: Tree) -> dict[str, Tensor]:
-        """Return the values of all tensors; buffers are copies, as modules may write to them."""
-        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        return {**self.constants, **buffers, **params}
+        for name, value in params.items():
+            if value.shape != (shape := self.tensors[name].shape):
+                raise ValueError(f"params[{name!r}] has shape {list(value.shape)}, expected {list(shape)}")
 
     def dropouts(self, batch: Batch) -> Any:
         """Return the context that fixes dropout masks."""

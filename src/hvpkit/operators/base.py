@@ -190,7 +190,7 @@ class LinearOperator:
                 f"the dense matrix of {self!r} takes {in_words(num_bytes)}, and {in_words(free)} are free; use "
                 "its matvecs, as hk.lanczos, hk.solve and hk.spectral_density do"
             )
-        check_count("block_size", block_size, 1)
+        block_size = check_count("block_size", block_size, 1)
         matrix = torch.empty(self.n, self.n, dtype=self.dtype, device=self.device)
         for first in range(0, self.n, block_size):
             size = min(block_size, self.n - first)

@@ -44,7 +44,7 @@ def aslinearoperator(A: Any, *, device: torch.device | str | None = None) -> Lin
     if isinstance(A, tuple):
         return _from_matvec(A, torch.device(device or "cpu"))
     if isinstance(A, np.ndarray):
-        matrix = torch.tensor(np.ascontiguousarray(A), device="cpu")
+        matrix = _from_numpy(A)
         return _from_dense(matrix.to(device or "cpu"), by_numpy=True)
     if isinstance(A, Tensor):
         return _from_dense(A.detach() if device is None else A.detach().to(device))
@@ -57,6 +57,16 @@ def aslinearoperator(A: Any, *, device: torch.device | str | None = None) -> Lin
         "A must be a tensor, a SciPy matrix or operator, an object with shape, dtype and @, or a tuple "
         f"(matvec, n, dtype); got {type(A).__name__}"
     )
+
+
+def _from_numpy(matrix: np.ndarray[Any, Any]) -> Tensor:
+    """Return a copy; raise TypeError for entries that are no real floats which torch has, of either byte order."""
+    native = matrix.dtype.newbyteorder("=")
+    if native not in (np.float16, np.float32, np.float64):
+        raise TypeError(
+            f"A must have a real floating dtype that torch has, got {matrix.dtype}; convert it first"
+        )
+    return torch.tensor(np.ascontiguousarray(matrix, dtype=native), device="cpu")
 
 
 def _check_square(shape: Sequence[int]) -> int:
@@ -93,19 +103,22 @@ def _numpy_product(matrix: Tensor) -> Product:
 def _from_matvec(parts: tuple[Any, ...], device: torch.device) -> LinearOperator:
     if len(parts) != 3 or not callable(parts[0]):
         raise TypeError("A: a tuple must be (matvec, n, dtype) with a function, an int and a torch.dtype")
-    matvec, n, dtype = parts[0], check_count("n of A", parts[1], 1), parts[2]
+    matvec, n, dtype = parts[0], check_count("n of A", parts[1], 1), _check_real(parts[2])
 
     def product(vectors: Tensor) -> Tensor:
         with torch.enable_grad():  # it may differentiate
-            return torch.stack([_checked(matvec(column), n) for column in vectors.unbind(1)], dim=1)
+            images = [_checked(matvec(column.clone()), n, dtype) for column in vectors.unbind(1)]
+            return torch.stack(images, dim=1)
 
-    return LinearOperator(product, n, _check_real(dtype), device, name="matvec")
+    return LinearOperator(product, n, dtype, device, name="matvec")
 
 
-def _checked(result: object, n: int) -> Tensor:
+def _checked(result: object, n: int, dtype: torch.dtype) -> Tensor:
     if not isinstance(result, Tensor) or result.shape != (n,):
         found = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"A: matvec must return a tensor of shape [{n}], got {found}")
+    if result.dtype != dtype:
+        raise ValueError(f"A: matvec must return {dtype}, as its argument is, got {result.dtype}")
     return result.detach()
 
 
@@ -113,13 +126,13 @@ def _from_foreign(A: Any, n: int, device: torch.device | str | None) -> LinearOp
     """Wrap an operator of SciPy, or of a library whose operators multiply tensors."""
     if isinstance(A.dtype, torch.dtype):
         own: torch.device | str = getattr(A, "device", "cpu")
-        target = torch.device(own if device is None else device)
+        target, dtype = torch.device(own if device is None else device), _check_real(A.dtype)
 
         def product(vectors: Tensor) -> Tensor:
             with torch.enable_grad():  # it may differentiate
-                return torch.stack([_checked(A @ v.contiguous(), n) for v in vectors.unbind(1)], dim=1)
+                return torch.stack([_checked(A @ v.clone(), n, dtype) for v in vectors.unbind(1)], dim=1)
 
-        return LinearOperator(product, n, _check_real(A.dtype), target, name=type(A).__name__)
+        return LinearOperator(product, n, dtype, target, name=type(A).__name__)
 
     dtype = _check_real(getattr(torch, np.dtype(A.dtype).name, A.dtype))
     target = torch.device(device or "cpu")
@@ -142,6 +155,9 @@ def to_scipy(A: LinearOperator, dtype: Any = None) -> scipy.sparse.linalg.Linear
     torch_dtype = torch.from_numpy(np.empty(0, numpy_dtype)).dtype
 
     def apply(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if np.iscomplexobj(array):
+            complex_result: np.ndarray[Any, Any] = apply(array.real) + 1j * apply(array.imag)
+            return complex_result
         vectors = torch.tensor(np.ascontiguousarray(array), device="cpu").to(A.device, A.dtype)
         result: np.ndarray[Any, Any] = (A @ vectors).to("cpu", torch_dtype).numpy()
         return result

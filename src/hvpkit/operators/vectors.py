@@ -110,4 +110,5 @@ def _from_tree(op: LinearOperator, v: Tree, name: str) -> Tensor:
 def _from_array(op: LinearOperator, v: np.ndarray[Any, Any], name: str) -> Tensor:
     if v.dtype.kind not in "fiu":
         raise TypeError(f"{name} is an array of dtype {v.dtype}; real numbers are expected")
-    return torch.tensor(np.ascontiguousarray(v), device="cpu").to(op.device, op.dtype)
+    native = np.float64 if v.dtype == np.longdouble else v.dtype.newbyteorder("=")
+    return torch.tensor(np.ascontiguousarray(v, dtype=native), device="cpu").to(op.device, op.dtype)

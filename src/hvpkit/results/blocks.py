@@ -139,32 +139,50 @@ class BlockSpectra(Result):
         return f"<BlockSpectra: {len(self.blocks)} blocks of {self.operator}, {self.num_passes} passes>"
 
     def _columns(self) -> Columns:
-        columns: dict[str, list[Any]] = {
-            name: [getattr(block, name) for block in self.blocks] for name in ("name", "n")
+        """Return a row for each block."""
+        ends = ("smallest", "largest")
+        pairs = {end: [getattr(block.extremes, end) for block in self.blocks] for end in ends}
+        traces = [block.trace for block in self.blocks]
+        return {
+            "block": list(self.names),
+            "rows": [block.n for block in self.blocks],
+            **{end: [pair.value for pair in pairs[end]] for end in ends},
+            **{
+                f"{end}_{name}": [getattr(pair.interval, name) for pair in pairs[end]]
+                for end in ends
+                for name in ("lower", "upper")
+            },
+            "trace": [None if trace is None else trace.value for trace in traces],
+            "trace_stderr": [None if trace is None else trace.stderr for trace in traces],
+            "status": [str(block.extremes.status) for block in self.blocks],
         }
-        for end in ("smallest", "largest"):
-            pairs = [getattr(block.extremes, end) for block in self.blocks]
-            columns[end] = [pair.value for pair in pairs]
-            for side in ("lower", "upper"):
-                columns[f"{end}_{side}"] = [getattr(pair.interval, side) for pair in pairs]
-        for name in ("value", "stderr"):
-            found = [getattr(block.trace, name, math.nan) for block in self.blocks]
-            columns["trace" if name == "value" else "trace_stderr"] = found
-        return columns | {"status": [str(block.extremes.status) for block in self.blocks]}
 
     def summary(self) -> str:
         """Return a table of both ends with intervals, trace and status of each block, and a line of passes and time."""
-        wide = max(len("block"), *(len(name) for name in self.names))
-        header = f"{'block':<{wide}}{'rows':>9}  {'smallest':<37}{'largest':<37}{'trace':<23}status"
+        heads = ("block", "rows", "smallest", "largest", "trace", "status")
         rows = [
-            f"{block.name:<{wide}}{block.n:>9}  {_end(block.extremes, 'smallest'):<37}"
-            f"{_end(block.extremes, 'largest'):<37}{_trace(block.trace):<23}{block.extremes.status}"
+            (
+                block.name,
+                str(block.n),
+                _end(block.extremes, "smallest"),
+                _end(block.extremes, "largest"),
+                _trace(block.trace),
+                str(block.extremes.status),
+            )
             for block in self.blocks
+        ]
+        wide = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if place == 1 else cell.ljust(w)
+                for place, (cell, w) in enumerate(zip(row, wide, strict=True))
+            ).rstrip()
+            for row in (heads, *rows)
         ]
         close = (
             f"{len(self.blocks)} blocks of {self.operator}: {self.num_passes} passes, {self.seconds:.3g} s"
         )
-        return "\n".join([header, *rows, close])
+        return "\n".join([*lines, close])
 
     @styled
     def plot(self, log: bool = True) -> list[Axes]:

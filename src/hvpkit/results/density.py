@@ -120,6 +120,7 @@ class Density(Result):
             error, which falls with ``num_steps``: fast for smooth functions, as its inverse for step functions.
 
         Raises:
+            TypeError: ``f`` returns complex numbers.
             ValueError: ``f`` returns another shape, NaN or infinity.
 
         Example:
@@ -131,7 +132,12 @@ class Density(Result):
             tensor(True)
         """
         check_function("f", f, "f(nodes)", 1)
-        values = torch.as_tensor(f(self.nodes), device="cpu").to(torch.float64)
+        values = torch.as_tensor(f(self.nodes.clone()), device="cpu")
+        if values.is_complex():
+            raise TypeError(
+                "f must return real numbers, got complex ones; take its real and imaginary part apart"
+            )
+        values = values.to("cpu", torch.float64)
         if values.shape != self.nodes.shape:
             raise ValueError(
                 f"f must return a tensor of shape {list(self.nodes.shape)}, got {list(values.shape)}"

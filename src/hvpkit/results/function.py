@@ -21,7 +21,7 @@ class FunctionResult(Result):
     Attributes:
         x: shaped like b.
         error_estimate: of the Euclidean norm of the error: a float, or for b ``[n, k]`` a tensor ``[k]``, float64 on
-            the CPU. It is the change over the last steps, and no bound.
+            the CPU. It is the change over the last steps, and what rounding may change; no bound.
         num_matvecs: full-data matvecs spent.
         status: why it stopped: of several vectors, that of the worst.
         message: the status in words, with the remedy.

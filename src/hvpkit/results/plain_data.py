@@ -98,10 +98,9 @@ def decode(kind: Any, plain: Any, build: Build, *, at: str = "") -> Any:
         return _decode_first(choices, plain, build, at)
     if kind is Any:
         return _decode_tree(plain, build, at)
-    if is_dataclass(get_origin(kind)):  # as Estimate[float]
-        kind = get_origin(kind)
-    if is_dataclass(kind):
-        return _decode_dataclass(kind, plain, build, at)
+    generic = get_origin(kind) or kind  # Estimate of Estimate[float]
+    if is_dataclass(generic):
+        return _decode_dataclass(generic, plain, build, at)
     if get_origin(kind) is tuple:
         if isinstance(plain, list | tuple):
             items = enumerate(plain)

@@ -46,7 +46,7 @@ class Result:
     _classes: ClassVar[dict[str, type[Result]]] = {}
 
     def __init_subclass__(cls) -> None:
-        super().__init_subclass__()  # of typing.Generic
+        super().__init_subclass__()  # Generic's, for Estimate[float]
         if cls.__module__.startswith("hvpkit."):
             Result._classes[cls.__name__] = cls
 
@@ -151,7 +151,7 @@ class Result:
         return found
 
     def to_frame(self) -> Any:
-        """Return a ``pandas.DataFrame``: a row for each eigenvalue, sample, node, check, right-hand side or call.
+        """Return a ``pandas.DataFrame``: a row for each eigenvalue, sample, node, block, check, solution or call.
 
         Of an estimate of a tensor, it is a row for each entry.
 

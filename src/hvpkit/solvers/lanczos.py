@@ -531,7 +531,7 @@ def lanczos(
         >>> lanczos(op, 2, which="BE", tol=1e-6).values
         tensor([-1.0000,  2.0000], dtype=torch.float64)
     """
-    check_count("block_size", block_size, 1, op.n)
+    block_size = check_count("block_size", block_size, 1, op.n)
     request = check_arguments(
         op,
         k,

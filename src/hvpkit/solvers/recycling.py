@@ -191,7 +191,7 @@ def follow_top(
         ([11.0], True)
     """
     check_flag("offload", offload)
-    check_count("k", k, 1, H.n)
+    k = check_count("k", k, 1, H.n)
     op = sharded(on_host(H) if offload else H)
     fitting = vectors_that_fit(op)
     if rank is None:

@@ -105,7 +105,7 @@ def check_arguments(
         TypeError: an argument of another type, named.
         ValueError: an argument out of its range, named.
     """
-    check_count("k", k, 1, op.n)
+    k = check_count("k", k, 1, op.n)
     check_choice("which", which, offered)
     if max_matvecs is None:
         max_matvecs = max(DEFAULT_MAX_MATVECS, DEFAULT_MATVECS_PER_PAIR * k * op.cost)
