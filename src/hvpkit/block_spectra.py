@@ -59,7 +59,7 @@ the probes are multiplied whole. Chosen by feel."""
 
 TRACE_MESSAGES = {
     Status.COMPLETED: "all probes are taken; stderr says how well the trace is known, raise num_probes for more",
-    Status.INVARIANT_SUBSPACE: "every column was multiplied: the trace is exact to rounding",
+    Status.INVARIANT_SUBSPACE: "every column was multiplied: the trace is as exact as the matvecs",
     Status.TIME_LIMIT: "the time limit was reached before the probes of the trace were multiplied; raise time_limit",
     Status.NON_FINITE: "a matvec gave NaN or infinity; see the block's extremes.message",
 }

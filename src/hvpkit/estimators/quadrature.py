@@ -69,7 +69,7 @@ class Goal:
 
 
 MESSAGES = {
-    Status.INVARIANT_SUBSPACE: "every column was multiplied: the spectrum is exact to rounding",
+    Status.INVARIANT_SUBSPACE: "every column was multiplied: the spectrum is as exact as the matvecs",
     Status.COMPLETED: "all steps of all probes are taken; raise num_probes or num_steps for more accuracy",
     Status.MAX_MATVECS: "the matvecs are spent before all steps were taken; the density is from the matvecs before",
     Status.TIME_LIMIT: "the time limit is reached; the density is from the matvecs before it",

@@ -30,7 +30,7 @@ Monitor = Callable[[EstimateProgress], object]
 
 MESSAGES = {
     Status.CONVERGED: "the standard error is at most tol * |value|",
-    Status.INVARIANT_SUBSPACE: "every column was multiplied: the value is exact to rounding",
+    Status.INVARIANT_SUBSPACE: "every column was multiplied: the value is as exact as the matvecs",
     Status.COMPLETED: (
         "all samples asked for are taken; stderr says how well the value is known; raise num_matvecs for more accuracy"
     ),

@@ -72,7 +72,8 @@ RANKS = (
 MESSAGES = {
     Status.CONVERGED: "every true residual norm is at most tol * |b|",
     Status.MAX_MATVECS: (
-        "the matvec budget is used up; residual_norm says how good x is; raise max_matvecs, tol or damping"
+        "the matvec budget is used up; residual_norm says how good x is; raise max_matvecs, tol or damping; where it "
+        "has not fallen, hk.check says whether the matrix is symmetric, as it has to be"
     ),
     Status.TIME_LIMIT: "the time limit is reached; residual_norm says how good x is; raise time_limit or tol",
     Status.ROUNDING_LIMITED: (
