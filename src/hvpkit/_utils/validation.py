@@ -121,9 +121,9 @@ def check_function(name: str, value: Any, form: str, num_arguments: int | None =
 
 
 def check_monitor(monitor: Callable[..., object] | None, form: str = "monitor(progress)") -> None:
-    """Raise TypeError unless ``monitor`` is None or can be called with one argument."""
+    """Raise TypeError unless ``monitor`` is None or can be called as ``form`` says."""
     if monitor is not None:
-        check_function("monitor", monitor, f"{form}, or None", 1)
+        check_function("monitor", monitor, f"{form}, or None", form.count(",") + 1)
 
 
 def check_device(name: str, value: torch.device | str) -> torch.device:

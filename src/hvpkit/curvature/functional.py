@@ -12,7 +12,7 @@ from torch.utils import _pytree
 from hvpkit._utils.typing import Batch, LossFn, Tree
 from hvpkit._utils.validation import check_choice, check_like
 from hvpkit.autodiff.exact import exact_derivatives
-from hvpkit.autodiff.pytree import check_params, unflatten
+from hvpkit.autodiff.pytree import Layout, check_params, unflatten
 from hvpkit.autodiff.randomness import check_repeatable
 from hvpkit.curvature.batch_means import means_checked
 from hvpkit.curvature.batch_sums import all_finite, blame_batch, sum_over
@@ -27,7 +27,7 @@ from hvpkit.curvature.batches import (
     loss_shares,
     weighted_batches,
 )
-from hvpkit.data import as_data, whole_batch
+from hvpkit.data import Data, as_data, whole_batch
 from hvpkit.errors import NonFiniteError
 from hvpkit.objective import check_loss_fn, normalized, normalized_in_batch
 
@@ -130,6 +130,11 @@ def grad(loss_fn: LossFn, params: Tree, data: object) -> Tree:
     layout, leaves = check_params(params)
     examples = as_data(data, device=leaves[0].device)
     loss_fn = means_checked(normalized(loss_fn, examples), examples)
+    return mean_gradient(loss_fn, layout, leaves, examples)
+
+
+def mean_gradient(loss_fn: LossFn, layout: Layout, leaves: Leaves, examples: Data) -> Tree:
+    """Return the gradient of the mean loss, which is not checked to be one."""
 
     def gradient(share: LossShare) -> Leaves:
         return gradient_of(share, leaves)

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from hvpkit._utils.typing import Batch, LossFn, Tree
-from hvpkit.autodiff.pytree import flatten, join, unflatten
+from hvpkit.autodiff.pytree import check_params, flatten, join, unflatten
 from hvpkit.curvature.batches import Leaves, Problem, gradient_of
 from hvpkit.curvature.float64 import in_float64
-from hvpkit.curvature.functional import grad
-from hvpkit.objective import Objective
+from hvpkit.curvature.functional import mean_gradient
+from hvpkit.objective import Objective, normalized
 
 
 def matvec_by_differences(kind: str, problem: Problem, v: Tensor) -> tuple[Tensor, float]:
@@ -38,8 +38,9 @@ def matvec_by_differences(kind: str, problem: Problem, v: Tensor) -> tuple[Tenso
     loss_fn = in_float64(problem.loss_fn)
 
     def matvec(step: float) -> Tensor:
-        loss = DIFFERENCES[kind](loss_fn, params, direction, step)
-        gradient: Tensor = problem.layout.flatten(grad(loss, params, problem.data))
+        loss = normalized(DIFFERENCES[kind](loss_fn, params, direction, step), problem.data)
+        layout, leaves = check_params(params)
+        gradient: Tensor = layout.flatten(mean_gradient(loss, layout, leaves, problem.data))
         return gradient.mul(norm)
 
     near = matvec(step)
