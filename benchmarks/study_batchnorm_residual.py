@@ -271,7 +271,10 @@ def report(study: Record) -> str:
 
 
 def draw(study: Record) -> Figure:
-    """Draw top eigenvalue and trace by depth, along training or at its end; and the first seed's final spectrum."""
+    """Draw top eigenvalue and trace by depth, along training or at its end; and the first seed's final spectrum.
+
+    Hollow points are of networks that have not learnt.
+    """
     import matplotlib.pyplot as plt
 
     from hvpkit.plots.style import STYLE
@@ -288,22 +291,27 @@ def draw(study: Record) -> Figure:
             for color, variant in enumerate(variants):
                 own = [run for run in runs if (run["depth"], run["variant"]) == (depth, variant)]
                 for run in own:
-                    first = {"label": variant} if run is own[0] else {}
+                    look = {"color": f"C{color}", "alpha": 0.7, "label": variant if run is own[0] else None}
+                    look["fillstyle"] = "full" if run["status"] == "learnt" else "none"
                     for place, quantity in enumerate(QUANTITIES):
-                        steps = [found["epoch"] if along else variant for found in run["measured"]]
+                        steps = [
+                            found["epoch"] if along else variant.replace(" ", "\n")
+                            for found in run["measured"]
+                        ]
                         values = [found[quantity] for found in run["measured"]]
-                        axes[place, column].plot(steps, values, ".-", color=f"C{color}", alpha=0.7, **first)
+                        axes[place, column].plot(steps, values, "o-", markersize=4, **look)
                 if own and own[0]["status"] != "diverged":
                     density = own[0]["measured"][-1]["density"]
                     beyond = share_beyond(density["nodes"], density["weights"])
                     axes[2, column].plot(*beyond, color=f"C{color}", label=variant)
             for place, quantity in enumerate(QUANTITIES):
-                axes[place, column].set(title=f"{depth} layers: {quantity}")
+                axes[place, column].set(title=f"{depth} layers: {quantity}", yscale="symlog")
                 if along:
-                    axes[place, column].set(yscale="symlog", xlabel="epoch")
+                    axes[place, column].set(xlabel="epoch")
             axes[2, column].set(yscale="log", xlabel="eigenvalue", title=f"{depth} layers: share beyond")
             axes[2, column].set_xscale("symlog", linthresh=0.1)
-        axes[0, 0].legend()
+            axes[2, column].xaxis.get_major_locator().set_params(numticks=6)
+        axes[2, 0].legend()
     return figure
 
 

@@ -41,9 +41,12 @@ OVERSHOOT = 2.0
 """The same clamp of a known value, at least, in units of the distance by which the likeness has eigenvalues beyond the
 shift: of those that nearer ones of H become in it, it says nothing."""
 
-MAX_DEGREE, DEAR_DEGREE, FIT = 3, 2, 0.3
-"""Degree of q, at most, the same for a dear likeness, and relative error of q with which a lower one is enough.
-Evidence: docs/multifidelity.md."""
+MAX_DEGREE, DEAR_DEGREE = 3, 2
+"""Degree of q, at most, and the same for a dear likeness. Evidence: docs/multifidelity.md."""
+
+FIT_LOW, FIT_HIGH = 0.3, 0.1
+"""Relative error of q with which a lower degree is enough, at the low and at the high end, where the outliers, taken
+apart, leave little else to make even. Evidence: docs/multifidelity.md."""
 
 DEAR = 0.1
 """Cost of a matvec of a dear likeness, at least, in those of H: a degree costs two more of them in each step of a
@@ -144,7 +147,7 @@ def make_congruence(
     first = len(exact) if lifted else 0
     distances[first:] = distances[first:].clamp(min=clamp)
     factors = distances.clamp(min=floor).rsqrt()
-    coefficients, largest = _fit(low, high, sigma, sign, clamp, max_degree)
+    coefficients, largest = _fit(low, high, sigma, sign, clamp, max_degree, FIT_LOW if sign > 0 else FIT_HIGH)
     return Congruence(
         likeness,
         rows[:num_rows],
@@ -157,18 +160,18 @@ def make_congruence(
 
 
 def _fit(
-    low: float, high: float, sigma: float, sign: float, clamp: float, max_degree: int
+    low: float, high: float, sigma: float, sign: float, clamp: float, max_degree: int, fit: float
 ) -> tuple[tuple[float, ...], float]:
     """Return coefficients of q, the least squares of its relative error at Chebyshev nodes, and its largest value.
 
-    Of the lowest degree that is good enough.
+    Of the lowest degree with a relative error of at most ``fit``.
     """
     nodes = np.cos(np.pi * (np.arange(200) + 0.5) / 200)
     wanted = np.maximum(sign * ((low + high) / 2 + (high - low) / 2 * nodes - sigma), clamp) ** -0.5
     for degree in range(max_degree + 1):
         terms = np.polynomial.chebyshev.chebvander(nodes, degree) / wanted[:, None]
         coefficients = np.linalg.solve(terms.T @ terms, terms.sum(axis=0))
-        if np.abs(terms @ coefficients - 1).max() <= FIT:
+        if np.abs(terms @ coefficients - 1).max() <= fit:
             break
     return tuple(coefficients.tolist()), float((terms @ coefficients * wanted).max())
 
