@@ -15,7 +15,7 @@ from hvpkit.results.linear import SolveResult
 
 @styled
 def residuals(found: SolveResult, *, ax: Axes | None = None) -> Axes:
-    """Draw the largest relative residual of a solve against passes over the data, and the true one at its end.
+    """Draw the largest relative residual of a solve, from that of zero on, against passes, and the true one at its end.
 
     Args:
         found: as of :func:`hvpkit.solve`.
@@ -35,11 +35,11 @@ def residuals(found: SolveResult, *, ax: Axes | None = None) -> Axes:
         'log'
     """
     check_type("found", found, SolveResult, "hvpkit.solve")
-    points = [(entry.num_matvecs, entry.residual) for entry in found.history if 0 < entry.residual < math.inf]
-    if not points:
+    if not found.history:
         raise ValueError(f"found has no history to draw: {found.message}")
+    points = [(entry.num_matvecs, entry.residual) for entry in found.history if 0 < entry.residual < math.inf]
     ax = ax or plt.subplots()[1]
-    passes, sizes = zip(*points, strict=True)
+    passes, sizes = zip((0.0, 1.0), *points, strict=True)
     ax.plot(passes, sizes, color=COLORS["measured"], label="by the recurrence")
     true = float(torch.as_tensor(found.relative_residual, device="cpu").max())
     if 0 < true < math.inf:
