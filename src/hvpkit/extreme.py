@@ -70,7 +70,7 @@ def extreme_eigenvalues(
     **With probability** ``confidence`` **over random starts, a converged value is off by at most twice the error
     allowed** (once with ``certify``), which is ``tol * |value|``. By ``"lanczos"`` both ends come from one Krylov space
     on all data. By ``"multifidelity"`` a sample of the data gives rough vectors and a metric, in which Lanczos takes
-    fewer steps on all data: for the same promise, about two thirds of the passes.
+    fewer steps on all data: for the same promise, about half of the passes.
 
     An end that is zero, as the smallest one of a convex loss, has no relative digits: for a value of at most
     ``atol * norm`` the error allowed is ``atol * norm``, and the status is ``"zero-within-atol"``.

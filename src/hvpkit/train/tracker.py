@@ -220,7 +220,9 @@ class SpectrumTracker:
             if precondition is not None:
                 self._identity["precondition"] = type(precondition).__name__
             if self._data.ranks is not None:
-                self._data.ranks.meet("SpectrumTracker")  # the first one may still write what another one is to read
+                self._data.ranks.meet(
+                    "SpectrumTracker"
+                )  # the first one may still write what another one is to read
             self.results, self.alignments = _read(self._path, self._identity)
             if self.results:
                 self._num_calls = self.results[-1][0] + 1
