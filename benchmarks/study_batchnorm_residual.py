@@ -311,7 +311,7 @@ def draw(study: Record) -> Figure:
             axes[2, column].set(yscale="log", xlabel="eigenvalue", title=f"{depth} layers: share beyond")
             axes[2, column].set_xscale("symlog", linthresh=0.1)
             axes[2, column].xaxis.get_major_locator().set_params(numticks=6)
-        axes[2, 0].legend()
+        axes[0, 0].legend()
     return figure
 
 

@@ -79,7 +79,7 @@ MARGIN = 8.0
 """The shift of a search lies beyond the value by the predicted gain and this times the error allowed. With 6 or 8 a
 solve takes 55 passes in the mean of 12 of the dense network."""
 
-PREDICTION_FACTOR, CLAMPED_FACTOR, INNER_FACTOR = 1.5, 4.0, 9.0
+PREDICTION_FACTOR, CLAMPED_FACTOR, INNER_FACTOR = 1.5, 6.0, 9.0
 """The error bound in units of the predicted error, and of the part of it that the clamp makes small: of an outermost
 value, and further in, where more eigenvalues are near. Evidence: docs/multifidelity.md."""
 

@@ -63,7 +63,7 @@ def multifidelity(
     allowed** (once with ``certify``), as for :func:`hvpkit.lanczos`: no eigenvalue of the last level hides further out,
     however good the other levels are; with ``k`` of several at an end, no more than those found. The solve also wants
     that for each value ``error_bound <= tol * |value|``. That bound is the residual norm, its square over the gap, or
-    1.5 to 4 times the error that a cheap level has just predicted, :math:`r' f(A_S)\, r`, which is an estimate.
+    1.5 to 9 times the error that a cheap level has just predicted, :math:`r' f(A_S)\, r`, which is an estimate.
 
     Use it for a Hessian over many examples: levels are ``H.coarsen(...)`` and H itself. For operators without a cheap
     approximation use :func:`hvpkit.lanczos`.
