@@ -40,8 +40,7 @@ def flatten(tree: Tree, *, name: str = "tree") -> tuple[list[Tensor], _pytree.Tr
                 )
             raise TypeError(
                 f"{name} must be a tree of tensors, but has a leaf of type {type(leaf).__name__}: "
-                f"{' '.join(repr(leaf).split()):.80}; "
-                f"{remedy}"
+                f"{' '.join(repr(leaf).split()):.80}; {remedy}"
             )
     return leaves, spec
 

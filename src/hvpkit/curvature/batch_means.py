@@ -53,10 +53,8 @@ def check_batch_mean(
         return joined.shape == whole.shape and _close(whole, joined, [joined])
     few = _spread(data, size) or few
     whole = losses(few)
-    for cut in (
-        size // 2,
-        size // 3,
-    ):  # of two sums of weights in proportion to the parts, one cut shows nothing
+    # of two sums of weights in proportion to the parts, one cut shows nothing
+    for cut in (size // 2, size // 3):
         parts = _parts(few, cut)
         means = [losses(part) for part in parts]
         mean = sum((m * (part.num_examples / size) for m, part in zip(means, parts, strict=True)), 0 * whole)

@@ -145,9 +145,8 @@ def summarize(batch: Batch) -> Tensor:
     for leaf in _pytree.tree_leaves(plain(batch)):
         if isinstance(leaf, Tensor) and _is_dense(leaf) and not leaf.is_complex() and leaf.numel():
             rows = leaf.detach().reshape(len(leaf) if leaf.ndim else 1, -1).to("cpu", torch.float64)
-            places = torch.arange(
-                1, rows.shape[1] + 1, dtype=torch.float64, device="cpu"
-            ).sin()  # a flip moves them
+            # a flip moves them
+            places = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device="cpu").sin()
             marks = rows @ places
             sums += torch.stack([marks.abs().sum(), marks.square().sum()])
     return sums

@@ -216,9 +216,8 @@ class Data:
         if self.whole:
             source = WholeBatches([batch], (size,), lambda _: size)
             return Data(source, size, None if weights is None else weights.reshape(1), self.device)
-        batch = _pytree.tree_map(
-            torch.clone, batch
-        )  # a loss that writes to it shall not have written to the data
+        # a loss that writes to it shall not have written to the data
+        batch = _pytree.tree_map(torch.clone, batch)
         data = whole_batch(batch, weights)
         if num_examples is None or num_examples >= size:
             return data

@@ -105,12 +105,9 @@ class StartPolynomial:
 
     def log_component(self, at: float, values: Tensor, residual_norms: Tensor, norms: Tensor) -> float:
         r"""Return :math:`\log G(\lambda)` at ``at``, for Ritz values, residuals ``[m]`` and norms ``[l]``."""
-        with np.errstate(
-            divide="ignore", over="ignore", under="ignore"
-        ):  # whatever the caller's np.seterr says
-            distances = np.abs(at - values.numpy()).clip(
-                TINY
-            )  # a call of NumPy costs a third of one of torch
+        # a call of NumPy costs a third of one of torch; ignored, whatever the caller's np.seterr says
+        with np.errstate(divide="ignore", over="ignore", under="ignore"):
+            distances = np.abs(at - values.numpy()).clip(TINY)
             outside = np.abs(at - self.roots.numpy()).clip(TINY)
             log_norms = self.log_norms + float(np.log(norms.numpy()).sum())
             log_p = float(np.log(distances).sum() + np.log(outside).sum()) - log_norms
