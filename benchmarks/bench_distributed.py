@@ -2,7 +2,7 @@
 
     python benchmarks/bench_distributed.py [--repeats N]
 
-A convolutional network on images and a wide perceptron, at their initial values, float32, one thread for each process,
+A convolutional network on images and a wide perceptron with few and with more examples, at their initial values, float32, one thread for each process,
 no graphs held. Accuracy comes first: what two ranks find, over what one process does. One process and two ranks take
 turns, so that both meet the same machine; seconds are medians, processor seconds those of the busier rank. Bytes are
 those that a rank sends. A first small question, which imports what the others need, is not timed.
@@ -48,22 +48,27 @@ def convolutional() -> tuple[Any, Any, tuple[Tensor, Tensor]]:
     return *hk.from_module(model, nn.CrossEntropyLoss()), data
 
 
-def perceptron() -> tuple[Any, Any, tuple[Tensor, Tensor]]:
-    """Return objective, parameters and data of a perceptron of 1.3 million parameters on 1,024 random vectors."""
+def perceptron(examples: int) -> tuple[Any, Any, tuple[Tensor, Tensor]]:
+    """Return objective, parameters and data of a perceptron of 1.3 million parameters on random vectors."""
     g = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(256, 1024), nn.Tanh(), nn.Linear(1024, 1024), nn.Tanh(), nn.Linear(1024, 10)
     )
-    data = torch.randn(1024, 256, generator=g), torch.randint(0, 10, (1024,), generator=g)
+    data = torch.randn(examples, 256, generator=g), torch.randint(0, 10, (examples,), generator=g)
     return *hk.from_module(model, nn.CrossEntropyLoss()), data
 
 
 PROBLEMS: dict[str, Callable[[], tuple[Any, Any, tuple[Tensor, Tensor]]]] = {
     "convolutional network": convolutional,
-    "wide perceptron": perceptron,
+    "wide perceptron, 1,024 examples": partial(perceptron, 1024),
+    "wide perceptron, 4,096 examples": partial(perceptron, 4096),
 }
-BATCH_SIZES = {"convolutional network": 32, "wide perceptron": 128}
+BATCH_SIZES = {
+    "convolutional network": 64,
+    "wide perceptron, 1,024 examples": 256,
+    "wide perceptron, 4,096 examples": 256,
+}
 
 
 def matvec(H: hk.CurvatureOperator) -> tuple[float, Any, float]:
