@@ -2,10 +2,11 @@
 
     python benchmarks/bench_distributed.py [--repeats N]
 
-A convolutional network on images and a wide perceptron with few and with more examples, at their initial values, float32, one thread for each process,
-no graphs held. Accuracy comes first: what two ranks find, over what one process does. One process and two ranks take
-turns, so that both meet the same machine; seconds are medians, processor seconds those of the busier rank. Bytes are
-those that a rank sends. A first small question, which imports what the others need, is not timed.
+A convolutional network on images and a wide perceptron with few and with more examples, at their initial values,
+float32, one thread for each process, no graphs held. Accuracy comes first: what two ranks find, over what one process
+does. One process and two ranks take turns, so that both meet the same machine; seconds are medians, processor seconds
+those of the busier rank. Bytes are those that a rank sends. A first small question, which imports what the others need,
+is not timed.
 
 What the machine allows is measured beside it: two processes that know nothing of each other, each with half of the
 examples, at once. Their seconds, for as many matvecs, are those of ranks without communication, but for the arithmetic

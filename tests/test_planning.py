@@ -169,7 +169,7 @@ def test_the_cost_model_follows_its_figures() -> None:
     count = 30 * slowed
     assert rows.seconds.expected == pytest.approx(count + 2 + 0.1 * (20**2 / 2 + (count - 20) * 20))
     levels = plan_extremes(figures(10_000), "multifidelity", passes)
-    assert (levels.passes, levels.num_vectors) == (passes, 5 * 60 + 20)
+    assert (levels.passes, levels.num_vectors) == (passes, 6 * 60 + 32)
 
 
 @pytest.mark.parametrize(

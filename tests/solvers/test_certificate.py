@@ -8,7 +8,7 @@ import torch
 import hvpkit as hk
 from hvpkit.solvers import certificate
 from hvpkit.solvers.certificate import Verdict
-from hvpkit.solvers.congruence import congruent_operator, make_congruence
+from hvpkit.solvers.congruence import congruent_operator, make_metric
 from hvpkit.solvers.sample_space import sample_space
 
 VALUES = torch.cat([torch.tensor([-1.0, -0.9, 5.0, 10.0]), torch.linspace(-0.4, 1.0, 400)]).double()
@@ -32,7 +32,7 @@ def run(
     unit = float(sample.scale)
     scaled = replace(likeness, product=lambda v: likeness.product(v) / unit)
     vectors = torch.eye(len(VALUES), dtype=torch.float64)[[known]]
-    C = make_congruence(
+    P = make_metric(
         scaled,
         sample,
         vectors,
@@ -42,15 +42,16 @@ def run(
         10 / unit,
         lifted=known_well,
     )
-    B = congruent_operator(op, C, sigma / unit, 1.0, sample.scale, 10 / unit)
-    running = certificate.begin(B, C, 0, sigma / unit, known=known_well, seed=seed)
+    B = congruent_operator(op, P, sigma / unit, 1.0, sample.scale, 10 / unit)
+    running = certificate.begin(B, 0, sigma / unit, known=known_well, seed=seed)
     while True:
         running = running.step()
         verdict = certificate.judge(running, error / unit, 2 * error / unit, failure)
         running = verdict.certificate
         if verdict.poor or verdict.bound is not None or verdict.vector is not None:
             bound = None if verdict.bound is None else verdict.bound * unit
-            return replace(verdict, bound=bound, error=verdict.error * unit)
+            image = None if verdict.image is None else verdict.image * unit
+            return replace(verdict, bound=bound, error=verdict.error * unit, image=image)
 
 
 def quotient(vector: torch.Tensor) -> float:
@@ -66,13 +67,12 @@ def test_certificate_of_a_right_value(lacks: tuple[int, ...]) -> None:
 
 
 def test_certificate_of_an_inner_value_is_refuted() -> None:
-    refuted = 0
-    for seed in range(60):
+    missed, num_seeds = 0, 300
+    for seed in range(num_seeds):
         verdict = run((0,), 1, -0.918, seed, known_well=True)
-        if verdict.vector is not None:
-            refuted += 1
-            assert quotient(verdict.vector) < -0.918
-    assert refuted == 60  # at most one per cent are not, by the start
+        missed += verdict.vector is None
+        assert verdict.vector is None or quotient(verdict.vector) < -0.918
+    assert missed <= 0.01 * num_seeds + 3 * (0.01 * num_seeds) ** 0.5  # by the start
 
 
 def test_probability_of_missing_what_the_likeness_lacks_is_as_stated() -> None:
@@ -89,11 +89,13 @@ def test_search_finds_the_vector_that_the_likeness_lacks(sigma: float) -> None:
         verdict = run((0,), 1, sigma, seed, known_well=False)
         assert verdict.vector is not None
         value = quotient(verdict.vector)
-        assert verdict.num_matvecs == pytest.approx(verdict.certificate.congruence.cost)
+        assert verdict.image is not None
+        torch.testing.assert_close(verdict.image, VALUES * verdict.vector)
         if verdict.bound is not None:
             bounds += 1
             assert value == pytest.approx(-1.0, abs=0.01)
-            assert value - verdict.error - 1e-9 <= -1.0
+            # the lowest vector of B is that of H as far as the metric is even: here the error is a millionth of 0.01
+            assert value - verdict.error - 1e-7 <= -1.0
             assert verdict.bound == pytest.approx(value - 0.02)
     assert bounds == {-1.2: bounds, -1.05: 20, -0.95: 0}[sigma]
 
@@ -109,7 +111,7 @@ def test_no_bound_of_a_search_holds_back_an_eigenvalue() -> None:
     scaled = replace(likeness, product=lambda v: likeness.product(v) / unit)
     vectors = torch.eye(len(values), dtype=torch.float64)[[2]]
     for sigma in (-1.03, -1.1, -1.3, -2.0, -4.0):
-        C = make_congruence(
+        P = make_metric(
             scaled,
             sample,
             vectors,
@@ -119,9 +121,9 @@ def test_no_bound_of_a_search_holds_back_an_eigenvalue() -> None:
             10 / unit,
             lifted=False,
         )
-        B = congruent_operator(op, C, sigma / unit, 1.0, sample.scale, 10 / unit)
+        B = congruent_operator(op, P, sigma / unit, 1.0, sample.scale, 10 / unit)
         for seed in range(10):
-            running = certificate.begin(B, C, 0, sigma / unit, known=False, seed=seed)
+            running = certificate.begin(B, 0, sigma / unit, known=False, seed=seed)
             verdict = certificate.judge(running.step(), 0.01 / unit, 0.02 / unit, 1e-4)
             while verdict.vector is None and not verdict.poor:
                 verdict = certificate.judge(verdict.certificate.step(), 0.01 / unit, 0.02 / unit, 1e-4)
@@ -135,7 +137,7 @@ def test_poor_likeness_is_seen() -> None:
     unit = float(sample.scale)
     scaled = replace(useless, product=lambda v: useless.product(v) / unit)
     vectors = torch.eye(len(VALUES), dtype=torch.float64)[[0]]
-    C = make_congruence(
+    P = make_metric(
         scaled,
         sample,
         vectors,
@@ -145,8 +147,8 @@ def test_poor_likeness_is_seen() -> None:
         10 / unit,
         lifted=True,
     )
-    B = congruent_operator(op, C, -1.02 / unit, 1.0, sample.scale, 10 / unit)
-    running = certificate.begin(B, C, 0, -1.02 / unit, known=True, seed=0)
+    B = congruent_operator(op, P, -1.02 / unit, 1.0, sample.scale, 10 / unit)
+    running = certificate.begin(B, 0, -1.02 / unit, known=True, seed=0)
     verdict = certificate.judge(running.step(), 0.01 / unit, 0.02 / unit, 0.01)
     for _ in range(8):
         if not verdict.poor:
@@ -161,7 +163,7 @@ def test_product_that_is_not_finite_is_handed_back() -> None:
     unit = float(sample.scale)
     scaled = replace(op, product=lambda v: op.product(v) / unit)
     vectors = torch.eye(len(VALUES), dtype=torch.float64)[[0]]
-    C = make_congruence(
+    P = make_metric(
         scaled,
         sample,
         vectors,
@@ -172,8 +174,8 @@ def test_product_that_is_not_finite_is_handed_back() -> None:
         lifted=True,
     )
     broken = replace(op, product=lambda v: torch.full_like(v, float("nan")))
-    B = congruent_operator(broken, C, -1.02 / unit, 1.0, sample.scale, 10 / unit)
-    running = certificate.begin(B, C, 0, -1.02 / unit, known=True, seed=0)
+    B = congruent_operator(broken, P, -1.02 / unit, 1.0, sample.scale, 10 / unit)
+    running = certificate.begin(B, 0, -1.02 / unit, known=True, seed=0)
     verdict = certificate.judge(running.step(), 0.01, 0.02, 0.01)
     assert verdict.suspect is not None
     assert verdict.suspect.shape == (len(VALUES), 1)

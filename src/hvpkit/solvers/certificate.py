@@ -1,20 +1,20 @@
 r"""Certificates: with a stated probability over random starts, nothing of a spectrum lies beyond a value.
 
-Lanczos from a random vector, on the congruence :math:`B = s\, C (H - \sigma I)\, C` of
+Lanczos from a random vector, on the congruence :math:`B = s\, P^{1/2} (H - \sigma I)\, P^{1/2}` of
 :mod:`hvpkit.solvers.congruence`. How likely an eigenvalue of B hides below its Ritz values is known from the polynomial
-of the start: :class:`hvpkit.solvers.common.bounds.StartPolynomial`. That is an event of the start alone, for any C that
+of the start: :class:`hvpkit.solvers.common.bounds.StartPolynomial`. That is an event of the start alone, for any P that
 does not depend on it; a poor likeness costs steps. Two kinds:
 
 1. *Of a known value* :math:`\theta`. :math:`\sigma` lies beyond it by the distance that may be missed, and its vector
    is lifted. If it is unlikely that B has a negative eigenvalue, it is as unlikely, by Sylvester's law, that H has one
    beyond :math:`\sigma`. A negative Ritz value refutes :math:`\theta`.
 2. *Search*, where the value is not known well, because the likeness lacks the vector. B's lowest Ritz pair
-   :math:`(\mu, y)` gives the vector :math:`z = C y` of H with the quotient :math:`\theta = \sigma + s \mu / \|z\|^2`, a
-   true Ritz value. An eigenvalue :math:`\lambda` of H with the vector x, further out than :math:`\theta` by a distance
-   d, makes an eigenvalue of B of at most
+   :math:`(\mu, y)` gives the vector :math:`z = P^{1/2} y` of H with the quotient
+   :math:`\theta = \sigma + s \mu / \|z\|^2`, a true Ritz value. An eigenvalue :math:`\lambda` of H with the vector x,
+   further out than :math:`\theta` by a distance d, makes an eigenvalue of B of at most
 
-   .. math:: \frac{s (\lambda - \sigma)}{\|C^{-1} x\|^2} \le \max\Big(0,\; \frac{s(\theta - \sigma) - d}{c}\Big),
-             \qquad c = \|C\|^{-2},
+   .. math:: \frac{s (\lambda - \sigma)}{x^\top P^{-1} x} \le \max\Big(0,\; \frac{s(\theta - \sigma) - d}{c}\Big),
+             \qquad c = \|P\|^{-1},
 
    which is excluded like a hidden one if it lies below :math:`\mu`. Where it does not, as :math:`\sigma` lies inside or
    too far out, z is handed back, and a certificate of its value follows.
@@ -22,7 +22,7 @@ does not depend on it; a poor likeness costs steps. Two kinds:
 Both are exact: they hold for any likeness. For an eigenvalue that is not the outermost one, vectors of m further out
 are deflated (:func:`hvpkit.solvers.congruence.deflated`); then nothing but m eigenvalues of H lies beyond.
 
-Cost: steps with the cost of the congruence. Memory: a vector for each step that may be taken.
+Cost: steps with the cost of the congruence. Memory: two vectors for each step that may be taken.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hvpkit.operators.base import LinearOperator
-from hvpkit.solvers import krylov
-from hvpkit.solvers.common.bounds import kato_temple
-from hvpkit.solvers.congruence import Congruence
+from hvpkit.solvers import krylov, pairs
+from hvpkit.solvers.common.bounds import StartPolynomial, kato_temple
+from hvpkit.solvers.congruence import CongruentOperator
 from hvpkit.solvers.krylov import KrylovState
 
 MAX_STEPS = 60
@@ -46,6 +45,10 @@ MAX_STEPS = 60
 SPREAD_STEPS, MAX_SPREAD = 2, 7.0
 """Steps after which the largest Ritz value of B may be at most the second: B is near 1 for a good likeness; a twentieth
 of 40,000 examples gives 2 to 4, a tenth of 1,500 up to 4."""
+
+MAX_MAGNIFIED = 4.0
+"""Sum of the lengths of what a vector is combined of, at most, in units of its own, for its matvec to be taken from
+theirs. Chosen by feel."""
 
 SETTLED = 0.3
 """Probability that B has a lower vector than the one found, at which a search may end. Its value is certified after it.
@@ -64,25 +67,29 @@ class Certificate:
         end: the place of the eigenvalue in the spectrum, from 0 or down from -1.
         known: of the first kind.
         sigma: the shift, over scale.
-        congruence: C.
         op: B.
         krylov: the state of the process.
         max_steps: steps, at most.
-        amounts: by which eigenvalues further out are deflated, ``[m]``; their vectors are the first rows of C.
+        amounts: by which eigenvalues further out are deflated, ``[m]``; their vectors are the first rows of P.
     """
 
     end: int
     known: bool
     sigma: float
-    congruence: Congruence
-    op: LinearOperator
+    op: CongruentOperator
     krylov: KrylovState
     max_steps: int = MAX_STEPS
     amounts: Tensor = NOTHING
 
+    @property
+    def sign(self) -> float:
+        """The sign s of B: 1 at the low end, -1 at the high one."""
+        return 1.0 if self.end >= 0 else -1.0
+
     def step(self) -> Certificate:
         """Multiply once."""
-        return replace(self, krylov=krylov.step(self.op, self.krylov))
+        op = self.op
+        return replace(self, krylov=pairs.step(op.space, self.krylov, op.image, op.metric))
 
 
 @dataclass(frozen=True)
@@ -93,24 +100,23 @@ class Verdict:
         certificate: to continue from.
         bound: nothing lies beyond it, with the probability asked for; None: not known yet.
         vector: of H ``[n]``: from a search, of the end; from a certificate of a known value, one that refutes it.
-        error: error bound of the vector's quotient.
+        image: its product with H over scale, less what is deflated ``[n]``; None: not known.
+        error: error bound of the vector's quotient, up to how uneven the metric is near the end.
         poor: the likeness is poor.
         suspect: a vector ``[n, 1]`` whose matvec was not finite.
-        num_matvecs: full-data matvecs that the verdict took.
     """
 
     certificate: Certificate
     bound: float | None = None
     vector: Tensor | None = None
+    image: Tensor | None = None
     error: float = math.inf
     poor: bool = False
     suspect: Tensor | None = None
-    num_matvecs: float = 0.0
 
 
 def begin(
-    op: LinearOperator,
-    congruence: Congruence,
+    op: CongruentOperator,
     end: int,
     sigma: float,
     *,
@@ -121,8 +127,9 @@ def begin(
 ) -> Certificate:
     """Return a certificate before its first step; ``op`` is B, ``seed`` that of its start."""
     most = min(MAX_STEPS, max_steps)
-    process = krylov.start(op, most + 1, 1, seed)
-    return Certificate(end, known, sigma, congruence, op, process, most, amounts)
+    pair, share = op.metric.random_pair(seed)
+    process = pairs.start(op.space, most + 1, pair, StartPolynomial.of_start(op.n // 2, share))
+    return Certificate(end, known, sigma, op, process, most, amounts)
 
 
 def judge(certificate: Certificate, error: float, distance: float, failure: float) -> Verdict:
@@ -137,18 +144,18 @@ def judge(certificate: Certificate, error: float, distance: float, failure: floa
     state, non_finite = krylov.compact(certificate.krylov)
     certificate, m = replace(certificate, krylov=state), state.num_multiplied
     if non_finite:
-        return Verdict(certificate, suspect=certificate.congruence(state.basis[m].unsqueeze(1)))
-    pairs, norms = krylov.project(certificate.op, state)
-    lowest, unit, exhausted = float(pairs.values[0]), float(state.scale), state.num_frontier == 0
+        return Verdict(certificate, suspect=pairs.halves(state.basis[m])[0].unsqueeze(1))
+    ritz, norms = krylov.project(certificate.op, state)
+    lowest, exhausted = float(ritz.values[0]), state.num_frontier == 0
 
     def unlikely(at: float, probability: float = failure) -> bool:
-        component = state.polynomial.log_component(at, pairs.values, pairs.residual_norms, norms)
+        component = state.polynomial.log_component(at, ritz.values, ritz.residual_norms, norms)
         return exhausted or state.polynomial.probability(component) <= probability
 
-    poor = m >= certificate.max_steps or (m >= SPREAD_STEPS and float(pairs.values[-1]) * unit > MAX_SPREAD)
+    poor = m >= certificate.max_steps or (m >= SPREAD_STEPS and float(ritz.values[-1]) > MAX_SPREAD)
     if certificate.known and lowest > 0:
         return Verdict(certificate, certificate.sigma if unlikely(0.0) else None, poor=poor)
-    error_in_b = float(kato_temple(pairs.values, pairs.residual_norms)[0])
+    error_in_b = float(kato_temple(ritz.values, ritz.residual_norms)[0])
 
     def settled(size: float) -> bool:
         """Return True if y is the lowest vector of B, as far as z, of this squared norm, needs it."""
@@ -156,18 +163,32 @@ def judge(certificate: Certificate, error: float, distance: float, failure: floa
         inside = lowest < 0 and m > SPREAD_STEPS
         return error_in_b <= error * size and (inside or unlikely(lowest - distance * size, SETTLED))
 
-    largest, cost = certificate.congruence.norm**2 / unit, certificate.congruence.cost
+    largest = certificate.op.metric.norm
     if not certificate.known and not settled(largest):  # no vector is longer than that
         return Verdict(certificate, poor=poor)
-    vector = certificate.congruence((pairs.vectors[:, :1].mT.to(state.basis) @ state.basis[:m]).mT)[:, 0]
+    vector, image = _unfold(certificate, ritz.vectors[:, 0].to(state.basis))
     if certificate.known:
-        return Verdict(certificate, vector=vector, num_matvecs=cost)
-    size = float(certificate.op.space.norm(vector)) ** 2 / unit
+        return Verdict(certificate, vector=vector, image=image)
+    size = float(certificate.op.space.norm(vector)) ** 2
     at = max(0.0, (lowest / size - distance) * largest)
     if not settled(size) or (at < lowest and not unlikely(at)):
-        return Verdict(certificate, poor=poor, num_matvecs=cost)
-    found = Verdict(certificate, vector=vector, error=error_in_b / size, num_matvecs=cost)
+        return Verdict(certificate, poor=poor)
+    found = Verdict(certificate, vector=vector, image=image, error=error_in_b / size)
     if at >= lowest:
         return found
-    outwards = -1.0 if certificate.end >= 0 else 1.0
-    return replace(found, bound=certificate.sigma - outwards * (lowest / size - distance))
+    return replace(found, bound=certificate.sigma + certificate.sign * (lowest / size - distance))
+
+
+def _unfold(certificate: Certificate, combination: Tensor) -> tuple[Tensor, Tensor | None]:
+    r"""Return :math:`z = P^{1/2} y` and its product with the deflated H, for y of a combination ``[m]`` of the basis.
+
+    Of known matvecs: by B y, the second of a pair is :math:`s (H - \sigma I) z`. None if that magnifies their rounding,
+    as z is much smaller than what it is combined of.
+    """
+    state, space = certificate.krylov, certificate.op.space
+    m, (us, ws) = len(combination), pairs.halves(state.basis[: state.num_rows])
+    vector = combination @ us[:m]
+    if not combination.abs() @ space.row_norms(us[:m]) <= MAX_MAGNIFIED * space.norm(vector):
+        return vector, None
+    moved = (state.projected[: state.num_rows, :m] @ combination) @ ws
+    return vector, certificate.sigma * vector + certificate.sign * moved

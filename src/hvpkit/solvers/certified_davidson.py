@@ -6,8 +6,8 @@ Method, for each level of the likeness until one serves:
    vectors are multiplied by H.
 2. Rayleigh-Ritz on all vectors with known matvecs, with a few more by :mod:`hvpkit.solvers.davidson`: values are true
    ones for any likeness.
-3. For each end a certificate: Lanczos from a random vector on :math:`C (H - \sigma I) C` with C from S, until it is
-   unlikely that an eigenvalue of H hides beyond the value by twice the error allowed
+3. For each end a certificate: Lanczos from a random vector on :math:`P^{1/2} (H - \sigma I) P^{1/2}` with P from S,
+   until it is unlikely that an eigenvalue of H hides beyond the value by twice the error allowed
    (:mod:`hvpkit.solvers.certificate`). It starts from the value where that is accurate by S's prediction; else it
    searches. What S lacked shows there, and its vector joins 2. Of several values at an end the innermost one is
    certified, with the vectors further out deflated: no more than those lie beyond. How far they may be from their Ritz
@@ -17,7 +17,7 @@ A likeness is poor if a direction gains much less than it predicts, if the certi
 identity, or if several certificates of an end have no bound. After the last one the solver hands over.
 
 Cost: for each direction a matvec of the last level and a few of a cheap one; for each step of a certificate one of the
-last level and up to six of a cheap one. Memory: see :func:`hvpkit.solvers.multifidelity.num_vectors`.
+last level and up to four of a cheap one. Memory: see :func:`hvpkit.solvers.multifidelity.num_vectors`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ from hvpkit.solvers.congruence import (
     DEAR,
     DEAR_DEGREE,
     MAX_DEGREE,
-    Congruence,
+    CongruentOperator,
+    Metric,
     congruent_operator,
     deflated,
-    make_congruence,
+    make_metric,
 )
 from hvpkit.solvers.davidson import Direction
 from hvpkit.solvers.driver import Assessment, Limits
@@ -176,8 +177,8 @@ class CertifiedDavidson:
         """Full-data matvecs of a step, at most."""
         cheap = self.levels[:-1]
         on_level = max(self.inner_steps(level) * level.cost for level in cheap)
-        # a certificate's vector, C twice, and C once more to judge it
-        return max(on_level, self.op.cost + 3 * max(self._max_degree(level) * level.cost for level in cheap))
+        # a certificate's vector, P, and the start of another one
+        return max(on_level, self.op.cost + (2 * MAX_DEGREE + 1) * max(level.cost for level in cheap))
 
     @property
     def sides(self) -> list[list[int]]:
@@ -385,9 +386,7 @@ class CertifiedDavidson:
         allowed = self._allowed(state, end.value)
         distance = self._multiple * allowed
         verdict = certificate.judge(running, allowed, distance, share * (1 - self.confidence))
-        state = replace(
-            state, certificate=verdict.certificate, num_matvecs=state.num_matvecs + verdict.num_matvecs
-        )
+        state = replace(state, certificate=verdict.certificate)
         if verdict.suspect is not None:
             return replace(state, certificate=None, suspect=verdict.suspect)
         without_bound = verdict.vector is not None and verdict.bound is None
@@ -400,9 +399,22 @@ class CertifiedDavidson:
         state = _with_end(state, running.end, bound=bound, promised=verdict.error)
         if without_bound:
             state = _with_end(state, running.end, num_refuted=end.num_refuted + 1, num_directions=0)
-        if verdict.vector is None:
-            return state
-        return block_subspace.extend(self.op, self.request, self._with_room(state), verdict.vector[None])
+        return (
+            state if verdict.vector is None else self._include(state, running, verdict.vector, verdict.image)
+        )
+
+    def _include(
+        self, state: CertifiedDavidsonState, ended: Certificate, vector: Tensor, image: Tensor | None
+    ) -> CertifiedDavidsonState:
+        """Expand by a certificate's vector; ``image`` is its product with H, over scale, less what was deflated."""
+        state = self._with_room(state)
+        if image is not None:
+            rows = ended.op.metric.rows[: len(ended.amounts)]
+            inside = ended.amounts.to(rows) * self.op.space.dots(rows, vector)
+            known = block_subspace.extend_by_known(self.op, state, vector, image + inside @ rows)
+            if known is not None:
+                return self._update(known)
+        return block_subspace.extend(self.op, self.request, state, vector[None])
 
     def _next(self, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
         """Prepare the next step: a direction to find or to follow, or a certificate to begin."""
@@ -468,7 +480,7 @@ class CertifiedDavidson:
         amounts = values[: len(further_out)] - inside
         values[: len(further_out)] = inside
         assert state.sample is not None
-        congruence = make_congruence(
+        metric = make_metric(
             self.likeness(state),
             state.sample,
             vectors,
@@ -479,15 +491,16 @@ class CertifiedDavidson:
             lifted=known,
             max_degree=self._max_degree(self.levels[state.level]),
         )
-        op = self.certificate_operator(state, congruence, place, sigma, amounts)
+        op = self.certificate_operator(state, metric, place, sigma, amounts)
         # independent of the sample's start, of earlier certificates, and of the solve that the caller's start is from
         stream = 4 * self._num_certificates(state, place) + 2 * (place < 0) + (self.request.start is not None)
         seed = self.request.seed + (stream + 1) * 2**32
         running = certificate.begin(
-            op, congruence, place, sigma, known=known, seed=seed, max_steps=self.ncv, amounts=amounts
+            op, place, sigma, known=known, seed=seed, max_steps=self.ncv, amounts=amounts
         )
         state = _with_end(state, place, num_certificates=end.num_certificates + 1)
-        return replace(state, certificate=running, target=None)
+        spent = state.num_matvecs + metric.start_cost
+        return replace(state, certificate=running, target=None, num_matvecs=spent)
 
     def likeness(self, state: CertifiedDavidsonState) -> LinearOperator:
         """Return the level in use, over scale."""
@@ -497,14 +510,14 @@ class CertifiedDavidson:
     def certificate_operator(
         self,
         state: CertifiedDavidsonState,
-        congruence: Congruence,
+        metric: Metric,
         place: int,
         sigma: float,
         amounts: Tensor,
-    ) -> LinearOperator:
-        """Return B, with the first rows of the congruence deflated by these amounts."""
-        op = deflated(self.op, congruence.rows[: len(amounts)], amounts * float(state.scale))
-        return congruent_operator(op, congruence, sigma, -outwards(place), state.scale, state.norm)
+    ) -> CongruentOperator:
+        """Return B, with the first rows of the metric deflated by these amounts."""
+        op = deflated(self.op, metric.rows[: len(amounts)], amounts * float(state.scale))
+        return congruent_operator(op, metric, sigma, -outwards(place), state.scale, state.norm)
 
     def _num_certificates(self, state: CertifiedDavidsonState, place: int) -> int:
         """Return how many certificates began at the place's end of the spectrum."""

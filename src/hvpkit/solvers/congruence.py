@@ -1,34 +1,41 @@
 r"""Congruences: an operator in the geometry of a cheap likeness of it.
 
 For an operator H, a shift :math:`\sigma` near an end of its spectrum, s = 1 for the low end and -1 for the high one,
-and C symmetric positive definite,
+and a metric P, symmetric positive definite,
 
-.. math:: B = s\, C (H - \sigma I)\, C, \qquad
-          C = \sum_i d_i^{-1/2} u_i u_i^\top + (I - U U^\top)\, q(S)\, (I - U U^\top),
+.. math:: B = s\, P^{1/2} (H - \sigma I)\, P^{1/2}, \qquad
+          P = \sum_i d_i^{-1} u_i u_i^\top + (I - U U^\top)\, p(S)\, (I - U U^\top),
 
 with orthonormal :math:`u_i`, :math:`d_i = \max(s (\theta_i - \sigma), c)` for what the likeness S shows of the
-spectrum, and a polynomial :math:`q(x) \approx \max(s (x - \sigma), c)^{-1/2}`. By Sylvester's law of inertia B has as
-many negative eigenvalues as H has beyond :math:`\sigma`, whatever C is. With a good likeness the spectrum of B is near
-1 but for the end, where the clamp c makes C nearly :math:`c^{-1/2} I`: eigenvalues of H that are near :math:`\sigma`
-are near :math:`s (\lambda - \sigma) / c` in B. Vectors whose products with H are known may be lifted: their
-:math:`d_i` is without the clamp, and their quotient in B is 1.
+spectrum, and a polynomial :math:`p(x) \approx 1 / \max(s (x - \sigma), c)` of even degree that is positive everywhere.
+By Sylvester's law of inertia B has as many negative eigenvalues as H has beyond :math:`\sigma`, whatever P is. With a
+good likeness the spectrum of B is near 1 but for the end, where the clamp c makes P nearly :math:`c^{-1} I`:
+eigenvalues of H that are near :math:`\sigma` are near :math:`s (\lambda - \sigma) / c` in B. Vectors whose products
+with H are known may be lifted: their :math:`d_i` is without the clamp, and their quotient in B is 1.
 
-Cost of a matvec: one of H, and two of S for each degree of q. Memory: the rows U.
+The root of P is never needed: see :mod:`hvpkit.solvers.pairs`.
+
+Cost of a matvec: one of H, and one of S for each degree of p. Memory: the rows U.
 Source: Sylvester's law: Horn and Johnson, Matrix Analysis, 2nd edition (2013), theorem 4.5.8. As a certificate for
 Lanczos from a sample it is hvpkit's own.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.polynomial import Chebyshev
+from numpy.polynomial.chebyshev import chebvander
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
-from hvpkit.operators.space import Space
 from hvpkit.results.plain_data import LONG
+from hvpkit.solvers import pairs
+from hvpkit.solvers.common.bounds import TINY
 from hvpkit.solvers.common.orthogonalize import extend_, row_norms
 from hvpkit.solvers.sample_space import SampleSpace
 
@@ -41,16 +48,24 @@ OVERSHOOT = 2.0
 """The same clamp of a known value, at least, in units of the distance by which the likeness has eigenvalues beyond the
 shift: of those that nearer ones of H become in it, it says nothing."""
 
-MAX_DEGREE, DEAR_DEGREE = 3, 2
-"""Degree of q, at most, and the same for a dear likeness. Evidence: docs/multifidelity.md."""
+MAX_DEGREE, DEAR_DEGREE = 4, 2
+"""Degree of p, at most, and the same for a dear likeness. Evidence: docs/multifidelity.md."""
 
 FIT_LOW, FIT_HIGH = 0.3, 0.1
-"""Relative error of q with which a lower degree is enough, at the low and at the high end, where the outliers, taken
+"""Relative error of p with which a lower degree is enough, at the low and at the high end, where the outliers, taken
 apart, leave little else to make even. Evidence: docs/multifidelity.md."""
 
 DEAR = 0.1
-"""Cost of a matvec of a dear likeness, at least, in those of H: a degree costs two more of them in each step of a
+"""Cost of a matvec of a dear likeness, at least, in those of H: a degree costs one more of them in each step of a
 certificate. Chosen by feel."""
+
+NUM_SWEEPS, REAL = 8, 1e-9
+"""Of Lawson's algorithm for p; and the largest imaginary part of a root that counts as real, and relative value that
+counts as zero. Chosen by feel."""
+
+FLOOR, NUM_ROOTS = 2.0, 16
+"""Imaginary part of the roots of r in units of their distance from the shift, and how many distances are tried. Least
+values of p r are 0.7 to 1 of that at zero, on trained networks."""
 
 ROUNDING_FLOOR = 1000.0
 """In units of eps * norm: distances are at least this, so that the rounding of H in B is at most a thousandth of it."""
@@ -61,16 +76,17 @@ by feel."""
 
 
 @dataclass(frozen=True)
-class Congruence:
-    """The symmetric positive definite C.
+class Metric:
+    """The symmetric positive definite P.
 
     Attributes:
         likeness: S, over scale.
         rows: U ``[m, n]``.
-        factors: :math:`d_i^{-1/2}` ``[m]``.
-        coefficients: of q in Chebyshev polynomials on ``[low, high]``.
+        factors: :math:`d_i^{-1}` ``[m]``.
+        coefficients: of p in Chebyshev polynomials on ``[low, high]``.
         low, high: bounds of the spectrum of S outside of U.
-        norm: the largest eigenvalue of C, if the spectrum is within these bounds.
+        norm: the largest eigenvalue of P, if the spectrum is within these bounds.
+        start: r, of a random start of the second.
     """
 
     likeness: LinearOperator
@@ -80,37 +96,79 @@ class Congruence:
     low: float
     high: float
     norm: float
+    start: Start
 
     @property
     def cost(self) -> float:
         """Full-data matvecs of an application."""
         return (len(self.coefficients) - 1) * self.likeness.cost
 
+    @property
+    def start_cost(self) -> float:
+        """Full-data matvecs of a random start."""
+        return self.cost + self.likeness.cost if self.cost else 0.0
+
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Apply C to columns ``[n, k]``."""
-        space = self.likeness.space
-        inner = space.dots(self.rows, vectors)
-        return self.rows.mT @ (self.factors[:, None] * inner) + self._outside(space, vectors)
-
-    def _outside(self, space: Space, vectors: Tensor) -> Tensor:
-        """Apply q(S) outside of U, projected at each step: rounding along U would grow with its eigenvalues."""
-
-        def project(columns: Tensor) -> Tensor:
-            return columns - self.rows.mT @ space.dots(self.rows, columns)
-
-        def term(columns: Tensor) -> Tensor:
-            images = project(self.likeness.product(columns))
-            return (2 * images - (self.low + self.high) * columns) / (self.high - self.low)
-
-        before, now = torch.zeros_like(vectors), project(vectors)
+        """Apply P to columns ``[n, k]``."""
+        inner = self.likeness.space.dots(self.rows, vectors)
+        before, now = torch.zeros_like(vectors), self._outside(vectors)
         total = self.coefficients[0] * now
         for degree, coefficient in enumerate(self.coefficients[1:], start=1):
-            before, now = now, term(now) if degree == 1 else 2 * term(now) - before
+            before, now = now, self._term(now) if degree == 1 else 2 * self._term(now) - before
             total = total + coefficient * now
-        return project(total)
+        return self.rows.mT @ (self.factors[:, None] * inner) + self._outside(total)
+
+    def _outside(self, columns: Tensor) -> Tensor:
+        """Project U out."""
+        return columns - self.rows.mT @ self.likeness.space.dots(self.rows, columns)
+
+    def _term(self, columns: Tensor) -> Tensor:
+        """Apply S, mapped to [-1, 1], outside of U at each step: rounding along U would grow with its eigenvalues."""
+        images = self._outside(self.likeness.product(columns))
+        return (2 * images - (self.low + self.high) * columns) / (self.high - self.low)
+
+    def random_pair(self, seed: int) -> tuple[Tensor, float]:
+        """Return a random y as a pair ``[2 n]``, and the share of it that is as if uniform on the sphere.
+
+        y is normal with the covariance K = P r(S), which has no eigenvalue below ``start.least``, whatever S is. So its
+        component on any unit vector is at least that of a vector with the covariance ``start.least`` I.
+        """
+        space, n, start = self.likeness.space, self.likeness.n, self.start
+        first, second = (
+            space.random(n, like=self.rows, seed=seed, stream=stream)[:, None] for stream in (1, 2)
+        )
+        inside = (start.level / self.factors).sqrt()[:, None] * space.dots(self.rows, first)
+        outside = self._outside(first)
+        if start.slope:
+            outside = start.slope * self._term(outside) + start.constant * outside
+            outside = outside + start.floor * self._outside(second)
+        w = self.rows.mT @ inside + outside
+        pair = torch.cat([self(w), w])[:, 0]
+        return pair, min(1.0, math.sqrt(start.least * n) / float(pairs.length(space, pair)))
 
 
-def make_congruence(
+@dataclass(frozen=True)
+class Start:
+    r"""A polynomial r, positive everywhere, that a random vector of the covariance r(S) is easy to draw for.
+
+    With z = x mapped from ``[low, high]`` to [-1, 1], :math:`r = (\text{slope}\, z + \text{constant})^2 +
+    \text{floor}^2`: of two independent normal vectors g and h, :math:`(\text{slope}\, Z + \text{constant}) g +
+    \text{floor}\, h` has it. About 1 / p, up to a factor.
+
+    Attributes:
+        slope, constant, floor: of r.
+        least: the least value of p r.
+        level: value of p r at zero: the covariance along U.
+    """
+
+    slope: float
+    constant: float
+    floor: float
+    least: float
+    level: float
+
+
+def make_metric(
     likeness: LinearOperator,
     sample: SampleSpace,
     exact: Tensor,
@@ -121,8 +179,8 @@ def make_congruence(
     *,
     lifted: bool,
     max_degree: int = MAX_DEGREE,
-) -> Congruence:
-    """Return C for a shift, from rows ``exact`` ``[k, n]`` with their Rayleigh quotients, and a sample's outliers.
+) -> Metric:
+    """Return P for a shift, from rows ``exact`` ``[k, n]`` with their Rayleigh quotients, and a sample's outliers.
 
     ``exact`` are orthonormal, their ``values`` ``[k]`` float64 on the CPU.
 
@@ -146,70 +204,118 @@ def make_congruence(
     distances = sign * (known - sigma)
     first = len(exact) if lifted else 0
     distances[first:] = distances[first:].clamp(min=clamp)
-    factors = distances.clamp(min=floor).rsqrt()
-    coefficients, largest = _fit(low, high, sigma, sign, clamp, max_degree, FIT_LOW if sign > 0 else FIT_HIGH)
-    return Congruence(
+    factors = distances.clamp(min=floor).reciprocal()
+    middle, half = (low + high) / 2, (high - low) / 2
+    line = sign * (middle - sigma), sign * half
+    p, largest = _fit(line, clamp, max_degree, FIT_LOW if sign > 0 else FIT_HIGH)
+    return Metric(
         likeness,
         rows[:num_rows],
         factors.to(rows),
-        coefficients,
+        tuple(p.coef.tolist()),
         low,
         high,
         max(float(factors.max()), largest),
+        _start(p, line, clamp, -middle / half if half else 0.0),
     )
 
 
-def _fit(
-    low: float, high: float, sigma: float, sign: float, clamp: float, max_degree: int, fit: float
-) -> tuple[tuple[float, ...], float]:
-    """Return coefficients of q, the least squares of its relative error at Chebyshev nodes, and its largest value.
+def _fit(line: tuple[float, float], clamp: float, max_degree: int, fit: float) -> tuple[Chebyshev, float]:
+    """Return p and its largest value, for the distance ``line[0] + line[1] z`` from the shift.
 
-    Of the lowest degree with a relative error of at most ``fit``.
+    Of the lowest even degree with a relative error of at most ``fit``, or else of the least one.
     """
     nodes = np.cos(np.pi * (np.arange(200) + 0.5) / 200)
-    wanted = np.maximum(sign * ((low + high) / 2 + (high - low) / 2 * nodes - sigma), clamp) ** -0.5
-    for degree in range(max_degree + 1):
-        terms = np.polynomial.chebyshev.chebvander(nodes, degree) / wanted[:, None]
-        coefficients = np.linalg.solve(terms.T @ terms, terms.sum(axis=0))
-        if np.abs(terms @ coefficients - 1).max() <= fit:
+    distances = np.maximum(line[0] + line[1] * nodes, clamp)
+    found = []
+    for degree in range(0, max_degree + 1, 2):
+        found.append(_least_error(chebvander(nodes, degree) * distances[:, None]))
+        if found[-1][0] <= fit:
             break
-    return tuple(coefficients.tolist()), float((terms @ coefficients * wanted).max())
+    p = min(found, key=lambda pair: pair[0])[1]
+    return p, float(p(nodes).max())
+
+
+def _least_error(terms: np.ndarray) -> tuple[float, Chebyshev]:
+    """Return a combination of terms that is nearly 1 everywhere, as a polynomial without real roots, and its error.
+
+    Lawson's algorithm: least squares whose weights are multiplied by the errors, a few times.
+    """
+    weights, best = np.ones(len(terms)), (math.inf, Chebyshev([1.0]))
+    for _ in range(NUM_SWEEPS):
+        weighted = terms * weights[:, None]
+        p = Chebyshev(np.linalg.solve(weighted.T @ terms, weighted.sum(axis=0)))
+        errors = np.abs(terms @ p.coef - 1)
+        is_positive = (np.abs(p.roots().imag) > REAL).all() and p(-1) > REAL * np.abs(p.coef).sum()
+        if is_positive and errors.max() < best[0]:
+            best = float(errors.max()), p
+        weights = weights * (errors / max(errors.max(), TINY))
+        if not weights.any():
+            break
+    return best
+
+
+def _start(p: Chebyshev, line: tuple[float, float], clamp: float, zero: float) -> Start:
+    """Return r for p, with the largest least value of p r; ``zero`` is where S has the eigenvalue zero."""
+    if p.degree() == 0:
+        return Start(0.0, 1.0, 0.0, float(p(zero)), float(p(zero)))
+    farthest = max(abs(line[0]) + abs(line[1]), 2 * clamp)
+    distances = np.geomspace(clamp, farthest, NUM_ROOTS).tolist()
+    found = [_with_roots_at(distance, p, line, zero) for distance in distances]
+    return max(found, key=lambda start: start.least / start.level)
+
+
+def _with_roots_at(distance: float, p: Chebyshev, line: tuple[float, float], zero: float) -> Start:
+    slope, constant, floor = line[1], line[0] + distance, FLOOR * distance
+    turns = (p * (Chebyshev([constant, slope]) ** 2 + floor**2)).deriv().roots()
+    places = np.array([zero, -1.0, 1.0, *turns[np.abs(turns.imag) <= REAL].real])
+    values = p(places) * ((slope * places + constant) ** 2 + floor**2)
+    return Start(slope, constant, floor, float(values.min()), float(values[0]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CongruentOperator(LinearOperator):
-    """The operator B, which magnifies the rounding of H.
+    r"""The operator B on pairs ``[2 n]``, which magnifies the rounding of H.
 
     Attributes:
+        image: maps columns ``[n, k]`` by :math:`s (H - \sigma I)`, which a step multiplies by.
+        metric: P.
         precision_of_product: relative error of its matvecs.
     """
 
+    image: Callable[[Tensor], Tensor] = field(kw_only=True)
+    metric: Metric = field(kw_only=True)
     precision_of_product: float = 0.0
 
     @property
     def precision(self) -> float:
-        """Relative error of matvecs: that of H, where C is largest."""
+        """Relative error of matvecs: that of H, where P is largest."""
         return self.precision_of_product
 
 
 def congruent_operator(
-    op: LinearOperator, congruence: Congruence, sigma: float, sign: float, scale: Tensor, norm: float
+    op: LinearOperator, metric: Metric, sigma: float, sign: float, scale: Tensor, norm: float
 ) -> CongruentOperator:
-    r"""Return :math:`s\, C (H / \text{scale} - \sigma) C`, for H of a ``norm`` over ``scale``, as an operator."""
+    r"""Return B of H / ``scale``, which has this ``norm``, as an operator on pairs ``[2 n]``."""
 
-    def product(vectors: Tensor) -> Tensor:
-        inner = congruence(vectors)
-        return congruence(sign * (op.product(inner) / scale - sigma * inner))
+    def image(vectors: Tensor) -> Tensor:
+        return sign * (op.product(vectors) / scale - sigma * vectors)
+
+    def product(columns: Tensor) -> Tensor:
+        images = image(pairs.halves(columns.mT)[0].mT)
+        return torch.cat([metric(images), images])
 
     return CongruentOperator(
         product,
-        op.n,
+        2 * op.n,
         op.dtype,
         op.device,
         name=f"congruence of {op.name}",
-        cost=op.cost + 2 * congruence.cost,
+        cost=op.cost + metric.cost,
         space=op.space,
-        precision_of_product=op.precision * norm * max(1.0, float(congruence.factors.square().max())),
+        image=image,
+        metric=metric,
+        precision_of_product=op.precision * norm * max(1.0, float(metric.factors.max())),
     )
 
 

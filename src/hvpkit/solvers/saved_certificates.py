@@ -1,6 +1,6 @@
 """Checkpoints of :class:`hvpkit.solvers.certified_davidson.CertifiedDavidson`: its state as plain data, and back.
 
-Operators are left out, and made again from what they are of: samples by their seed, congruences by their rows.
+Operators are left out, and made again from what they are of: samples by their seed, metrics by their rows.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hvpkit.solvers import krylov
+from hvpkit.solvers import krylov, pairs
 from hvpkit.solvers.certificate import Certificate
 from hvpkit.solvers.certified_davidson import CertifiedDavidson, CertifiedDavidsonState
 from hvpkit.solvers.checkpoint import Witness
 from hvpkit.solvers.common.block_subspace import BlockSubspace
-from hvpkit.solvers.congruence import Congruence
+from hvpkit.solvers.common.bounds import StartPolynomial
+from hvpkit.solvers.congruence import Metric, Start
 from hvpkit.solvers.davidson import Direction
 from hvpkit.solvers.ends import Bound, End
+from hvpkit.solvers.krylov import KrylovState
 from hvpkit.solvers.plain_state import Vectors, plain, plain_fields, restored
 from hvpkit.solvers.sample_space import SampleSpace
 
@@ -34,9 +36,9 @@ def pack(state: CertifiedDavidsonState) -> dict[str, Any]:
     saved = plain_fields(state, without=("rows", "images", "best", "suspect", "ends", "certificate"))
     if certificate is not None:
         saved["certificate"] = {
-            **plain_fields(certificate, without=("op", "congruence", "krylov")),
-            "congruence": plain_fields(certificate.congruence, without=("likeness",)),
-            "krylov": plain(krylov.trim(certificate.krylov)),
+            **plain_fields(certificate, without=("op", "krylov")),
+            "metric": plain_fields(certificate.op.metric, without=("likeness",)),
+            "krylov": plain(_as_vectors(krylov.trim(certificate.krylov))),
         }
     return {
         **saved,
@@ -46,6 +48,11 @@ def pack(state: CertifiedDavidsonState) -> dict[str, Any]:
         "suspect": None if suspect is None else Vectors(suspect.mT),
         "ends": [[place, plain(end)] for place, end in state.ends.items()],
     }
+
+
+def _as_vectors(state: KrylovState) -> KrylovState:
+    """Return a state of pairs whose basis has a row for each half: vectors of the operator's size."""
+    return replace(state, basis=state.basis.reshape(2 * len(state.basis), -1))
 
 
 def unpack(solver: CertifiedDavidson, saved: dict[str, Any]) -> CertifiedDavidsonState:
@@ -67,11 +74,19 @@ def unpack(solver: CertifiedDavidson, saved: dict[str, Any]) -> CertifiedDavidso
     found = saved.get("certificate")
     if found is None:
         return state
-    parts = {**found["congruence"], "coefficients": tuple(found["congruence"]["coefficients"])}
-    congruence = _rebuilt(Congruence, {**parts, "likeness": solver.likeness(state)}, device)
-    op = solver.certificate_operator(state, congruence, found["end"], found["sigma"], found["amounts"])
-    process = restored(krylov.start(op, found["max_steps"] + 1, 1, 0), found["krylov"])
-    certificate = Certificate(**{**found, "congruence": congruence, "op": op, "krylov": process})
+    parts = {
+        **found["metric"],
+        "coefficients": tuple(found["metric"]["coefficients"]),
+        "start": Start(**found["metric"]["start"]),
+    }
+    metric = _rebuilt(Metric, {**parts, "likeness": solver.likeness(state)}, device)
+    op = solver.certificate_operator(state, metric, found["end"], found["sigma"], found["amounts"])
+    kept = {name: value for name, value in found.items() if name != "metric"}
+    basis = found["krylov"]["basis"]
+    process = {**found["krylov"], "basis": basis.reshape(len(basis) // 2, -1)}
+    first, polynomial = process["basis"][0].to(device), StartPolynomial.of_start(solver.op.n, 1.0)
+    empty = pairs.start(solver.op.space, found["max_steps"] + 1, first, polynomial)
+    certificate = Certificate(**{**kept, "op": op, "krylov": restored(empty, process)})
     return replace(state, certificate=certificate)
 
 
@@ -85,10 +100,18 @@ def verify(solver: CertifiedDavidson, state: CertifiedDavidsonState) -> Certifie
     known = Witness.empty(solver.op).including(solver.op.space, state.rows[:m], state.images[:m])
     cost = known.check(solver.op, state.scale, state.norm)
     if state.certificate is not None:
-        cost += krylov.witness(state.certificate.krylov).check(
-            state.certificate.op, state.certificate.krylov.scale, float(state.certificate.krylov.norm)
-        )
+        cost += _verify_certificate(state.certificate)
     return replace(state, num_matvecs=state.num_matvecs + cost, verified=state.verified + cost)
+
+
+def _verify_certificate(certificate: Certificate) -> float:
+    """Verify a certificate in progress by a matvec, or before the first one by one of its metric; return the cost."""
+    op, process = certificate.op, certificate.krylov
+    if process.num_multiplied:
+        return krylov.witness(process).check(op, process.scale, float(process.norm))
+    u, w = pairs.halves(process.basis[0])
+    metric = replace(op, product=op.metric, n=op.n // 2, cost=op.metric.cost)
+    return Witness(w, u, 1).check(metric)
 
 
 def _rebuilt(kind: type[T], saved: dict[str, Any], device: torch.device) -> T:

@@ -25,6 +25,9 @@ from hvpkit.solvers.common.rayleigh_ritz import RitzPairs, no_pairs
 from hvpkit.solvers.common.request import Request
 from hvpkit.solvers.common.vector_memory import FEWER, check_room
 
+NEW_SHARE = 0.1
+"""Norm of the new direction in a vector with a known matvec, at least, in units of the vector's. Chosen by feel."""
+
 MAX_WHOLE_SPACE = 1000
 """The largest n for which a subspace may become the whole space. Chosen by feel: two matrices of 8 MB in float64."""
 
@@ -113,6 +116,23 @@ def extend(op: LinearOperator, request: Request, state: S, vectors: Tensor) -> S
     end = op.n if whole else m + max(num_new, 1)
     num_random = complete_(op, state.rows[:end], m + num_new, request.seed, state.num_random)
     return replace(state, num_new=end - m, num_random=num_random)
+
+
+def extend_by_known(op: LinearOperator, state: S, vector: Tensor, image: Tensor) -> S | None:
+    """Append the new direction in ``vector`` ``[n]``, of which the matvec over scale is ``image``, as a multiplied row.
+
+    None if little of it is new, so that rounding of the image would be magnified.
+    """
+    m, size = state.num_rows, float(op.space.norm(vector))
+    rest, moved = vector, image
+    for _ in range(2):
+        inner = op.space.dots(state.rows[:m], rest)
+        rest, moved = rest - inner @ state.rows[:m], moved - inner @ state.images[:m]
+    left = float(op.space.norm(rest))
+    if not left > NEW_SHARE * size:
+        return None
+    state.rows[m], state.images[m] = rest / left, moved / left
+    return replace(state, num_rows=m + 1, num_fresh=state.num_fresh + 1)
 
 
 def drop_non_finite(op: LinearOperator, state: S) -> S:
