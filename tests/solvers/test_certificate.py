@@ -43,7 +43,7 @@ def run(
         lifted=known_well,
     )
     B = congruent_operator(op, P, sigma / unit, 1.0, sample.scale, 10 / unit)
-    running = certificate.begin(B, 0, sigma / unit, known=known_well, seed=seed)
+    running = certificate.begin(B, 0, sigma / unit, known=known_well, seed=seed).step()
     while True:
         running = running.step()
         verdict = certificate.judge(running, error / unit, 2 * error / unit, failure)
@@ -123,7 +123,7 @@ def test_no_bound_of_a_search_holds_back_an_eigenvalue() -> None:
         )
         B = congruent_operator(op, P, sigma / unit, 1.0, sample.scale, 10 / unit)
         for seed in range(10):
-            running = certificate.begin(B, 0, sigma / unit, known=False, seed=seed)
+            running = certificate.begin(B, 0, sigma / unit, known=False, seed=seed).step()
             verdict = certificate.judge(running.step(), 0.01 / unit, 0.02 / unit, 1e-4)
             while verdict.vector is None and not verdict.poor:
                 verdict = certificate.judge(verdict.certificate.step(), 0.01 / unit, 0.02 / unit, 1e-4)
@@ -148,7 +148,7 @@ def test_poor_likeness_is_seen() -> None:
         lifted=True,
     )
     B = congruent_operator(op, P, -1.02 / unit, 1.0, sample.scale, 10 / unit)
-    running = certificate.begin(B, 0, -1.02 / unit, known=True, seed=0)
+    running = certificate.begin(B, 0, -1.02 / unit, known=True, seed=0).step()
     verdict = certificate.judge(running.step(), 0.01 / unit, 0.02 / unit, 0.01)
     for _ in range(8):
         if not verdict.poor:
@@ -175,7 +175,7 @@ def test_product_that_is_not_finite_is_handed_back() -> None:
     )
     broken = replace(op, product=lambda v: torch.full_like(v, float("nan")))
     B = congruent_operator(broken, P, -1.02 / unit, 1.0, sample.scale, 10 / unit)
-    running = certificate.begin(B, 0, -1.02 / unit, known=True, seed=0)
+    running = certificate.begin(B, 0, -1.02 / unit, known=True, seed=0).step()
     verdict = certificate.judge(running.step(), 0.01, 0.02, 0.01)
     assert verdict.suspect is not None
     assert verdict.suspect.shape == (len(VALUES), 1)

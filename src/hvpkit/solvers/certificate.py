@@ -68,7 +68,8 @@ class Certificate:
         known: of the first kind.
         sigma: the shift, over scale.
         op: B.
-        krylov: the state of the process.
+        seed: of its start.
+        krylov: the state of the process; None before its start, which takes matvecs of the likeness.
         max_steps: steps, at most.
         amounts: by which eigenvalues further out are deflated, ``[m]``; their vectors are the first rows of P.
     """
@@ -77,7 +78,8 @@ class Certificate:
     known: bool
     sigma: float
     op: CongruentOperator
-    krylov: KrylovState
+    seed: int
+    krylov: KrylovState | None = None
     max_steps: int = MAX_STEPS
     amounts: Tensor = NOTHING
 
@@ -86,10 +88,24 @@ class Certificate:
         """The sign s of B: 1 at the low end, -1 at the high one."""
         return 1.0 if self.end >= 0 else -1.0
 
+    @property
+    def step_cost(self) -> float:
+        """Full-data matvecs of the next step."""
+        return self.op.metric.start_cost if self.krylov is None else self.op.cost
+
+    @property
+    def num_steps(self) -> int:
+        """Vectors that are multiplied."""
+        return 0 if self.krylov is None else self.krylov.num_multiplied
+
     def step(self) -> Certificate:
-        """Multiply once."""
-        op = self.op
-        return replace(self, krylov=pairs.step(op.space, self.krylov, op.image, op.metric))
+        """Draw the start, or multiply once."""
+        op, state = self.op, self.krylov
+        if state is not None:
+            return replace(self, krylov=pairs.step(op.space, state, op.image, op.metric))
+        pair, share = op.metric.random_pair(self.seed)
+        polynomial = StartPolynomial.of_start(op.n // 2, share)
+        return replace(self, krylov=pairs.start(op.space, self.max_steps + 1, pair, polynomial))
 
 
 @dataclass(frozen=True)
@@ -125,11 +141,8 @@ def begin(
     max_steps: int = MAX_STEPS,
     amounts: Tensor = NOTHING,
 ) -> Certificate:
-    """Return a certificate before its first step; ``op`` is B, ``seed`` that of its start."""
-    most = min(MAX_STEPS, max_steps)
-    pair, share = op.metric.random_pair(seed)
-    process = pairs.start(op.space, most + 1, pair, StartPolynomial.of_start(op.n // 2, share))
-    return Certificate(end, known, sigma, op, process, most, amounts)
+    """Return a certificate before its start; ``op`` is B."""
+    return Certificate(end, known, sigma, op, seed, None, min(MAX_STEPS, max_steps), amounts)
 
 
 def judge(certificate: Certificate, error: float, distance: float, failure: float) -> Verdict:
@@ -141,6 +154,7 @@ def judge(certificate: Certificate, error: float, distance: float, failure: floa
         distance: beyond the value that may be missed.
         failure: probability of missing an eigenvalue further out, at most.
     """
+    assert certificate.krylov is not None
     state, non_finite = krylov.compact(certificate.krylov)
     certificate, m = replace(certificate, krylov=state), state.num_multiplied
     if non_finite:
@@ -186,6 +200,7 @@ def _unfold(certificate: Certificate, combination: Tensor) -> tuple[Tensor, Tens
     as z is much smaller than what it is combined of.
     """
     state, space = certificate.krylov, certificate.op.space
+    assert state is not None
     m, (us, ws) = len(combination), pairs.halves(state.basis[: state.num_rows])
     vector = combination @ us[:m]
     if not combination.abs() @ space.row_norms(us[:m]) <= MAX_MAGNIFIED * space.norm(vector):

@@ -177,8 +177,8 @@ class CertifiedDavidson:
         """Full-data matvecs of a step, at most."""
         cheap = self.levels[:-1]
         on_level = max(self.inner_steps(level) * level.cost for level in cheap)
-        # a certificate's vector, P, and the start of another one
-        return max(on_level, self.op.cost + (2 * MAX_DEGREE + 1) * max(level.cost for level in cheap))
+        in_certificate = self.op.cost + max(self._max_degree(level) * level.cost for level in cheap)
+        return max(on_level, in_certificate)
 
     @property
     def sides(self) -> list[list[int]]:
@@ -209,8 +209,8 @@ class CertifiedDavidson:
         if state.num_new:
             return block_subspace.multiply(self.op, state, 1, is_scaled=state.sample is not None)
         if state.certificate is not None:
-            cost = state.certificate.op.cost
-            return replace(state, certificate=state.certificate.step(), num_matvecs=state.num_matvecs + cost)
+            spent = state.num_matvecs + state.certificate.step_cost
+            return replace(state, certificate=state.certificate.step(), num_matvecs=spent)
         if state.sample is None:
             return self._start(state)
         return state if state.target is None else self._find_direction(state, state.target)
@@ -267,7 +267,7 @@ class CertifiedDavidson:
         """Update the ends, hear the certificate, test convergence, and decide what comes next."""
         if state.num_fresh:
             state = self._update(block_subspace.drop_non_finite(self.op, state))
-        if state.certificate is not None and state.certificate.krylov.num_multiplied:
+        if state.certificate is not None and state.certificate.num_steps:
             state = self._judge(state)
         status, last = self._status(state), len(self.levels) - 1
         if status is None and self._is_too_dear(state):
@@ -499,8 +499,7 @@ class CertifiedDavidson:
             op, place, sigma, known=known, seed=seed, max_steps=self.ncv, amounts=amounts
         )
         state = _with_end(state, place, num_certificates=end.num_certificates + 1)
-        spent = state.num_matvecs + metric.start_cost
-        return replace(state, certificate=running, target=None, num_matvecs=spent)
+        return replace(state, certificate=running, target=None)
 
     def likeness(self, state: CertifiedDavidsonState) -> LinearOperator:
         """Return the level in use, over scale."""

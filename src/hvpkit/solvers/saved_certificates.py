@@ -17,7 +17,7 @@ from hvpkit.solvers.certified_davidson import CertifiedDavidson, CertifiedDavids
 from hvpkit.solvers.checkpoint import Witness
 from hvpkit.solvers.common.block_subspace import BlockSubspace
 from hvpkit.solvers.common.bounds import StartPolynomial
-from hvpkit.solvers.congruence import Metric, Start
+from hvpkit.solvers.congruence import CongruentOperator, Metric, Start
 from hvpkit.solvers.davidson import Direction
 from hvpkit.solvers.ends import Bound, End
 from hvpkit.solvers.krylov import KrylovState
@@ -35,10 +35,11 @@ def pack(state: CertifiedDavidsonState) -> dict[str, Any]:
     m, certificate, suspect = state.num_rows, state.certificate, state.suspect
     saved = plain_fields(state, without=("rows", "images", "best", "suspect", "ends", "certificate"))
     if certificate is not None:
+        process = certificate.krylov
         saved["certificate"] = {
             **plain_fields(certificate, without=("op", "krylov")),
             "metric": plain_fields(certificate.op.metric, without=("likeness",)),
-            "krylov": plain(_as_vectors(krylov.trim(certificate.krylov))),
+            "krylov": None if process is None else plain(_as_vectors(krylov.trim(process))),
         }
     return {
         **saved,
@@ -82,12 +83,19 @@ def unpack(solver: CertifiedDavidson, saved: dict[str, Any]) -> CertifiedDavidso
     metric = _rebuilt(Metric, {**parts, "likeness": solver.likeness(state)}, device)
     op = solver.certificate_operator(state, metric, found["end"], found["sigma"], found["amounts"])
     kept = {name: value for name, value in found.items() if name != "metric"}
-    basis = found["krylov"]["basis"]
-    process = {**found["krylov"], "basis": basis.reshape(len(basis) // 2, -1)}
-    first, polynomial = process["basis"][0].to(device), StartPolynomial.of_start(solver.op.n, 1.0)
-    empty = pairs.start(solver.op.space, found["max_steps"] + 1, first, polynomial)
-    certificate = Certificate(**{**kept, "op": op, "krylov": restored(empty, process)})
+    certificate = Certificate(**{**kept, "op": op, "krylov": _process(op, found)})
     return replace(state, certificate=certificate)
+
+
+def _process(op: CongruentOperator, found: dict[str, Any]) -> KrylovState | None:
+    """Return the process of a saved certificate, with room for the rest of it."""
+    if found["krylov"] is None:
+        return None
+    rows = found["krylov"]["basis"]
+    process = {**found["krylov"], "basis": rows.reshape(len(rows) // 2, -1)}
+    first, polynomial = process["basis"][0].to(op.device), StartPolynomial.of_start(op.n // 2, 1.0)
+    state: KrylovState = restored(pairs.start(op.space, found["max_steps"] + 1, first, polynomial), process)
+    return state
 
 
 def verify(solver: CertifiedDavidson, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
@@ -107,6 +115,8 @@ def verify(solver: CertifiedDavidson, state: CertifiedDavidsonState) -> Certifie
 def _verify_certificate(certificate: Certificate) -> float:
     """Verify a certificate in progress by a matvec, or before the first one by one of its metric; return the cost."""
     op, process = certificate.op, certificate.krylov
+    if process is None:
+        return 0.0
     if process.num_multiplied:
         return krylov.witness(process).check(op, process.scale, float(process.norm))
     u, w = pairs.halves(process.basis[0])
