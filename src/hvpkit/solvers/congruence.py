@@ -51,9 +51,8 @@ shift: of those that nearer ones of H become in it, it says nothing."""
 MAX_DEGREE, DEAR_DEGREE = 4, 2
 """Degree of p, at most, and the same for a dear likeness. Evidence: docs/multifidelity.md."""
 
-FIT_LOW, FIT_HIGH = 0.3, 0.1
-"""Relative error of p with which a lower degree is enough, at the low and at the high end, where the outliers, taken
-apart, leave little else to make even. Evidence: docs/multifidelity.md."""
+FIT = 0.3
+"""Relative error of p with which a lower degree is enough. Evidence: docs/multifidelity.md."""
 
 DEAR = 0.1
 """Cost of a matvec of a dear likeness, at least, in those of H: a degree costs one more of them in each step of a
@@ -158,7 +157,7 @@ class Start:
     Attributes:
         slope, constant, floor: of r.
         least: the least value of p r.
-        level: value of p r at zero: the covariance along U.
+        level: value of p r at zero, or where S comes nearest to it: the covariance along U.
     """
 
     slope: float
@@ -207,7 +206,9 @@ def make_metric(
     factors = distances.clamp(min=floor).reciprocal()
     middle, half = (low + high) / 2, (high - low) / 2
     line = sign * (middle - sigma), sign * half
-    p, largest = _fit(line, clamp, max_degree, FIT_LOW if sign > 0 else FIT_HIGH)
+    with np.errstate(all="ignore"):  # whatever the caller's np.seterr says
+        p, largest = _fit(line, clamp, max_degree)
+        start = _start(p, line, clamp, -middle / half if half else 0.0)
     return Metric(
         likeness,
         rows[:num_rows],
@@ -216,37 +217,38 @@ def make_metric(
         low,
         high,
         max(float(factors.max()), largest),
-        _start(p, line, clamp, -middle / half if half else 0.0),
+        start,
     )
 
 
-def _fit(line: tuple[float, float], clamp: float, max_degree: int, fit: float) -> tuple[Chebyshev, float]:
+def _fit(line: tuple[float, float], clamp: float, max_degree: int) -> tuple[Chebyshev, float]:
     """Return p and its largest value, for the distance ``line[0] + line[1] z`` from the shift.
 
-    Of the lowest even degree with a relative error of at most ``fit``, or else of the least one.
+    Of the lowest even degree with a relative error of at most ``FIT``, or else of the least one.
     """
-    nodes = np.cos(np.pi * (np.arange(200) + 0.5) / 200)
+    nodes = np.cos(np.pi * np.arange(200) / 199)
     distances = np.maximum(line[0] + line[1] * nodes, clamp)
     found = []
     for degree in range(0, max_degree + 1, 2):
-        found.append(_least_error(chebvander(nodes, degree) * distances[:, None]))
-        if found[-1][0] <= fit:
+        found.append(_least_error(chebvander(nodes, degree), distances))
+        if found[-1][0] <= FIT:
             break
     p = min(found, key=lambda pair: pair[0])[1]
     return p, float(p(nodes).max())
 
 
-def _least_error(terms: np.ndarray) -> tuple[float, Chebyshev]:
-    """Return a combination of terms that is nearly 1 everywhere, as a polynomial without real roots, and its error.
+def _least_error(terms: np.ndarray, distances: np.ndarray) -> tuple[float, Chebyshev]:
+    """Return a combination p of terms, positive everywhere, with p times the distances nearly 1, and its error.
 
     Lawson's algorithm: least squares whose weights are multiplied by the errors, a few times.
     """
     weights, best = np.ones(len(terms)), (math.inf, Chebyshev([1.0]))
     for _ in range(NUM_SWEEPS):
-        weighted = terms * weights[:, None]
-        p = Chebyshev(np.linalg.solve(weighted.T @ terms, weighted.sum(axis=0)))
-        errors = np.abs(terms @ p.coef - 1)
-        is_positive = (np.abs(p.roots().imag) > REAL).all() and p(-1) > REAL * np.abs(p.coef).sum()
+        roots = np.sqrt(weights)
+        p = Chebyshev(np.linalg.lstsq(terms * (roots * distances)[:, None], roots, rcond=None)[0])
+        values = terms @ p.coef
+        errors = np.abs(values * distances - 1)
+        is_positive = values.min() > REAL * np.abs(p.coef).sum() and (np.abs(p.roots().imag) > REAL).all()
         if is_positive and errors.max() < best[0]:
             best = float(errors.max()), p
         weights = weights * (errors / max(errors.max(), TINY))
@@ -256,7 +258,8 @@ def _least_error(terms: np.ndarray) -> tuple[float, Chebyshev]:
 
 
 def _start(p: Chebyshev, line: tuple[float, float], clamp: float, zero: float) -> Start:
-    """Return r for p, with the largest least value of p r; ``zero`` is where S has the eigenvalue zero."""
+    """Return r for p, with the largest least value of p r in units of that at ``zero``, the eigenvalue 0 of S."""
+    zero = min(max(zero, -1.0), 1.0)
     if p.degree() == 0:
         return Start(0.0, 1.0, 0.0, float(p(zero)), float(p(zero)))
     farthest = max(abs(line[0]) + abs(line[1]), 2 * clamp)
@@ -270,7 +273,7 @@ def _with_roots_at(distance: float, p: Chebyshev, line: tuple[float, float], zer
     turns = (p * (Chebyshev([constant, slope]) ** 2 + floor**2)).deriv().roots()
     places = np.array([zero, -1.0, 1.0, *turns[np.abs(turns.imag) <= REAL].real])
     values = p(places) * ((slope * places + constant) ** 2 + floor**2)
-    return Start(slope, constant, floor, float(values.min()), float(values[0]))
+    return Start(slope, constant, floor, max(float(values.min()), 0.0), float(values[0]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
