@@ -28,8 +28,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from numpy.polynomial import Chebyshev
-from numpy.polynomial.chebyshev import chebvander
 from torch import Tensor
 
 from hvpkit.operators.base import LinearOperator
@@ -221,7 +219,7 @@ def make_metric(
     )
 
 
-def _fit(line: tuple[float, float], clamp: float, max_degree: int) -> tuple[Chebyshev, float]:
+def _fit(line: tuple[float, float], clamp: float, max_degree: int) -> tuple[np.polynomial.Chebyshev, float]:
     """Return p and its largest value, for the distance ``line[0] + line[1] z`` from the shift.
 
     Of the lowest even degree with a relative error of at most ``FIT``, or else of the least one.
@@ -230,22 +228,24 @@ def _fit(line: tuple[float, float], clamp: float, max_degree: int) -> tuple[Cheb
     distances = np.maximum(line[0] + line[1] * nodes, clamp)
     found = []
     for degree in range(0, max_degree + 1, 2):
-        found.append(_least_error(chebvander(nodes, degree), distances))
+        found.append(_least_error(np.polynomial.chebyshev.chebvander(nodes, degree), distances))
         if found[-1][0] <= FIT:
             break
     p = min(found, key=lambda pair: pair[0])[1]
     return p, float(p(nodes).max())
 
 
-def _least_error(terms: np.ndarray, distances: np.ndarray) -> tuple[float, Chebyshev]:
+def _least_error(terms: np.ndarray, distances: np.ndarray) -> tuple[float, np.polynomial.Chebyshev]:
     """Return a combination p of terms, positive everywhere, with p times the distances nearly 1, and its error.
 
     Lawson's algorithm: least squares whose weights are multiplied by the errors, a few times.
     """
-    weights, best = np.ones(len(terms)), (math.inf, Chebyshev([1.0]))
+    weights, best = np.ones(len(terms)), (math.inf, np.polynomial.Chebyshev([1.0]))
     for _ in range(NUM_SWEEPS):
         roots = np.sqrt(weights)
-        p = Chebyshev(np.linalg.lstsq(terms * (roots * distances)[:, None], roots, rcond=None)[0])
+        p = np.polynomial.Chebyshev(
+            np.linalg.lstsq(terms * (roots * distances)[:, None], roots, rcond=None)[0]
+        )
         values = terms @ p.coef
         errors = np.abs(values * distances - 1)
         is_positive = values.min() > REAL * np.abs(p.coef).sum() and (np.abs(p.roots().imag) > REAL).all()
@@ -257,7 +257,7 @@ def _least_error(terms: np.ndarray, distances: np.ndarray) -> tuple[float, Cheby
     return best
 
 
-def _start(p: Chebyshev, line: tuple[float, float], clamp: float, zero: float) -> Start:
+def _start(p: np.polynomial.Chebyshev, line: tuple[float, float], clamp: float, zero: float) -> Start:
     """Return r for p, with the largest least value of p r in units of that at ``zero``, the eigenvalue 0 of S."""
     zero = min(max(zero, -1.0), 1.0)
     if p.degree() == 0:
@@ -268,9 +268,11 @@ def _start(p: Chebyshev, line: tuple[float, float], clamp: float, zero: float) -
     return max(found, key=lambda start: start.least / start.level)
 
 
-def _with_roots_at(distance: float, p: Chebyshev, line: tuple[float, float], zero: float) -> Start:
+def _with_roots_at(
+    distance: float, p: np.polynomial.Chebyshev, line: tuple[float, float], zero: float
+) -> Start:
     slope, constant, floor = line[1], line[0] + distance, FLOOR * distance
-    turns = (p * (Chebyshev([constant, slope]) ** 2 + floor**2)).deriv().roots()
+    turns = (p * (np.polynomial.Chebyshev([constant, slope]) ** 2 + floor**2)).deriv().roots()
     places = np.array([zero, -1.0, 1.0, *turns[np.abs(turns.imag) <= REAL].real])
     values = p(places) * ((slope * places + constant) ** 2 + floor**2)
     return Start(slope, constant, floor, max(float(values.min()), 0.0), float(values[0]))
