@@ -396,7 +396,9 @@ class CertifiedDavidson:
             return state
         state = replace(state, certificate=None)
         bound = None if verdict.bound is None else Bound(verdict.bound, len(running.amounts))
-        if without_bound:  # B's lowest vector may be another one than H's: the next direction says how good it is
+        if (
+            without_bound
+        ):  # B's lowest vector may be another one than H's: the next direction says how good it is
             state = _with_end(state, running.end, num_refuted=end.num_refuted + 1, num_directions=0)
         else:
             state = _with_end(state, running.end, bound=bound, promised=verdict.error)
