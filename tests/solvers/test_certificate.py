@@ -91,6 +91,7 @@ def test_search_finds_the_vector_that_the_likeness_lacks(sigma: float) -> None:
         value = quotient(verdict.vector)
         assert verdict.image is not None
         torch.testing.assert_close(verdict.image, VALUES * verdict.vector)
+        assert (verdict.error < 0.01) == (verdict.bound is not None)  # it is not promised without a bound
         if verdict.bound is not None:
             bounds += 1
             assert value == pytest.approx(-1.0, abs=0.01)

@@ -19,7 +19,8 @@ does not depend on it; a poor likeness costs steps. Two kinds:
    which is excluded like a hidden one if it lies below :math:`\mu`. Where it does not, as :math:`\sigma` lies inside or
    too far out, z is handed back, and a certificate of its value follows.
 
-Both are exact: they hold for any likeness. For an eigenvalue that is not the outermost one, vectors of m further out
+The first is exact for any likeness, the second if the likeness's spectrum is within the bounds that its own Lanczos
+steps show, so that the norm of P is known. For an eigenvalue that is not the outermost one, vectors of m further out
 are deflated (:func:`hvpkit.solvers.congruence.deflated`); then nothing but m eigenvalues of H lies beyond.
 
 Cost: steps with the cost of the congruence. Memory: two vectors for each step that may be taken.
@@ -117,7 +118,8 @@ class Verdict:
         bound: nothing lies beyond it, with the probability asked for; None: not known yet.
         vector: of H ``[n]``: from a search, of the end; from a certificate of a known value, one that refutes it.
         image: its product with H over scale, less what is deflated ``[n]``; None: not known.
-        error: error bound of the vector's quotient, up to how uneven the metric is near the end.
+        error: error bound of the vector's quotient, up to how uneven the metric is near the end; infinite without a
+            bound.
         poor: the likeness is poor.
         suspect: a vector ``[n, 1]`` whose matvec was not finite.
     """
@@ -187,10 +189,13 @@ def judge(certificate: Certificate, error: float, distance: float, failure: floa
     at = max(0.0, (lowest / size - distance) * largest)
     if not settled(size) or (at < lowest and not unlikely(at)):
         return Verdict(certificate, poor=poor)
-    found = Verdict(certificate, vector=vector, image=image, error=error_in_b / size)
-    if at >= lowest:
+    found = Verdict(certificate, vector=vector, image=image)
+    if (
+        at >= lowest
+    ):  # nor does B's accuracy say how accurate z is: B's lowest vector may be another one than H's
         return found
-    return replace(found, bound=certificate.sigma + certificate.sign * (lowest / size - distance))
+    bound = certificate.sigma + certificate.sign * (lowest / size - distance)
+    return replace(found, bound=bound, error=error_in_b / size)
 
 
 def _unfold(certificate: Certificate, combination: Tensor) -> tuple[Tensor, Tensor | None]:

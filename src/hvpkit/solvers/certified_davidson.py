@@ -396,15 +396,12 @@ class CertifiedDavidson:
             return state
         state = replace(state, certificate=None)
         bound = None if verdict.bound is None else Bound(verdict.bound, len(running.amounts))
-        if (
-            without_bound
-        ):  # B's lowest vector may be another one than H's: the next direction says how good it is
+        state = _with_end(state, running.end, bound=bound, promised=verdict.error)
+        if without_bound:
             state = _with_end(state, running.end, num_refuted=end.num_refuted + 1, num_directions=0)
-        else:
-            state = _with_end(state, running.end, bound=bound, promised=verdict.error)
-        return (
-            state if verdict.vector is None else self._include(state, running, verdict.vector, verdict.image)
-        )
+        if verdict.vector is None:
+            return state
+        return self._include(state, running, verdict.vector, verdict.image)
 
     def _include(
         self, state: CertifiedDavidsonState, ended: Certificate, vector: Tensor, image: Tensor | None
