@@ -2,11 +2,11 @@
 
     python benchmarks/bench_distributed.py [--repeats N]
 
-A convolutional network on images and a wide perceptron with few and with more examples, at their initial values,
-float32, one thread for each process, no graphs held. Accuracy comes first: what two ranks find, over what one process
-does. One process and two ranks take turns, so that both meet the same machine; seconds are medians, processor seconds
-those of the busier rank. Bytes are those that a rank sends. A first small question, which imports what the others need,
-is not timed.
+A convolutional network and a wide perceptron, each with few and with more examples, at their initial values, float32,
+one thread for each process, no graphs held. Accuracy comes first: what two ranks find, over what one process does. One
+process and two ranks take turns, so that both meet the same machine; seconds are medians, processor seconds those of
+the busier rank. Bytes are those that a rank sends. A first small question, which imports what the others need, is not
+timed.
 
 What the machine allows is measured beside it: two processes that know nothing of each other, each with half of the
 examples, at once. Their seconds, for as many matvecs, are those of ranks without communication, but for the arithmetic
@@ -41,11 +41,11 @@ MATVECS = 5
 """Matvecs that are timed one by one, after a first one."""
 
 
-def convolutional() -> tuple[Any, Any, tuple[Tensor, Tensor]]:
-    """Return objective, parameters and data of a small residual network on 256 random images."""
+def convolutional(examples: int) -> tuple[Any, Any, tuple[Tensor, Tensor]]:
+    """Return objective, parameters and data of a small residual network on random images."""
     g = torch.Generator().manual_seed(0)
     model = hk.zoo.cifar_resnet(8, width=8, seed=0)
-    data = torch.randn(256, 3, 32, 32, generator=g), torch.randint(0, 10, (256,), generator=g)
+    data = torch.randn(examples, 3, 32, 32, generator=g), torch.randint(0, 10, (examples,), generator=g)
     return *hk.from_module(model, nn.CrossEntropyLoss()), data
 
 
@@ -61,12 +61,14 @@ def perceptron(examples: int) -> tuple[Any, Any, tuple[Tensor, Tensor]]:
 
 
 PROBLEMS: dict[str, Callable[[], tuple[Any, Any, tuple[Tensor, Tensor]]]] = {
-    "convolutional network": convolutional,
+    "convolutional network, 256 examples": partial(convolutional, 256),
+    "convolutional network, 1,024 examples": partial(convolutional, 1024),
     "wide perceptron, 1,024 examples": partial(perceptron, 1024),
     "wide perceptron, 4,096 examples": partial(perceptron, 4096),
 }
 BATCH_SIZES = {
-    "convolutional network": 64,
+    "convolutional network, 256 examples": 64,
+    "convolutional network, 1,024 examples": 64,
     "wide perceptron, 1,024 examples": 256,
     "wide perceptron, 4,096 examples": 256,
 }

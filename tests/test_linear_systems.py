@@ -381,6 +381,26 @@ def test_same_bits_again_and_nothing_of_the_callers_changes(method: str) -> None
 
 @each_arithmetic
 @each_method
+@pytest.mark.parametrize("k", [1, 3])
+def test_matvec_may_keep_its_argument_and_reuse_its_result(method: str, k: int) -> None:
+    A, kept, copies = matrix(definite("bulk_with_outliers")), [], []
+    n = len(A)
+    buffers = {k: torch.empty(n, k, dtype=F64) for k in range(1, 4)}
+
+    def product(vectors: Tensor) -> Tensor:
+        kept.append(vectors)
+        copies.append(vectors.clone())
+        return torch.mm(A, vectors, out=buffers[vectors.shape[1]])
+
+    b = block(n, k)
+    found = hk.solve(hk.LinearOperator(product, n, F64, torch.device("cpu")), b, method=method)
+    assert found.converged
+    check_solution(found, A, b, 1e-6)
+    assert all(torch.equal(one, copy) for one, copy in zip(kept, copies, strict=True))
+
+
+@each_arithmetic
+@each_method
 def test_solves_are_assessed_each_so_many_steps_and_saved_between(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvpkit._utils.ranks import is_shards
 from hvpkit._utils.validation import check_count, check_dense, check_device
-from hvpkit.operators.base import LinearOperator, Product
+from hvpkit.operators.base import LinearOperator
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -91,13 +91,23 @@ def _from_dense(matrix: Tensor, by_numpy: bool = False) -> LinearOperator:
     if not bool(torch.isfinite(matrix if name == "dense matrix" else matrix.values()).all()):
         raise ValueError("A contains NaN or infinity")
     by_numpy = by_numpy and matrix.device.type == "cpu" and dtype in (torch.float32, torch.float64)
-    product = _numpy_product(matrix) if by_numpy else matrix.mm  # in less time than by @
+    product = ArrayProduct(matrix.numpy()) if by_numpy else matrix.mm  # in less time than by @
     return LinearOperator(product, n, dtype, matrix.device, name=name)
 
 
-def _numpy_product(matrix: Tensor) -> Product:
-    multiply = matrix.numpy().dot  # which does not warn of NaN, as @ does
-    return lambda vectors: torch.from_numpy(multiply(vectors.numpy()))
+class ArrayProduct:
+    """A matvec by NumPy.
+
+    Attributes:
+        of_arrays: the same on arrays ``[n, k]``.
+    """
+
+    def __init__(self, matrix: np.ndarray[Any, Any]) -> None:
+        self.of_arrays = matrix.dot  # which does not warn of NaN, as @ does
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Multiply columns ``[n, k]``."""
+        return torch.from_numpy(self.of_arrays(vectors.numpy()))
 
 
 def _from_matvec(parts: tuple[Any, ...], device: torch.device) -> LinearOperator:

@@ -72,8 +72,9 @@ class ConjugateGradients:
     def steps(self, matrix: Matrix, row: DirectionRow, goal: float) -> Steps:
         """Take steps until the row ends."""
         arithmetic, precondition = matrix.arithmetic, matrix.precondition
-        add, dot, waits = arithmetic.add, arithmetic.dot, arithmetic.waits
-        x, r, p = arithmetic.vectors((row.x, row.residual, row.p))
+        add, add_, dot, waits = arithmetic.add, arithmetic.add_, arithmetic.dot, arithmetic.waits
+        x, r = arithmetic.copies((row.x, row.residual))
+        (p,) = arithmetic.vectors((row.p,))
         rz, size, norm, curvature, stopped = row.rz, row.size, row.norm, row.curvature, row.stopped
         noise = FLATNESS * arithmetic.eps
         image = yield p
@@ -88,11 +89,12 @@ class ConjugateGradients:
                 stopped = negative if math.isfinite(pAp) else NON_FINITE
                 break
             length = rz / pAp
-            x, r = add(x, p, length), add(r, image, -length)
+            x, r = add_(x, p, length), add_(r, image, -length)
             z = r if precondition is None else matrix.preconditioned(r)
             rr = dot(r, r)
             ends = rr, rr if z is r else dot(r, z)
             rr, rz_next = (yield ends) if waits else ends
+            # not in place: a matvec may keep its argument
             size, p, rz = math.sqrt(rr), add(z, p, rz_next / (rz or 1.0)), rz_next
             if size <= goal:
                 break

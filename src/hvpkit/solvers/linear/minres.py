@@ -104,9 +104,9 @@ class Minres:
     def steps(self, matrix: Matrix, row: LanczosRow, goal: float) -> Steps:
         """Take steps until the row ends."""
         arithmetic, precondition = matrix.arithmetic, matrix.precondition
-        add, dot, waits = arithmetic.add, arithmetic.dot, arithmetic.waits
-        x, residual, v, z = arithmetic.vectors((row.x, row.residual, row.v, row.z))
-        v_before, d, d_before = arithmetic.vectors((row.v_before, row.d, row.d_before))
+        add, add_, dot, waits = arithmetic.add, arithmetic.add_, arithmetic.dot, arithmetic.waits
+        x, residual = arithmetic.copies((row.x, row.residual))
+        v, z, v_before, d, d_before = arithmetic.vectors((row.v, row.z, row.v_before, row.d, row.d_before))
         share, beta, phibar, dbar, epsilon = row.share, row.beta, row.phibar, row.dbar, row.epsilon
         cosine, sine, gamma, gamma_before = row.cosine, row.sine, row.gamma, row.gamma_before
         size, stopped, norm, least, largest = row.size, row.stopped, row.norm, row.least, row.largest
@@ -116,7 +116,7 @@ class Minres:
             rest = add(image, v_before, -beta)
             alpha = dot(z, rest)
             (alpha,) = (yield (alpha,)) if waits else (alpha,)
-            rest = add(rest, v, -alpha)
+            rest = add_(rest, v, -alpha)
             z_next = rest if precondition is None else matrix.preconditioned(rest)
             if z_next is rest:  # the basis is orthonormal
                 square = dot(rest, rest)
@@ -143,19 +143,22 @@ class Minres:
             if least < 2 and phibar > 0 and math.hypot(gbar, dbar_next) <= nearly * peak:
                 least = 1
                 break
-            d_next = add(add(z, d_before, -epsilon / gamma_before), d, -delta / gamma)
+            d_next = add_(add(z, d_before, -epsilon / gamma_before), d, -delta / gamma)
             d, d_before, dbar, epsilon = d_next, d, dbar_next, sine * beta_next
             beta, largest, gamma, gamma_before = beta_next, peak, gamma_next, gamma
             cosine, sine = gbar / gamma, beta / gamma
-            x, phibar = add(x, d, cosine * phibar / gamma), sine * phibar
+            x, phibar = add_(x, d, cosine * phibar / gamma), sine * phibar
             unit = _inverse(beta)
-            v, v_before = rest * unit, v
-            z = v if z_next is rest else z_next * unit
+            is_basis = z_next is rest
+            rest *= unit
+            v, v_before = rest, v
+            z = v if is_basis else z_next * unit
             if share < SMALL_SHARE:
-                residual, share = residual * share, 1.0
+                residual *= share
+                share = 1.0
             share *= sine * sine
             if share:
-                residual = add(residual, v, -phibar * cosine / share)
+                residual = add_(residual, v, -phibar * cosine / share)
             size = phibar
             if z is not v:
                 square = dot(residual, residual)

@@ -87,9 +87,10 @@ class Matrix:
 
     def images(self, vectors: Sequence[Vector]) -> Sequence[Vector]:
         """Return the images of vectors, by one matvec with all."""
-        images = self.arithmetic.images(self.op.product, vectors)
+        one, arithmetic, product = len(vectors) == 1, self.arithmetic, self.op.product
+        images = (arithmetic.image(product, vectors[0]),) if one else arithmetic.images(product, vectors)
         if self.scale is None:
-            peaks = [float(self.op.space.peak(image)) for image in self.arithmetic.tensors(images)]
+            peaks = [float(self.op.space.peak(image)) for image in arithmetic.tensors(images)]
             self.scale = _scale_of(max(peaks), self.op.dtype)
         return images if self.scale == 1 else [image / self.scale for image in images]
 
@@ -148,24 +149,41 @@ def take_steps(
         The rows, and the number of steps.
     """
     runs = [recurrence.steps(matrix, row, goal) for row, goal in zip(rows, goals, strict=True)]
-    arithmetic, taken, is_over = matrix.arithmetic, 0, False
-    waits = arithmetic.waits
-    with arithmetic.context():
-        asked = [next(run) for run in runs]
-        while not is_over:
-            asked = [run.send(image) for run, image in zip(runs, matrix.images(asked), strict=True)]
-            taken += 1
-            while waits and (waiting := [place for place, one in enumerate(asked) if type(one) is tuple]):
-                found = arithmetic.numbers([asked[place] for place in waiting])
-                for place, numbers in zip(waiting, found, strict=True):
-                    asked[place] = runs[place].send(numbers)
-            is_over = taken >= most or time.perf_counter() >= end
-            for one in asked:
-                is_over = is_over or isinstance(one, Row)
+    with matrix.arithmetic.context():
+        alone = len(runs) == 1 and not matrix.arithmetic.waits
+        asked, taken = _take_alone(matrix, runs[0], most, end) if alone else _take(matrix, runs, most, end)
         ended = [
             one if isinstance(one, Row) else run.send(None) for run, one in zip(runs, asked, strict=True)
         ]
     return tuple(cast("list[R]", ended)), taken
+
+
+def _take(matrix: Matrix, runs: Sequence[Steps], most: int, end: float) -> tuple[Sequence[Any], int]:
+    """Take steps; return what rows ask for after them, or rows, and the number of steps."""
+    arithmetic, taken, is_over = matrix.arithmetic, 0, False
+    asked = [next(run) for run in runs]
+    while not is_over:
+        asked = [run.send(image) for run, image in zip(runs, matrix.images(asked), strict=True)]
+        taken += 1
+        while arithmetic.waits and (
+            waiting := [place for place, one in enumerate(asked) if type(one) is tuple]
+        ):
+            found = arithmetic.numbers([asked[place] for place in waiting])
+            for place, numbers in zip(waiting, found, strict=True):
+                asked[place] = runs[place].send(numbers)
+        is_over = taken >= most or time.perf_counter() >= end
+        for one in asked:
+            is_over = is_over or isinstance(one, Row)
+    return asked, taken
+
+
+def _take_alone(matrix: Matrix, run: Steps, most: int, end: float) -> tuple[Sequence[Any], int]:
+    """Take steps with one row, whose numbers are known at once."""
+    one, taken, image, product = next(run), 0, matrix.arithmetic.image, matrix.op.product
+    while not taken or (taken < most and time.perf_counter() < end and not isinstance(one, Row)):
+        found = image(product, one) if matrix.scale == 1 else matrix.images([one])[0]
+        one, taken = run.send(found), taken + 1
+    return [one], taken
 
 
 def norm_seen(norm: float, square: float, image_square: float) -> float:
