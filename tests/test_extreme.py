@@ -466,6 +466,52 @@ def single_layer(
     return objective, torch.full((n,), 0.1, dtype=torch.float64), (x, y)
 
 
+def first(data: tuple[torch.Tensor, ...], num_examples: int) -> tuple[torch.Tensor, ...]:
+    return tuple(x[:num_examples] for x in data)
+
+
+@pytest.mark.parametrize("certify", [False, True])
+def test_auto_samples_where_two_samples_agree(certify: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, params, data = factors(5000)
+    H = hk.hessian(objective, params, data, mode="reverse-over-reverse")
+    sampled = hk.extreme_eigenvalues(H, method="multifidelity", certify=certify, seed=1)
+    monkeypatch.setattr("hvpkit.extreme.may_save_passes", lambda *_: (True, 0.25))
+    ex = hk.extreme_eigenvalues(H, certify=certify, seed=1)
+    assert torch.equal(ex.smallest.vector, sampled.smallest.vector)
+    assert ex.num_matvecs == pytest.approx(sampled.num_matvecs + 0.25)
+    monkeypatch.setattr("hvpkit.extreme.may_save_passes", lambda *_: pytest.fail("not asked for"))
+    few = hk.hessian(objective, params, first(data, 4999), mode="reverse-over-reverse")
+    assert hk.extreme_eigenvalues(few).converged
+    hk.top_eigenvalues(H, 1)
+    many = hk.hessian(*factors(20_000, 1000), mode="reverse-over-reverse")
+    assert hk.extreme_eigenvalues(many, max_matvecs=9).num_matvecs <= 9
+
+
+def test_comparing_samples_that_disagree_costs_less_than_a_pass_and_is_counted(tmp_path: Path) -> None:
+    H, seen = hk.hessian(*factors(6000), mode="reverse-over-reverse"), list[hk.Progress]()
+    alone = hk.extreme_eigenvalues(H, method="lanczos")
+    ex = hk.extreme_eigenvalues(H, monitor=seen.append)
+    assert torch.equal(ex.smallest.vector, alone.smallest.vector)
+    assert alone.num_matvecs < ex.num_matvecs < alone.num_matvecs + 1
+    assert ex.num_matvecs == pytest.approx(ex.history[-1].num_matvecs + 1)  # that verifies
+    assert seen == list(ex.history)
+    limited = hk.extreme_eigenvalues(H, max_matvecs=30.5, tol=1e-6)
+    assert limited.num_matvecs <= 30.5
+    assert limited.status is hk.Status.MAX_MATVECS
+    few = hk.extreme_eigenvalues(H, max_matvecs=29)  # no budget to compare with
+    assert few.num_matvecs == alone.num_matvecs
+
+    def interrupt(progress: hk.Progress) -> None:
+        if progress.num_matvecs > 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hk.extreme_eigenvalues(H, checkpoint=tmp_path / "solve.pt", monitor=interrupt)
+    again = hk.extreme_eigenvalues(H, checkpoint=tmp_path / "solve.pt")
+    assert torch.equal(again.smallest.vector, ex.smallest.vector)
+    assert not (tmp_path / "solve.pt").exists()
+
+
 def test_auto_samples_the_hessian_of_an_objective_with_enough_parameters_over_enough_data() -> None:
     objective, params, data = single_layer(10_000)
 
@@ -479,10 +525,11 @@ def test_auto_samples_the_hessian_of_an_objective_with_enough_parameters_over_en
 
     whole = hk.hessian(objective, params, data)
     truth = torch.linalg.eigvalsh(whole @ torch.eye(whole.n, dtype=torch.float64)).tolist()
-    assert sampled(whole)
+    assert sampled(whole)  # to compare two samples
     assert sampled(whole, certify=True)
+    assert sampled(whole, method="multifidelity")
     assert not sampled(whole, method="lanczos")
-    assert not sampled(hk.hessian(objective, params, tuple(x[:9000] for x in data)))
+    assert not sampled(hk.hessian(objective, params, first(data, 4999)))
     assert not sampled(hk.hessian(*single_layer(10_000, 900)))
     plain = hk.hessian(lambda p, batch: objective(p, batch), params, data)
     assert not sampled(plain)
@@ -526,7 +573,7 @@ def test_several_at_an_end_by_samples_are_certified_one_by_one() -> None:
 
 def test_interrupted_solve_with_a_sample_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     H, file = hk.hessian(*factors(10_000), mode="reverse-over-reverse"), tmp_path / "solve.pt"
-    whole = hk.extreme_eigenvalues(H, seed=2)
+    whole = hk.extreme_eigenvalues(H, method="multifidelity", seed=2)
     assert whole.num_matvecs != round(whole.num_matvecs)
 
     def interrupt(progress: hk.Progress) -> None:
@@ -534,8 +581,8 @@ def test_interrupted_solve_with_a_sample_goes_on_to_the_same_bits(tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        hk.extreme_eigenvalues(H, seed=2, checkpoint=file, monitor=interrupt)
-    again = hk.extreme_eigenvalues(H, seed=2, checkpoint=file)
+        hk.extreme_eigenvalues(H, method="multifidelity", seed=2, checkpoint=file, monitor=interrupt)
+    again = hk.extreme_eigenvalues(H, method="multifidelity", seed=2, checkpoint=file)
     assert torch.equal(again.smallest.vector, whole.smallest.vector)
     assert (again.smallest.interval, again.largest.interval) == (
         whole.smallest.interval,
@@ -549,7 +596,9 @@ def test_sample_that_is_unlike_all_data_costs_few_passes() -> None:
     """With 500 of 10,000 examples the largest eigenvalue is ten times as large: no metric for certificates."""
     H = hk.hessian(*single_layer(10_000), mode="reverse-over-reverse")
     for seed in range(3):
-        ex, alone = (hk.extreme_eigenvalues(H, method=method, seed=seed) for method in ("auto", "lanczos"))
+        ex, alone = (
+            hk.extreme_eigenvalues(H, method=method, seed=seed) for method in ("multifidelity", "lanczos")
+        )
         assert ex.smallest.value == pytest.approx(alone.smallest.value, rel=1e-2)
         assert ex.largest.value == pytest.approx(alone.largest.value, rel=1e-2)
         assert ex.num_matvecs < alone.num_matvecs + 4

@@ -23,13 +23,17 @@ from hvpkit.solvers.common.request import Start, check_sigma
 from hvpkit.solvers.common.vector_memory import vectors_that_fit
 from hvpkit.solvers.driver import Monitor, full_precision
 from hvpkit.solvers.lanczos import lanczos
+from hvpkit.solvers.likeness import may_save_passes
 from hvpkit.solvers.multifidelity import default_ncv, solve_levels
 
 METHODS = ("auto", "lanczos", "multifidelity")
 
-MIN_EXAMPLES = 10_000
-"""Examples from which on samples are used: a sample of fewer is too far from all data. Evidence:
-docs/multifidelity.md."""
+MIN_EXAMPLES, MANY_EXAMPLES, SEVERAL_EXAMPLES = 5000, 20_000, 10_000
+"""Examples from which on samples may be used for both ends, and are used unasked: with fewer two samples are compared
+first (:mod:`hvpkit.solvers.likeness`). The last: for one end, or several values. Evidence: docs/multifidelity.md."""
+
+LEAST_BUDGET = 30
+"""Full-data matvecs that may be spent, at least, for samples to be compared. Chosen by feel."""
 
 MIN_PARAMETERS = 1000
 """Parameters from which on samples are used: for fewer, Lanczos completes in few passes. Chosen by feel."""
@@ -82,8 +86,9 @@ def extreme_eigenvalues(
             much; 0 for none. By default ``min(1e-5, tol / 1000)``.
         method: ``"multifidelity"``, which continues by Lanczos where samples do not help: see
             :func:`hvpkit.multifidelity`. ``"lanczos"``: all of the work on all of the data. ``"auto"``: the first for
-            the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 10,000 examples,
-            unless ``ncv`` or the free memory is too small for it; else the second.
+            the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 20,000 examples, or
+            over 5,000 if two samples agree about the low end, unless ``ncv`` or the free memory is too small for it;
+            else the second.
         ncv: the most basis vectors before a restart; see :func:`hvpkit.lanczos` and :func:`hvpkit.multifidelity`. The
             default depends on n alone, unless memory is short: name it for the same bits on any machine.
         offload: keep the vectors in host memory, and work there; only matvecs are on the device.
@@ -224,13 +229,21 @@ def _solve(
     check_choice("method", method, METHODS)
     check_flag("offload", options["offload"])
     fitting = vectors_that_fit(on_host(H) if options["offload"] else H)
-    if method_for(H, method, fitting=fitting, ncv=options["ncv"]) == "multifidelity":
+    both = which == "BE" and k == 2
+    taken = method_for(H, method, fitting=fitting, ncv=options["ncv"], both=both)
+    unsure, budget = (
+        method == "auto" and both and not worth_sampling(H, MANY_EXAMPLES),
+        options["max_matvecs"],
+    )
+    if unsure and isinstance(budget, int | float) and budget < LEAST_BUDGET:
+        taken = "lanczos"
+    if taken == "multifidelity":
         number, began = resolve_seed(seed), time.perf_counter()
         end = math.inf if time_limit is None else began + check_positive("time_limit", time_limit)
         levels: list[LinearOperator] | None = None
         try:
             with deadline(end):
-                levels, spent = sample_levels(H, number)
+                levels, spent = sample_levels(H, number, compare=unsure)
         except DeadlineReached:
             pass
         except (TypeError, ValueError):
@@ -250,32 +263,37 @@ def method_for(
     *,
     fitting: float,
     ncv: int | None = None,
+    both: bool = True,
 ) -> str:
     """Return the method that :func:`extreme_eigenvalues` takes: ``"lanczos"`` or ``"multifidelity"``.
 
-    ``fitting`` vectors fit into memory.
+    The second may end as the first, once samples are compared. ``fitting`` vectors fit into memory; ``both``: for both
+    ends, and not for others of :func:`top_eigenvalues`.
     """
     if method != "auto":
         return method
-    if not worth_sampling(H):
+    if not worth_sampling(H, MIN_EXAMPLES if both else SEVERAL_EXAMPLES):
         return "lanczos"
     return "multifidelity" if (ncv or default_ncv(fitting)) >= LEAST_LEVEL_NCV else "lanczos"
 
 
-def worth_sampling(H: LinearOperator) -> bool:
-    """Return True if samples are likely to save passes: for a large Hessian over many examples that have outputs."""
+def worth_sampling(H: LinearOperator, min_examples: int = MIN_EXAMPLES) -> bool:
+    """Return True if samples may save passes: for a large Hessian over many examples that have outputs."""
     return (
         isinstance(H, CurvatureOperator)
         and H.samples_pay
         and H.n >= MIN_PARAMETERS
-        and H.num_examples >= MIN_EXAMPLES
+        and H.num_examples >= min_examples
     )
 
 
-def sample_levels(H: LinearOperator, seed: int) -> tuple[list[LinearOperator], float]:
-    """Return a sample and the operator, for :func:`hvpkit.multifidelity`, and the cost of the sample's scores.
+def sample_levels(
+    H: LinearOperator, seed: int, *, compare: bool = False
+) -> tuple[list[LinearOperator], float]:
+    """Return a sample and the operator, for :func:`hvpkit.multifidelity`, and what it cost, in full-data matvecs.
 
-    The sample is a twentieth of the data, from 200 to 2,000 examples.
+    The sample is a twentieth of the data, from 200 to 2,000 examples. With ``compare``, the operator alone where it is
+    not likely to save passes: see :mod:`hvpkit.solvers.likeness`.
 
     Raises:
         TypeError, ValueError: ``H`` is not over examples that can be weighted.
@@ -284,10 +302,14 @@ def sample_levels(H: LinearOperator, seed: int) -> tuple[list[LinearOperator], f
         raise TypeError(
             f'method="multifidelity" samples the data, but {H!r} is not over examples; take "lanczos"'
         )
-    whole = H.num_examples
+    whole, spent = H.num_examples, SCORE_COST * H.cost
     size = min(max(whole // SAMPLE_RATIO, min(whole, MIN_SAMPLE)), MAX_SAMPLE)
-    sample = H.coarsen(size, importance="residual" if H.has_outputs else "loss", seed=seed)
-    return [sample, H], SCORE_COST * H.cost
+    importance = "residual" if H.has_outputs else "loss"
+    if not compare:
+        return [H.coarsen(size, importance=importance, seed=seed), H], spent
+    sample, other = H.two_samples(size, importance=importance, seed=seed)
+    likely, cost = may_save_passes(sample, other, seed)
+    return [sample, H] if agreed(H.space.ranks, likely) else [H], spent + cost
 
 
 def extreme_result(H: LinearOperator, found: EigenResult, tol: float) -> ExtremeResult:

@@ -168,25 +168,30 @@ def inclusion(scores: Tensor, num_examples: int, uniform_share: float = UNIFORM_
         certain |= more
 
 
-def systematic(chances: Tensor, seed: int) -> Tensor:
+def systematic(chances: Tensor, seed: int, stream: int = 0) -> Tensor:
     """Draw the indices of a systematic sample with these inclusion probabilities ``[N]``, sorted.
 
     The size is the sum of the probabilities, rounded down or up.
     """
-    source = generator(seed)
+    source = generator(seed, stream)
     order = torch.randperm(len(chances), generator=source, device="cpu")
     begin = torch.rand((), generator=source, dtype=torch.float64, device="cpu")
     marks = torch.cat([begin[None], begin + torch.cumsum(chances[order], 0)]).floor()
     return order[marks.diff() >= 1].sort().values
 
 
-def importance_sample(scores: Tensor, data: Data, num_examples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw a sample of the data by scores ``[N]``; return its indices and the weights that make it unbiased."""
+def importance_sample(
+    scores: Tensor, data: Data, num_examples: int, seed: int, stream: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Draw a sample of the data by scores ``[N]``; return its indices and the weights that make it unbiased.
+
+    Samples of other streams of a seed are independent.
+    """
     if not float(scores.sum()) > 0:
         scores = torch.ones_like(scores)
     shares = data.shares
     chances = inclusion(scores * shares, data.count_units(num_examples))
-    chosen = systematic(chances, seed)
+    chosen = systematic(chances, seed, stream)
     return chosen, shares[chosen] / chances[chosen]
 
 

@@ -438,6 +438,18 @@ class CurvatureOperator(LinearOperator):
             >>> H.coarsen(10, importance="loss").cost
             0.1
         """
+        return self._samples(1, num_examples, importance, resolve_seed(seed))[0]
+
+    def two_samples(
+        self, num_examples: int, *, importance: Importance, seed: int
+    ) -> tuple[CurvatureOperator, CurvatureOperator]:
+        """Return what :meth:`coarsen` does, and an independent one by the same scores."""
+        first, second = self._samples(2, num_examples, importance, seed)
+        return first, second
+
+    def _samples(
+        self, num_samples: int, num_examples: int, importance: Importance, seed: int
+    ) -> list[CurvatureOperator]:
         self.check_whole("coarsen")
         if self.subset is None:
             super().coarsen()  # raises
@@ -445,8 +457,11 @@ class CurvatureOperator(LinearOperator):
         combined = torch.zeros(self.data.num_units, dtype=torch.float64, device="cpu")
         for coefficient, term in self.terms:
             combined += abs(coefficient) * scores(term.problem, importance)
-        indices, weights = importance_sample(combined, self.data, num_examples, resolve_seed(seed))
-        return self._subset(indices, weights)
+        drawn = (
+            importance_sample(combined, self.data, num_examples, seed, stream)
+            for stream in range(num_samples)
+        )
+        return [self._subset(indices, weights) for indices, weights in drawn]
 
 
 def _add_(sums: list[Leaves], shares: list[Leaves]) -> None:

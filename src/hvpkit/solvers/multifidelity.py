@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 from hvpkit._utils.files import beside
 from hvpkit._utils.ranks import agreed
@@ -156,7 +157,7 @@ def solve_levels(
     monitor: Monitor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> EigenResult:
-    """Solve as :func:`multifidelity`, with the cost of making two or more levels counted in.
+    """Solve as :func:`multifidelity`, with the cost of making the levels counted in.
 
     ``spent`` are the full-data matvecs that they have cost already, as a pass for scores.
     """
@@ -183,9 +184,11 @@ def solve_levels(
     if ncv is not None:
         check_count("ncv", ncv, least)
     if len(levels) == 1:
-        return lanczos(
+        return lanczos_after(
             op,
             request.k,
+            spent,
+            0.0,
             which=request.which,
             v0=request.start,
             tol=request.tol,
@@ -194,7 +197,7 @@ def solve_levels(
             offload=offload,
             confidence=confidence,
             certify=certify,
-            max_matvecs=request.limits.max_matvecs,
+            max_matvecs=request.limits.max_matvecs - spent,
             time_limit=time_limit,
             seed=request.seed,
             monitor=monitor,
@@ -295,13 +298,11 @@ def _solve(
     cheap, level = conclude(solver, ended, Status.MAX_MATVECS), ended.state.level
     del ended  # its vectors make room for the basis
 
-    def after(entry: Progress) -> Progress:
-        num_matvecs, seconds = entry.num_matvecs + cheap.num_matvecs, entry.seconds + cheap.seconds
-        return replace(entry, num_matvecs=num_matvecs, seconds=seconds, level=level)
-
-    found = lanczos(
+    found = lanczos_after(
         op,
         request.k,
+        cheap.num_matvecs,
+        cheap.seconds,
         which=request.which,
         tol=request.tol,
         atol=request.atol,
@@ -312,14 +313,35 @@ def _solve(
         max_matvecs=remaining,
         time_limit=time_left,
         seed=request.seed,
-        monitor=monitor and (lambda entry: monitor(after(entry))),
+        monitor=monitor,
         checkpoint=of_lanczos,
+        level=level,
     )
     if file is not None and found.converged:
         file.clear()
+    return replace(found, history=(*cheap.history, *found.history))
+
+
+def lanczos_after(
+    op: LinearOperator,
+    k: int,
+    num_matvecs: float,
+    seconds: float,
+    *,
+    level: int = 0,
+    monitor: Monitor | None = None,
+    **options: Any,
+) -> EigenResult:
+    """Solve by :func:`hvpkit.lanczos`, with what was spent before counted in; ``options`` are its own."""
+
+    def after(entry: Progress) -> Progress:
+        spent, passed = entry.num_matvecs + num_matvecs, entry.seconds + seconds
+        return replace(entry, num_matvecs=spent, seconds=passed, level=level)
+
+    found = lanczos(op, k, monitor=monitor and (lambda entry: monitor(after(entry))), **options)
     return replace(
         found,
-        num_matvecs=found.num_matvecs + cheap.num_matvecs,
-        seconds=found.seconds + cheap.seconds,
-        history=(*cheap.history, *map(after, found.history)),
+        num_matvecs=found.num_matvecs + num_matvecs,
+        seconds=found.seconds + seconds,
+        history=tuple(map(after, found.history)),
     )
