@@ -237,7 +237,7 @@ label = axes[0].set_ylabel("of the sample's Hessian")
 #
 # ## Which method to use
 #
-# - `hk.extreme_eigenvalues(H)` for both ends. From 1,000 parameters and 10,000 examples on it uses
+# - `hk.extreme_eigenvalues(H)` for both ends. From 1,000 parameters and 20,000 examples on it uses
 #   `method="multifidelity"`, else Lanczos. `confidence` is that of values and intervals; `certify=True` halves what a
 #   value may be off.
 # - `hk.chebyshev` or `hk.lobpcg` if memory does not hold some dozens of vectors.

@@ -174,7 +174,8 @@ def top_eigenvalues(
         sigma: the point for ``"CLOSEST"``.
         tol: relative error of each eigenvalue.
         atol: as for :func:`extreme_eigenvalues`.
-        method: as for :func:`extreme_eigenvalues`.
+        method: as for :func:`extreme_eigenvalues`; ``"auto"`` takes samples over at least 10,000 examples, unasked, but
+            for two of ``which="BE"``, which are both ends.
         ncv: as for :func:`extreme_eigenvalues`.
         offload: keep the vectors in host memory, and work there; only matvecs are on the device.
         confidence: of values and intervals, over random starts.

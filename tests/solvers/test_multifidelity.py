@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import hvpkit as hk
+from hvpkit.solvers.certified_davidson import CertifiedDavidson, CertifiedDavidsonState
 from hvpkit.solvers.common.rayleigh_ritz import select
 from hvpkit.solvers.multifidelity import multifidelity, solve_levels
 from problems import SPECTRA, matrix, network
@@ -299,6 +300,28 @@ def test_what_the_likeness_lacks_is_found_with_the_probability_stated(low: float
         assert (low in found.intervals[0]) >= right
         wrong += not right
     assert wrong <= 1  # one of a hundred is allowed
+
+
+def test_direction_that_gains_more_than_predicted_leaves_as_much_more_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    update, short = CertifiedDavidson._update, []
+
+    def watched(solver: CertifiedDavidson, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
+        after, place = update(solver, state), state.target
+        if place is not None and state.expected > 0:
+            moved = abs(after.ends[place].value - state.ends[place].value)
+            factor, known = max(1.0, moved / state.expected), state.ends[place].error
+            if moved < known < float("inf"):
+                assert after.ends[place].error <= factor * known - moved + 1e-12
+                short.append(after.ends[place].error > known - moved + 1e-12)
+        return after
+
+    monkeypatch.setattr(CertifiedDavidson, "_update", watched)
+    A = matrix(SPECTRA["bulk_with_outliers"])
+    for seed in range(6):
+        assert multifidelity([near(A, 0.03, seed=seed), hk.aslinearoperator(A)], seed=seed).converged
+    assert any(short)
 
 
 def test_message_says_that_the_bound_is_an_estimate() -> None:

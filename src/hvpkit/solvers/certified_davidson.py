@@ -327,13 +327,15 @@ class CertifiedDavidson:
                 zip(places, found.tolist(), bounds.tolist(), strict=True)
             )
         }
-        gains, poor = state.gains, False
+        gains, poor, short = state.gains, False, 1.0
         if state.target is not None and state.expected > 0:
             before = state.ends[state.target].value
             gains = (*gains, abs(new[state.target].value - before) / state.expected)[-NUM_GAINS:]
             poor = gains[-1] < POOR_GAIN and state.expected < abs(before)
+            short = max(1.0, gains[-1])  # the prediction was this much too short, or more
         for place, end in state.ends.items():
-            new[place] = self._moved(state, projection.values, place, end, new[place])
+            known = replace(end, error=end.error * (short if place == state.target else 1.0))
+            new[place] = self._moved(state, projection.values, place, known, new[place])
         wanted = [places.index(place) for place in distinct(self.wanted, m)]
         poor = poor or self._is_unlike(state, projection.norm)
         return replace(
