@@ -10,6 +10,7 @@ import bench_blocks
 import bench_calibration
 import bench_distributed
 import bench_fidelity
+import bench_likeness
 import bench_products
 import bench_sharded_parameters
 import bench_solve
@@ -43,6 +44,7 @@ def result(name):
         (bench_calibration, "calibration", "docs/multifidelity.md"),
         (bench_top, "top", "docs/multifidelity.md"),
         (bench_trend, "trend", "docs/multifidelity.md"),
+        (bench_likeness, "likeness", "docs/multifidelity.md"),
         (bench_blocks, "blocks", "docs/performance.md"),
         (bench_distributed, "distributed", "docs/distributed.md"),
         (bench_sharded_parameters, "sharded_parameters", "docs/distributed.md"),
