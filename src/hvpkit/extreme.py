@@ -29,8 +29,9 @@ from hvpkit.solvers.multifidelity import default_ncv, solve_levels
 METHODS = ("auto", "lanczos", "multifidelity")
 
 MIN_EXAMPLES, MANY_EXAMPLES, SEVERAL_EXAMPLES = 5000, 20_000, 10_000
-"""Examples from which on samples may be used for both ends, and are used unasked: with fewer two samples are compared
-first (:mod:`hvpkit.solvers.likeness`). The last: for one end, or several values. Evidence: docs/multifidelity.md."""
+"""Examples from which on samples may save passes to both ends, and from which on they are used without a comparison of
+two (:mod:`hvpkit.solvers.likeness`); the same, without one, for one end and for several values. Evidence:
+docs/multifidelity.md."""
 
 LEAST_BUDGET = 30
 """Full-data matvecs that may be spent, at least, for samples to be compared. Chosen by feel."""

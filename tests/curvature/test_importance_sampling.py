@@ -73,6 +73,24 @@ def test_a_sample_of_a_sample_is_nested_and_unbiased() -> None:
     assert smaller < larger
 
 
+def test_two_samples_are_independent_and_the_first_is_the_coarse_operator() -> None:
+    H, _ = operator()
+    v = torch.randn(H.n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    exact, products = H @ v, []
+    for seed in range(200):
+        first, other = H.two_samples(6, importance="residual", seed=seed)
+        assert torch.equal(first @ v, H.coarsen(6, seed=seed) @ v)
+        products.append(
+            (
+                (first @ v - exact) @ (other @ v - exact),
+                (first @ v - exact).norm() * (other @ v - exact).norm(),
+            )
+        )
+    inner, sizes = (torch.stack(list(column)) for column in zip(*products, strict=True))
+    assert float(inner.mean() / (inner.std() / len(inner) ** 0.5)) == pytest.approx(0, abs=4)
+    assert float((inner.abs() / sizes).max()) < 1  # never the same one
+
+
 def rows(op: hk.LinearOperator) -> list[tuple[Tensor, Tensor]]:
     assert op.origin is not None
     return [pair for (x, y), *_ in op.origin.data.parts() for pair in zip(x, y, strict=True)]

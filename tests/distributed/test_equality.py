@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 import hvpkit as hk
 from distributed.ranks import run
 from hvpkit.curvature.batches import weighted_batches
+from hvpkit.solvers.likeness import may_save_passes
 
 NUM_RANKS = 3
 N = 61  # examples: of no size that ranks or batches divide
@@ -142,6 +143,12 @@ def samples(mesh: DeviceMesh | None) -> list[Any]:
             coarser = coarse.coarsen(4)
             found += [coarse.data.weights, coarser.data.weights, coarse @ V, coarser @ V]
     return found
+
+
+@question
+def compared_samples(mesh: DeviceMesh | None) -> list[Any]:
+    first, other = hessian(mesh).two_samples(30, importance="residual", seed=1)
+    return [first @ V, other @ V, *may_save_passes(first, other, 1)]
 
 
 def values(found: hk.EigenResult) -> list[Any]:

@@ -324,6 +324,27 @@ def test_direction_that_gains_more_than_predicted_leaves_as_much_more_error(
     assert any(short)
 
 
+@pytest.mark.parametrize("num_levels", [1, 2])
+def test_monitor_is_told_of_begin_and_end_whatever_the_levels(num_levels: int) -> None:
+    class Bar:
+        def __init__(self) -> None:
+            self.told: list[str] = []
+
+        def __call__(self, _: hk.Progress) -> None:
+            self.told.append("entry")
+
+        def begin(self) -> None:
+            self.told.append("begin")
+
+        def end(self) -> None:
+            self.told.append("end")
+
+    A, bar = matrix(SPECTRA["indefinite"]), Bar()
+    levels = [near(A, 5.0), hk.aslinearoperator(A)][-num_levels:]
+    found = multifidelity(levels, monitor=bar)
+    assert bar.told == ["begin", *["entry"] * len(found.history), "end"]
+
+
 def test_message_says_that_the_bound_is_an_estimate() -> None:
     A = matrix(SPECTRA["indefinite"])
     assert "estimate" in multifidelity([near(A, 1e-3), hk.aslinearoperator(A)]).message

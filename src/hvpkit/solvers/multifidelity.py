@@ -322,8 +322,10 @@ def _solve(
     return replace(found, history=(*cheap.history, *found.history))
 
 
+@full_precision
 def lanczos_after(
     op: LinearOperator,
+    /,
     k: int,
     num_matvecs: float,
     seconds: float,

@@ -124,9 +124,8 @@ def test_densities_take_no_more_vectors_than_they_say(
 def test_linear_systems_take_no_more_vectors_than_they_say(
     method: str, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "hvpkit.solvers.linear.system.SHORT", 10.0
-    )  # single steps, on a slow machine, take fewer
+    # single steps, as on a slow machine, take fewer
+    monkeypatch.setattr("hvpkit.solvers.linear.system.SHORT", 10.0)
     said = k * VECTORS_PER_COLUMN[method]
     b = torch.randn(N, k, generator=torch.Generator().manual_seed(0))
     with Allocations() as made:

@@ -179,10 +179,9 @@ def _take(matrix: Matrix, runs: Sequence[Steps], most: int, end: float) -> tuple
 
 def _take_alone(matrix: Matrix, run: Steps, most: int, end: float) -> tuple[Sequence[Any], int]:
     """Take steps with one row, whose numbers are known at once."""
-    one, taken, image, product = next(run), 0, matrix.arithmetic.image, matrix.op.product
+    one, taken = next(run), 0
     while not taken or (taken < most and time.perf_counter() < end and not isinstance(one, Row)):
-        found = image(product, one) if matrix.scale == 1 else matrix.images([one])[0]
-        one, taken = run.send(found), taken + 1
+        one, taken = run.send(matrix.images((one,))[0]), taken + 1
     return [one], taken
 
 
