@@ -7,7 +7,8 @@ does not depend on it; a poor likeness costs steps. Two kinds:
 
 1. *Of a known value* :math:`\theta`. :math:`\sigma` lies beyond it by the distance that may be missed, and its vector
    is lifted. If it is unlikely that B has a negative eigenvalue, it is as unlikely, by Sylvester's law, that H has one
-   beyond :math:`\sigma`. A negative Ritz value refutes :math:`\theta`.
+   beyond :math:`\sigma`. A negative Ritz value refutes :math:`\theta`. In between, where eigenvalues are near each
+   other, :math:`\theta` may be the next one; the vector z of B's lowest Ritz pair, as below, tells.
 2. *Search*, where the value is not known well, because the likeness lacks the vector. B's lowest Ritz pair
    :math:`(\mu, y)` gives the vector :math:`z = P^{1/2} y` of H with the quotient
    :math:`\theta = \sigma + s \mu / \|z\|^2`, a true Ritz value. An eigenvalue :math:`\lambda` of H with the vector x,
@@ -116,10 +117,11 @@ class Verdict:
     Attributes:
         certificate: to continue from.
         bound: nothing lies beyond it, with the probability asked for; None: not known yet.
-        vector: of H ``[n]``: from a search, of the end; from a certificate of a known value, one that refutes it.
+        vector: of H ``[n]``: from a search, of the end; from a certificate of a known value, one whose quotient lies
+            further out.
         image: its product with H over scale, less what is deflated ``[n]``; None: not known.
-        error: error bound of the vector's quotient, up to how uneven the metric is near the end; infinite without a
-            bound.
+        error: error bound of the vector's quotient, up to how uneven the metric is near the end, of a search with a
+            bound; else infinite.
         poor: the likeness is poor.
         suspect: a vector ``[n, 1]`` whose matvec was not finite.
     """
@@ -170,7 +172,12 @@ def judge(certificate: Certificate, error: float, distance: float, failure: floa
 
     poor = m >= certificate.max_steps or (m >= SPREAD_STEPS and float(ritz.values[-1]) > MAX_SPREAD)
     if certificate.known and lowest > 0:
-        return Verdict(certificate, certificate.sigma if unlikely(0.0) else None, poor=poor)
+        if not unlikely(0.0):
+            return Verdict(certificate, poor=poor)
+        found = Verdict(certificate, certificate.sigma)
+        vector, image = _unfold(certificate, ritz.vectors[:, 0].to(state.basis))
+        is_further_out = lowest < distance * float(certificate.op.space.norm(vector)) ** 2
+        return replace(found, vector=vector, image=image) if is_further_out else found
     error_in_b = float(kato_temple(ritz.values, ritz.residual_norms)[0])
 
     def settled(size: float) -> bool:

@@ -398,11 +398,13 @@ class CertifiedDavidson:
             return state
         state = replace(state, certificate=None)
         bound = None if verdict.bound is None else Bound(verdict.bound, len(running.amounts))
-        state = _with_end(state, running.end, bound=bound, promised=verdict.error)
+        state = _with_end(state, running.end, bound=bound)
         if without_bound:
             state = _with_end(state, running.end, num_refuted=end.num_refuted + 1, num_directions=0)
         if verdict.vector is None:
             return state
+        # what was predicted of another vector says nothing of this one
+        state = _with_end(state, running.end, error=math.inf, promised=verdict.error)
         return self._include(state, running, verdict.vector, verdict.image)
 
     def _include(
