@@ -33,6 +33,10 @@ MIN_EXAMPLES, MANY_EXAMPLES, SEVERAL_EXAMPLES = 5000, 20_000, 10_000
 two (:mod:`hvpkit.solvers.likeness`); the same, without one, for one end and for several values. Evidence:
 docs/multifidelity.md."""
 
+LARGE_END = 0.1
+"""Size of a sample's low end in units of its norm, from which both ends are by Lanczos, which takes few steps then.
+Evidence: docs/multifidelity.md."""
+
 LEAST_BUDGET = 30
 """Full-data matvecs that may be spent, at least, for samples to be compared. Chosen by feel."""
 
@@ -255,6 +259,7 @@ def _solve(
             time_limit = agreed(H.space.ranks, max(end - time.perf_counter(), 1e-9))
         if levels is not None:
             options |= {"spent": spent, "time_limit": time_limit, "checkpoint": checkpoint}
+            options["large_end"] = LARGE_END if method == "auto" and both else math.inf
             return solve_levels(levels, k, which=which, seed=number, **options)
     return lanczos(H, k, which=which, time_limit=time_limit, seed=seed, checkpoint=checkpoint, **options)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -300,6 +301,43 @@ def test_what_the_likeness_lacks_is_found_with_the_probability_stated(low: float
         assert (low in found.intervals[0]) >= right
         wrong += not right
     assert wrong <= 1  # one of a hundred is allowed
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.1])
+@pytest.mark.parametrize("gap", [0.01, 0.017, 0.03])
+def test_outermost_of_eigenvalues_that_are_near_each_other(gap: float, noise: float) -> None:
+    low = -1 + gap * torch.arange(8, dtype=torch.float64)
+    A = matrix([*low.tolist(), *torch.linspace(-0.6, 1, 389).tolist(), 8.0, 12.0, 30.0])
+    off = 0
+    for seed in range(10):
+        found = multifidelity([near(A, noise, seed=seed), hk.aslinearoperator(A)], seed=seed)
+        assert found.converged
+        assert -1.0 in found.intervals[0]
+        off += float(found.values[0]) > -0.99
+    assert off <= 1  # by the start; five of ten by predicted errors alone
+
+
+@pytest.mark.parametrize("values", [[-1.0, 8.0], [-1.0, 30.0]])
+def test_large_low_end_of_a_sample_is_left_to_lanczos(values: list[float], tmp_path: Path) -> None:
+    A = matrix([*torch.linspace(-0.6, 0.8, 200).tolist(), *values])
+    op, file = hk.aslinearoperator(A), tmp_path / "solve.pt"
+    found = solve_levels([near(A, 1e-3), op], large_end=0.1, spent=0.5)
+    check(found, A, 1e-2)
+    is_large = -values[0] > 0.1 * values[1]
+    assert (found.history[-1].level == 1) == is_large
+    if is_large:  # no full-data matvec was in vain
+        alone = hk.lanczos(op, 2, which="BE", tol=1e-2)
+        assert 0.5 < found.num_matvecs - alone.num_matvecs < 0.5 + 60 * 0.05
+        torch.testing.assert_close(found.values, alone.values)
+
+    def interrupted(entry: hk.Progress) -> None:
+        if entry.num_matvecs > found.num_matvecs / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        solve_levels([near(A, 1e-3), op], large_end=0.1, spent=0.5, checkpoint=file, monitor=interrupted)
+    again = solve_levels([near(A, 1e-3), op], large_end=0.1, spent=0.5, checkpoint=file)
+    torch.testing.assert_close(again.values, found.values, rtol=0, atol=0)
 
 
 def test_direction_that_gains_more_than_predicted_leaves_as_much_more_error(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hvpkit._utils.files import atomic_write
 
-FORMAT = 7
+FORMAT = 8
 """Version of the files' content: names of the fields of states among them."""
 
 DIGITS = 32

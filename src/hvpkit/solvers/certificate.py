@@ -176,8 +176,8 @@ def judge(certificate: Certificate, error: float, distance: float, failure: floa
             return Verdict(certificate, poor=poor)
         found = Verdict(certificate, certificate.sigma)
         vector, image = _unfold(certificate, ritz.vectors[:, 0].to(state.basis))
-        is_further_out = lowest < distance * float(certificate.op.space.norm(vector)) ** 2
-        return replace(found, vector=vector, image=image) if is_further_out else found
+        is_near = lowest < (distance + error) * float(certificate.op.space.norm(vector)) ** 2
+        return replace(found, vector=vector, image=image) if is_near else found
     error_in_b = float(kato_temple(ritz.values, ritz.residual_norms)[0])
 
     def settled(size: float) -> bool:

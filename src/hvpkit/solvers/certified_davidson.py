@@ -152,6 +152,8 @@ class CertifiedDavidson:
         num_inner: the most Lanczos steps on a level for a direction, or None.
         confidence, certify: as of :func:`hvpkit.multifidelity`.
         spent: full-data matvecs that making the levels has cost.
+        large_end: size of the low end in units of the norm, on the first level, from which Lanczos takes few steps: the
+            levels are left then.
     """
 
     request: Request
@@ -161,6 +163,7 @@ class CertifiedDavidson:
     confidence: float = 0.99
     certify: bool = False
     spent: float = 0.0
+    large_end: float = math.inf
 
     @property
     def op(self) -> LinearOperator:
@@ -228,13 +231,13 @@ class CertifiedDavidson:
             sample = low_rank_space(level, k)
         else:
             sample = sample_space(level, k, which, v0=asked.start, num_steps=num_steps, seed=asked.seed)
-        finite = len(sample.ends) == k and math.isfinite(float(self.op.space.peak(sample.ends)))
-        places = [place % k for place in self._known_places(k) if which == "BE" or place < 0]
-        new = sample.ends[places if finite else []]  # a random one takes their place
         num_matvecs = self.spent + sample.num_matvecs
-        level_index = state.level if finite else len(self.levels) - 1
-        state = replace(state, sample=sample, num_matvecs=num_matvecs, scale=sample.scale, level=level_index)
-        return block_subspace.extend(self.op, asked, state, new)
+        state = replace(state, sample=sample, num_matvecs=num_matvecs, scale=sample.scale)
+        finite = len(sample.ends) == k and math.isfinite(float(self.op.space.peak(sample.ends)))
+        if not finite or -sample.lowest > self.large_end * sample.norm:
+            return replace(state, level=len(self.levels) - 1)
+        places = [place % k for place in self._known_places(k) if which == "BE" or place < 0]
+        return block_subspace.extend(self.op, asked, state, sample.ends[places])
 
     def _known_places(self, num_rows: int) -> list[int]:
         """Return the places of which Ritz pairs are kept: the wanted ones, and the outermost at either end."""
@@ -274,7 +277,7 @@ class CertifiedDavidson:
             state = replace(state, certificate=None, level=last)
         if status is None and not state.num_new and state.certificate is None and state.level < last:
             state = self._next(state)
-        handover = status is None and state.level >= last and not state.num_new and bool(state.ends)
+        handover = status is None and state.level >= last and not state.num_new
         num_steps, progress = max(1, state.num_new), self._progress(state)
         return Assessment(state, progress, num_steps, status, state.suspect, handover, self._num_left(state))
 
@@ -319,7 +322,8 @@ class CertifiedDavidson:
         found = projection.values[chosen]
         residuals = residuals_of(vectors, images, found)
         norms = row_norms(op.space, residuals).to("cpu", torch.float64)
-        near = (NEAR * self.request.allowed(found, state.norm)).clamp(min=TINY)
+        near = (NEAR * self.request.allowed(found, state.norm)).minimum(_gaps(projection.values)[chosen])
+        near = near.clamp(min=TINY)
         bounds = torch.minimum(norms, torch.maximum(kato_temple(found, norms), norms**2 / near))
         new = {
             place: End(value, vectors[index], residuals[index], bound)
@@ -623,6 +627,13 @@ class CertifiedDavidson:
         return convergence.eigen_result(
             found, tuple(where), status, state.num_matvecs, message=message, error_bounds=bounds
         )
+
+
+def _gaps(values: Tensor) -> Tensor:
+    """Return the distance of each of the ascending Ritz values ``[m]`` from the next one, infinite for one alone."""
+    infinite = values.new_full((1,), math.inf)
+    gaps = values.diff()
+    return torch.minimum(torch.cat([infinite, gaps]), torch.cat([gaps, infinite]))
 
 
 def _with_end(state: CertifiedDavidsonState, place: int, **changes: object) -> CertifiedDavidsonState:

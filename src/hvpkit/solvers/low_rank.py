@@ -49,6 +49,5 @@ def low_rank_space(op: LowRank, k: int) -> SampleSpace:
     largest = max(-float(op.values[0]), float(op.values[-1]))
     scale = power_of_two(torch.tensor(largest, dtype=op.dtype, device=op.device))
     values = op.values / float(scale)
-    return SampleSpace(
-        op.rows[-k:], largest / float(scale), op.rows, values, 0.0, 0.0, scale, op.num_steps, 0.0
-    )
+    norm, lowest = largest / float(scale), min(0.0, float(values[0]))
+    return SampleSpace(op.rows[-k:], norm, lowest, op.rows, values, 0.0, 0.0, scale, op.num_steps, 0.0)

@@ -6,6 +6,7 @@ for 17 on a bulk with outliers), as it has to exclude all the same what they may
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -151,6 +152,7 @@ def solve_levels(
     confidence: float = 0.99,
     certify: bool = False,
     spent: float = 0.0,
+    large_end: float = math.inf,
     max_matvecs: float | None = None,
     time_limit: float | None = None,
     seed: Seed = 0,
@@ -159,7 +161,8 @@ def solve_levels(
 ) -> EigenResult:
     """Solve as :func:`multifidelity`, with the cost of making the levels counted in.
 
-    ``spent`` are the full-data matvecs that they have cost already, as a pass for scores.
+    ``spent`` are the full-data matvecs that they have cost already, as a pass for scores; ``large_end``: by Lanczos,
+    where the low end of the first level is larger than this, in units of the norm.
     """
     levels = _check_levels(levels)
     op = levels[-1]
@@ -215,7 +218,7 @@ def solve_levels(
     check_room(
         levels[-1], num_vectors(min(kept, op.n)), remedy + "hvpkit.lanczos, which keeps fewer, or wrt="
     )
-    solver = CertifiedDavidson(request, levels, kept, num_inner, confidence, certify, spent)
+    solver = CertifiedDavidson(request, levels, kept, num_inner, confidence, certify, spent, large_end)
     return _solve(op, solver, ncv, offload, checkpoint, monitor=monitor)
 
 

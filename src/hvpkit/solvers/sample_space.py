@@ -38,6 +38,7 @@ class SampleSpace:
     Attributes:
         ends: rough extreme Ritz vectors, rows ``[k, n]``; NaN if a matvec was not finite.
         norm: the largest Ritz value in absolute value.
+        lowest: the smallest one; NaN if there is none.
         outliers: accurate Ritz vectors from either end inwards, rows ``[m, n]``.
         values: their values ``[m]``, float64 on the CPU.
         low, high: bounds of the rest of the spectrum, by the next Ritz value and its residual.
@@ -48,6 +49,7 @@ class SampleSpace:
 
     ends: Tensor = field(metadata=LONG)
     norm: float
+    lowest: float
     outliers: Tensor = field(metadata=LONG)
     values: Tensor
     low: float
@@ -87,6 +89,7 @@ def sample_space(
     return SampleSpace(
         ends * math.nan if ended.status is Status.NON_FINITE else ends,
         pairs.norm,
+        float(pairs.values[0]) if len(pairs.values) else math.nan,
         vectors(accurate),
         pairs.values[accurate],
         float((values - radii).min()) if len(values) else 0.0,
