@@ -92,8 +92,8 @@ def extreme_eigenvalues(
         method: ``"multifidelity"``, which continues by Lanczos where samples do not help: see
             :func:`hvpkit.multifidelity`. ``"lanczos"``: all of the work on all of the data. ``"auto"``: the first for
             the Hessian of an :class:`hvpkit.Objective` with at least 1,000 parameters over at least 20,000 examples, or
-            over 5,000 if two samples agree about the low end, unless ``ncv`` or the free memory is too small for it;
-            else the second.
+            over 5,000 if two samples agree about the low end, unless that is large, or ``ncv`` or the free memory is
+            too small for it; else the second.
         ncv: the most basis vectors before a restart; see :func:`hvpkit.lanczos` and :func:`hvpkit.multifidelity`. The
             default depends on n alone, unless memory is short: name it for the same bits on any machine.
         offload: keep the vectors in host memory, and work there; only matvecs are on the device.

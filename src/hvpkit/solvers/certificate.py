@@ -118,7 +118,7 @@ class Verdict:
         certificate: to continue from.
         bound: nothing lies beyond it, with the probability asked for; None: not known yet.
         vector: of H ``[n]``: from a search, of the end; from a certificate of a known value, one whose quotient lies
-            further out.
+            further out, or further in by no more than the error allowed.
         image: its product with H over scale, less what is deflated ``[n]``; None: not known.
         error: error bound of the vector's quotient, up to how uneven the metric is near the end, of a search with a
             bound; else infinite.

@@ -34,7 +34,7 @@ from hvpkit._utils.checkpoints import digest
 from hvpkit.operators.base import LinearOperator
 from hvpkit.results.eigen import EigenResult, Interval, Progress, Status
 from hvpkit.solvers import certificate, davidson
-from hvpkit.solvers.certificate import Certificate
+from hvpkit.solvers.certificate import Certificate, Verdict
 from hvpkit.solvers.common import block_subspace, convergence
 from hvpkit.solvers.common.block_subspace import BlockSubspace
 from hvpkit.solvers.common.bounds import TINY, kato_temple
@@ -405,23 +405,23 @@ class CertifiedDavidson:
         state = _with_end(state, running.end, bound=bound)
         if without_bound:
             state = _with_end(state, running.end, num_refuted=end.num_refuted + 1, num_directions=0)
-        if verdict.vector is None:
-            return state
-        # what was predicted of another vector says nothing of this one
-        state = _with_end(state, running.end, error=math.inf, promised=verdict.error)
-        return self._include(state, running, verdict.vector, verdict.image)
+        return state if verdict.vector is None else self._include(state, running, verdict, verdict.vector)
 
     def _include(
-        self, state: CertifiedDavidsonState, ended: Certificate, vector: Tensor, image: Tensor | None
+        self, state: CertifiedDavidsonState, ended: Certificate, verdict: Verdict, vector: Tensor
     ) -> CertifiedDavidsonState:
-        """Expand by a certificate's vector; ``image`` is its product with H, over scale, less what was deflated."""
-        state = self._with_room(state)
-        if image is not None:
-            rows = ended.op.metric.rows[: len(ended.amounts)]
+        """Expand by a certificate's vector, with its matvec where that is known."""
+        before = self._with_room(state)
+        # what was predicted of another vector says nothing of this one
+        state = _with_end(before, ended.end, error=math.inf, promised=verdict.error)
+        if verdict.image is not None:
+            rows = ended.op.metric.rows[: len(ended.amounts)]  # what was deflated
             inside = ended.amounts.to(rows) * self.op.space.dots(rows, vector)
-            known = block_subspace.extend_by_known(self.op, state, vector, image + inside @ rows)
+            known = block_subspace.extend_by_known(self.op, state, vector, verdict.image + inside @ rows)
             if known is not None:
                 return self._update(known)
+        if ended.known and verdict.bound is not None:  # worth no matvec
+            return before
         return block_subspace.extend(self.op, self.request, state, vector[None])
 
     def _next(self, state: CertifiedDavidsonState) -> CertifiedDavidsonState:
