@@ -23,7 +23,7 @@ from hvpkit.solvers.common.request import Start, check_sigma
 from hvpkit.solvers.common.vector_memory import vectors_that_fit
 from hvpkit.solvers.driver import Monitor, full_precision
 from hvpkit.solvers.lanczos import lanczos
-from hvpkit.solvers.likeness import may_save_passes
+from hvpkit.solvers.likeness import LARGE_END, may_save_passes
 from hvpkit.solvers.multifidelity import default_ncv, solve_levels
 
 METHODS = ("auto", "lanczos", "multifidelity")
@@ -32,10 +32,6 @@ MIN_EXAMPLES, MANY_EXAMPLES, SEVERAL_EXAMPLES = 5000, 20_000, 10_000
 """Examples from which on samples may save passes to both ends, and from which on they are used without a comparison of
 two (:mod:`hvpkit.solvers.likeness`); the same, without one, for one end and for several values. Evidence:
 docs/multifidelity.md."""
-
-LARGE_END = 0.1
-"""Size of a sample's low end in units of its norm, from which both ends are by Lanczos, which takes few steps then.
-Evidence: docs/multifidelity.md."""
 
 LEAST_BUDGET = 30
 """Full-data matvecs that may be spent, at least, for samples to be compared. Chosen by feel."""
@@ -179,8 +175,8 @@ def top_eigenvalues(
         sigma: the point for ``"CLOSEST"``.
         tol: relative error of each eigenvalue.
         atol: as for :func:`extreme_eigenvalues`.
-        method: as for :func:`extreme_eigenvalues`; ``"auto"`` takes samples over at least 10,000 examples, unasked, but
-            for two of ``which="BE"``, which are both ends.
+        method: as for :func:`extreme_eigenvalues`; ``"auto"`` takes samples over at least 10,000 examples, without
+            a second one, but for two of ``which="BE"``, which are both ends.
         ncv: as for :func:`extreme_eigenvalues`.
         offload: keep the vectors in host memory, and work there; only matvecs are on the device.
         confidence: of values and intervals, over random starts.
@@ -259,7 +255,7 @@ def _solve(
             time_limit = agreed(H.space.ranks, max(end - time.perf_counter(), 1e-9))
         if levels is not None:
             options |= {"spent": spent, "time_limit": time_limit, "checkpoint": checkpoint}
-            options["large_end"] = LARGE_END if method == "auto" and both else math.inf
+            options["large_end"] = LARGE_END if method == "auto" else math.inf
             return solve_levels(levels, k, which=which, seed=number, **options)
     return lanczos(H, k, which=which, time_limit=time_limit, seed=seed, checkpoint=checkpoint, **options)
 

@@ -24,7 +24,8 @@ AGREEMENT = 0.75
 """Smaller over larger quotient of both samples, at least."""
 
 LARGE_END = 0.05
-"""Low end over high end at which Lanczos takes few steps."""
+"""Low end of a sample over its high one, from which Lanczos takes few steps, and the sample is likely to be unlike all
+data."""
 
 
 def may_save_passes(sample: LinearOperator, other: LinearOperator, seed: int) -> tuple[bool, float]:
